@@ -1,0 +1,55 @@
+# On a machine with Python (3.10 or newer) and a C++ compiler, `make demo` and `make test` do all set-up in .venv.
+#   make test ARGS="-k formats"     arguments for pytest
+#   make setup PYTHON=python3.12    another Python (after make distclean, if .venv exists)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CPP_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
+
+.PHONY: setup demo test lint format clean distclean
+
+setup: $(VENV)/.stamp-package
+
+demo: setup
+	$(BIN)/python examples/demo/run.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist $(VENV)/.stamp-package
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(VENV)/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "bitfold: $(PYTHON) is no Python 3.10 or newer: install one, and name it with 'make PYTHON=...'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-requirements: requirements-dev.txt $(VENV)/.stamp-python
+	$(PIP) install --no-deps --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements-dev.txt)"
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+# The Python sources are used in place; the native module is built in build/ and rebuilt when its sources change.
+$(VENV)/.stamp-package: $(VENV)/.stamp-requirements $(BUILD_FILES)
+	$(PIP) install --no-build-isolation --editable '.[cli,hf]'
+	@touch $@

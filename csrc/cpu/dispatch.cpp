@@ -1,0 +1,98 @@
+// Chooses the instruction set, once per process.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/kernels.hpp"
+
+namespace bitfold::cpu {
+
+#define BITFOLD_DECLARE(name)         \
+  void fill_convert_##name(Kernels&); \
+  void fill_encode_##name(Kernels&);  \
+  void fill_decode_##name(Kernels&);  \
+  void fill_fused_##name(Kernels&);   \
+  void fill_tiled_##name(Kernels&);
+#define BITFOLD_FILL(name)        \
+  [](Kernels& kernels) {          \
+    kernels.isa = #name;          \
+    fill_convert_##name(kernels); \
+    fill_encode_##name(kernels);  \
+    fill_decode_##name(kernels);  \
+    fill_fused_##name(kernels);   \
+    fill_tiled_##name(kernels);   \
+  }
+
+BITFOLD_DECLARE(scalar)
+#if defined(BITFOLD_HAVE_AVX2)
+BITFOLD_DECLARE(avx2)
+BITFOLD_DECLARE(avx512)
+#endif
+#if defined(BITFOLD_HAVE_NEON)
+BITFOLD_DECLARE(neon)
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool available;
+  void (*fill)(Kernels&);
+};
+
+// From the most wanted to the one that always runs.
+std::vector<Isa> known_isas() {
+  std::vector<Isa> isas;
+#if defined(BITFOLD_HAVE_AVX2)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(BITFOLD_EMULATE_AVX512)
+  const bool avx512 = avx2;
+#else
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  isas.push_back({"avx512", avx512, BITFOLD_FILL(avx512)});
+  isas.push_back({"avx2", avx2, BITFOLD_FILL(avx2)});
+#endif
+#if defined(BITFOLD_HAVE_NEON)
+  isas.push_back({"neon", true, BITFOLD_FILL(neon)});
+#endif
+  isas.push_back({"scalar", true, BITFOLD_FILL(scalar)});
+  return isas;
+}
+
+Kernels choose() {
+  const std::vector<Isa> isas = known_isas();
+  const char* wanted = std::getenv("BITFOLD_ISA");
+  std::string usable;
+  for (const Isa& isa : isas) {
+    if (isa.available) usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  for (const Isa& isa : isas) {
+    const bool chosen = wanted == nullptr || *wanted == '\0' || std::string(wanted) == isa.name;
+    if (chosen && isa.available) {
+      Kernels kernels{};
+      isa.fill(kernels);
+      return kernels;
+    }
+  }
+  throw std::invalid_argument("BITFOLD_ISA is '" + std::string(wanted) + "'; on this CPU it must be one of " + usable);
+}
+
+}  // namespace
+
+std::vector<IsaInfo> isas() {
+  std::vector<IsaInfo> infos;
+  for (const Isa& isa : known_isas()) infos.push_back({isa.name, isa.available});
+  return infos;
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace bitfold::cpu

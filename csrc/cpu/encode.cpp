@@ -1,0 +1,282 @@
+// Rounding to nearest: scales per group, codes, bit streams, and the double quantization of scales.
+//
+// A row is read as fp32, its groups get their scales, its codes are packed. A scale per matrix needs a pass over
+// all rows first; nested scales are quantized after all rows are done. Faults are collected per row, so that the one reported
+// does not depend on the threads.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <mutex>
+
+#include "cpu/buffer.hpp"
+#include "cpu/cpu.hpp"
+#include "formats/bitstream.hpp"
+
+namespace bitfold::cpu {
+namespace {
+
+// The first fault in row-major order; a weight that is not finite comes before everything else.
+class Faults {
+ public:
+  void add(const EncodeStatus& fault) {
+    const std::lock_guard lock(mutex_);
+    const int64_t count = first_.count + fault.count;
+    if (first_.fault == EncodeFault::None || key(fault) < key(first_)) first_ = fault;
+    first_.count = count;
+  }
+  const EncodeStatus& first() const { return first_; }
+
+ private:
+  struct Key {
+    bool later;
+    int64_t row, column;
+    auto operator<=>(const Key&) const = default;
+  };
+  static Key key(const EncodeStatus& s) { return {s.fault != EncodeFault::NotFinite, s.row, s.column}; }
+  std::mutex mutex_;
+  EncodeStatus first_;
+};
+
+struct GroupGrid {
+  float scale;  // as stored
+  float unrounded;
+  int zero;
+};
+
+float round_scale(float scale, Scale dtype) {
+  switch (dtype) {
+    case Scale::F16: return half_to_float(float_to_half(scale));
+    case Scale::BF16: return bf16_to_float(float_to_bf16(scale));
+    default: return scale;
+  }
+}
+
+GroupGrid choose_grid(const Format& format, const GroupRange& range) {
+  const FormatRow& info = format.info();
+  const float absmax = std::max(-range.low, range.high);
+  const auto top = static_cast<float>((1 << info.bits) - 1);
+  GroupGrid grid{};
+  if (format.zero == Zero::Integer) {
+    grid.unrounded = (range.high - range.low) / top;
+  } else {
+    grid.unrounded = info.grid == Grid::Codebook ? absmax : absmax / info.grid_max;
+  }
+  grid.scale = round_scale(grid.unrounded, format.scale);
+  if (format.zero == Zero::Integer) {
+    if (grid.scale > 0.0f) grid.zero = static_cast<int>(std::clamp(std::nearbyint(-range.low / grid.scale), 0.0f, top));
+  } else if (info.grid == Grid::Integer) {
+    grid.zero = 1 << (info.bits - 1);
+  }
+  return grid;
+}
+
+// docs/formats.md, "scale range".
+EncodeFault scale_fault(const Format& format, const GroupGrid& grid) {
+  const FormatRow& info = format.info();
+  if (!std::isfinite(grid.scale)) return EncodeFault::ScaleOverflow;
+  double largest = 8.0;
+  if (info.grid == Grid::Integer) {
+    largest = format.zero == Zero::Integer ? static_cast<double>((1 << info.bits) - 1) : static_cast<double>(info.grid_max);
+  }
+  const double moved = std::abs(static_cast<double>(grid.scale) - static_cast<double>(grid.unrounded));
+  return moved * largest > static_cast<double>(grid.unrounded) / 2.0 ? EncodeFault::ScaleUnderflow : EncodeFault::None;
+}
+
+void store_scale(void* scales, Scale dtype, int64_t i, float scale) {
+  switch (dtype) {
+    case Scale::F16: static_cast<uint16_t*>(scales)[i] = float_to_half(scale); break;
+    case Scale::BF16: static_cast<uint16_t*>(scales)[i] = float_to_bf16(scale); break;
+    default: static_cast<float*>(scales)[i] = scale; break;
+  }
+}
+
+// The code of an exact zero, for groups without a scale.
+uint8_t zero_code(const Format& format, int zero) {
+  if (format.info().grid == Grid::Integer) return static_cast<uint8_t>(zero);
+  return format.row == kNf4 ? 7 : 0;
+}
+static_assert(kNf4Values[7] == 0.0f && kFp4Values[0] == 0.0f);
+
+EncodeStatus not_finite(const float* w, int64_t count, int64_t row) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(w[i])) return {EncodeFault::NotFinite, row, i, w[i], 0};
+  }
+  return {};
+}
+
+// ---- fp16 and bf16 ----
+
+EncodeStatus encode_cast(const EncodeArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const bool half = args.format.row == kFp16;
+  const DType dtype = half ? DType::F16 : DType::BF16;
+  const float largest = args.format.info().grid_max;
+  // The smallest magnitude that rounds to infinity lies half a unit in the last place above the largest finite number.
+  const float limit = half ? 65520.0f : 3.3961775292304957e38f;
+  Faults faults;
+  cut(args.parallel_for, args.w.rows, grain_rows(args.w.columns), [&](int64_t begin, int64_t end) {
+    const int64_t k = args.w.columns;
+    Buffer<float> row(k);
+    for (int64_t r = begin; r < end; ++r) {
+      read_row(kernels, args.w, r, row.data());
+      if (!kernels.group_range(row.data(), k).finite) {
+        faults.add(not_finite(row.data(), k, r));
+        continue;
+      }
+      EncodeStatus overflow;
+      for (int64_t i = 0; i < k; ++i) {
+        if (std::abs(row[i]) < limit) continue;
+        if (overflow.count++ == 0) overflow = {EncodeFault::CastOverflow, r, i, row[i], 1};
+        row[i] = std::copysign(largest, row[i]);
+      }
+      if (overflow.count > 0 && !args.clamp) faults.add(overflow);
+      kernels.from_float(row.data(), k, dtype, static_cast<uint16_t*>(args.out.codes) + r * k);
+    }
+  });
+  return faults.first();
+}
+
+// ---- groups with scales ----
+
+// Reads one row after another, with room for its codes.
+struct RowScratch {
+  Buffer<float> w;
+  Buffer<uint8_t> codes;
+  Buffer<uint8_t> zeros;
+  RowScratch(int64_t k, int64_t groups) : w(k), codes(k), zeros(groups) {}
+};
+
+void quantize_group(const Kernels& kernels, const Format& format, const GroupGrid& grid, const float* w, int64_t count,
+                    uint8_t* codes) {
+  if (grid.scale == 0.0f) {
+    std::memset(codes, zero_code(format, grid.zero), static_cast<size_t>(count));
+  } else {
+    kernels.quantize[format.row]({w, count, grid.scale, grid.zero, codes});
+  }
+}
+
+void pack_row(const EncodeArgs& args, int64_t r, RowScratch& scratch) {
+  const FormatRow& info = args.format.info();
+  const int64_t k = args.w.columns;
+  pack_codes(scratch.codes.data(), k, info.bits, info.high_first,
+             static_cast<uint8_t*>(args.out.codes) + r * ceil_div(k * info.bits, 8));
+}
+
+// All rows share one grid.
+EncodeStatus encode_tensor(const EncodeArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const int64_t n = args.w.rows, k = args.w.columns;
+  Buffer<GroupRange> ranges(n);
+  Faults faults;
+  cut(args.parallel_for, n, grain_rows(k), [&](int64_t begin, int64_t end) {
+    Buffer<float> row(k);
+    for (int64_t r = begin; r < end; ++r) {
+      read_row(kernels, args.w, r, row.data());
+      ranges[r] = kernels.group_range(row.data(), k);
+      if (!ranges[r].finite) faults.add(not_finite(row.data(), k, r));
+    }
+  });
+  if (faults.first().fault != EncodeFault::None) return faults.first();
+  GroupRange all{0.0f, 0.0f, true};
+  for (int64_t r = 0; r < n; ++r) {
+    all.low = std::min(all.low, ranges[r].low);
+    all.high = std::max(all.high, ranges[r].high);
+  }
+  const GroupGrid grid = choose_grid(args.format, all);
+  if (const EncodeFault fault = scale_fault(args.format, grid); fault != EncodeFault::None) {
+    return {fault, 0, 0, grid.unrounded, 0};
+  }
+  store_scale(args.out.scales, args.format.scale, 0, grid.scale);
+  if (args.out.zeros != nullptr) *args.out.zeros = static_cast<uint8_t>(grid.zero);
+  cut(args.parallel_for, n, grain_rows(k), [&](int64_t begin, int64_t end) {
+    RowScratch scratch(k, 1);
+    for (int64_t r = begin; r < end; ++r) {
+      read_row(kernels, args.w, r, scratch.w.data());
+      quantize_group(kernels, args.format, grid, scratch.w.data(), k, scratch.codes.data());
+      pack_row(args, r, scratch);
+    }
+  });
+  return {};
+}
+
+// QLoRA's double quantization of the scales of the whole matrix. docs/formats.md, "dq".
+void nest_scales(const EncodeArgs& args, const float* scales, int64_t count) {
+  float offset = 0.0f;
+  if (args.nested_offset != nullptr) {
+    offset = *args.nested_offset;
+  } else if (count > 0) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(scales[i]);
+    offset = static_cast<float>(sum / static_cast<double>(count));
+  }
+  *args.out.nested_offset = offset;
+  auto* codes = static_cast<uint8_t*>(args.out.scales);
+  cut(args.parallel_for, ceil_div(count, kNestedGroup), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * kNestedGroup, last = std::min(count, first + kNestedGroup);
+      float absmax = 0.0f;
+      for (int64_t i = first; i < last; ++i) absmax = std::max(absmax, std::abs(scales[i] - offset));
+      args.out.nested_scales[group] = absmax;
+      const float inverse = 1.0f / std::max(absmax, 1e-38f);
+      for (int64_t i = first; i < last; ++i) {
+        const float t = std::clamp((scales[i] - offset) * inverse, -1.0f, 1.0f);
+        const auto* place = std::lower_bound(kDynamicMidpoints.data(), kDynamicMidpoints.data() + kDynamicMidpoints.size(), t);
+        codes[i] = static_cast<uint8_t>(place - kDynamicMidpoints.data());
+      }
+    }
+  });
+}
+
+EncodeStatus encode_rows(const EncodeArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const Format& format = args.format;
+  const int64_t n = args.w.rows, k = args.w.columns;
+  const int64_t groups = groups_in_row(format, k);
+  const int64_t group_size = format.group > 0 ? format.group : k;
+  const bool nested = format.scale == Scale::Nested;
+  Buffer<float> absmaxes(nested ? n * groups : 0);
+  void* scales = nested ? absmaxes.data() : args.out.scales;
+  Faults faults;
+  cut(args.parallel_for, n, grain_rows(k), [&](int64_t begin, int64_t end) {
+    RowScratch scratch(k, groups);
+    for (int64_t r = begin; r < end; ++r) {
+      float* w = scratch.w.data();
+      read_row(kernels, args.w, r, w);
+      EncodeStatus status;
+      for (int64_t g = 0; g < groups && status.fault == EncodeFault::None; ++g) {
+        const int64_t first = g * group_size, count = std::min(k - first, group_size);
+        const GroupRange range = kernels.group_range(w + first, count);
+        if (!range.finite) {
+          status = not_finite(w, k, r);
+          break;
+        }
+        const GroupGrid grid = choose_grid(format, range);
+        const EncodeFault fault = scale_fault(format, grid);
+        if (fault != EncodeFault::None) status = {fault, r, first, grid.unrounded, 0};
+        store_scale(scales, format.scale, r * groups + g, grid.scale);
+        scratch.zeros[g] = static_cast<uint8_t>(grid.zero);
+        quantize_group(kernels, format, grid, w + first, count, scratch.codes.data() + first);
+      }
+      if (status.fault != EncodeFault::None) {
+        faults.add(status);
+        continue;
+      }
+      pack_row(args, r, scratch);
+      if (args.out.zeros != nullptr) {
+        pack_codes(scratch.zeros.data(), groups, format.bits(), false,
+                   args.out.zeros + r * ceil_div(groups * format.bits(), 8));
+      }
+    }
+  });
+  if (nested && faults.first().fault == EncodeFault::None) nest_scales(args, absmaxes.data(), n * groups);
+  return faults.first();
+}
+
+}  // namespace
+
+EncodeStatus encode(const EncodeArgs& args) {
+  if (args.format.info().grid == Grid::Cast) return encode_cast(args);
+  return args.format.group == kPerTensor ? encode_tensor(args) : encode_rows(args);
+}
+
+}  // namespace bitfold::cpu

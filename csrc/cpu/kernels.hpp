@@ -1,0 +1,94 @@
+// The leaf kernels of one instruction set: what the drivers in this folder call. Everything here works on one thread and on
+// plain memory; the drivers cut the work, own the buffers and report the errors.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/args.hpp"
+
+namespace bitfold::cpu {
+
+// What a group must know to choose its scale.
+struct GroupRange {
+  float low;   // min(w, 0)
+  float high;  // max(w, 0)
+  bool finite;
+};
+
+// w / scale and zero decide the codes of one group: integer and minifloat divide, codebooks multiply by 1 / scale.
+struct QuantizeArgs {
+  const float* w;
+  int64_t count;
+  float scale;
+  int zero;
+  uint8_t* codes;
+};
+
+// Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; x is fp32, zero-padded to x_stride columns,
+// a multiple of kFusedAlign. y[j * y_stride + row] receives the sums.
+struct FusedArgs {
+  const Weight* w;
+  const float* x;
+  int64_t x_stride;
+  int m;
+  int64_t row_begin;
+  int64_t row_end;
+  float* y;
+  int64_t y_stride;
+};
+inline constexpr int kFusedRows = 8;
+inline constexpr int64_t kFusedAlign = 32;
+
+// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns (a multiple of kFusedAlign, zero-padded); rows is a multiple of
+// the kernels' tile_w, m of their tile_x.
+struct TileArgs {
+  const float* w;
+  int64_t w_stride;
+  int64_t rows;
+  const float* x;
+  int64_t x_stride;
+  int64_t m;
+  int64_t depth;
+  float* sums;
+  int64_t sum_stride;
+};
+
+// sums[j * sum_stride + c] += sum over i < rows of factors[j * factor_stride + i] * w[i * w_stride + c], c < columns
+// (a multiple of kFusedAlign); rows is a multiple of kAxpyRows.
+struct AxpyArgs {
+  const float* w;
+  int64_t w_stride;
+  int64_t rows;
+  int64_t columns;
+  const float* factors;
+  int64_t factor_stride;
+  int64_t m;
+  float* sums;
+  int64_t sum_stride;
+};
+
+inline constexpr int kAxpyRows = 4;
+
+using QuantizeFn = void (*)(const QuantizeArgs&);
+// Columns [begin, end) of plane row `row`, decoded to fp32.
+using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out);
+using FusedFn = void (*)(const FusedArgs&);
+
+struct Kernels {
+  const char* isa;
+  void (*to_float)(const void* from, DType dtype, int64_t count, float* to);
+  void (*from_float)(const float* from, int64_t count, DType dtype, void* to);
+  GroupRange (*group_range)(const float* w, int64_t count);
+  QuantizeFn quantize[kRowCount];  // null for cast families
+  DecodeSpanFn decode_span[kRowCount];
+  FusedFn fused[kRowCount];  // null where the plan never chooses it
+  int tile_w;
+  int tile_x;
+  void (*tile)(const TileArgs&);
+  void (*axpy)(const AxpyArgs&);
+};
+
+// The kernels of this process, chosen at first use: the best that the CPU has, or BITFOLD_ISA's.
+const Kernels& kernels();
+
+}  // namespace bitfold::cpu

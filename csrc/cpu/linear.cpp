@@ -1,0 +1,228 @@
+// y = x W^T + b and dx = dy W, cut over output elements: a sum is never shared by threads, so its order never changes.
+#include <algorithm>
+
+#include "cpu/buffer.hpp"
+#include "cpu/cpu.hpp"
+#include "cpu/plan.hpp"
+
+namespace bitfold::cpu {
+namespace {
+
+// Rows of x that are widened to fp32 at a time: the panel of a larger batch would not stay in cache.
+constexpr int64_t kBatchRows = 512;
+// Rows and columns of a decoded tile: with the rows of x beside it, it fits a 512 KB cache.
+constexpr int64_t kStripRows = 24;
+constexpr int64_t kStripColumns = 1024;
+static_assert(kStripColumns % kFusedAlign == 0);
+
+// Rows [first, first + rows) of x as fp32, zero-padded to `stride` columns and `padded` rows.
+void widen_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t rows, int64_t padded, int64_t stride,
+                 float* panel) {
+  const int64_t k = args.x.columns;
+  cut(args.parallel_for, padded, grain_rows(k), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      float* row = panel + j * stride;
+      if (j < rows) read_row(kernels, args.x, first + j, row);
+      const int64_t filled = j < rows ? k : 0;
+      std::memset(row + filled, 0, static_cast<size_t>(stride - filled) * sizeof(float));
+    }
+  });
+}
+
+// Sums of weight rows [begin, end) and one row of x, plus bias, to row j of y.
+class Epilogue {
+ public:
+  Epilogue(const Kernels& kernels, const LinearArgs& args, int64_t begin, int64_t end)
+      : kernels_(kernels), args_(args), begin_(begin), count_(end - begin), bias_(args.bias != nullptr ? count_ : 0) {
+    const int64_t size = dtype_bytes(args.x.dtype);
+    if (args.bias != nullptr) {
+      kernels.to_float(static_cast<const char*>(args.bias) + begin * size, args.x.dtype, count_, bias_.data());
+    }
+  }
+  void operator()(int64_t j, float* sums) {
+    if (args_.bias != nullptr) {
+      for (int64_t i = 0; i < count_; ++i) sums[i] += bias_[i];
+    }
+    const int64_t at = (j * args_.w.n + begin_) * dtype_bytes(args_.x.dtype);
+    kernels_.from_float(sums, count_, args_.x.dtype, static_cast<char*>(args_.y) + at);
+  }
+
+ private:
+  const Kernels& kernels_;
+  const LinearArgs& args_;
+  int64_t begin_;
+  int64_t count_;
+  Buffer<float> bias_;
+};
+
+void linear_fused(const LinearArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const int64_t m = args.x.rows, stride = round_up(args.w.k, kFusedAlign);
+  Buffer<float> panel(m * stride);
+  widen_panel(kernels, args, 0, m, m, stride, panel.data());
+  cut(args.parallel_for, args.w.n, grain_rows(args.w.k), [&](int64_t begin, int64_t end) {
+    Buffer<float> sums(m * (end - begin));
+    kernels.fused[args.w.format.row]({&args.w, panel.data(), stride, static_cast<int>(m), begin, end, sums.data(), end - begin});
+    Epilogue finish(kernels, args, begin, end);
+    for (int64_t j = 0; j < m; ++j) finish(j, sums.data() + j * (end - begin));
+  });
+}
+
+void linear_tiled(const LinearArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const Weight& w = args.w;
+  const int64_t stride = round_up(w.k, kFusedAlign);
+  const int64_t most = std::min(args.x.rows, kBatchRows);
+  Buffer<float> panel(round_up(most, kernels.tile_x) * stride);
+  for (int64_t first = 0; first < args.x.rows; first += kBatchRows) {
+    const int64_t m = std::min(kBatchRows, args.x.rows - first), padded = round_up(m, kernels.tile_x);
+    widen_panel(kernels, args, first, m, padded, stride, panel.data());
+    cut(args.parallel_for, ceil_div(w.n, kStripRows), 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> tile(kStripRows * kStripColumns), sums(padded * kStripRows);
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t row = strip * kStripRows, rows = std::min(kStripRows, w.n - row);
+        const int64_t padded_rows = round_up(rows, kernels.tile_w);
+        std::fill_n(sums.data(), padded * kStripRows, 0.0f);
+        for (int64_t column = 0; column < w.k; column += kStripColumns) {
+          const int64_t columns = std::min(kStripColumns, w.k - column), depth = round_up(columns, kFusedAlign);
+          for (int64_t i = 0; i < padded_rows; ++i) {
+            float* to = tile.data() + i * kStripColumns;
+            if (i < rows) decode_row(kernels, w, row + i, column, column + columns, to);
+            const int64_t filled = i < rows ? columns : 0;
+            std::fill_n(to + filled, depth - filled, 0.0f);
+          }
+          kernels.tile({tile.data(), kStripColumns, padded_rows, panel.data() + column, stride, padded, depth, sums.data(),
+                        kStripRows});
+        }
+        Epilogue finish(kernels, args, row, row + rows);
+        for (int64_t j = 0; j < m; ++j) finish(first + j, sums.data() + j * kStripRows);
+      }
+    });
+  }
+}
+
+// ---- the floor: float64 sums, a decoded row at a time, any layout ----
+
+void store_double(DType dtype, void* to, int64_t i, double value) {
+  switch (dtype) {
+    case DType::F64: static_cast<double*>(to)[i] = value; break;
+    case DType::F32: static_cast<float*>(to)[i] = static_cast<float>(value); break;
+    case DType::BF16: static_cast<uint16_t*>(to)[i] = float_to_bf16(static_cast<float>(value)); break;
+    default: static_cast<uint16_t*>(to)[i] = float_to_half(static_cast<float>(value)); break;
+  }
+}
+
+void read_matrix(const MatrixIn& in, ParallelFor parallel_for, double* to) {
+  cut(parallel_for, in.rows, grain_rows(in.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) read_row(in, j, to + j * in.columns);
+  });
+}
+
+void linear_floor(const LinearArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const Weight& w = args.w;
+  Buffer<double> x(args.x.rows * w.k);
+  read_matrix(args.x, args.parallel_for, x.data());
+  const MatrixIn bias_row{args.bias, args.x.dtype, 1, w.n, w.n, 1};
+  Buffer<double> bias(args.bias != nullptr ? w.n : 0);
+  if (args.bias != nullptr) read_row(bias_row, 0, bias.data());
+  cut(args.parallel_for, w.n, grain_rows(w.k), [&](int64_t begin, int64_t end) {
+    Buffer<float> row(w.k);
+    for (int64_t i = begin; i < end; ++i) {
+      decode_row(kernels, w, i, 0, w.k, row.data());
+      for (int64_t j = 0; j < args.x.rows; ++j) {
+        double sum = 0.0;
+        for (int64_t c = 0; c < w.k; ++c) sum += x[j * w.k + c] * static_cast<double>(row[c]);
+        if (args.bias != nullptr) sum += bias[i];
+        store_double(args.x.dtype, args.y, j * w.n + i, sum);
+      }
+    }
+  });
+}
+
+// ---- dx = dy W ----
+
+// Columns of dx that one thread sums up, rows of W that are decoded at a time, rows of W in one partial sum, and rows of dy at
+// a time (their sums stay in cache).
+constexpr int64_t kGradColumns = 256;
+constexpr int64_t kGradRows = 32;
+constexpr int64_t kGradPartial = 512;
+constexpr int64_t kGradBatch = 128;
+static_assert(kGradRows % kAxpyRows == 0 && kGradPartial % kGradRows == 0 && kGradColumns % kFusedAlign == 0);
+
+void grad_x_tiled(const LinearGradArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const Weight& w = args.w;
+  const int64_t stride = round_up(w.n, kGradRows);
+  Buffer<float> dy(std::min(args.dy.rows, kGradBatch) * stride);
+  for (int64_t first = 0; first < args.dy.rows; first += kGradBatch) {
+    const int64_t m = std::min(kGradBatch, args.dy.rows - first);
+    for (int64_t j = 0; j < m; ++j) {
+      read_row(kernels, args.dy, first + j, dy.data() + j * stride);
+      std::fill(dy.data() + j * stride + w.n, dy.data() + (j + 1) * stride, 0.0f);
+    }
+    cut(args.parallel_for, ceil_div(w.k, kGradColumns), 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> tile(kGradRows * kGradColumns), partial(m * kGradColumns), total(m * kGradColumns);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t column = chunk * kGradColumns, columns = std::min(kGradColumns, w.k - column);
+        std::fill_n(total.data(), m * kGradColumns, 0.0f);
+        for (int64_t row = 0; row < w.n; row += kGradPartial) {
+          std::fill_n(partial.data(), m * kGradColumns, 0.0f);
+          for (int64_t r = row; r < std::min(w.n, row + kGradPartial); r += kGradRows) {
+            std::fill_n(tile.data(), kGradRows * kGradColumns, 0.0f);
+            for (int64_t i = 0; i < std::min(kGradRows, w.n - r); ++i) {
+              decode_row(kernels, w, r + i, column, column + columns, tile.data() + i * kGradColumns);
+            }
+            kernels.axpy({tile.data(), kGradColumns, kGradRows, kGradColumns, dy.data() + r, stride, m, partial.data(), kGradColumns});
+          }
+          for (int64_t i = 0; i < m * kGradColumns; ++i) total[i] += partial[i];
+        }
+        for (int64_t j = 0; j < m; ++j) {
+          const int64_t at = ((first + j) * w.k + column) * dtype_bytes(args.dy.dtype);
+          kernels.from_float(total.data() + j * kGradColumns, columns, args.dy.dtype, static_cast<char*>(args.dx) + at);
+        }
+      }
+    });
+  }
+}
+
+void grad_x_floor(const LinearGradArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const Weight& w = args.w;
+  Buffer<double> dy(args.dy.rows * w.n);
+  read_matrix(args.dy, args.parallel_for, dy.data());
+  cut(args.parallel_for, ceil_div(w.k, kGradColumns), 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> row(kGradColumns);
+    Buffer<double> sums(args.dy.rows * kGradColumns);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t column = chunk * kGradColumns, columns = std::min(kGradColumns, w.k - column);
+      std::fill_n(sums.data(), args.dy.rows * kGradColumns, 0.0);
+      for (int64_t i = 0; i < w.n; ++i) {
+        decode_row(kernels, w, i, column, column + columns, row.data());
+        for (int64_t j = 0; j < args.dy.rows; ++j) {
+          for (int64_t c = 0; c < columns; ++c) sums[j * kGradColumns + c] += dy[j * w.n + i] * static_cast<double>(row[c]);
+        }
+      }
+      for (int64_t j = 0; j < args.dy.rows; ++j) {
+        for (int64_t c = 0; c < columns; ++c) store_double(args.dy.dtype, args.dx, j * w.k + column + c, sums[j * kGradColumns + c]);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void linear(const LinearArgs& args) {
+  switch (plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype).regime) {
+    case Regime::Fused: return linear_fused(args);
+    case Regime::Tiled: return linear_tiled(args);
+    case Regime::Floor: return linear_floor(args);
+  }
+}
+
+void linear_grad_x(const LinearGradArgs& args) {
+  const bool floor = args.dy.dtype == DType::F64 || args.w.layout == Layout::Flat;
+  return floor ? grad_x_floor(args) : grad_x_tiled(args);
+}
+
+}  // namespace bitfold::cpu

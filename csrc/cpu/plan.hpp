@@ -1,0 +1,35 @@
+// Which kernel multiplies: a pure function of what is multiplied.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.hpp"
+#include "formats/format.hpp"
+
+namespace bitfold::cpu {
+
+enum class Regime : uint8_t { Fused, Tiled, Floor };
+
+struct LinearPlan {
+  Regime regime;
+  const char* reason;
+};
+
+// The fused kernel starts every group at a vector boundary.
+constexpr bool fused_supports(const Format& format) {
+  return format.info().grid == Grid::Cast || format.group < 1 || format.group % kFusedAlign == 0;
+}
+
+constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, DType activations) {
+  if (activations == DType::F64) return {Regime::Floor, "float64 is computed in float64"};
+  if (layout == Layout::Flat) return {Regime::Floor, "blocks straddle rows"};
+  if (m > kFusedRows) return {Regime::Tiled, "a batch of more than 8 rows shares each decoded tile"};
+  if (!fused_supports(format)) return {Regime::Tiled, "the group is no multiple of 32 columns"};
+  return {Regime::Fused, "a batch of at most 8 rows is multiplied in registers"};
+}
+
+constexpr const char* to_string(Regime regime) {
+  return regime == Regime::Fused ? "fused" : regime == Regime::Tiled ? "tiled" : "floor";
+}
+
+}  // namespace bitfold::cpu

@@ -1,0 +1,131 @@
+// Eight lanes of AVX2, FMA and F16C. See scalar.hpp for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "formats/numeric.hpp"
+
+#define BITFOLD_SIMD [[gnu::always_inline]] inline
+
+namespace bitfold::cpu {
+namespace {
+
+inline constexpr int kLanes = 8;
+inline constexpr int kTileW = 3;  // 12 sums, 3 + 1 operands: all 16 registers
+inline constexpr int kTileX = 4;
+
+using F = __m256;
+struct I {
+  __m256i v;
+};
+struct Mask {
+  __m256i v;
+};
+
+BITFOLD_SIMD F load(const float* p) { return _mm256_loadu_ps(p); }
+BITFOLD_SIMD void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+BITFOLD_SIMD F splat(float a) { return _mm256_set1_ps(a); }
+BITFOLD_SIMD I splat(int32_t a) { return {_mm256_set1_epi32(a)}; }
+
+BITFOLD_SIMD __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+BITFOLD_SIMD F load_half(const uint16_t* p) { return _mm256_cvtph_ps(load16(p)); }
+BITFOLD_SIMD F load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
+}
+BITFOLD_SIMD void store_half(uint16_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+BITFOLD_SIMD F add(F a, F b) { return _mm256_add_ps(a, b); }
+BITFOLD_SIMD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+BITFOLD_SIMD F div(F a, F b) { return _mm256_div_ps(a, b); }
+BITFOLD_SIMD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+BITFOLD_SIMD F min(F a, F b) { return _mm256_min_ps(a, b); }
+BITFOLD_SIMD F max(F a, F b) { return _mm256_max_ps(a, b); }
+BITFOLD_SIMD F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BITFOLD_SIMD I to_int(F a) { return {_mm256_cvttps_epi32(a)}; }
+BITFOLD_SIMD F to_float(I a) { return _mm256_cvtepi32_ps(a.v); }
+BITFOLD_SIMD F as_float(I a) { return _mm256_castsi256_ps(a.v); }
+BITFOLD_SIMD I as_int(F a) { return {_mm256_castps_si256(a)}; }
+
+BITFOLD_SIMD I add(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
+BITFOLD_SIMD I sub(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+BITFOLD_SIMD I bit_and(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
+BITFOLD_SIMD I bit_or(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
+template <int Count>
+BITFOLD_SIMD I shift_left(I a) {
+  return {_mm256_slli_epi32(a.v, Count)};
+}
+template <int Count>
+BITFOLD_SIMD I shift_right(I a) {
+  return {_mm256_srli_epi32(a.v, Count)};
+}
+
+BITFOLD_SIMD Mask greater(F a, F b) { return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ))}; }
+BITFOLD_SIMD Mask greater(I a, I b) { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
+BITFOLD_SIMD F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m.v)); }
+BITFOLD_SIMD I select(Mask m, I a, I b) { return {_mm256_blendv_epi8(b.v, a.v, m.v)}; }
+BITFOLD_SIMD I count_if(Mask m, I count) { return {_mm256_sub_epi32(count.v, m.v)}; }
+
+struct Table16 {
+  F low;
+  F high;
+};
+BITFOLD_SIMD Table16 load_table(const float* values) { return {load(values), load(values + 8)}; }
+BITFOLD_SIMD F lookup(Table16 table, I index) {
+  const F low = _mm256_permutevar8x32_ps(table.low, index.v);
+  const F high = _mm256_permutevar8x32_ps(table.high, index.v);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)));  // bit 3 decides
+}
+
+template <int Bits, bool HighFirst>
+BITFOLD_SIMD I unpack(const uint8_t* p) {
+  if constexpr (Bits == 8) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  } else {
+    uint32_t word = 0;
+    std::memcpy(&word, p, Bits);
+    constexpr int kSwap = HighFirst ? 1 : 0;
+    const __m256i counts =
+        _mm256_setr_epi32(Bits * (0 ^ kSwap), Bits * (1 ^ kSwap), Bits * (2 ^ kSwap), Bits * (3 ^ kSwap),
+                          Bits * (4 ^ kSwap), Bits * (5 ^ kSwap), Bits * (6 ^ kSwap), Bits * (7 ^ kSwap));
+    const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(word)), counts);
+    return {_mm256_and_si256(shifted, _mm256_set1_epi32((1 << Bits) - 1))};
+  }
+}
+BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+BITFOLD_SIMD float reduce_add(F a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+BITFOLD_SIMD float reduce_max(F a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+BITFOLD_SIMD float reduce_min(F a) {
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+
+}  // namespace
+}  // namespace bitfold::cpu

@@ -1,0 +1,142 @@
+// Sixteen lanes of AVX-512 (F, BW, VL, DQ). See scalar.hpp for what each function means. Tests on machines without it
+// define BITFOLD_EMULATE_AVX512: SIMDe then gives the same intrinsics a slow body.
+#pragma once
+
+#ifdef BITFOLD_EMULATE_AVX512
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "formats/numeric.hpp"
+
+#define BITFOLD_SIMD [[gnu::always_inline]] inline
+
+namespace bitfold::cpu {
+namespace {
+
+inline constexpr int kLanes = 16;
+inline constexpr int kTileW = 4;  // 24 sums, 4 + 1 operands of 32 registers
+inline constexpr int kTileX = 6;
+
+using F = __m512;
+struct I {
+  __m512i v;
+};
+struct Mask {
+  __mmask16 v;
+};
+
+BITFOLD_SIMD F load(const float* p) { return _mm512_loadu_ps(p); }
+BITFOLD_SIMD void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+BITFOLD_SIMD F splat(float a) { return _mm512_set1_ps(a); }
+BITFOLD_SIMD I splat(int32_t a) { return {_mm512_set1_epi32(a)}; }
+
+BITFOLD_SIMD __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+BITFOLD_SIMD F load_half(const uint16_t* p) { return _mm512_cvtph_ps(load32(p)); }
+BITFOLD_SIMD F load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
+}
+BITFOLD_SIMD void store_half(uint16_t* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+
+BITFOLD_SIMD F add(F a, F b) { return _mm512_add_ps(a, b); }
+BITFOLD_SIMD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+BITFOLD_SIMD F div(F a, F b) { return _mm512_div_ps(a, b); }
+BITFOLD_SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+BITFOLD_SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
+BITFOLD_SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
+BITFOLD_SIMD F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BITFOLD_SIMD I to_int(F a) { return {_mm512_cvttps_epi32(a)}; }
+BITFOLD_SIMD F to_float(I a) { return _mm512_cvtepi32_ps(a.v); }
+BITFOLD_SIMD F as_float(I a) { return _mm512_castsi512_ps(a.v); }
+BITFOLD_SIMD I as_int(F a) { return {_mm512_castps_si512(a)}; }
+
+BITFOLD_SIMD I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+BITFOLD_SIMD I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+BITFOLD_SIMD I bit_and(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+BITFOLD_SIMD I bit_or(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int Count>
+BITFOLD_SIMD I shift_left(I a) {
+  return {_mm512_slli_epi32(a.v, Count)};
+}
+template <int Count>
+BITFOLD_SIMD I shift_right(I a) {
+  return {_mm512_srli_epi32(a.v, Count)};
+}
+
+BITFOLD_SIMD Mask greater(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)}; }
+BITFOLD_SIMD Mask greater(I a, I b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
+BITFOLD_SIMD F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m.v, b, a); }
+BITFOLD_SIMD I select(Mask m, I a, I b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
+BITFOLD_SIMD I count_if(Mask m, I count) {
+  return {_mm512_mask_add_epi32(count.v, m.v, count.v, _mm512_set1_epi32(1))};
+}
+
+struct Table16 {
+  F values;
+};
+BITFOLD_SIMD Table16 load_table(const float* values) { return {load(values)}; }
+BITFOLD_SIMD F lookup(Table16 table, I index) { return _mm512_permutexvar_ps(index.v, table.values); }
+
+template <int Bits, bool HighFirst>
+BITFOLD_SIMD I unpack(const uint8_t* p) {
+  if constexpr (Bits == 8) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  } else {
+    uint32_t low = 0, high = 0;
+    std::memcpy(&low, p, Bits);
+    std::memcpy(&high, p + Bits, Bits);
+    constexpr int kSwap = HighFirst ? 1 : 0;
+    const __m512i counts = _mm512_setr_epi32(
+        Bits * (0 ^ kSwap), Bits * (1 ^ kSwap), Bits * (2 ^ kSwap), Bits * (3 ^ kSwap), Bits * (4 ^ kSwap),
+        Bits * (5 ^ kSwap), Bits * (6 ^ kSwap), Bits * (7 ^ kSwap), Bits * (0 ^ kSwap), Bits * (1 ^ kSwap),
+        Bits * (2 ^ kSwap), Bits * (3 ^ kSwap), Bits * (4 ^ kSwap), Bits * (5 ^ kSwap), Bits * (6 ^ kSwap),
+        Bits * (7 ^ kSwap));
+    const __m512i words = _mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(static_cast<int32_t>(low)),
+                                                  _mm512_set1_epi32(static_cast<int32_t>(high)));
+    return {_mm512_and_si512(_mm512_srlv_epi32(words, counts), _mm512_set1_epi32((1 << Bits) - 1))};
+  }
+}
+BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+
+BITFOLD_SIMD __m256 upper_half(F a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
+BITFOLD_SIMD float reduce_add(F a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), upper_half(a));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+BITFOLD_SIMD float reduce_max(F a) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a), upper_half(a));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+BITFOLD_SIMD float reduce_min(F a) {
+  const __m256 eight = _mm256_min_ps(_mm512_castps512_ps256(a), upper_half(a));
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+
+}  // namespace
+}  // namespace bitfold::cpu

@@ -1,0 +1,182 @@
+// Eight lanes as plain loops: what a CPU without one of the other headers runs, and the shape they all follow.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "formats/numeric.hpp"
+
+#define BITFOLD_SIMD [[gnu::always_inline]] inline
+
+namespace bitfold::cpu {
+namespace {
+
+inline constexpr int kLanes = 8;
+// Rows of w and of x that one tile multiplies in registers.
+inline constexpr int kTileW = 2;
+inline constexpr int kTileX = 2;
+
+struct F {
+  float v[kLanes];
+};
+struct I {
+  int32_t v[kLanes];
+};
+struct Mask {
+  bool v[kLanes];
+};
+
+template <class Out, class Fn>
+BITFOLD_SIMD Out each(Fn fn) {
+  Out out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = fn(i);
+  return out;
+}
+
+BITFOLD_SIMD F load(const float* p) {
+  F out;
+  std::memcpy(out.v, p, sizeof(out.v));
+  return out;
+}
+BITFOLD_SIMD void store(float* p, F a) { std::memcpy(p, a.v, sizeof(a.v)); }
+BITFOLD_SIMD F splat(float a) {
+  return each<F>([&](int) { return a; });
+}
+BITFOLD_SIMD I splat(int32_t a) {
+  return each<I>([&](int) { return a; });
+}
+
+BITFOLD_SIMD F load_half(const uint16_t* p) {
+  return each<F>([&](int i) { return half_to_float(p[i]); });
+}
+BITFOLD_SIMD F load_bf16(const uint16_t* p) {
+  return each<F>([&](int i) { return bf16_to_float(p[i]); });
+}
+BITFOLD_SIMD void store_half(uint16_t* p, F a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(a.v[i]);
+}
+BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_bf16(a.v[i]);
+}
+
+BITFOLD_SIMD F add(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] + b.v[i]; });
+}
+BITFOLD_SIMD F mul(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] * b.v[i]; });
+}
+BITFOLD_SIMD F div(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] / b.v[i]; });
+}
+// a * b + c; one rounding where the hardware has it, two here.
+BITFOLD_SIMD F fma(F a, F b, F c) {
+  return each<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+// As the x86 instructions: where one is NaN, the second.
+BITFOLD_SIMD F min(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+BITFOLD_SIMD F max(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+BITFOLD_SIMD F round_even(F a) {
+  return each<F>([&](int i) { return __builtin_nearbyintf(a.v[i]); });
+}
+BITFOLD_SIMD I to_int(F a) {  // of whole numbers
+  return each<I>([&](int i) { return static_cast<int32_t>(a.v[i]); });
+}
+BITFOLD_SIMD F to_float(I a) {
+  return each<F>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+BITFOLD_SIMD F as_float(I a) {
+  return each<F>([&](int i) { return std::bit_cast<float>(a.v[i]); });
+}
+BITFOLD_SIMD I as_int(F a) {
+  return each<I>([&](int i) { return std::bit_cast<int32_t>(a.v[i]); });
+}
+
+BITFOLD_SIMD I add(I a, I b) {
+  return each<I>([&](int i) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
+  });
+}
+BITFOLD_SIMD I sub(I a, I b) {
+  return each<I>([&](int i) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i]));
+  });
+}
+BITFOLD_SIMD I bit_and(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] & b.v[i]; });
+}
+BITFOLD_SIMD I bit_or(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] | b.v[i]; });
+}
+template <int Count>
+BITFOLD_SIMD I shift_left(I a) {
+  return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << Count); });
+}
+template <int Count>
+BITFOLD_SIMD I shift_right(I a) {  // logical
+  return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> Count); });
+}
+
+BITFOLD_SIMD Mask greater(F a, F b) {
+  return each<Mask>([&](int i) { return a.v[i] > b.v[i]; });
+}
+BITFOLD_SIMD Mask greater(I a, I b) {
+  return each<Mask>([&](int i) { return a.v[i] > b.v[i]; });
+}
+BITFOLD_SIMD F select(Mask m, F a, F b) {
+  return each<F>([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
+}
+BITFOLD_SIMD I select(Mask m, I a, I b) {
+  return each<I>([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
+}
+// count + 1 where the mask is set.
+BITFOLD_SIMD I count_if(Mask m, I count) {
+  return each<I>([&](int i) { return count.v[i] + (m.v[i] ? 1 : 0); });
+}
+
+struct Table16 {
+  const float* values;
+};
+BITFOLD_SIMD Table16 load_table(const float* values) { return {values}; }
+BITFOLD_SIMD F lookup(Table16 table, I index) {
+  return each<F>([&](int i) { return table.values[index.v[i]]; });
+}
+
+// kLanes codes of Bits bits that start at a byte; the even one of a byte may sit in its high nibble.
+template <int Bits, bool HighFirst>
+BITFOLD_SIMD I unpack(const uint8_t* p) {
+  if constexpr (Bits == 8) {
+    return each<I>([&](int i) { return p[i]; });
+  } else {
+    uint32_t word = 0;
+    std::memcpy(&word, p, Bits);
+    return each<I>([&](int i) {
+      return static_cast<int32_t>(word >> (Bits * (HighFirst ? i ^ 1 : i)) & ((1u << Bits) - 1u));
+    });
+  }
+}
+BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
+// Sums and extremes over the lanes, in one fixed order.
+BITFOLD_SIMD float reduce_add(F a) {
+  const float s0 = a.v[0] + a.v[4], s1 = a.v[1] + a.v[5], s2 = a.v[2] + a.v[6], s3 = a.v[3] + a.v[7];
+  return (s0 + s2) + (s1 + s3);
+}
+BITFOLD_SIMD float reduce_max(F a) {
+  float out = a.v[0];
+  for (int i = 1; i < kLanes; ++i) out = a.v[i] > out ? a.v[i] : out;
+  return out;
+}
+BITFOLD_SIMD float reduce_min(F a) {
+  float out = a.v[0];
+  for (int i = 1; i < kLanes; ++i) out = a.v[i] < out ? a.v[i] : out;
+  return out;
+}
+
+}  // namespace
+}  // namespace bitfold::cpu

@@ -1,0 +1,113 @@
+// The codebooks: the only home of their numbers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace bitfold {
+
+// NF4: Dettmers et al. 2023, "QLoRA", appendix E. Sorted; the code is the index.
+inline constexpr std::array<float, 16> kNf4Values = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// FP4 as bitsandbytes stores it: bit 3 is the sign, and the magnitudes are not in the order of the codes. Code 8 is 0 and
+// is never written.
+inline constexpr std::array<float, 16> kFp4Values = {
+    0.0f, 0.005208333333f,  0.66666667f,  1.0f,  0.33333333f,  0.5f,  0.16666667f,  0.25f,
+    0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f,
+};
+
+// A codebook sorted by value, with the midpoints that decide: a number above midpoint i belongs to entry i + 1 or higher.
+template <int Count>
+struct SortedCodebook {
+  std::array<float, Count> values{};
+  std::array<uint8_t, Count> codes{};
+  std::array<float, Count - 1> midpoints{};
+  int count = 0;  // entries in use
+};
+
+template <int Count>
+constexpr SortedCodebook<Count> sort_codebook(const std::array<float, Count>& values) {
+  SortedCodebook<Count> sorted;
+  for (int code = 0; code < Count; ++code) {
+    bool repeated = false;
+    for (int i = 0; i < sorted.count; ++i) repeated |= sorted.values[static_cast<size_t>(i)] == values[static_cast<size_t>(code)];
+    if (repeated) continue;  // fp4's second zero: the lower code is the one that is written
+    int place = sorted.count++;
+    for (; place > 0 && sorted.values[static_cast<size_t>(place - 1)] > values[static_cast<size_t>(code)]; --place) {
+      sorted.values[static_cast<size_t>(place)] = sorted.values[static_cast<size_t>(place - 1)];
+      sorted.codes[static_cast<size_t>(place)] = sorted.codes[static_cast<size_t>(place - 1)];
+    }
+    sorted.values[static_cast<size_t>(place)] = values[static_cast<size_t>(code)];
+    sorted.codes[static_cast<size_t>(place)] = static_cast<uint8_t>(code);
+  }
+  for (int i = 0; i + 1 < sorted.count; ++i) {
+    const auto at = static_cast<size_t>(i);
+    sorted.midpoints[at] = (sorted.values[at] + sorted.values[at + 1]) * 0.5f;
+  }
+  return sorted;
+}
+
+inline constexpr SortedCodebook<16> kNf4Sorted = sort_codebook<16>(kNf4Values);
+inline constexpr SortedCodebook<16> kFp4Sorted = sort_codebook<16>(kFp4Values);
+static_assert(kNf4Sorted.count == 16 && kFp4Sorted.count == 15);
+
+// The dynamic map of 8-bit optimizers (Dettmers 2016), rounded as docs/formats.md says; sorted, so the code is the index.
+constexpr std::array<float, 256> make_dynamic_map() {
+  std::array<float, 256> map{};
+  int count = 0;
+  auto insert = [&](float value) {
+    int place = count++;
+    for (; place > 0 && map[static_cast<size_t>(place - 1)] > value; --place) {
+      map[static_cast<size_t>(place)] = map[static_cast<size_t>(place - 1)];
+    }
+    map[static_cast<size_t>(place)] = value;
+  };
+  constexpr float kLow = 0.1f;
+  constexpr std::array<float, 7> kPowers = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  for (int e = 0; e < 7; ++e) {
+    const int parts = 1 << e;
+    const float step = (1.0f - kLow) / static_cast<float>(parts);
+    auto edge = [&](int i) {  // the product is exact in double: one rounding
+      const double from_low = static_cast<double>(kLow) + static_cast<double>(step) * i;
+      const double from_high = 1.0 - static_cast<double>(step) * (parts - i);
+      return static_cast<float>(i < (parts + 1) / 2 ? from_low : from_high);
+    };
+    for (int i = 0; i < parts; ++i) {
+      const float centre = (edge(i) + edge(i + 1)) / 2.0f * kPowers[static_cast<size_t>(e)];
+      insert(centre);
+      insert(-centre);
+    }
+  }
+  insert(0.0f);
+  insert(1.0f);
+  return map;
+}
+
+inline constexpr std::array<float, 256> kDynamicMap = make_dynamic_map();
+static_assert(kDynamicMap[127] == 0.0f && kDynamicMap[255] == 1.0f);
+
+constexpr std::array<float, 255> make_dynamic_midpoints() {
+  std::array<float, 255> midpoints{};
+  for (size_t i = 0; i < midpoints.size(); ++i) midpoints[i] = (kDynamicMap[i] + kDynamicMap[i + 1]) * 0.5f;
+  return midpoints;
+}
+inline constexpr std::array<float, 255> kDynamicMidpoints = make_dynamic_midpoints();
+
+}  // namespace bitfold

@@ -1,0 +1,165 @@
+// Format strings: parsing with errors that help, and the canonical spelling.
+#include "formats/format.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+namespace bitfold {
+namespace {
+
+struct ScaleName {
+  std::string_view token;
+  Scale scale;
+};
+constexpr std::array kScaleNames = {ScaleName{"sfp16", Scale::F16}, ScaleName{"sbf16", Scale::BF16},
+                                    ScaleName{"sfp32", Scale::F32}};
+
+[[noreturn]] void fail(std::string_view text, const std::string& why) {
+  throw std::invalid_argument("format '" + std::string(text) + "' " + why);
+}
+
+int edit_distance(std::string_view a, std::string_view b) {
+  std::vector<int> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = static_cast<int>(j);
+  for (size_t i = 1; i <= a.size(); ++i) {
+    int diagonal = row[0];
+    row[0] = static_cast<int>(i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const int substitute = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substitute});
+    }
+  }
+  return row[b.size()];
+}
+
+std::string known_families(std::string_view text) {
+  const FormatRow* nearest = nullptr;
+  int best = 3;  // further away is no typo
+  std::string all;
+  for (const FormatRow& row : kFormats) {
+    all += (all.empty() ? "" : ", ") + std::string(row.family);
+    const int distance = edit_distance(text.substr(0, text.find('-')), row.family);
+    if (distance < best) {
+      best = distance;
+      nearest = &row;
+    }
+  }
+  return nearest ? "did you mean '" + std::string(nearest->family) + "'? Families: " + all : "families are " + all;
+}
+
+// The row whose family name starts the text; what follows it must be a '-' or the end.
+std::optional<int> match_family(std::string_view text, std::string_view* rest) {
+  for (size_t i = 0; i < kFormats.size(); ++i) {
+    const std::string_view family = kFormats[i].family;
+    if (text.starts_with(family) && (text.size() == family.size() || text[family.size()] == '-')) {
+      *rest = text.substr(family.size());
+      return static_cast<int>(i);
+    }
+  }
+  constexpr std::string_view kShort = "fp8";
+  if (text.starts_with(kShort) && (text.size() == kShort.size() || text[kShort.size()] == '-')) {
+    *rest = text.substr(kShort.size());
+    return kE4m3;
+  }
+  return std::nullopt;
+}
+
+int64_t parse_group(std::string_view text, std::string_view token, const FormatRow& row) {
+  int64_t group = 0;
+  const auto [end, error] = std::from_chars(token.data() + 1, token.data() + token.size(), group);
+  const std::string what = row.group_letter == 'b' ? "block" : "group";
+  if (error != std::errc() || end != token.data() + token.size() || group < row.min_group || group > row.max_group) {
+    std::string range = "of at least " + std::to_string(row.min_group) + " columns";
+    if (row.max_group != kAnyGroup) {
+      range = "of " + std::to_string(row.min_group) + " to " + std::to_string(row.max_group) + " columns";
+    }
+    fail(text, "has the " + what + " '" + std::string(token) + "'; " + std::string(row.family) + " takes a " + what + " " + range);
+  }
+  return group;
+}
+
+}  // namespace
+
+Format parse_format(std::string_view text) {
+  std::string_view rest;
+  const std::optional<int> found = match_family(text, &rest);
+  if (!found) fail(text, "is unknown: " + known_families(text));
+  const FormatRow& row = kFormats[static_cast<size_t>(*found)];
+  Format format{*found, row.group, Zero::None, row.scale};
+  bool has_group = false, has_scale = false;
+  while (!rest.empty()) {
+    rest.remove_prefix(1);  // the '-'
+    const std::string_view token = rest.substr(0, rest.find('-'));
+    rest.remove_prefix(token.size());
+    const auto once = [&](bool& seen, const char* what) {
+      if (seen) fail(text, std::string("names its ") + what + " twice");
+      seen = true;
+    };
+    const bool groups = row.min_group > 0;
+    if (groups && row.group_letter == 'g' && (token == "tensor" || token == "channel")) {
+      once(has_group, "granularity");
+      format.group = token == "tensor" ? kPerTensor : kPerChannel;
+    } else if (groups && token.size() > 1 && token[0] == row.group_letter) {
+      once(has_group, "granularity");
+      format.group = parse_group(text, token, row);
+    } else if (row.asymmetric && token == "asym") {
+      if (format.zero == Zero::Integer) fail(text, "says 'asym' twice");
+      format.zero = Zero::Integer;
+    } else if (row.nested && token == "dq") {
+      once(has_scale, "scale dtype");
+      format.scale = Scale::Nested;
+    } else if (const auto* name = std::find_if(kScaleNames.begin(), kScaleNames.end(),
+                                               [&](const ScaleName& item) { return item.token == token; });
+               row.scale != Scale::None && name != kScaleNames.end()) {
+      once(has_scale, "scale dtype");
+      format.scale = name->scale;
+    } else {
+      std::string parts;
+      const auto part = [&](bool allowed, const std::string& name) {
+        if (allowed) parts += (parts.empty() ? "" : ", ") + name;
+      };
+      part(groups && row.group_letter == 'g', "tensor, channel");
+      part(groups, std::string(1, row.group_letter) + "<columns>");
+      part(row.asymmetric, "asym");
+      part(row.scale != Scale::None, "sfp16, sbf16, sfp32");
+      part(row.nested, "dq");
+      fail(text, "has the unknown part '" + std::string(token) + "'; " + std::string(row.family) + " takes " +
+                     (parts.empty() ? "no parameters" : parts));
+    }
+  }
+  return format;
+}
+
+std::string to_string(const Format& format) {
+  const FormatRow& row = format.info();
+  std::string text(row.family);
+  if (row.grid == Grid::Cast) return text;
+  if (format.group == kPerTensor) {
+    text += "-tensor";
+  } else if (format.group == kPerChannel) {
+    text += "-channel";
+  } else {
+    text += std::string("-") + row.group_letter + std::to_string(format.group);
+  }
+  if (format.zero == Zero::Integer) text += "-asym";
+  if (format.scale == Scale::Nested) {
+    text += "-dq";
+  } else if (format.scale != row.scale) {
+    for (const ScaleName& name : kScaleNames) {
+      if (name.scale == format.scale) text += "-" + std::string(name.token);
+    }
+  }
+  return text;
+}
+
+Layout parse_layout(std::string_view text) {
+  if (text == "rows") return Layout::Rows;
+  if (text == "flat") return Layout::Flat;
+  throw std::invalid_argument("layout is '" + std::string(text) + "'; it must be 'rows' or 'flat'");
+}
+
+}  // namespace bitfold

@@ -1,0 +1,190 @@
+// The format table: every weight format is one row here, and nothing about it is written anywhere else.
+//
+// A format string ("int4-g128-asym") is a row plus run-time parameters (group, zero, scale dtype). Sizes are arithmetic on
+// the row; docs/formats.md says in words what this file says in numbers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace bitfold {
+
+enum class Grid : uint8_t { Cast, Minifloat, Integer, Codebook };
+enum class DType : uint8_t { U8, F16, BF16, F32, F64 };
+// How the scale of a group is stored; Nested is an 8-bit code with scales of its own (QLoRA's double quantization).
+enum class Scale : uint8_t { None, F16, BF16, F32, Nested };
+enum class Zero : uint8_t { None, Integer };
+// Rows: groups never cross rows. Flat: the matrix is one row of n * k columns (bitsandbytes' straddling blocks).
+enum class Layout : uint8_t { Rows, Flat };
+
+// Group sizes below 1 name the granularities that depend on the matrix.
+inline constexpr int64_t kPerTensor = 0;
+inline constexpr int64_t kPerChannel = -1;
+inline constexpr int64_t kNestedGroup = 256;
+
+struct FormatRow {
+  std::string_view family;
+  Grid grid;
+  int bits;          // of one code
+  float grid_max;    // largest magnitude on the symmetric grid
+  Scale scale;       // default
+  int64_t group;     // default granularity
+  int64_t min_group;
+  int64_t max_group;
+  char group_letter;  // 'g' or 'b' in the format string
+  bool asymmetric;    // may carry an integer zero point
+  bool nested;        // may nest its scales
+  bool high_first;    // the even code of a byte sits in the high nibble
+};
+
+inline constexpr int64_t kAnyGroup = int64_t{1} << 40;
+
+inline constexpr std::array kFormats = {
+    FormatRow{"fp16", Grid::Cast, 16, 65504.0f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
+    FormatRow{"bf16", Grid::Cast, 16, 3.3895313892515355e38f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
+    FormatRow{"fp8-e4m3", Grid::Minifloat, 8, 448.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', false, false, false},
+    FormatRow{"fp8-e5m2", Grid::Minifloat, 8, 57344.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', false, false, false},
+    FormatRow{"int8", Grid::Integer, 8, 127.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', true, false, false},
+    FormatRow{"int4", Grid::Integer, 4, 7.0f, Scale::F16, 128, 16, kAnyGroup, 'g', true, false, false},
+    FormatRow{"int3", Grid::Integer, 3, 3.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false},
+    FormatRow{"int2", Grid::Integer, 2, 1.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false},
+    FormatRow{"nf4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true},
+    FormatRow{"fp4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true},
+};
+
+// Row numbers, for kernels that are instantiated per row.
+enum Row : int { kFp16, kBf16, kE4m3, kE5m2, kInt8, kInt4, kInt3, kInt2, kNf4, kFp4, kRowCount };
+static_assert(kFormats.size() == kRowCount);
+static_assert(kFormats[kInt4].family == "int4" && kFormats[kFp4].family == "fp4" && kFormats[kE5m2].family == "fp8-e5m2");
+
+// One weight format, parsed: a row and its parameters.
+struct Format {
+  int row;
+  int64_t group;  // kPerTensor, kPerChannel, or columns of a group
+  Zero zero;
+  Scale scale;
+
+  constexpr const FormatRow& info() const { return kFormats[static_cast<size_t>(row)]; }
+  constexpr int bits() const { return info().bits; }
+  constexpr bool operator==(const Format&) const = default;
+};
+
+// Throws std::invalid_argument with one sentence that names the format, what is wrong, and a near match.
+Format parse_format(std::string_view text);
+std::string to_string(const Format& format);
+Layout parse_layout(std::string_view text);
+
+// ---- sizes ----
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The size law of one plane as plain numbers, so that Python can divide symbolic sizes by them:
+//   entries of a row = per > 0 ? ceil(k / per) : 1;  columns = ceil(entries * bits / unit);
+//   shape = nested_per > 0 ? [ceil(rows * entries / nested_per)] : [rows, columns], rows = one_row ? 1 : n.
+struct PlaneLaw {
+  std::string_view name;
+  DType dtype;
+  bool one_row;
+  int64_t per;
+  int64_t bits;
+  int64_t unit;        // bits of one stored element
+  int64_t nested_per;  // > 0: a vector, one element for so many entries of the whole matrix (kOneElement: just one)
+};
+inline constexpr int64_t kOneElement = int64_t{1} << 62;
+
+enum PlaneIndex : int { kCodes, kScales, kZeros, kNestedScales, kNestedOffset, kMaxPlanes };
+
+struct PlaneLaws {
+  std::array<PlaneLaw, kMaxPlanes> items;
+  int count;
+};
+
+constexpr DType scale_dtype(Scale scale) {
+  switch (scale) {
+    case Scale::F16: return DType::F16;
+    case Scale::BF16: return DType::BF16;
+    case Scale::F32: return DType::F32;
+    default: return DType::U8;
+  }
+}
+
+constexpr int64_t dtype_bits(DType dtype) {
+  switch (dtype) {
+    case DType::U8: return 8;
+    case DType::F16:
+    case DType::BF16: return 16;
+    case DType::F32: return 32;
+    default: return 64;
+  }
+}
+
+constexpr PlaneLaws plane_laws(const Format& format) {
+  const FormatRow& row = format.info();
+  const bool one_row = format.group == kPerTensor;
+  const int64_t per = format.group > 0 ? format.group : 0;
+  PlaneLaws laws{};
+  auto add = [&](PlaneLaw law) { laws.items[static_cast<size_t>(laws.count++)] = law; };
+  if (row.grid == Grid::Cast) {
+    add({"codes", format.row == kFp16 ? DType::F16 : DType::BF16, false, 1, 16, 16, 0});
+    return laws;
+  }
+  const DType scale = scale_dtype(format.scale);
+  add({"codes", DType::U8, false, 1, row.bits, 8, 0});
+  add({"scales", scale, one_row, per, dtype_bits(scale), dtype_bits(scale), 0});
+  if (format.zero == Zero::Integer) add({"zeros", DType::U8, one_row, per, row.bits, 8, 0});
+  if (format.scale == Scale::Nested) {
+    add({"nested_scales", DType::F32, one_row, per, 32, 32, kNestedGroup});
+    add({"nested_offset", DType::F32, true, 0, 32, 32, kOneElement});
+  }
+  return laws;
+}
+
+struct Extent {
+  int dims;
+  int64_t rows;
+  int64_t columns;
+  constexpr int64_t elements() const { return rows * columns; }
+};
+
+constexpr Extent plane_extent(const PlaneLaw& law, int64_t n, int64_t k) {
+  const int64_t rows = law.one_row ? 1 : n;
+  const int64_t entries = law.per > 0 ? ceil_div(k, law.per) : 1;
+  if (law.nested_per == kOneElement) return {1, 1, 1};
+  if (law.nested_per > 0) return {1, 1, ceil_div(rows * entries, law.nested_per)};
+  return {2, rows, ceil_div(entries * law.bits, law.unit)};
+}
+
+constexpr int64_t stored_bytes(const Format& format, int64_t n, int64_t k) {
+  const PlaneLaws laws = plane_laws(format);
+  int64_t bytes = 0;
+  for (int i = 0; i < laws.count; ++i) {
+    const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
+    bytes += plane_extent(law, n, k).elements() * law.unit / 8;
+  }
+  return bytes;
+}
+
+// Groups of a row (of the one flat row, when k is n * k).
+constexpr int64_t groups_in_row(const Format& format, int64_t k) {
+  return format.group > 0 ? ceil_div(k, format.group) : 1;
+}
+
+// 4096 x 4096 at the defaults, in bits per weight: the figures that people quote.
+constexpr double bits_per_weight(const Format& f, int64_t n, int64_t k) {
+  return 8.0 * static_cast<double>(stored_bytes(f, n, k)) / (static_cast<double>(n) * static_cast<double>(k));
+}
+static_assert(stored_bytes({kFp16, kPerTensor, Zero::None, Scale::None}, 3, 5) == 30);
+static_assert(bits_per_weight({kInt4, 128, Zero::None, Scale::F16}, 4096, 4096) == 4.125);
+static_assert(bits_per_weight({kInt4, 128, Zero::Integer, Scale::F16}, 4096, 4096) == 4.15625);
+static_assert(bits_per_weight({kInt3, 64, Zero::None, Scale::F16}, 4096, 4096) == 3.25);
+static_assert(bits_per_weight({kInt2, 64, Zero::None, Scale::F16}, 4096, 4096) == 2.25);
+static_assert(bits_per_weight({kNf4, 64, Zero::None, Scale::F32}, 4096, 4096) == 4.5);
+static_assert(stored_bytes({kNf4, 64, Zero::None, Scale::Nested}, 4096, 4096) ==
+              4096 * 2048 + 4096 * 64 + 4 * 1024 + 4);  // 4.127 bits
+static_assert(stored_bytes({kInt8, kPerChannel, Zero::None, Scale::F16}, 4096, 4096) == 4096 * 4096 + 2 * 4096);
+static_assert(stored_bytes({kInt8, kPerTensor, Zero::Integer, Scale::F16}, 3, 5) == 15 + 2 + 1);
+static_assert(stored_bytes({kInt3, 16, Zero::Integer, Scale::F16}, 2, 17) == 2 * 7 + 2 * 2 * 2 + 2 * 1);
+
+}  // namespace bitfold

@@ -1,0 +1,191 @@
+#include "torch/border.hpp"
+
+#include <array>
+#include <stdexcept>
+
+namespace bitfold::border {
+
+void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
+
+namespace {
+
+std::string shape_text(const int64_t* sizes, int64_t dims) {
+  std::string text = "[";
+  for (int64_t i = 0; i < dims; ++i) text += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// The planes of a Weight, in the order of PlaneIndex, found by the names of the laws.
+struct PlaneSlots {
+  std::array<Tensor*, kMaxPlanes> at{};
+};
+
+PlaneIndex plane_index(std::string_view name) {
+  constexpr std::array<std::string_view, kMaxPlanes> kNames = {"codes", "scales", "zeros", "nested_scales", "nested_offset"};
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    if (kNames[i] == name) return static_cast<PlaneIndex>(i);
+  }
+  return kMaxPlanes;
+}
+
+std::vector<int64_t> extent_sizes(const PlaneLaw& law, int64_t n, int64_t k) {
+  const Extent extent = plane_extent(law, n, k);
+  return extent.dims == 1 ? std::vector<int64_t>{extent.columns} : std::vector<int64_t>{extent.rows, extent.columns};
+}
+
+void check_size(int64_t n, int64_t k) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (n < 0 || n > kMost) fail("n is " + std::to_string(n) + "; it must be between 0 and 2^31");
+  if (k < 0 || k > kMost) fail("k is " + std::to_string(k) + "; it must be between 0 and 2^31");
+}
+
+}  // namespace
+
+std::string shape_text(const Tensor& tensor) { return shape_text(tensor.sizes().data(), tensor.dim()); }
+
+ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::U8: return ScalarType::Byte;
+    case DType::F16: return ScalarType::Half;
+    case DType::BF16: return ScalarType::BFloat16;
+    case DType::F32: return ScalarType::Float;
+    default: return ScalarType::Double;
+  }
+}
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    default: return "another dtype";
+  }
+}
+
+DType float_dtype(ScalarType type, const std::string& what) {
+  switch (type) {
+    case ScalarType::Float: return DType::F32;
+    case ScalarType::BFloat16: return DType::BF16;
+    case ScalarType::Half: return DType::F16;
+    case ScalarType::Double: return DType::F64;
+    default: fail(what + " is " + dtype_name(type) + "; it must be float32, bfloat16, float16 or float64");
+  }
+}
+
+void require_cpu(const Tensor& tensor, const std::string& what) {
+  if (!tensor.is_cpu()) fail(what + " is on another device; it must be on the CPU like the other arguments");
+}
+
+Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_text, int64_t n, int64_t k,
+                   const std::string& layout_text) {
+  const Format format = parse_format(format_text);
+  const Layout layout = parse_layout(layout_text);
+  check_size(n, k);
+  if (layout == Layout::Flat && (format.info().grid != Grid::Codebook || format.group < 1)) {
+    fail("layout is 'flat', which only nf4 and fp4 have; for " + format_text + " it must be 'rows'");
+  }
+  Weight w{format, layout, n, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const PlaneLaws laws = plane_laws(format);
+  if (static_cast<int>(planes.size()) != laws.count) {
+    fail("planes has " + std::to_string(planes.size()) + " tensors; " + format_text + " has " + std::to_string(laws.count));
+  }
+  for (size_t i = 0; i < planes.size(); ++i) {
+    const PlaneLaw& law = laws.items[i];
+    const Tensor& plane = planes[i];
+    const std::string what = "planes[" + std::to_string(i) + "] (" + std::string(law.name) + ")";
+    require_cpu(plane, what);
+    if (plane.scalar_type() != scalar_type(law.dtype)) {
+      fail(what + " is " + dtype_name(plane.scalar_type()) + "; for " + format_text + " it must be " + dtype_name(scalar_type(law.dtype)));
+    }
+    const Extent extent = plane_extent(law, w.plane_rows(), w.plane_columns());
+    const auto sizes = plane.sizes();
+    const bool fits = extent.dims == plane.dim() && (extent.dims == 1 ? sizes[0] == extent.columns
+                                                                      : sizes[0] == extent.rows && sizes[1] == extent.columns);
+    if (!fits) {
+      const std::vector<int64_t> expected = extent_sizes(law, w.plane_rows(), w.plane_columns());
+      fail(what + " has shape " + shape_text(plane) + "; for " + format_text + " of a " + std::to_string(n) + " x " +
+           std::to_string(k) + " weight it must be " + shape_text(expected.data(), extent.dims));
+    }
+    if (!plane.is_contiguous()) fail(what + " is not contiguous; it must be");
+    const void* data = plane.const_data_ptr();
+    switch (plane_index(law.name)) {
+      case kCodes: w.codes = data; break;
+      case kScales: w.scales = data; break;
+      case kZeros: w.zeros = static_cast<const uint8_t*>(data); break;
+      case kNestedScales: w.nested_scales = static_cast<const float*>(data); break;
+      default: w.nested_offset = static_cast<const float*>(data); break;
+    }
+  }
+  return w;
+}
+
+std::vector<Tensor> new_planes(const Tensor& like, const Format& format, int64_t n, int64_t k, PlanesOut* out) {
+  check_size(n, k);
+  std::vector<Tensor> planes;
+  const PlaneLaws laws = plane_laws(format);
+  for (int i = 0; i < laws.count; ++i) {
+    const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
+    const std::vector<int64_t> sizes = extent_sizes(law, n, k);
+    planes.push_back(torch::stable::new_empty(like, {sizes.data(), sizes.size()}, scalar_type(law.dtype)));
+    void* data = planes.back().mutable_data_ptr();
+    switch (plane_index(law.name)) {
+      case kCodes: out->codes = data; break;
+      case kScales: out->scales = data; break;
+      case kZeros: out->zeros = static_cast<uint8_t*>(data); break;
+      case kNestedScales: out->nested_scales = static_cast<float*>(data); break;
+      default: out->nested_offset = static_cast<float*>(data); break;
+    }
+  }
+  return planes;
+}
+
+MatrixIn read_matrix(const Tensor& tensor, const std::string& what, std::optional<Tensor>* owner) {
+  const DType dtype = float_dtype(tensor.scalar_type(), what);
+  const int64_t dims = tensor.dim();
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const auto last = static_cast<size_t>(dims - 1);
+  int64_t rows = 1, row_stride = 0;
+  bool walks = true;  // one stride leads from row to row through all leading dimensions
+  for (size_t i = last; i-- > 0;) {
+    if (sizes[i] != 1) {
+      if (rows == 1) {
+        row_stride = strides[i];
+      } else {
+        walks = walks && strides[i] == row_stride * rows;
+      }
+    }
+    rows *= sizes[i];
+  }
+  if (walks || rows == 0) return {tensor.const_data_ptr(), dtype, rows, sizes[last], row_stride, strides[last]};
+  *owner = torch::stable::contiguous(tensor);
+  return {(*owner)->const_data_ptr(), dtype, rows, sizes[last], sizes[last], 1};
+}
+
+void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
+  // An exception must not cross the pool of a C interface: only bad_alloc can be thrown behind the border, and it ends the
+  // process there as it would in any OpenMP region.
+  struct Call {
+    RangeBody body;
+    void* context;
+  } call{body, context};
+  torch_parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* opaque) {
+        const auto* inner = static_cast<const Call*>(opaque);
+        inner->body(inner->context, begin, end);
+      },
+      &call);
+}
+
+}  // namespace bitfold::border

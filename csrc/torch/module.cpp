@@ -1,0 +1,118 @@
+// bitfold._C: importing it registers the ops; what it holds is for the Python layer: the format table, the plan, the machine.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/plan.hpp"
+#include "formats/format.hpp"
+
+namespace py = pybind11;
+
+namespace bitfold {
+namespace {
+
+const char* grid_name(Grid grid) {
+  constexpr const char* kNames[] = {"cast", "minifloat", "integer", "codebook"};
+  return kNames[static_cast<int>(grid)];
+}
+const char* scale_name(Scale scale) {
+  constexpr const char* kNames[] = {"none", "fp16", "bf16", "fp32", "nested"};
+  return kNames[static_cast<int>(scale)];
+}
+const char* dtype_name(DType dtype) {
+  constexpr const char* kNames[] = {"uint8", "float16", "bfloat16", "float32", "float64"};
+  return kNames[static_cast<int>(dtype)];
+}
+DType parse_dtype(const std::string& name) {
+  for (const DType dtype : {DType::F16, DType::BF16, DType::F32, DType::F64}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw std::invalid_argument("dtype is '" + name + "'; it must be float32, bfloat16, float16 or float64");
+}
+
+py::list families() {
+  py::list list;
+  for (const FormatRow& row : kFormats) {
+    py::dict item;
+    item["family"] = row.family;
+    item["grid"] = grid_name(row.grid);
+    item["bits"] = row.bits;
+    item["grid_max"] = row.grid_max;
+    item["default"] = to_string(parse_format(row.family));
+    item["scale"] = scale_name(row.scale);
+    item["asymmetric"] = row.asymmetric;
+    item["nested"] = row.nested;
+    item["min_group"] = row.min_group;
+    item["max_group"] = row.max_group;
+    item["group_letter"] = std::string(1, row.group_letter);
+    list.append(item);
+  }
+  return list;
+}
+
+py::dict format_info(const std::string& text) {
+  const Format format = parse_format(text);
+  py::dict info;
+  info["canonical"] = to_string(format);
+  info["family"] = format.info().family;
+  info["grid"] = grid_name(format.info().grid);
+  info["bits"] = format.bits();
+  info["group"] = format.group;
+  info["asymmetric"] = format.zero == Zero::Integer;
+  info["scale"] = scale_name(format.scale);
+  py::list planes;
+  const PlaneLaws laws = plane_laws(format);
+  for (int i = 0; i < laws.count; ++i) {
+    const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
+    py::dict plane;
+    plane["name"] = law.name;
+    plane["dtype"] = dtype_name(law.dtype);
+    plane["one_row"] = law.one_row;
+    plane["per"] = law.per;
+    plane["bits"] = law.bits;
+    plane["unit"] = law.unit;
+    plane["nested_per"] = law.nested_per;
+    planes.append(plane);
+  }
+  info["planes"] = planes;
+  return info;
+}
+
+py::dict linear_plan(const std::string& format, const std::string& layout, int64_t m, int64_t n, int64_t k, const std::string& dtype) {
+  if (m < 0 || n < 0 || k < 0) throw std::invalid_argument("m, n and k must not be negative");
+  const cpu::LinearPlan plan = cpu::plan_linear(parse_format(format), parse_layout(layout), m, parse_dtype(dtype));
+  py::dict info;
+  info["regime"] = cpu::to_string(plan.regime);
+  info["reason"] = plan.reason;
+  info["isa"] = cpu::kernels().isa;
+  return info;
+}
+
+py::dict cpu_features() {
+  py::dict features;
+  for (const cpu::IsaInfo& isa : cpu::isas()) features[isa.name] = isa.available;
+  return features;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = BITFOLD_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cuda"] = false;
+  return info;
+}
+
+PYBIND11_MODULE(_C, module) {
+  cpu::kernels();  // a wrong BITFOLD_ISA is an error of the import
+  module.attr("__version__") = BITFOLD_VERSION;
+  module.def("families", &families, "The format table: one dict for each family.");
+  module.def("parse_format", &format_info, py::arg("text"), "A format string, parsed: its parameters and the laws of its planes.");
+  module.def("plan_linear", &linear_plan, py::arg("format"), py::arg("layout"), py::arg("m"), py::arg("n"), py::arg("k"),
+             py::arg("dtype"), "Which kernel multiplies m rows of activations.");
+  module.def("cpu_features", &cpu_features, "Instruction sets that were built, and whether this CPU has them.");
+  module.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
+  module.def("build_info", &build_info, "How this module was built.");
+}
+
+}  // namespace
+}  // namespace bitfold

@@ -1,0 +1,67 @@
+"""bitfold folds the weights of a language model into fewer bits and computes with them directly."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  (the extension links torch's libraries: they come first)
+
+from bitfold._C import __version__
+from bitfold.formats import FORMATS, Format
+from bitfold.nn import QuantEmbedding, QuantLinear
+from bitfold.qtensor import LinearPlan, QTensor, Unpacked, embedding, encode, linear, pack, plan_linear
+from bitfold.quantize import QuantizationSummary, quantize
+from bitfold.recipes import RECIPES, Recipe, Rule
+
+if TYPE_CHECKING:
+    from bitfold.checkpoint import load, save
+    from bitfold.evaluate import compare, perplexity
+    from bitfold.pipeline import quantize_checkpoint
+
+# Names whose modules are imported at first use (PEP 562): they reach for transformers.
+_LAZY = {
+    "compare": "evaluate",
+    "load": "checkpoint",
+    "perplexity": "evaluate",
+    "quantize_checkpoint": "pipeline",
+    "save": "checkpoint",
+}
+
+__all__ = [
+    "FORMATS",
+    "RECIPES",
+    "Format",
+    "LinearPlan",
+    "QTensor",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantizationSummary",
+    "Recipe",
+    "Rule",
+    "Unpacked",
+    "__version__",
+    "compare",
+    "embedding",
+    "encode",
+    "linear",
+    "load",
+    "pack",
+    "perplexity",
+    "plan_linear",
+    "quantize",
+    "quantize_checkpoint",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'bitfold' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"bitfold.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

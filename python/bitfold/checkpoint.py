@@ -1,0 +1,399 @@
+"""Saving and loading quantized models.
+
+A checkpoint is a model directory as Hugging Face lays it out: safetensors files, config.json, tokenizer
+files. A quantized module's planes are stored under its name ("model.layers.0.mlp.up_proj.codes"), everything
+else as it was. config.json has the section
+
+    "quantization_config": {
+        "quant_method": "bitfold", "format_version": 1, "bitfold_version": "...", "recipe": "int4-g128",
+        "modules": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "int4-g128", "shape": [n, k],
+                                                   "layout": "rows"}, ...},
+        "tied": {"lm_head.weight": "model.embed_tokens.weight"}}
+
+where an embedding also names its output "dtype", and `tied` maps the name of a tensor that is not stored to
+the one that it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfold import _C, hf
+from bitfold.formats import parse
+from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule
+from bitfold.shards import CheckpointError, StoredTensor, TensorSpec, read_directory, read_tensors
+from bitfold.writer import CONFIG_FILE, SHARD_BYTES, CheckpointWriter, check_target
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "bitfold"
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+NOT_COPIED = (CONFIG_FILE, "*.index.json", "bitfold_*.json")
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """What config.json says of one quantized module.
+
+    kind: "linear" or "embedding"; format: canonical; shape: (n, k); dtype: of an embedding's output, else
+    None.
+    """
+
+    kind: str
+    format: str
+    shape: tuple[int, int]
+    layout: str = "rows"
+    dtype: torch.dtype | None = None
+
+    def to_json(self) -> dict[str, object]:
+        fields: dict[str, object] = {
+            "kind": self.kind,
+            "format": self.format,
+            "shape": list(self.shape),
+            "layout": self.layout,
+        }
+        if self.dtype is not None:
+            fields["dtype"] = str(self.dtype).removeprefix("torch.")
+        return fields
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The section quantization_config of config.json."""
+
+    recipe: str
+    modules: Mapping[str, ModuleEntry]
+    tied: Mapping[str, str]
+    version: str = _C.__version__
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "bitfold_version": self.version,
+            "recipe": self.recipe,
+            "modules": {name: entry.to_json() for name, entry in self.modules.items()},
+            "tied": dict(self.tied),
+        }
+
+
+def read_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConfig:
+    """The checked quantization_config of a checkpoint's config.json.
+
+    Raises CheckpointError where the model is not quantized, was quantized by another library or by a newer
+    bitfold, or where the section is malformed.
+    """
+    section = config.get("quantization_config")
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path} is not quantized: its {CONFIG_FILE} has no quantization_config")
+    if section.get("quant_method") != QUANT_METHOD:
+        method = section.get("quant_method")
+        raise CheckpointError(f"{path} was quantized by '{method}', which bitfold doesn't read")
+    version = section.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(
+            f"{path / CONFIG_FILE} has the format_version {version!r}, which must be a number"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has the checkpoint version {version} (bitfold {section.get('bitfold_version')}), and this "
+            f"bitfold, {_C.__version__}, reads up to version {FORMAT_VERSION}: install a newer one"
+        )
+    try:
+        modules = {name: _read_entry(fields) for name, fields in section["modules"].items()}
+        tied = {str(alias): str(owner) for alias, owner in section.get("tied", {}).items()}
+        return QuantizationConfig(
+            str(section.get("recipe")), modules, tied, str(section.get("bitfold_version"))
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / CONFIG_FILE} has a malformed quantization_config: {error}") from None
+
+
+def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
+    n, k = fields["shape"]
+    kind = fields["kind"]
+    if kind not in ("linear", "embedding"):
+        raise ValueError(f"the kind '{kind}' must be linear or embedding")
+    dtype = getattr(torch, fields["dtype"]) if "dtype" in fields else None
+    return ModuleEntry(kind, parse(fields["format"]).canonical, (int(n), int(k)), fields["layout"], dtype)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    recipe: str = "",
+    tokenizer_from: str | Path | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model with quantized modules as a checkpoint directory.
+
+    Args:
+        model: any torch model; of a transformers model the configurations are saved too, so that `load` can
+            build it.
+        path: the directory to make. A crash leaves nothing there.
+        recipe: a name to note in the checkpoint.
+        tokenizer_from: a model directory whose tokenizer files are copied along.
+        force: replace a bitfold checkpoint that is there.
+        shard_bytes: the largest size of a file.
+
+    Raises:
+        CheckpointError: the path is taken, or the disk too small.
+        OSError: the path can't be written.
+    """
+    path = check_target(Path(path), force=force)
+    state, tied = _unique_tensors(model)
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"'{name}' has no values (it is on the meta device), so the model can't be saved"
+            )
+    modules = {
+        name: _entry_of(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantModule)
+    }
+    config = _config_of(model, modules, state)
+    config["quantization_config"] = QuantizationConfig(recipe, modules, tied).to_json()
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
+    with CheckpointWriter(path, specs, force=force, shard_bytes=shard_bytes) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            writer.add_json("generation_config.json", json.loads(generation.to_json_string()))
+        for file in files_to_copy(Path(tokenizer_from)) if tokenizer_from is not None else ():
+            if generation is None or file.name != "generation_config.json":
+                writer.add_copy(file)
+        writer.commit(config)
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state to store, each tensor once, and the names of the others."""
+    owners: dict[int, str] = {}
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = owners.setdefault(id(tensor), name)
+        if owner == name:
+            state[name] = tensor.detach()
+        else:
+            tied[name] = owner
+    return state, tied
+
+
+def _entry_of(module: QuantModule) -> ModuleEntry:
+    if isinstance(module, QuantEmbedding):
+        return ModuleEntry("embedding", module.format, module.shape, module.layout, module.dtype)
+    return ModuleEntry("linear", module.format, module.shape, module.layout)
+
+
+def _config_of(
+    model: nn.Module, modules: Mapping[str, ModuleEntry], state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """config.json of a transformers model, with the dtype its unquantized tensors have; {} of any other
+    model.
+    """
+    to_json = getattr(getattr(model, "config", None), "to_json_string", None)
+    if to_json is None:
+        return {}
+    config = json.loads(to_json())
+    planes = {f"{name}.{law.name}" for name, entry in modules.items() for law in parse(entry.format).planes}
+    dtypes = [entry.dtype for entry in modules.values() if entry.dtype is not None]
+    dtypes += [
+        tensor.dtype for name, tensor in state.items() if tensor.is_floating_point() and name not in planes
+    ]
+    if dtypes:
+        config["dtype"] = str(dtypes[0]).removeprefix("torch.")
+    config["architectures"] = [type(model).__name__]
+    return config
+
+
+def files_to_copy(source: Path) -> list[Path]:
+    """What goes along from a model directory: tokenizer, generation settings, licence; no weights and no
+    code.
+    """
+    return sorted(
+        file
+        for file in source.iterdir()
+        if file.is_file()
+        and any(file.match(pattern) for pattern in COPIED)
+        and not any(file.match(pattern) for pattern in NOT_COPIED)
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a checkpoint that bitfold wrote; the weights stay quantized and, on the CPU, memory-mapped.
+
+    Args:
+        path: the checkpoint directory. Its files must not change while the model lives.
+        model: the unquantized model to load into (its own weights are dropped; the meta device will do).
+            None: a transformers causal language model is built from config.json.
+        device: where the model goes.
+        dtype: compute in this dtype; norms, biases and kept weights are cast to it. None: as they are stored.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: files are missing, truncated or contradict each other, or a newer bitfold wrote them.
+        MissingExtraError: transformers is needed and not installed.
+    """
+    path = Path(path)
+    config = hf.read_config(path)
+    quantization = read_quantization(path, config)
+    tensors = read_directory(path)
+    cast = dtype
+    if model is None:
+        if "model_type" not in config:
+            raise CheckpointError(
+                f"{path} holds no transformers model: pass the model to load into (model=...)"
+            )
+        cast = dtype or hf.config_dtype(config)
+        model = hf.empty_causal_lm(path, config, cast)
+    _swap(model, quantization)
+    _assign(model, path, tensors, quantization, cast)
+    if torch.device(device).type != "cpu":
+        model.to(device)
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            module.prepare()
+    return model.eval()
+
+
+def _swap(model: nn.Module, quantization: QuantizationConfig) -> None:
+    """Put quantized modules without values in the places that the checkpoint names."""
+    for name, entry in quantization.modules.items():
+        try:
+            old: Any = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"the checkpoint quantizes '{name}', which the model doesn't have"
+            ) from None
+        wanted = (nn.Linear, QuantLinear) if entry.kind == "linear" else (nn.Embedding, QuantEmbedding)
+        if not isinstance(old, wanted):
+            raise CheckpointError(
+                f"the checkpoint has '{name}' as a {entry.kind}, the model as a {type(old).__name__}"
+            )
+        shape = old.shape if isinstance(old, QuantModule) else tuple(old.weight.shape)
+        if shape != entry.shape:
+            raise CheckpointError(
+                f"the checkpoint quantizes '{name}' as {list(entry.shape)}, "
+                f"but the model's configuration makes it {list(shape)}"
+            )
+        new: QuantModule
+        if entry.kind == "linear":
+            bias: Any = old.bias.dtype if old.bias is not None else None
+            new = QuantLinear.empty(
+                entry.format,
+                *entry.shape,
+                bias=bias is not None,
+                device="meta",
+                dtype=bias,
+                layout=entry.layout,
+            )
+        else:
+            new = QuantEmbedding.empty(
+                entry.format,
+                *entry.shape,
+                padding_idx=getattr(old, "padding_idx", None),
+                device="meta",
+                dtype=entry.dtype or torch.float32,
+                layout=entry.layout,
+            )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+
+
+def _assign(
+    model: nn.Module,
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    quantization: QuantizationConfig,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give every parameter and persistent buffer its stored tensor, without a copy; tied ones stay one
+    object.
+    """
+    slots = _slots(model)
+    check_shapes(path, tensors, {name: old for name, (_, _, old) in slots.items()})
+    planes = {
+        f"{name}.{law.name}": law
+        for name, entry in quantization.modules.items()
+        for law in parse(entry.format).planes
+    }
+    fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    new: dict[int, Tensor] = {}
+    for name, tensor in read_tensors(sorted(tensors.values(), key=lambda stored: stored.path)):
+        module, attribute, old = slots[name]
+        if name in planes:
+            if tensor.dtype != planes[name].dtype:
+                raise CheckpointError(
+                    f"{path}: '{name}' is {tensor.dtype}, but its format has {planes[name].dtype}"
+                )
+        elif dtype is not None and tensor.is_floating_point() and not set(name.split(".")) & set(fp32):
+            tensor = tensor.to(dtype)
+        if attribute in module._parameters:
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        new[id(old)] = tensor
+    for alias, owner in quantization.tied.items():
+        if alias not in slots or owner not in slots or id(slots[owner][2]) not in new:
+            raise CheckpointError(
+                f"{path / CONFIG_FILE} ties '{alias}' to '{owner}', but they are not both there"
+            )
+        new[id(slots[alias][2])] = new[id(slots[owner][2])]
+    missing = [name for name, (_, _, old) in slots.items() if id(old) not in new]
+    if missing:
+        raise CheckpointError(f"{path} lacks {listed(missing)}")
+    for module, attribute, old in slots.values():
+        home = module._parameters if attribute in module._parameters else module._buffers
+        home[attribute] = new[id(old)]  # type: ignore[assignment]
+    if dtype is not None:
+        for module in model.modules():
+            if isinstance(module, QuantEmbedding):
+                module.dtype = dtype
+
+
+def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Where each tensor of the state_dict lives: module, attribute and the tensor that is there now."""
+    slots = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for attribute, tensor in [*module._parameters.items(), *buffers.items()]:
+            if tensor is not None:
+                slots[f"{prefix}.{attribute}" if prefix else attribute] = (module, attribute, tensor)
+    return slots
+
+
+def check_shapes(path: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError where a stored tensor is unknown to the model or has another shape there."""
+    extra = [name for name in stored if name not in wanted]
+    if extra:
+        raise CheckpointError(
+            f"{path} holds {listed(extra)}, which the model of its {CONFIG_FILE} doesn't have"
+        )
+    for name, tensor in stored.items():
+        if tensor.shape != tuple(wanted[name].shape):
+            raise CheckpointError(
+                f"{tensor.path}: tensor '{name}' has shape {list(tensor.shape)}, but {CONFIG_FILE} makes it "
+                f"{list(wanted[name].shape)}"
+            )
+
+
+def listed(names: list[str]) -> str:
+    """'1 tensor ('a')', '3 tensors ('a', 'b', ...)'."""
+    shown = ", ".join(f"'{name}'" for name in names[:2]) + (", ..." if len(names) > 2 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

@@ -1,0 +1,21 @@
+"""The command `bitfold`. Each command is one file; typer and rich (the extra `cli`) are imported when it
+runs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit: 0, 2 for what the user can mend (one sentence on stderr), 130
+    interrupted.
+    """
+    try:
+        from bitfold.cli.app import run
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
+            raise
+        print("error: the command line needs typer and rich: run pip install 'bitfold[cli]'", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""What the commands share: where output goes, progress, numbers as text.
+
+Results go to stdout (with --json as one JSON object), everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn,
+TimeRemainingColumn from rich.table import Table
+from torch import nn
+
+from bitfold import hf
+from bitfold.checkpoint import load
+from bitfold.evaluate import Estimate
+from bitfold.writer import is_bitfold_checkpoint
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Device = Annotated[str, typer.Option(help="Where to compute.")]
+Dtype = Annotated[
+    str, typer.Option(help="Compute in float32, bfloat16 or float16; default: the dtype the model is stored
+    in.")
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def sentence(message: str) -> str:
+    """A message as one sentence on one line."""
+    text = " ".join(message.split())
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def print_json(data: object) -> None:
+    """One JSON object on stdout; numbers that JSON has no name for become null."""
+    print(json.dumps(_jsonable(data), indent=2, ensure_ascii=False))
+
+
+def _jsonable(data: Any) -> Any:
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        data = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    if isinstance(data, dict):
+        return {str(key): _jsonable(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_jsonable(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data if isinstance(data, (str, int, float, bool, type(None))) else str(data)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on stderr, gone when done; a function to call with (what, done, total)."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[what]}"),
+    ]
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None, what="")
+        yield lambda what, done, total: bar.update(task, completed=done, total=total, what=what)
+
+
+def table(*columns: str, title: str = "") -> Table:
+    """A plain table; columns are right-aligned except the first."""
+    result = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i else "left", no_wrap=True)
+    return result
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: "3.42 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def estimate(value: Estimate, digits: int = 4) -> str:
+    """A number with its standard error, "3.142 ± 0.002"."""
+    if value.error is None:
+        return f"{value.value:.{digits}g}"
+    places = max(0, 1 - math.floor(math.log10(value.error))) if value.error > 0 else digits
+    return f"{value.value:.{places}f} ± {value.error:.{places}f}"
+
+
+def parse_dtype(text: str) -> torch.dtype | None:
+    """The dtype an option names, None for the default. Raises ValueError for another name."""
+    if text and text not in DTYPES:
+        raise ValueError(f"--dtype is '{text}', it must be one of {', '.join(DTYPES)}")
+    return DTYPES.get(text)
+
+
+def parse_device(text: str) -> torch.device:
+    """The device an option names. Raises ValueError where torch doesn't know or have it."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device is '{text}', which this torch doesn't have") from None
+    return device
+
+
+def load_model(path: Path, device: str, dtype: str) -> nn.Module:
+    """A quantized or an unquantized model, whichever the directory holds."""
+    quiet_transformers()
+    load_one = load if is_bitfold_checkpoint(path) else hf.load_causal_lm
+    with err.status(f"loading {path}"):
+        return load_one(path, device=parse_device(device), dtype=parse_dtype(dtype))
+
+
+def quiet_transformers() -> None:
+    """No bars and warnings of transformers between ours."""
+    logging = hf.require_transformers().utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    """A remark on stderr."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,74 @@
+"""`bitfold eval MODEL --text FILE [--base MODEL]`: perplexity, and the distance from the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitfold import hf
+from bitfold.cli.console import Device, Dtype, Json, estimate, load_model, out, print_json, progress
+from bitfold.evaluate import Comparison, Perplexity, compare, cut, default_context, perplexity
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Directory of a model, quantized or not.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to measure on.")],
+    base: Annotated[Path | None, typer.Option(help="The unquantized model to compare with.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window; 0: the model's, at most 2048.")] = 0,
+    stride: Annotated[int, typer.Option(help="Tokens that a window scores; 0: as many as fit.")] = 0,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="BOS in front of each window; default: as the tokenizer does."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Use the first tokens of the text only; 0: all.")] = 0,
+    dtype: Dtype = "",
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure perplexity and bits per byte; with --base also KL divergence and top-1 agreement."""
+    data = _read(text)
+    tokenizer = hf.load_tokenizer(base if base is not None else model)
+    subject = load_model(model, device, dtype)
+    reference = load_model(base, device, dtype) if base is not None else None
+    windows = cut(
+        data,
+        tokenizer,
+        context=context or default_context(subject),
+        stride=stride or None,
+        bos=bos,
+        dtype=next(p.dtype for p in (reference or subject).parameters() if p.is_floating_point()),
+        max_tokens=max_tokens or None,
+    )
+    result: Perplexity | Comparison
+    with progress("evaluating") as update:
+        if reference is None:
+            result = perplexity(subject, windows, progress=lambda done, total: update("", done, total))
+        else:
+            result = compare(reference, subject, windows, progress=lambda done, total: update("", done,
+            total))
+    if json:
+        print_json({"model": model, "base": base, "text": text, **_fields(result)})
+        return
+    out.print(f"protocol     {result.protocol}")
+    own = result.model if isinstance(result, Comparison) else result
+    out.print(f"perplexity   {estimate(own.perplexity)}")
+    out.print(f"bits/byte    {own.bits_per_byte:.4f}")
+    if isinstance(result, Comparison):
+        out.print(f"base         perplexity {estimate(result.base.perplexity)},
+        {result.base.bits_per_byte:.4f} bits/byte") out.print(f"mean KL      {estimate(result.mean_kl)} nats")
+        out.print(f"99 % KL      {estimate(result.p99_kl)} nats")
+        out.print(f"same top-1   {estimate(result.top1)}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: byte {error.start} doesn't fit") from None
+
+
+def _fields(result: Perplexity | Comparison) -> dict[str, object]:
+    """The result's numbers; the sums of single windows stay out."""
+    return {k: v for k, v in vars(result).items() if not k.startswith("window_")}

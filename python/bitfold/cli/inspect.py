@@ -1,0 +1,112 @@
+"""`bitfold inspect FILE|DIR`: what is in a checkpoint, from its headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitfold import hf
+from bitfold.checkpoint import QuantizationConfig, read_quantization
+from bitfold.cli.console import Json, out, print_json, size, table
+from bitfold.formats import parse, plane_shapes
+from bitfold.pipeline import REPORT_FILE
+from bitfold.shards import CheckpointError, StoredTensor, read_directory, read_header, read_json
+from bitfold.writer import CONFIG_FILE, is_bitfold_checkpoint
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor, or all planes of a quantized module. relative_rmse: None where no report tells it."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+    relative_rmse: float | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A safetensors file or a model directory.")],
+    json: Json = False,
+) -> None:
+    """List tensors, formats, sizes and, where they were noted, errors of a checkpoint."""
+    heading: dict[str, object] = {"path": path}
+    if path.is_dir():
+        tensors = read_directory(path)
+        quantization = None
+        if is_bitfold_checkpoint(path):
+            quantization = read_quantization(path, hf.read_config(path))
+            heading |= {"recipe": quantization.recipe, "bitfold_version": quantization.version}
+    else:
+        tensors = read_header(path)
+        quantization = None
+        if is_bitfold_checkpoint(path.parent):
+            quantization = read_quantization(path.parent, hf.read_config(path.parent))
+    rows = _rows(tensors, quantization, _errors(path if path.is_dir() else path.parent))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if json:
+        modules = [{**vars(row), "bits_per_weight": row.bits_per_weight} for row in rows]
+        print_json({**heading, "bytes": total, "entries": modules})
+        return
+    for key, value in heading.items():
+        out.print(f"{key:<16} {value}")
+    shown = table("name", "format", "shape", "size", "bits/weight", "error")
+    for row in rows:
+        error = "" if row.relative_rmse is None else f"{row.relative_rmse:.3%}"
+        shape = " x ".join(map(str, row.shape))
+        shown.add_row(row.name, row.format, shape, size(row.nbytes), f"{row.bits_per_weight:.3f}", error)
+    out.print(shown)
+    weights = sum(math.prod(row.shape) for row in rows)
+    out.print(f"{len(rows)} entries, {weights:,} numbers, {size(total)}")
+
+
+def _rows(
+    tensors: Mapping[str, StoredTensor], quantization: QuantizationConfig | None, errors: Mapping[str, float]
+) -> list[Row]:
+    """One row for each quantized module whose planes are here, one for each other tensor."""
+    rows: dict[str, Row] = {}
+    owners = {}
+    for name, entry in quantization.modules.items() if quantization else ():
+        names = [f"{name}.{law.name}" for law in parse(entry.format).planes]
+        owners.update(dict.fromkeys(names, name))
+    for name, tensor in tensors.items():
+        module = owners.get(name)
+        if module is None or quantization is None:
+            rows[name] = Row(name, tensor.dtype, tensor.shape, tensor.nbytes)
+            continue
+        entry = quantization.modules[module]
+        _check_plane(tensor, name.rpartition(".")[2], entry.format, entry.shape, entry.layout)
+        before = rows[module].nbytes if module in rows else 0
+        rows[module] = Row(module, entry.format, entry.shape, before + tensor.nbytes, errors.get(module))
+    return [rows[name] for name in sorted(rows, key=_natural)]
+
+
+def _check_plane(tensor: StoredTensor, plane: str, format: str, shape: tuple[int, int], layout: str) -> None:
+    wanted = plane_shapes(format, *shape, layout)[plane]
+    if tensor.shape != wanted:
+        raise CheckpointError(
+            f"{tensor.path}: '{tensor.name}' has shape {list(tensor.shape)}, but {CONFIG_FILE} says {format}, "
+            f"which makes it {list(wanted)}"
+        )
+
+
+def _errors(path: Path) -> dict[str, float]:
+    """The error of each module, if bitfold_report.json tells it."""
+    if not (path / REPORT_FILE).exists():
+        return {}
+    modules = read_json(path / REPORT_FILE).get("modules", [])
+    return {module["name"]: module["relative_rmse"] for module in modules}
+
+
+def _natural(name: str) -> list[Any]:
+    """Layer 10 after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,0 +1,150 @@
+"""All that bitfold asks of transformers: models without weights, their configuration and tokenizers.
+
+transformers is the extra `hf`; it is imported when one of these functions is called, never with bitfold
+itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.shards import CheckpointError, read_directory, read_json
+
+CONFIG_FILE = "config.json"
+
+
+class MissingExtraError(ImportError):
+    """A library that bitfold needs for this is not installed; the message says how to get it."""
+
+
+def require_transformers() -> Any:
+    """The transformers module, quiet. Raises MissingExtraError where it is not installed or too old."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError(
+            "reading Hugging Face models needs transformers: run pip install 'bitfold[hf]'"
+        ) from None
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise MissingExtraError(
+            f"bitfold needs transformers 5, not {transformers.__version__}: run pip install -U 'bitfold[hf]'"
+        )
+    return transformers
+
+
+def read_config(path: Path) -> dict:
+    """config.json of a model directory. Raises CheckpointError where there is none."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no directory; give the directory that holds {CONFIG_FILE}")
+    return read_json(path / CONFIG_FILE)
+
+
+def config_dtype(config: dict) -> torch.dtype:
+    """The dtype that config.json names; float32 where it names none, as transformers has it."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(
+            f"config.json names the dtype '{name}', which is no floating-point dtype of torch"
+        )
+    return dtype
+
+
+def empty_causal_lm(path: Path, config: dict, dtype: torch.dtype) -> nn.Module:
+    """The causal language model that config.json describes: parameters on the meta device, buffers real.
+
+    Raises CheckpointError where transformers doesn't know the architecture or refuses the configuration.
+    """
+    transformers = require_transformers()
+    fields = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        kind = fields.pop("model_type")
+        typed = transformers.AutoConfig.for_model(kind, **fields)
+        with _parameters_on_meta():
+            model = transformers.AutoModelForCausalLM.from_config(typed, dtype=dtype)
+    except KeyError:
+        raise CheckpointError(f"{path / CONFIG_FILE} names no model_type") from None
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise CheckpointError(
+            f"transformers can't make a causal model of {path / CONFIG_FILE}: {reason}"
+        ) from error
+    if (path / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    model.tie_weights()
+    return model
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move every parameter to the meta device as it is registered, in this thread.
+
+    Building under torch.device("meta") would empty the buffers as well, and those that are not in checkpoints
+    (the rotary frequencies) could not be filled again in general.
+    """
+    original = nn.Module.register_parameter
+    owner = threading.get_ident()
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta and threading.get_ident() == owner:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def ignored_names(model: nn.Module) -> re.Pattern[str]:
+    """Names of tensors that may lie in a checkpoint of this architecture without being used.
+
+    What the architecture itself declares, and the rotary frequencies that old Llama checkpoints carry.
+    """
+    declared = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return re.compile("|".join([r"rotary_emb\.inv_freq$", *sorted(declared)]))
+
+
+def load_causal_lm(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """An unquantized model through transformers, in eval mode, in the dtype it is stored in unless another is
+    given.
+
+    Raises CheckpointError for a directory that is no model, or whose files are missing or truncated.
+    """
+    transformers = require_transformers()
+    config = read_config(path)
+    read_directory(path)  # for its error messages
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or config_dtype(config), local_files_only=True
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise CheckpointError(f"transformers can't load {path}: {reason}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model directory. Raises CheckpointError where there is none that transformers can
+    read.
+    """
+    transformers = require_transformers()
+    read_config(path)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise CheckpointError(f"{path} has no tokenizer that transformers can read: {reason}") from error

@@ -1,0 +1,191 @@
+"""Modules whose weight is a quantized matrix.
+
+The planes are frozen nn.Parameters with the planes' names, so that state_dict, FSDP2 and offloading treat
+them as any weight. `.to(dtype)`, `.half()`, `.bfloat16()` ... move devices, change the dtype of the bias (and
+of an embedding's output), and never touch a plane: plain Module.to would round fp32 scales to bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfold import ops
+from bitfold.formats import parse, plane_shapes
+from bitfold.qtensor import QTensor
+
+
+class QuantModule(nn.Module):
+    """A module that holds an [n, k] QTensor: the half that QuantLinear and QuantEmbedding share.
+
+    Planes that are parameters already are kept as they are: two modules made from one `qtensor` are tied.
+    """
+
+    format: str
+    layout: str
+
+    def __init__(self, qtensor: QTensor):
+        super().__init__()
+        self.format = qtensor.format
+        self.layout = qtensor.layout
+        self.shape = qtensor.shape
+        self.plane_names = tuple(qtensor.planes)
+        for name, plane in qtensor.planes.items():
+            frozen = isinstance(plane, nn.Parameter) and not plane.requires_grad
+            self.register_parameter(name, plane if frozen else nn.Parameter(plane, requires_grad=False))  # type: ignore[arg-type]
+
+    def planes(self) -> list[Tensor]:
+        """The planes in the order of the format, as the ops take them."""
+        parameters = self._parameters
+        return [parameters[name] for name in self.plane_names]  # type: ignore[misc]
+
+    @property
+    def qtensor(self) -> QTensor:
+        """The weight; shares the planes of this module."""
+        return QTensor(
+            self.format, self.shape, dict(zip(self.plane_names, self.planes(), strict=True)), self.layout
+        )
+
+    def prepare(self) -> None:
+        """Builds what the kernels want beside the canonical planes; called after loading, never inside
+        forward.
+
+        No kernel wants anything yet, so this does nothing. A repacked copy belongs here as a non-persistent
+        tensor, to be dropped by `_apply` and `_load_from_state_dict`; the planes themselves never change.
+        """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        planes = {id(plane) for plane in self.planes()}
+
+        def keep_plane_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in planes and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_plane_dtype, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Module copies with a cast; a plane of another dtype is another format.
+        wrong = [
+            f"{key} is {state_dict[key].dtype}, for {self.format} it must be {plane.dtype}."
+            for key, plane in zip((prefix + name for name in self.plane_names), self.planes(), strict=True)
+            if key in state_dict and state_dict[key].dtype != plane.dtype
+        ]
+        if wrong:
+            error_msgs.extend(wrong)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def empty_qtensor(
+    format: str,
+    n: int,
+    k: int,
+    device: torch.device | str | None = None,
+    layout: str = "rows",
+) -> QTensor:
+    """An n x k matrix with uninitialised planes (device "meta": no memory at all), to load into."""
+    parsed = parse(format)
+    shapes = plane_shapes(parsed, n, k, layout)
+    planes = {
+        law.name: torch.empty(shapes[law.name], dtype=law.dtype, device=device) for law in parsed.planes
+    }
+    return QTensor(parsed.canonical, (n, k), planes, layout)
+
+
+class QuantLinear(QuantModule):
+    """nn.Linear on a quantized weight: [..., in_features] -> [..., out_features], in the dtype of its input.
+
+    qtensor: [out_features, in_features]; bias: [out_features] or None, of the dtype of the inputs to come; a
+    Parameter is kept as it is. Differentiable with respect to input and bias.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, qtensor: QTensor, bias: Tensor | None = None):
+        super().__init__(qtensor)
+        self.out_features, self.in_features = qtensor.shape
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"bias has shape {list(bias.shape)}, it must be [{self.out_features}].")
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def empty(
+        cls,
+        format: str,
+        n: int,
+        k: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        layout: str = "rows",
+    ) -> QuantLinear:
+        """One with uninitialised planes, to load into; dtype is the bias's."""
+        values = torch.empty(n, device=device, dtype=dtype) if bias else None
+        return cls(empty_qtensor(format, n, k, device, layout), values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, k = self.shape
+        return ops.linear(x, self.planes(), self.format, n, k, self.bias, self.layout)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format}"
+        )
+
+
+class QuantEmbedding(QuantModule):
+    """nn.Embedding on a quantized weight: integer ids [...] -> [..., embedding_dim] of `dtype`.
+
+    qtensor: [num_embeddings, embedding_dim]; dtype: of the output, follows `.to(dtype)`. padding_idx is kept
+    for those who ask; the weight is frozen, so it has no effect here.
+    """
+
+    def __init__(self, qtensor: QTensor, padding_idx: int | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__(qtensor)
+        self.num_embeddings, self.embedding_dim = qtensor.shape
+        self.padding_idx = padding_idx
+        self.dtype = dtype
+
+    @classmethod
+    def empty(
+        cls,
+        format: str,
+        n: int,
+        k: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        layout: str = "rows",
+    ) -> QuantEmbedding:
+        """One with uninitialised planes, to load into."""
+        return cls(empty_qtensor(format, n, k, device, layout), padding_idx, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        n, k = self.shape
+        return torch.ops.bitfold.embedding(ids, self.planes(), self.format, n, k, self.dtype, self.layout)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, format={self.format}"

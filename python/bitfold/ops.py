@@ -1,0 +1,174 @@
+"""What torch must know about the ops of csrc/torch/ops.cpp beside their kernels: shapes, gradients, autocast.
+
+Importing this module registers all of it. Sizes come from the formats' laws, as plain numbers that divide
+symbolic ints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold.formats import parse, plane_size
+
+_ops = torch.ops.bitfold
+
+# ---- shapes ----
+
+
+@torch.library.register_fake("bitfold::encode")
+def _(weight: Tensor, format: str, nested_offset: Tensor | None = None, clamp: bool = False) -> list[Tensor]:
+    n, k = weight.shape
+    return [weight.new_empty(law.shape(n, k), dtype=law.dtype) for law in parse(format).planes]
+
+
+@torch.library.register_fake("bitfold::decode")
+def _(
+    planes: Sequence[Tensor], format: str, n: int, k: int, dtype: torch.dtype, layout: str = "rows"
+) -> Tensor:
+    return planes[0].new_empty((n, k), dtype=dtype)
+
+
+@torch.library.register_fake("bitfold::pack")
+def _(
+    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, format: str, nested: Sequence[Tensor]
+) -> list[Tensor]:
+    n, k = codes.shape
+    return [codes.new_empty(law.shape(n, k), dtype=law.dtype) for law in parse(format).planes]
+
+
+@torch.library.register_fake("bitfold::unpack")
+def _(planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows") -> list[Tensor]:
+    rows, columns = plane_size(n, k, layout)
+    shapes = [law.logical_shape(rows, columns) for law in parse(format).planes]
+    shapes[0] = (n, k)
+    return [plane.new_empty(shape) for plane, shape in zip(planes, shapes, strict=True)]
+
+
+@torch.library.register_fake("bitfold::linear")
+def _(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    format: str,
+    n: int,
+    k: int,
+    bias: Tensor | None = None,
+    layout: str = "rows",
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("bitfold::linear_grad_x")
+def _(grad: Tensor, planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows") -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], k))
+
+
+@torch.library.register_fake("bitfold::embedding")
+def _(
+    ids: Tensor,
+    planes: Sequence[Tensor],
+    format: str,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    layout: str = "rows",
+) -> Tensor:
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
+
+
+# ---- gradients: with respect to x, grad and bias; packed weights are constants ----
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, planes, ctx.format, ctx.n, ctx.k, _, ctx.layout = inputs
+    ctx.save_for_backward(*planes)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    planes, needed = list(ctx.saved_tensors), ctx.needs_input_grad
+    grad_x = grad_bias = None
+    if needed[0]:
+        grad_x = _ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k, ctx.layout)
+    if len(needed) > 5 and needed[5]:
+        grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+    # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
+    return (grad_x, [None] * len(planes), None, None, None, grad_bias, None)[: len(needed)]
+
+
+def _linear_grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, planes, ctx.format, ctx.n, ctx.k, ctx.layout = inputs
+    ctx.save_for_backward(*planes)
+
+
+def _linear_grad_x_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    planes = list(ctx.saved_tensors)
+    grad_grad = _ops.linear(grad, planes, ctx.format, ctx.n, ctx.k, None, ctx.layout)
+    return (grad_grad, [None] * len(planes), None, None, None, None)[: len(ctx.needs_input_grad)]
+
+
+torch.library.register_autograd("bitfold::linear", _linear_backward, setup_context=_linear_context)
+torch.library.register_autograd(
+    "bitfold::linear_grad_x", _linear_grad_x_backward, setup_context=_linear_grad_x_context
+)
+
+
+def _refuse_backward(name: str) -> None:
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"bitfold::{name} is not differentiable: detach what it is given.")
+
+    torch.library.register_autograd(f"bitfold::{name}", backward)
+
+
+for _name in ("encode", "decode", "pack", "unpack", "embedding"):
+    _refuse_backward(_name)
+
+
+# ---- autocast: x and bias are cast as F.linear casts them, planes never are ----
+
+_library = torch.library.Library("bitfold", "IMPL")
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
+
+    def linear(
+        x: Tensor,
+        planes: list[Tensor],
+        format: str,
+        n: int,
+        k: int,
+        bias: Tensor | None = None,
+        layout: str = "rows",
+    ) -> Tensor:
+        with torch.autocast(device_type, enabled=False):
+            return _ops.linear(cast(x), planes, format, n, k, None if bias is None else cast(bias), layout)
+
+    _library.impl("linear", linear, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+# ---- a call that costs little ----
+
+_linear = torch.ops.bitfold.linear.default
+
+
+def linear(
+    x: Tensor, planes: list[Tensor], format: str, n: int, k: int, bias: Tensor | None, layout: str
+) -> Tensor:
+    """torch.ops.bitfold.linear, past its autograd kernel where no gradient is wanted.
+
+    That kernel is Python and costs some 15 us a call, as much as a small matrix at m = 1.
+    """
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if wanted or torch.compiler.is_compiling():
+        return _linear(x, planes, format, n, k, bias, layout)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear(x, planes, format, n, k, bias, layout)

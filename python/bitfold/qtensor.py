@@ -1,0 +1,250 @@
+"""A quantized matrix, and the functions on it.
+
+`QTensor` is plain data: a format, a logical shape, a layout and named planes (docs/formats.md). It is no
+torch.Tensor subclass, so torch.compile, FSDP and safetensors see nothing but plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from bitfold import _C, ops
+from bitfold.formats import Format, check_layout, parse, plane_size
+
+_ops = torch.ops.bitfold
+
+
+class Unpacked(NamedTuple):
+    """What the planes say, one element an entry (n rows, k columns, G groups in a row).
+
+    codes: uint8 [n, k] (cast families: the floats themselves); scales: the scale dtype, or uint8 where
+    nested, [n or 1, G]; zeros: uint8 [n or 1, G]; nested_scales: float32 [ceil(n * G / 256)]; nested_offset:
+    float32 [1]. None where the format has no such plane.
+    """
+
+    codes: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    nested_scales: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """An n x k matrix in a quantized format.
+
+    format: any spelling, kept as the canonical string; shape: (n, k); planes: tensors by name, kept in the
+    order of the format; layout: "rows", or "flat" (bitsandbytes tensors whose blocks straddle rows).
+
+    Raises ValueError where a plane is missing, unknown, or of another shape, dtype or device than the format
+    says.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    planes: dict[str, Tensor]
+    layout: str = "rows"
+
+    def __post_init__(self) -> None:
+        format = parse(self.format)
+        check_layout(self.layout)
+        n, k = self.shape
+        check_planes(format, n, k, self.planes, self.layout)
+        object.__setattr__(self, "format", format.canonical)
+        object.__setattr__(self, "shape", (n, k))
+        object.__setattr__(self, "planes", {law.name: self.planes[law.name] for law in format.planes})
+
+    @property
+    def device(self) -> torch.device:
+        return self.planes["codes"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(plane.nbytes for plane in self.planes.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all planes for each of the n * k weights (0 for an empty matrix)."""
+        return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> QTensor:
+        """The same matrix on `device`; no plane changes its dtype."""
+        planes = {name: plane.to(device, non_blocking=non_blocking) for name, plane in self.planes.items()}
+        return QTensor(self.format, self.shape, planes, self.layout)
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights as a contiguous [n, k] tensor of `dtype` (float32, float16, bfloat16 or float64)."""
+        return _ops.decode(list(self.planes.values()), self.format, *self.shape, dtype, self.layout)
+
+    def unpack(self) -> Unpacked:
+        """Logical codes, scales and zeros; `pack` is the exact inverse."""
+        logical = _ops.unpack(list(self.planes.values()), self.format, *self.shape, self.layout)
+        return Unpacked(**dict(zip(self.planes, logical, strict=True)))
+
+    def __repr__(self) -> str:
+        layout = "" if self.layout == "rows" else f", layout={self.layout!r}"
+        n, k = self.shape
+        return (
+            f"QTensor({self.format!r}, {n}x{k}, {self.bits_per_weight:.4g} bits per weight, "
+            f"{self.nbytes} bytes, device={str(self.device)!r}{layout})"
+        )
+
+
+def check_planes(format: Format, n: int, k: int, planes: dict[str, Tensor], layout: str = "rows") -> None:
+    """Raises ValueError, naming the plane, unless `planes` are those of an n x k matrix in `format`."""
+    expected = [law.name for law in format.planes]
+    if set(planes) != set(expected):
+        raise ValueError(
+            f"planes are {', '.join(planes) or 'none'}, for {format} they must be {', '.join(expected)}."
+        )
+    rows, columns = plane_size(n, k, layout)
+    device = planes["codes"].device
+    for law in format.planes:
+        plane, shape = planes[law.name], law.shape(rows, columns)
+        if plane.dtype != law.dtype:
+            raise ValueError(f"plane {law.name} is {plane.dtype}, for {format} it must be {law.dtype}.")
+        if tuple(plane.shape) != shape:
+            raise ValueError(
+                f"plane {law.name} has shape {list(plane.shape)}, for {n}x{k} {format} it must be "
+                f"{list(shape)}."
+            )
+        if plane.device != device:
+            raise ValueError(
+                f"plane {law.name} is on {plane.device}, it must be on {device} as the codes are."
+            )
+
+
+def _flatten(tensor: QTensor) -> tuple[list[Tensor], Any]:
+    return list(tensor.planes.values()), (tensor.format, tensor.shape, tensor.layout, tuple(tensor.planes))
+
+
+def _unflatten(planes: Iterable[Any], context: Any) -> QTensor:
+    # Unchecked: tree_map puts whatever its function returned in the planes' places.
+    format, shape, layout, names = context
+    tensor = object.__new__(QTensor)
+    for name, value in (
+        ("format", format),
+        ("shape", shape),
+        ("planes", dict(zip(names, planes, strict=True))),
+        ("layout", layout),
+    ):
+        object.__setattr__(tensor, name, value)
+    return tensor
+
+
+_pytree.register_pytree_node(QTensor, _flatten, _unflatten, serialized_type_name="bitfold.QTensor")
+
+
+def encode(
+    weight: Tensor,
+    format: str,
+    *,
+    importance: Tensor | None = None,
+    clamp: bool = False,
+    nested_offset: float | Tensor | None = None,
+) -> QTensor:
+    """Rounds a matrix to nearest in `format` (docs/formats.md, "Encoding").
+
+    weight: [n, k], float32, float16, bfloat16 or float64, any strides; not differentiated. importance: must
+    be None, no format of today weighs its error. clamp: with a cast format, values beyond its range become
+    its largest instead of an error. nested_offset: with a "-dq" format, the offset of the scales instead of
+    their mean.
+
+    Raises ValueError for an unknown format (with near matches), a NaN or infinity (with row and column), and
+    a scale that the scale dtype can't hold (with the group, and a dtype that can).
+    """
+    if importance is not None:
+        raise ValueError(f"importance is given, for {format!r} it must be None: no format of today uses it.")
+    parsed = parse(format)
+    if nested_offset is not None and not isinstance(nested_offset, Tensor):
+        nested_offset = torch.tensor([nested_offset], dtype=torch.float32, device=weight.device)
+    planes = _ops.encode(weight.detach(), parsed.canonical, nested_offset, clamp)
+    n, k = weight.shape
+    return QTensor(parsed.canonical, (n, k), _named(parsed, planes))
+
+
+def pack(
+    codes: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    *,
+    format: str,
+    nested_scales: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    layout: str = "rows",
+) -> QTensor:
+    """Packs logical codes, scales and zeros (`Unpacked` has their shapes and dtypes); the inverse of
+    `QTensor.unpack`.
+
+    Raises ValueError where one of them is missing, unwanted, or of another shape, dtype or range than the
+    format says.
+    """
+    parsed = parse(format)
+    check_layout(layout)
+    if codes.dim() != 2:
+        raise ValueError(f"codes has shape {list(codes.shape)}, it must have 2 dimensions.")
+    n, k = codes.shape
+    if layout == "flat":
+        codes = codes.reshape(1, -1)
+    nested = [plane for plane in (nested_scales, nested_offset) if plane is not None]
+    planes = _ops.pack(codes.detach(), scales, zeros, parsed.canonical, nested)
+    return QTensor(parsed.canonical, (n, k), _named(parsed, planes), layout)
+
+
+def _named(format: Format, planes: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {law.name: plane for law, plane in zip(format.planes, planes, strict=True)}
+
+
+def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None) -> Tensor:
+    """x @ W^T + bias, computed on the packed weights with fp32 accumulation (float64 for float64 x).
+
+    x: [..., k], float32, float16, bfloat16 or float64, any strides; bias: [n] of x's dtype. Returns [..., n]
+    of x's dtype. Differentiable with respect to x and bias; under autocast x and bias are cast as F.linear
+    casts them.
+    """
+    n, k = qtensor.shape
+    return ops.linear(x, list(qtensor.planes.values()), qtensor.format, n, k, bias, qtensor.layout)
+
+
+def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows `ids` of the matrix, decoded: int64 or int32 [...] -> [..., k] of `dtype`.
+
+    Raises ValueError for an id outside [0, n).
+    """
+    n, k = qtensor.shape
+    return _ops.embedding(ids, list(qtensor.planes.values()), qtensor.format, n, k, dtype, qtensor.layout)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What `linear` runs: a pure function of format, layout, sizes, dtype and CPU (csrc/cpu/plan.hpp)."""
+
+    regime: str
+    isa: str
+
+
+def plan_linear(
+    format: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: str = "rows",
+) -> LinearPlan:
+    """The kernel for an [m, k] x of `dtype` and an [n, k] matrix in `format`; runs nothing.
+
+    Raises ValueError for a device that has no kernels.
+    """
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"device is {str(device)!r}, it must be 'cpu': no other device has kernels yet.")
+    return LinearPlan(
+        **_C.plan_linear(parse(format).canonical, layout, m, n, k, str(dtype).removeprefix("torch."))
+    )

@@ -1,0 +1,237 @@
+"""Quantizes the linear layers and embeddings of a torch model in memory, in place, by a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfold.nn import QuantEmbedding, QuantLinear
+from bitfold.qtensor import QTensor, embedding, encode
+from bitfold.recipes import ModuleInfo, Recipe, assign, get
+
+# An untied output head of a model that has no get_output_embeddings() is recognised by these names.
+HEAD_NAMES = ("lm_head", "output", "embed_out")
+# Weights decoded at a time when an error is measured.
+ROW_BLOCK = 1 << 21
+
+Progress = Callable[[str, int, int], None]
+"""Told after each module: its name, the weights done so far, the weights to do in all."""
+
+
+@dataclass(frozen=True)
+class ModuleSummary:
+    """One quantized weight. relative_rmse: norm of (decoded - source) over norm of source; bytes of weight
+    and planes."""
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    relative_rmse: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class QuantizationSummary:
+    """What was quantized. parameters, bytes_before, bytes_after: of the whole model, shared weights counted
+    once."""
+
+    recipe: str
+    modules: tuple[ModuleSummary, ...]
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(math.prod(module.shape) for module in self.modules)
+
+    @property
+    def share(self) -> float:
+        """Share of the model's parameters that are quantized, 0 to 1."""
+        return self.quantized_parameters / max(1, self.parameters)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recipe}: quantized {len(self.modules)} weights, {self.share:.1%} of {self.parameters:,} "
+            f"parameters, {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+        )
+
+
+def describe(model: nn.Module) -> dict[str, ModuleInfo]:
+    """What a recipe may know of a model's linear layers, embeddings and expert stacks, by dotted name; reads
+    no weights.
+
+    The output head is what model.get_output_embeddings() returns; in a model without such a method it is a
+    linear layer that shares its weight with an embedding, or is named as one of HEAD_NAMES and as wide as
+    some embedding is long. A 3-D parameter outside of a convolution, none of its sizes 1, is a stack of
+    experts. Quantized modules are left out.
+    """
+    infos: dict[str, ModuleInfo] = {}
+    owners: dict[int, str] = {}
+    head = _output_head(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+            obstacle = f"it is a {type(module).__name__}, a subclass of nn.{base.__name__}"
+            owner = owners.setdefault(id(module.weight), name)
+            infos[name] = ModuleInfo(
+                kind=base.__name__.lower(),
+                shape=tuple(module.weight.shape),
+                is_head=module is head,
+                tied_to=None if owner == name else owner,
+                obstacle=None if type(module) is base else obstacle,
+            )
+        elif stacks := _stacks(module):
+            shape = tuple(next(iter(stacks.values())).shape)
+            obstacle = "it is a stack of experts in one 3-D parameter"
+            infos[name] = ModuleInfo("experts", shape, tuple(stacks), obstacle=obstacle)
+    return infos
+
+
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return {}
+    parameters = module.named_parameters(recurse=False)
+    return {name: p for name, p in parameters if p.dim() == 3 and min(p.shape) > 1}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter):
+        head = getter()
+        return head if isinstance(head, nn.Module) else None
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tied = {id(module.weight) for module in embeddings}
+    lengths = {module.num_embeddings for module in embeddings}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            named = name.rpartition(".")[2] in HEAD_NAMES and module.out_features in lengths
+            if named or id(module.weight) in tied:
+                return module
+    return None
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    *,
+    clamp: bool = False,
+    progress: Progress | None = None,
+    quiet: bool = False,
+) -> QuantizationSummary:
+    """Swaps the nn.Linear and nn.Embedding modules of a model for quantized ones, in place.
+
+    recipe: what `recipes.get` takes; see there for which modules it reaches. Weights that are shared are
+    encoded once and stay shared; a bias stays the same Parameter. clamp: as in `encode`. Prints one line with
+    the share of the parameters that is quantized, unless quiet.
+
+    Raises ValueError. Whatever names and shapes can tell (unknown recipe, a rule without effect, expert
+    stacks, subclasses) is told before anything changes. Each source weight is freed as soon as it is encoded,
+    so an error in a weight (a NaN, a scale out of range), which names the module, leaves the modules before
+    it quantized, it and those behind it as they were: a model that runs.
+    """
+    recipe = get(recipe)
+    infos = describe(model)
+    formats = {name: item.format for name, item in assign(recipe, infos).items() if item.format is not None}
+    for name in formats:
+        _check_swappable(name, model.get_submodule(name))
+    tied: dict[str, list[str]] = {}  # modules of one weight, by the first of them
+    for name in formats:
+        tied.setdefault(infos[name].tied_to or name, []).append(name)
+
+    parameters, bytes_before = _count(model)
+    total = sum(math.prod(infos[name].shape) for name in tied)
+    done = 0
+    summaries = []
+    for name, names in tied.items():
+        summaries.append(_swap(model, names, formats[name], clamp))
+        done += math.prod(infos[name].shape)
+        if progress is not None:
+            progress(name, done, total)
+
+    summary = QuantizationSummary(recipe.name, tuple(summaries), parameters, bytes_before, _count(model)[1])
+    if not quiet:
+        print(summary)
+    return summary
+
+
+def _check_swappable(name: str, module: nn.Module) -> None:
+    if not name:
+        raise ValueError("model is itself the layer to swap, it must be a module that contains it.")
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(hooks):
+        raise ValueError(f"module {name} has hooks, which a swap would lose: remove them first.")
+    if module.weight.is_meta:
+        raise ValueError(f"{name}.weight is on the meta device, it must hold data: load the model first.")
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(f"module {name} has max_norm, which rewrites its weight: keep it by a rule.")
+
+
+def _swap(model: nn.Module, names: list[str], format: str, clamp: bool) -> ModuleSummary:
+    """Encodes the one weight of the modules `names` and puts quantized modules in their places."""
+    modules = [model.get_submodule(name) for name in names]
+    weight: Any = modules[0].weight
+    qtensor = encode_named(f"{names[0]}.weight", weight, format, clamp=clamp)
+    summary = summarize(names[0], weight, qtensor)
+    for module in modules:
+        quantized: QuantLinear | QuantEmbedding
+        if isinstance(module, nn.Embedding):
+            quantized = QuantEmbedding(qtensor, module.padding_idx, weight.dtype)
+        else:
+            quantized = QuantLinear(qtensor, module.bias)  # type: ignore[arg-type]
+        quantized.train(module.training)
+        qtensor = quantized.qtensor  # of this module's parameters, so that the next one shares them
+        quantized.prepare()
+        for parent in list(model.modules()):
+            for child_name, child in list(parent._modules.items()):
+                if child is module:
+                    setattr(parent, child_name, quantized)
+    return summary
+
+
+def encode_named(name: str, weight: Tensor, format: str, *, clamp: bool = False) -> QTensor:
+    """`encode`, with the tensor's name in front of what it raises."""
+    try:
+        return encode(weight, format, clamp=clamp)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def summarize(name: str, weight: Tensor, qtensor: QTensor) -> ModuleSummary:
+    """The error and the sizes of one quantized weight."""
+    return ModuleSummary(
+        name, qtensor.format, qtensor.shape, relative_rmse(weight, qtensor), weight.nbytes, qtensor.nbytes
+    )
+
+
+def relative_rmse(weight: Tensor, qtensor: QTensor) -> float:
+    """Norm of (decoded - weight) over norm of weight, 0 for a zero weight; float64 sums, a few rows decoded
+    at a time."""
+    n, k = qtensor.shape
+    rows = max(1, ROW_BLOCK // max(1, k))
+    error = norm = 0.0
+    for start in range(0, n, rows):
+        source = weight[start : start + rows].detach().to(torch.float32)
+        ids = torch.arange(start, start + source.shape[0], device=weight.device)
+        difference = embedding(ids, qtensor, torch.float32).sub_(source)
+        error += torch.linalg.vector_norm(difference, dtype=torch.float64).item() ** 2
+        norm += torch.linalg.vector_norm(source, dtype=torch.float64).item() ** 2
+    return math.sqrt(error / norm) if norm > 0 else 0.0
+
+
+def _count(model: nn.Module) -> tuple[int, int]:
+    """Parameters and bytes of a model, shared ones counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)

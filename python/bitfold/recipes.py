@@ -1,0 +1,308 @@
+"""Which layer gets which format.
+
+A recipe is a list of rules, a rule a pattern and a format. This file works on names and shapes alone, so that
+quantizing a model in memory and streaming a checkpoint share it.
+
+How a module finds its rule:
+
+- A pattern is a glob on the module's dotted name (`*` crosses dots, case counts). The first rule that matches
+  wins.
+- A rule reaches an embedding or the output head only if the last component of its pattern spells the module's
+  own name
+  without wildcards: `lm_head` and `*.embed_tokens` do, `*` and `model.*` don't. So both keep their source
+  dtype by default.
+- What no rule matches keeps its source dtype. Norms and all else that is neither linear nor embedding always
+  do.
+- A stack of experts in one 3-D parameter, or a subclass of nn.Linear or nn.Embedding, can't be quantized:
+  unless a rule
+  keeps it, that is an error, never a silent skip.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from bitfold.formats import FORMATS, parse
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KEEP = "keep"
+METHODS = ("rtn",)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose name matches `pattern` get `format` (None or "keep": the source dtype).
+
+    method: how the codes are chosen; "rtn" rounds to nearest. Raises ValueError for an unknown format or
+    method.
+    """
+
+    pattern: str = "*"
+    format: str | None = None
+    method: str = "rtn"
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise ValueError(
+                "the pattern of a rule is empty, it must be a glob on module names, such as '*'."
+            )
+        if self.method not in METHODS:
+            raise ValueError(
+                f"method of rule {self.pattern!r} is {self.method!r}, it must be one of {', '.join(METHODS)}."
+            )
+        format = None if self.format in (None, KEEP) else parse(str(self.format)).canonical
+        object.__setattr__(self, "format", format)
+
+    def matches(self, name: str, module: ModuleInfo) -> bool:
+        """Whether the rule reaches the module (see the head of this file)."""
+        if module.is_default_kept and self.pattern.rpartition(".")[2] != name.rpartition(".")[2]:
+            return False
+        return fnmatchcase(name, self.pattern)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order of precedence, under a name."""
+
+    name: str
+    description: str
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """What a recipe knows of a module.
+
+    kind: "linear", "embedding" or "experts"; shape: of the weight; parameters: names of the weights within
+    the module; is_head: the output head; tied_to: name of the first module that has the same weight, where
+    that is another one; obstacle: why it can't be quantized ("it is a ..."), None if it can.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    parameters: tuple[str, ...] = ("weight",)
+    is_head: bool = False
+    tied_to: str | None = None
+    obstacle: str | None = None
+
+    @property
+    def is_default_kept(self) -> bool:
+        """Whether only a rule that spells its name reaches it."""
+        return self.is_head or self.kind == "embedding"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a module gets: a canonical format (None: its source dtype), by which rule (None: by no rule), and
+    why."""
+
+    format: str | None
+    rule: Rule | None
+    reason: str
+
+
+def _linears(name: str, description: str, format: str) -> Recipe:
+    return Recipe(name, description, (Rule("*", format),))
+
+
+# Names of attention blocks: self_attn, self_attention, attention, attn.
+_ATTENTION = "*[._]att*n*.*"
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _linears("fp16", "16-bit floats (IEEE half)", "fp16"),
+        _linears("bf16", "16-bit floats (bfloat16)", "bf16"),
+        _linears("int8", "8-bit integers, one scale a row", "int8-channel"),
+        _linears("int8-g128", "8-bit integers, one scale for 128 weights", "int8-g128"),
+        _linears("int4-g128", "4-bit integers, one scale for 128 weights", "int4-g128"),
+        _linears("int4-g32", "4-bit integers, one scale for 32 weights", "int4-g32"),
+        _linears("int4-g128-asym", "4-bit integers, scale and zero point for 128 weights", "int4-g128-asym"),
+        _linears("int3-g64", "3-bit integers, one scale for 64 weights", "int3-g64"),
+        _linears("int2-g64", "2-bit integers, one scale for 64 weights", "int2-g64"),
+        _linears("nf4", "4-bit normal floats, blocks of 64", "nf4-b64"),
+        _linears("nf4-dq", "4-bit normal floats, blocks of 64, 8-bit scales", "nf4-b64-dq"),
+        _linears("fp4", "4-bit floats, blocks of 64", "fp4-b64"),
+        _linears("fp8", "8-bit floats (e4m3), one scale a row", "fp8-e4m3-channel"),
+        Recipe(
+            "int4-mixed",
+            "attention in 8-bit integers, the rest in 4-bit",
+            (Rule(_ATTENTION, "int8-channel"), Rule("*", "int4-g128")),
+        ),
+    )
+}
+"""The presets: linear layers only; embeddings, output head and norms keep their source dtype."""
+
+
+def get(recipe: str | Path | Recipe) -> Recipe:
+    """The recipe that is meant: a preset's name, a format string (for all linear layers), a TOML file, or a
+    Recipe.
+
+    Raises ValueError, with near matches, for a name that is none of them, and for a file that is no recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    text = str(recipe)
+    if text in RECIPES:
+        return RECIPES[text]
+    if isinstance(recipe, Path) or text.endswith(".toml"):
+        return read(text)
+    try:
+        format = parse(text)
+    except ValueError as error:
+        raise ValueError(f"recipe {text!r} is unknown: {_why_unknown(text, error)}") from error
+    return _linears(format.canonical, f"{format.canonical} for all linear layers", format.canonical)
+
+
+def _why_unknown(text: str, error: ValueError) -> str:
+    if text.partition("-")[0] in {family.partition("-")[0] for family in FORMATS}:
+        return str(error)
+    near = difflib.get_close_matches(text, RECIPES, n=3)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"it must be one of {', '.join(RECIPES)}, a format string, or a .toml file."
+
+
+def read(path: str | Path) -> Recipe:
+    """A recipe from a TOML file.
+
+        name = "attention-int8"                 # optional: the file's name
+        description = "attention in 8 bits"     # optional
+
+        [[rules]]
+        match = "*.self_attn.*"                 # default "*"
+        format = "int8-g128"                    # or "keep"
+
+    Raises ValueError where the file can't be read, is not TOML, or has unknown keys, formats or methods.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"recipe {path} can't be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not TOML: {error}.") from error
+    try:
+        _check_keys(table, ("name", "description", "rules"), "the recipe")
+        rules = table.get("rules", [])
+        if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
+            raise ValueError("it has no rules, it must have at least one [[rules]].")
+        return Recipe(
+            name=_text(table, "name", path.stem),
+            description=_text(table, "description", ""),
+            rules=tuple(_read_rule(rule, number) for number, rule in enumerate(rules, 1)),
+        )
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from error
+
+
+def _read_rule(table: dict[str, Any], number: int) -> Rule:
+    _check_keys(table, ("match", "format", "method"), f"rule {number}")
+    if "format" not in table:
+        raise ValueError(f'rule {number} has no format, it must name one, or "keep".')
+    return Rule(_text(table, "match", "*"), _text(table, "format", KEEP), _text(table, "method", "rtn"))
+
+
+def _check_keys(table: dict[str, Any], known: tuple[str, ...], owner: str) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(known)}."
+            raise ValueError(f"{owner} has the unknown key {key!r}: {hint}")
+
+
+def _text(table: dict[str, Any], key: str, default: str) -> str:
+    value = table.get(key, default)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {value!r}, it must be a string.")
+    return value
+
+
+def assign(recipe: Recipe, modules: Mapping[str, ModuleInfo]) -> dict[str, Assignment]:
+    """What every module gets, by name, in the order of `modules`.
+
+    Raises ValueError where a rule matches nothing or never wins, where tied modules get two formats, and
+    where a rule gives a format to what can't have one (or no rule keeps it).
+    """
+    assignments = {}
+    for name, module in modules.items():
+        assignments[name] = _assign_one(recipe, name, module)
+    _check_rules_used(recipe, modules, assignments)
+    for name, module in modules.items():
+        if module.tied_to is not None:
+            _check_tied(name, assignments[name], module.tied_to, assignments[module.tied_to])
+    return assignments
+
+
+def _assign_one(recipe: Recipe, name: str, module: ModuleInfo) -> Assignment:
+    rule = next((rule for rule in recipe.rules if rule.matches(name, module)), None)
+    format = rule.format if rule else None
+    if module.obstacle and (format is not None or (rule is None and not module.is_default_kept)):
+        raise ValueError(
+            f"module {name} ({', '.join(module.parameters)} of shape {list(module.shape)}) can't be "
+            f"quantized, {module.obstacle}: put a rule that keeps it first "
+            f"(match = {name!r}, format = 'keep')."
+        )
+    if rule is not None:
+        return Assignment(format, rule, f"rule {rule.pattern!r}")
+    if module.is_default_kept:
+        return Assignment(
+            None, None, f"the {'output head' if module.is_head else 'embedding'} is kept by default"
+        )
+    return Assignment(None, None, "no rule matches")
+
+
+def _check_rules_used(
+    recipe: Recipe, modules: Mapping[str, ModuleInfo], assignments: Mapping[str, Assignment]
+) -> None:
+    for rule in recipe.rules:
+        matched = [name for name, module in modules.items() if rule.matches(name, module)]
+        if not matched:
+            raise ValueError(
+                f"rule {rule.pattern!r} of recipe {recipe.name!r} matches no module: {_hint(rule, modules)}"
+            )
+        winners = {assignments[name].rule for name in matched}
+        if rule not in winners and rule.pattern != "*":
+            taken = next(iter(winners))
+            assert taken is not None
+            raise ValueError(
+                f"rule {rule.pattern!r} of recipe {recipe.name!r} never wins: put it before rule "
+                f"{taken.pattern!r}, which takes all it matches."
+            )
+
+
+def _hint(rule: Rule, modules: Mapping[str, ModuleInfo]) -> str:
+    """Why a rule may match nothing: a kind that it must name, or a typo."""
+    kept = [
+        name for name, module in modules.items() if module.is_default_kept and fnmatchcase(name, rule.pattern)
+    ]
+    if kept:
+        return f"embeddings and the output head must be named, as in {kept[0]!r}."
+    parts = {part for name in modules for part in name.split(".")}
+    for part in rule.pattern.split("."):
+        near = difflib.get_close_matches(part.strip("*"), parts, n=1)
+        if near and part not in parts:
+            return f"did you mean {near[0]!r}?"
+    return (
+        f"there are {len(modules)}, such as {list(modules)[-1]!r}."
+        if modules
+        else "the model has no linear layer."
+    )
+
+
+def _check_tied(name: str, one: Assignment, other_name: str, other: Assignment) -> None:
+    if one.format != other.format:
+        raise ValueError(
+            f"{other_name} and {name} share one weight, but the recipe gives them two formats "
+            f"({other.format or KEEP} and {one.format or KEEP}): name both with one format."
+        )

@@ -1,0 +1,225 @@
+"""Writing a checkpoint directory so that it is there as a whole or not at all.
+
+Everything goes into a hidden directory beside the target, is flushed to the disk, and only then takes the
+target's name by a rename. config.json is written last, so that what a killed run leaves behind is never taken
+for a checkpoint; the next run with the same target removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from bitfold.shards import (
+    INDEX_FILE,
+    CheckpointError,
+    ShardWriter,
+    TensorSpec,
+    index_of,
+    plan_shards,
+    read_json,
+    shard_names,
+)
+
+CONFIG_FILE = "config.json"
+SHARD_BYTES = 4 << 30  # largest file of a checkpoint, unless one tensor is larger
+_RESERVE = 1 << 20  # bytes beyond the tensors: headers, config, tokenizer
+
+
+class CheckpointWriter:
+    """A context manager that writes a checkpoint: `write` every tensor, then `commit`.
+
+    Left without `commit` (an error, an interrupt) it removes all that it wrote. Tensors may come in any
+    order; each goes to disk at once, so memory holds one tensor at a time.
+
+    Args:
+        target: the directory to make. It must not exist, unless it is empty, or `force` is given and it is a
+            bitfold checkpoint, which is replaced in the moment of `commit`.
+        specs: all tensors that will be written, in the order in which they are laid into files.
+        force: replace an existing checkpoint.
+        shard_bytes: the largest size of a file.
+
+    Raises:
+        CheckpointError: the target exists, or there is no room for it.
+        OSError: the target can't be written; `filename` names it.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        specs: Sequence[TensorSpec],
+        *,
+        force: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.target = check_target(target, force=force)
+        self._force = force
+        self._shards = plan_shards(specs, shard_bytes)
+        self._names = shard_names(len(self._shards))
+        self._home = {spec.name: i for i, shard in enumerate(self._shards) for spec in shard}
+        self._open: dict[int, ShardWriter] = {}
+        self._missing = set(self._home)
+        self._bytes = sum(spec.nbytes for spec in specs)
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self.target)
+            free = shutil.disk_usage(self.target.parent).free
+            if free < self._bytes + _RESERVE:
+                raise CheckpointError(
+                    f"{self.target} needs {self._bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
+                )
+            self._dir = _hidden(self.target, "partial")
+            self._dir.mkdir()
+        except OSError as error:
+            error.filename, error.filename2 = str(self.target), None
+            raise
+        self._lock = _lock(self._dir)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one announced tensor; its dtype and shape must be those announced."""
+        i = self._home[name]
+        if i not in self._open:
+            self._open[i] = ShardWriter(self._dir / self._names[i], self._shards[i])
+        self._open[i].write(name, tensor)
+        self._missing.remove(name)
+        if self._open[i].complete:
+            self._open.pop(i).close()
+
+    def add_json(self, name: str, data: Mapping[str, object]) -> None:
+        """Write a JSON file into the checkpoint."""
+        path = self._dir / name
+        with path.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def add_copy(self, source: Path) -> None:
+        """Copy a file into the checkpoint under its own name."""
+        path = self._dir / source.name
+        shutil.copyfile(source, path)
+        _sync(path)
+
+    def commit(self, config: Mapping[str, object]) -> None:
+        """Write config.json, flush everything and give the checkpoint its name."""
+        if self._missing:
+            raise RuntimeError(
+                f"{len(self._missing)} announced tensors were not written: {sorted(self._missing)[:3]}"
+            )
+        if len(self._shards) == 1 and not self._shards[0]:
+            ShardWriter(self._dir / self._names[0], []).close()
+        if len(self._shards) > 1:
+            self.add_json(INDEX_FILE, index_of(self._shards))
+        self.add_json(CONFIG_FILE, config)
+        _sync(self._dir)
+        if self._force and self.target.exists():
+            _replace(self._dir, self.target)
+        else:
+            os.rename(self._dir, self.target)  # never replaces a directory that holds anything
+        _sync(self.target.parent)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._open.values():
+            writer.abandon()
+        shutil.rmtree(self._dir, ignore_errors=True)  # after commit it is no longer there
+        if self._lock >= 0:
+            os.close(self._lock)
+        if isinstance(error, OSError) and str(error.filename).startswith(str(self._dir)):
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise CheckpointError(
+                    f"{self.target} has come into being while it was being written"
+                ) from None
+            error.filename, error.filename2 = str(self.target), None
+
+
+def check_target(target: Path, *, force: bool) -> Path:
+    """The target's absolute path, if a checkpoint may be written there; call it before long work.
+
+    Raises CheckpointError where it exists: a checkpoint without `force`, or anything else.
+    """
+    target = Path(target).resolve()
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise CheckpointError(f"{target} exists and is no directory")
+    if not any(target.iterdir()):
+        return target
+    if not is_bitfold_checkpoint(target):
+        raise CheckpointError(
+            f"{target} exists and is no bitfold checkpoint, so it is not overwritten; choose another"
+        )
+    if not force:
+        raise CheckpointError(f"{target} exists already; --force (force=True) replaces it")
+    return target
+
+
+def is_bitfold_checkpoint(path: Path) -> bool:
+    """Whether the directory's config.json says that bitfold wrote it."""
+    try:
+        quantization = read_json(path / CONFIG_FILE).get("quantization_config")
+    except (CheckpointError, OSError):
+        return False
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitfold"
+
+
+def _hidden(target: Path, role: str) -> Path:
+    return target.parent / f".{target.name}.{role}-{secrets.token_hex(4)}"
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`, which keeps its name until then."""
+    old = _hidden(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    rest = _hidden(target, "partial")  # a kill from here on leaves what the next run removes
+    os.rename(old, rest)
+    shutil.rmtree(rest, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed runs left: partial directories whose lock nobody holds."""
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.partial-") and path.is_dir():
+            fd = _lock(path)
+            if fd >= 0:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(fd)
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the directory's lock until it is closed or the process dies; -1 if another has
+    it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,29 @@
+"""Shared fixtures and settings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("bitfold", derandomize=True, deadline=None, max_examples=60, print_blob=False)
+settings.load_profile("bitfold")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa: run again by test_isa.py under every instruction set of the CPU")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test alone, not on what ran before it."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def threads():
+    """A function that sets torch's number of threads; what it was before comes back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

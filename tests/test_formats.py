@@ -1,0 +1,162 @@
+"""Format strings and sizes: what parses, to what, what each error says, and how many bytes a matrix takes."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from cases import PLANES, every_format
+
+import bitfold
+from bitfold import _C
+from bitfold.formats import parse, plane_shapes, stored_bytes
+
+SPELLINGS = {
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "fp8": "fp8-e4m3-channel",
+    "fp8-g32": "fp8-e4m3-g32",
+    "fp8-tensor-sfp32": "fp8-e4m3-tensor-sfp32",
+    "fp8-e4m3": "fp8-e4m3-channel",
+    "fp8-e5m2": "fp8-e5m2-channel",
+    "fp8-e5m2-g16-sbf16": "fp8-e5m2-g16-sbf16",
+    "int8": "int8-channel",
+    "int8-asym": "int8-channel-asym",
+    "int8-sfp16": "int8-channel",
+    "int8-tensor": "int8-tensor",
+    "int4": "int4-g128",
+    "int4-asym": "int4-g128-asym",
+    "int4-g16": "int4-g16",
+    "int4-g17-asym-sbf16": "int4-g17-asym-sbf16",
+    "int4-g128-sfp16": "int4-g128",
+    "int4-sfp32-asym-g32": "int4-g32-asym-sfp32",
+    "int4-g1000000": "int4-g1000000",
+    "int3": "int3-g64",
+    "int3-channel": "int3-channel",
+    "int2": "int2-g64",
+    "int2-tensor-asym-sfp32": "int2-tensor-asym-sfp32",
+    "nf4": "nf4-b64",
+    "nf4-dq": "nf4-b64-dq",
+    "nf4-b4096": "nf4-b4096",
+    "nf4-b33-sfp16": "nf4-b33-sfp16",
+    "nf4-b64-sfp32": "nf4-b64",
+    "fp4": "fp4-b64",
+    "fp4-b32-dq": "fp4-b32-dq",
+    "fp4-dq-b32": "fp4-b32-dq",
+}
+
+# text -> what the one sentence must contain
+ERRORS = {
+    "": ["int4", "nf4"],
+    "int5": ["int4"],
+    "in4": ["int4"],
+    "nf5": ["nf4"],
+    "INT4": ["int4"],
+    "int4 ": ["int4"],
+    "int4g128": ["int4"],
+    "q4_k_m": ["families"],
+    "fp8-e4m4": ["e4m4"],
+    "int4-": ["int4"],
+    "int4--asym": ["int4"],
+    "int4-128": ["128", "g<"],
+    "int4-g": ["g<"],
+    "int4-g0": ["g0", "16"],
+    "int4-g15": ["g15", "16"],
+    "int4-g-16": ["g<"],
+    "int4-g16.0": ["g16.0"],
+    "int4-g+16": ["g+16"],
+    "int4-g99999999999999999999": ["16"],
+    "int4-b64": ["b64", "g<"],
+    "int4-dq": ["dq"],
+    "int4-g32-g64": ["twice"],
+    "int4-g32-channel": ["twice"],
+    "int4-asym-asym": ["twice"],
+    "int4-sfp16-sfp16": ["twice"],
+    "int4-sfp8": ["sfp8", "sfp16"],
+    "int4-g128-sym": ["sym", "asym"],
+    "nf4-b31": ["b31", "32", "4096"],
+    "nf4-b4097": ["b4097", "32", "4096"],
+    "nf4-g64": ["g64", "b<"],
+    "nf4-asym": ["asym"],
+    "nf4-channel": ["channel", "b<"],
+    "nf4-tensor": ["tensor", "b<"],
+    "nf4-dq-dq": ["twice"],
+    "nf4-dq-sfp16": ["twice"],
+    "fp8-asym": ["asym"],
+    "fp8-e5m2-dq": ["dq"],
+    "fp8-g8": ["g8", "16"],
+    "fp16-g64": ["g64"],
+    "fp16-asym": ["asym"],
+    "fp16-tensor": ["tensor"],
+    "bf16-sfp32": ["sfp32"],
+    "bf16-dq": ["dq"],
+}
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_spelling(text):
+    assert parse(text).canonical == SPELLINGS[text]
+    assert parse(SPELLINGS[text]).canonical == SPELLINGS[text]
+
+
+@pytest.mark.parametrize("text", ERRORS)
+def test_error(text):
+    with pytest.raises(ValueError, match=".") as caught:
+        parse(text)
+    message = str(caught.value)
+    assert f"'{text}'" in message
+    assert "\n" not in message
+    for needle in ERRORS[text]:
+        assert needle in message.replace(f"'{text}'", "", 1), message
+
+
+def test_every_op_refuses_an_unknown_format():
+    weight = torch.zeros(2, 2)
+    for call in (lambda: bitfold.encode(weight, "int5"), lambda: bitfold.pack(weight.byte(), format="int5")):
+        with pytest.raises(ValueError, match="did you mean 'int4'"):
+            call()
+
+
+@pytest.mark.parametrize("text", every_format())
+def test_fields(text):
+    ours, spec = parse(text), oracle.parse(text)
+    assert ours.canonical == spec.canonical == text
+    assert (ours.family, ours.grid, ours.bits) == (spec.family, spec.kind, spec.bits)
+    assert (ours.group, ours.asymmetric, ours.scale) == (spec.group, spec.asymmetric, spec.scale)
+
+
+def test_formats_are_the_defaults_of_the_table():
+    assert list(bitfold.FORMATS) == list(oracle.FAMILIES) == [row["family"] for row in _C.families()]
+    for family, format in bitfold.FORMATS.items():
+        assert format.canonical == oracle.parse(family).canonical
+        assert parse(family) == format
+
+
+@pytest.mark.parametrize("text", every_format())
+def test_sizes(text):
+    for n, k in [(0, 0), (0, 5), (5, 0), (1, 1), (1, 7), (3, 16), (2, 17), (4, 33), (3, 127), (5, 257), (300, 1000)]:
+        for layout in ("rows", "flat"):
+            expected = oracle.plane_shapes(text, n, k, layout)
+            assert plane_shapes(text, n, k, layout) == {name: shape for name, (_, shape) in expected.items()}
+            assert [law.dtype for law in parse(text).planes] == [PLANES[dtype] for dtype, _ in expected.values()]
+        assert stored_bytes(text, n, k) == oracle.stored_bytes(text, n, k)
+
+
+def test_bits_per_weight_of_the_defaults():
+    """The figures that people quote, for a 4096 x 4096 matrix."""
+    quoted = {"int4": 4.125, "int4-asym": 4.15625, "int3": 3.25, "int2": 2.25, "nf4": 4.5, "nf4-dq": 4.127, "fp16": 16}
+    for text, expected in quoted.items():
+        assert 8 * stored_bytes(text, 4096, 4096) / 4096**2 == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize("text", every_format())
+def test_qtensor_sizes(text, rng):
+    for n, k in [(3, 35), (2, 0)]:
+        qtensor = bitfold.encode(torch.from_numpy(rng.standard_normal((n, k)).astype("float32")), text)
+        expected = oracle.plane_shapes(text, n, k)
+        assert {name: tuple(plane.shape) for name, plane in qtensor.planes.items()} == {
+            name: shape for name, (_, shape) in expected.items()
+        }
+        assert qtensor.nbytes == oracle.stored_bytes(text, n, k)
+        assert qtensor.shape == (n, k)
+        assert qtensor.format == text
