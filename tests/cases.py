@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -53,10 +55,8 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 def tensor_of(array: np.ndarray, dtype: str) -> torch.Tensor:
     """A tensor of a plane dtype from the oracle's bits."""
-    signed, _ = _BITS[array.itemsize]
-    signed_array = np.ascontiguousarray(array).view({1: np.uint8, 2: np.int16, 4: np.int32}[array.itemsize])
-    assert torch.from_numpy(signed_array).dtype == signed
-    return torch.from_numpy(signed_array.copy()).view(PLANES[dtype])
+    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[array.itemsize]
+    return torch.from_numpy(np.array(array).view(signed)).view(PLANES[dtype])
 
 
 def oracle_planes(qtensor: bitfold.QTensor) -> dict[str, np.ndarray]:
@@ -90,6 +90,21 @@ def assert_planes(qtensor: bitfold.QTensor, expected: dict[str, np.ndarray], wha
     assert list(qtensor.planes) == list(expected), what
     for name, plane in qtensor.planes.items():
         assert_same_bits(plane, expected[name], f"{what}, plane {name}")
+
+
+def refusal(call: Callable[[], object], *needles: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError) -> str:
+    """The message of the error that `call` ends in: one sentence on one line, with every needle (a regex) in it."""
+    try:
+        call()
+    except error as caught:
+        message = str(caught)
+    else:
+        raise AssertionError(f"no error, wanted {error} that says {needles}")
+    assert message.strip(), "an empty message"
+    assert "\n" not in message, message
+    for needle in needles:
+        assert re.search(needle, message), f"no {needle!r} in: {message}"
+    return message
 
 
 def weights(rng: np.random.Generator, n: int, k: int) -> np.ndarray:

@@ -150,7 +150,7 @@ class ScaleUnderflow(OracleError):
 # ---- grids: what a code means, and which code a weight gets ----
 #
 # w is [rows, groups, columns of a group] in float32, short groups padded with zeros. `spread` gives the number a that the
-# scale is made of and the divisor q, s = a / q; `codes` takes the stored scale as float32, never 0 (all-zero groups get `zero`).
+# scale is made of, s = a / `largest`; `step` is the q of the scale-range rule; `codes` takes the stored scale as float32, never 0 (all-zero groups get `zero`).
 
 
 class Integer:
@@ -162,7 +162,8 @@ class Integer:
     def largest(self, asymmetric):
         return 2**self.bits - 1 if asymmetric else self.middle - 1
 
-    step = largest  # the scale-range rule: at how many steps from 0 the largest weight lies
+    def step(self):
+        return self.middle - 1
 
     def spread(self, w, asymmetric):
         if not asymmetric:
@@ -197,7 +198,7 @@ class Minifloat:
     def largest(self, asymmetric):
         return self.small.largest
 
-    def step(self, asymmetric):
+    def step(self):
         return 8
 
     def spread(self, w, asymmetric):
@@ -224,7 +225,7 @@ class Codebook:
     def largest(self, asymmetric):
         return 1
 
-    def step(self, asymmetric):
+    def step(self):
         return 8
 
     def spread(self, w, asymmetric):
@@ -387,18 +388,19 @@ def pack_bits(codes: np.ndarray, bits: int, high_first: bool = False) -> np.ndar
         odd[:, : count // 2] = codes[:, 1::2]
         return even * 16 + odd
     stream = (codes[:, :, None].astype(np.int64) >> np.arange(bits)) & 1
-    padded = np.zeros((rows, ceil_div(count * bits, 8) * 8), np.int64)
+    size = ceil_div(count * bits, 8)
+    padded = np.zeros((rows, size * 8), np.int64)
     padded[:, : count * bits] = stream.reshape(rows, count * bits)
-    return (padded.reshape(rows, -1, 8) << np.arange(8)).sum(axis=2).astype(np.uint8)
+    return (padded.reshape(rows, size, 8) << np.arange(8)).sum(axis=2).astype(np.uint8)
 
 
 def unpack_bits(data: np.ndarray, count: int, bits: int, high_first: bool = False) -> np.ndarray:
     """The inverse of pack_bits."""
-    rows = data.shape[0]
+    rows, size = data.shape
     if high_first:
-        both = np.stack([data >> 4, data & 15], axis=2).reshape(rows, -1)
+        both = np.stack([data >> 4, data & 15], axis=2).reshape(rows, size * 2)
         return both[:, :count].astype(np.uint8)
-    stream = ((data[:, :, None].astype(np.int64) >> np.arange(8)) & 1).reshape(rows, -1)[:, : count * bits]
+    stream = ((data[:, :, None].astype(np.int64) >> np.arange(8)) & 1).reshape(rows, size * 8)[:, : count * bits]
     return (stream.reshape(rows, count, bits) << np.arange(bits)).sum(axis=2).astype(np.uint8)
 
 
@@ -420,7 +422,7 @@ def split(w: np.ndarray, group: int) -> np.ndarray:
 
 def join(groups: np.ndarray, n: int, k: int, group: int) -> np.ndarray:
     """The inverse of split."""
-    return groups.reshape(n, k) if group <= 0 else groups.reshape(n, -1)[:, :k]
+    return groups.reshape(n, k) if group <= 0 else groups.reshape(n, groups.shape[1] * group)[:, :k]
 
 
 def to_binary32(w: np.ndarray) -> np.ndarray:
@@ -434,7 +436,7 @@ def to_binary32(w: np.ndarray) -> np.ndarray:
 
 def store_scales(fmt: Format, spread: np.ndarray) -> np.ndarray:
     """The scales in binary32, rounded to the scale dtype and back; refuses what that dtype can't hold."""
-    largest, steps = fmt.grid.largest(fmt.asymmetric), fmt.grid.step(fmt.asymmetric)
+    largest, steps = fmt.grid.largest(fmt.asymmetric), fmt.grid.step()
     with np.errstate(under="ignore", over="ignore", invalid="ignore"):
         stored = spread / F32(largest)
         if fmt.scale in ("fp16", "bf16"):

@@ -145,9 +145,8 @@ def test_families_table():
 
 def test_planes_table():
     """The size formulas of the page, evaluated, are the sizes of the code."""
-    from cases import every_format
-
     from bitfold.formats import parse, plane_shapes
+    from cases import every_format
 
     applies = {
         "cast families": lambda f: f.grid == "cast",
@@ -182,9 +181,8 @@ def test_planes_table():
 
 def test_codebooks():
     """The values on the page are what codes 0 to 15 decode to at scale 1."""
-    import torch
-
     import bitfold
+    import torch
 
     text = page()
     nf4 = re.search(r"codes 0 to 15:\n([-0-9., \n]+)\.\n", text).group(1)
@@ -204,10 +202,9 @@ def test_worked_examples_are_the_oracles():
 
 
 def test_worked_examples_are_what_encode_gives():
+    import bitfold
     import torch
     from cases import assert_planes, assert_same_bits, to_qtensor
-
-    import bitfold
 
     for example in parse_examples():
         weight = torch.from_numpy(example["weight"])

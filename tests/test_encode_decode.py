@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import bitfold
 import numpy as np
 import oracle
 import pytest
@@ -16,6 +17,7 @@ from cases import (
     every_format,
     oracle_planes,
     random_planes,
+    refusal,
     some_formats,
     tensor_of,
     to_qtensor,
@@ -23,8 +25,6 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-
-import bitfold
 
 SHAPES = [(0, 0), (0, 5), (3, 0), (1, 1), (1, 7), (2, 8), (3, 31), (2, 33), (5, 64), (3, 130), (2, 257)]
 NESTED_SHAPES = [*SHAPES, (1, 256 * 32), (7, 257 * 8), (3, 9000)]
@@ -94,7 +94,7 @@ def test_pack_and_unpack_are_inverse(format, rng):
         assert_planes(packed, planes, f"{what} packed again")
 
 
-@pytest.mark.parametrize("format", [f for f in every_format() if oracle.parse(f).group > 0])
+@pytest.mark.parametrize("format", [f for f in every_format() if oracle.parse(f).kind == "codebook"])
 def test_flat_layout(format, rng):
     """One row of n * k columns: groups straddle rows."""
     for n, k in [(1, 1), (3, 7), (5, 35), (2, 257), (0, 3), (3, 0), (7, 129)]:
@@ -172,8 +172,7 @@ def test_given_nested_offset(format, rng):
 
 
 def test_nested_offset_only_where_scales_nest():
-    with pytest.raises(ValueError, match="nested_offset"):
-        bitfold.encode(torch.ones(1, 64), "nf4-b64", nested_offset=1.0)
+    refusal(lambda: bitfold.encode(torch.ones(1, 64), "nf4-b64", nested_offset=1.0), "nested_offset")
 
 
 @given(data=st.data())
@@ -192,9 +191,7 @@ def test_any_weights(data):
     try:
         expected = oracle.encode(w, format)
     except oracle.OracleError as error:
-        with pytest.raises(ValueError, match=".") as caught:
-            bitfold.encode(tensor, format)
-        check_message(str(caught.value), error, format)
+        check_message(refusal(lambda: bitfold.encode(tensor, format)), error, format)
         return
     assert_planes(bitfold.encode(tensor, format), expected, format)
 
@@ -299,8 +296,7 @@ def check_message(message: str, error: oracle.OracleError, format: str) -> None:
     fmt = oracle.parse(format)
     assert "\n" not in message
     if isinstance(error, oracle.NotFinite | oracle.CastOverflow):
-        assert re.search(rf"row {error.row}\b", message), message
-        assert re.search(rf"column {error.column}\b", message), message
+        assert f"weight[{error.row}, {error.column}]" in message
     if isinstance(error, oracle.CastOverflow):
         assert error.count in numbers, message
         assert "clamp" in message
@@ -309,9 +305,11 @@ def check_message(message: str, error: oracle.OracleError, format: str) -> None:
             assert re.search(rf"row {error.row}\b", message), message
         if fmt.group > 0:
             assert error.group in numbers or error.group * fmt.group in numbers, message
-        assert ("overflow" in message) == isinstance(error, oracle.ScaleOverflow), message
-        if fmt.scale != "fp32":
-            assert re.search(r"sfp32|sbf16|sfp16", message), message
+        assert ("too large" if isinstance(error, oracle.ScaleOverflow) else "too small") in message
+        if fmt.scale in ("fp16", "bf16"):
+            suggestion = re.search(r"use '(.+)'", message).group(1)
+            assert suggestion in every_format()
+            assert oracle.parse(suggestion).scale != fmt.scale
 
 
 @pytest.mark.parametrize("format", every_format())
@@ -322,18 +320,14 @@ def test_not_finite(format, bad):
             w = torch.ones(5, 70, dtype=dtype)
             w[row, column] = bad
             w[4, 69] = bad
-            with pytest.raises(ValueError, match=".") as caught:
-                bitfold.encode(w, format)
-            check_message(str(caught.value), oracle.NotFinite(row, column), format)
+            check_message(refusal(lambda: bitfold.encode(w, format)), oracle.NotFinite(row, column), format)
 
 
 @pytest.mark.parametrize("format", some_formats())
 def test_float64_beyond_binary32(format):
     w = torch.ones(3, 40, dtype=torch.float64)
     w[1, 33] = -1e39
-    with pytest.raises(ValueError, match=".") as caught:
-        bitfold.encode(w, format)
-    check_message(str(caught.value), oracle.NotFinite(1, 33), format)
+    check_message(refusal(lambda: bitfold.encode(w, format)), oracle.NotFinite(1, 33), format)
 
 
 @pytest.mark.parametrize("format", every_format())
@@ -351,9 +345,7 @@ def test_scale_faults(format):
             expected = oracle.encode(w.numpy(), format)
         except oracle.OracleError as error:
             found.add(type(error))
-            with pytest.raises(ValueError, match=".") as caught:
-                bitfold.encode(w, format)
-            check_message(str(caught.value), error, format)
+            check_message(refusal(lambda: bitfold.encode(w, format)), error, format)
         else:
             assert_planes(bitfold.encode(w, format), expected, f"{format} {magnitude}")
     if fmt.scale == "fp16":
@@ -368,60 +360,48 @@ def test_the_first_fault_is_named_whatever_the_threads(threads):
         w[row, 64:128] = 1e9
     for count in (1, 2, 4):
         threads(count)
-        with pytest.raises(ValueError, match=r"row 123\b"):
-            bitfold.encode(w, "int4-g64")
-        with pytest.raises(ValueError, match=r"row 123\b"):
-            bitfold.encode(w, "fp16")
+        for format in ("int4-g64", "fp16"):
+            refusal(lambda format=format: bitfold.encode(w, format), r"row 123\b|weight\[123, 64\]")
 
 
-def test_suggested_scale_dtype_works():
+def test_the_suggested_scale_dtype_works():
     for format, value in [("int4-g32", 1e9), ("int4-g32", 1e-9), ("nf4-b64-sfp16", 1e7), ("fp8-e4m3-tensor", 1e-8)]:
         w = torch.full((2, 64), value)
-        with pytest.raises(ValueError, match=".") as caught:
-            bitfold.encode(w, format)
-        suggestion = re.search(r"sfp32|sbf16", str(caught.value)).group()
-        base = format.removesuffix("-sfp16")
-        bitfold.encode(w, base if base.startswith("nf4") and suggestion == "sfp32" else f"{base}-{suggestion}")
+        message = refusal(lambda w=w, format=format: bitfold.encode(w, format))
+        bitfold.encode(w, re.search(r"use '(.+)'", message).group(1))
 
 
 @pytest.mark.parametrize(("format", "largest"), [("fp16", 65504.0), ("bf16", oracle.BF16.largest)])
 def test_cast_overflow(format, largest):
-    step = largest * 2**-11 if format == "fp16" else largest * 2**-8
-    just_in = torch.tensor(np.nextafter(np.float32(largest + step / 2 / (1 - 2**-11)), np.float32(0)))
     w = torch.zeros(3, 20)
     w[1, 4], w[1, 5] = largest, -largest
     encode_both(w, format, "largest")
     bad = torch.finfo(torch.float32).max
     w[1, 7], w[2, 0], w[2, 19] = bad, -bad, bad
-    with pytest.raises(ValueError, match=".") as caught:
-        bitfold.encode(w, format)
-    check_message(str(caught.value), oracle.CastOverflow(3, 1, 7), format)
+    check_message(refusal(lambda: bitfold.encode(w, format)), oracle.CastOverflow(3, 1, 7), format)
     clamped = encode_both(w, format, "clamp", clamp=True).decode()
     assert clamped[1, 7].item() == clamped[2, 19].item() == largest
     assert clamped[2, 0].item() == -largest
     assert torch.isfinite(clamped).all()
-    assert just_in.isfinite()
 
 
 def test_cast_overflow_starts_half_a_step_beyond_the_largest():
     for format, edge in [("fp16", 65520.0), ("bf16", (oracle.BF16.largest + 2.0**128) / 2)]:
         inside = torch.tensor([[np.nextafter(np.float32(edge), np.float32(0))]])
         assert encode_both(inside, format, "inside").decode().item() == oracle.parse(format).grid.small.largest
-        with pytest.raises(ValueError, match="clamp"):
-            bitfold.encode(torch.tensor([[edge]], dtype=torch.float32), format)
+        beyond = torch.tensor([[edge]], dtype=torch.float32)
+        refusal(lambda beyond=beyond, format=format: bitfold.encode(beyond, format), "clamp")
 
 
 def test_clamp_does_not_hide_nan_or_infinity():
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"row 0\b.*column 1\b"):
-            bitfold.encode(torch.tensor([[1.0, bad]]), "fp16", clamp=True)
+        w = torch.tensor([[1.0, bad]])
+        refusal(lambda w=w: bitfold.encode(w, "fp16", clamp=True), r"weight\[0, 1\]")
 
 
 def test_bad_weights():
     for weight in (torch.ones(3), torch.ones(2, 2, 2), torch.ones(()), torch.ones(2, 2, dtype=torch.int32)):
-        with pytest.raises(ValueError, match="weight") as caught:
-            bitfold.encode(weight, "int8")
-        assert "\n" not in str(caught.value)
+        refusal(lambda weight=weight: bitfold.encode(weight, "int8"), "weight")
 
 
 def test_pack_checks_its_arguments():
@@ -436,15 +416,11 @@ def test_pack_checks_its_arguments():
     }
     for name, values in bad.items():
         for value in values:
-            with pytest.raises(ValueError, match=name.removesuffix("s")) as caught:
-                bitfold.pack(**{**good, name: value})
-            assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="zero"):
-        bitfold.pack(codes, scales, zeros, format="int4-g16")
-    with pytest.raises(ValueError, match="nested"):
-        bitfold.pack(codes, scales.byte(), format="nf4-b32-dq")
-    with pytest.raises(ValueError, match="nested"):
-        bitfold.pack(codes, scales, format="int4-g16", nested_scales=torch.ones(1), nested_offset=torch.ones(1))
+            refusal(lambda name=name, value=value: bitfold.pack(**{**good, name: value}), name.removesuffix("s"))
+    nested = {"nested_scales": torch.ones(1), "nested_offset": torch.ones(1)}
+    refusal(lambda: bitfold.pack(codes, scales, zeros, format="int4-g16"), "zero")
+    refusal(lambda: bitfold.pack(codes, scales.byte(), format="nf4-b32-dq"), "nested")
+    refusal(lambda: bitfold.pack(codes, scales, format="int4-g16", **nested), "nested")
 
 
 def test_pack_takes_strided_codes(rng):

@@ -53,7 +53,7 @@ float round_scale(float scale, Scale dtype) {
 
 GroupGrid choose_grid(const Format& format, const GroupRange& range) {
   const FormatRow& info = format.info();
-  const float absmax = std::max(-range.low, range.high);
+  const float absmax = std::max(range.high, -range.low);  // in this order 0 and -0 make 0
   const auto top = static_cast<float>((1 << info.bits) - 1);
   GroupGrid grid{};
   if (format.zero == Zero::Integer) {

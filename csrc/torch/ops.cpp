@@ -101,7 +101,7 @@ Tensor embedding(const Tensor& ids, const std::vector<Tensor>& planes, const std
   const void* data = dense.const_data_ptr();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t id = wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-    if (id < 0 || id >= n) fail("ids holds " + std::to_string(id) + "; it must be between 0 and " + std::to_string(n - 1));
+    if (id < 0 || id >= n) fail("ids holds " + std::to_string(id) + "; it must be at least 0 and below " + std::to_string(n));
     rows[static_cast<size_t>(i)] = id;
   }
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());

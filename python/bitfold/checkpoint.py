@@ -102,7 +102,7 @@ def read_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConf
         )
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has the checkpoint version {version} (bitfold {section.get('bitfold_version')}), and this "
+            f"{path} has checkpoint version {version} (bitfold {section.get('bitfold_version')}), and this "
             f"bitfold, {_C.__version__}, reads up to version {FORMAT_VERSION}: install a newer one"
         )
     try:

@@ -58,9 +58,10 @@ class Protocol:
 
     def __str__(self) -> str:
         bos = "BOS in front of each" if self.bos else "no BOS"
+        text = f"{self.text_bytes} bytes, sha256 {self.text_sha256[:16]}"
         return (
-            f"{self.scored} of {self.tokens} tokens ({self.text_bytes} bytes, sha256 {self.text_sha256[:12]}), "
-            f"{self.windows} windows of context {self.context}, stride {self.stride}, {bos}, {self.dtype}"
+            f"{self.scored} of {self.tokens} tokens ({text}), {self.windows} windows of context {self.context}, "
+            f"stride {self.stride}, {bos}, {self.dtype}"
         )
 
 

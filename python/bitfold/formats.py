@@ -8,7 +8,6 @@ would pin torch.compile to one size without a word.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -74,24 +73,30 @@ class Format:
         return self.canonical
 
 
-@cache
+_parsed: dict[str, Format] = {}
+
+
 def parse(text: str) -> Format:
     """The format that `text` spells, short forms included ("int4" is "int4-g128").
 
     Raises ValueError, with near matches, where no format is spelled so.
     """
+    # A dict and no functools.cache: torch.compile traces a look-up, and calls of C++ not at all.
+    if text not in _parsed:
+        _parsed[text] = _parse(text)
+    return _parsed[text]
+
+
+def _parse(text: str) -> Format:
     fields = _C.parse_format(text)
-    laws = tuple(
-        PlaneLaw(**{**law, "dtype": getattr(torch, law["dtype"]), "one_row": bool(law["one_row"])})
-        for law in fields.pop("planes")
-    )
-    return Format(planes=laws, **fields)
+    planes = [law | {"dtype": getattr(torch, law["dtype"])} for law in fields.pop("planes")]
+    return Format(planes=tuple(PlaneLaw(**law) for law in planes), **fields)
 
 
 def check_layout(layout: str) -> None:
     """Raises ValueError unless `layout` is one of LAYOUTS."""
     if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}, it must be one of {', '.join(LAYOUTS)}.")
+        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
 
 
 def plane_size(n: int, k: int, layout: str = "rows") -> tuple[int, int]:

@@ -3,6 +3,8 @@
 The planes are frozen nn.Parameters with the planes' names, so that state_dict, FSDP2 and offloading treat
 them as any weight. `.to(dtype)`, `.half()`, `.bfloat16()` ... move devices, change the dtype of the bias (and
 of an embedding's output), and never touch a plane: plain Module.to would round fp32 scales to bf16.
+FSDP2's mixed precision would cast the float planes as it gathers them, which the ops refuse: shard quantized
+modules without a `param_dtype`.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class QuantModule(nn.Module):
     ) -> None:
         # Module copies with a cast; a plane of another dtype is another format.
         wrong = [
-            f"{key} is {state_dict[key].dtype}, for {self.format} it must be {plane.dtype}."
+            f"{key} is {state_dict[key].dtype}; for {self.format} it must be {plane.dtype}"
             for key, plane in zip((prefix + name for name in self.plane_names), self.planes(), strict=True)
             if key in state_dict and state_dict[key].dtype != plane.dtype
         ]
@@ -121,7 +123,7 @@ class QuantLinear(QuantModule):
         super().__init__(qtensor)
         self.out_features, self.in_features = qtensor.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
-            raise ValueError(f"bias has shape {list(bias.shape)}, it must be [{self.out_features}].")
+            raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{self.out_features}]")
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)

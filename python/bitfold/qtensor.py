@@ -102,39 +102,41 @@ def check_planes(format: Format, n: int, k: int, planes: dict[str, Tensor], layo
     expected = [law.name for law in format.planes]
     if set(planes) != set(expected):
         raise ValueError(
-            f"planes are {', '.join(planes) or 'none'}, for {format} they must be {', '.join(expected)}."
+            f"planes are {', '.join(planes) or 'none'}; for {format} they must be {', '.join(expected)}"
         )
     rows, columns = plane_size(n, k, layout)
     device = planes["codes"].device
     for law in format.planes:
         plane, shape = planes[law.name], law.shape(rows, columns)
         if plane.dtype != law.dtype:
-            raise ValueError(f"plane {law.name} is {plane.dtype}, for {format} it must be {law.dtype}.")
+            raise ValueError(f"plane {law.name} is {plane.dtype}; for {format} it must be {law.dtype}")
         if tuple(plane.shape) != shape:
             raise ValueError(
-                f"plane {law.name} has shape {list(plane.shape)}, for {n}x{k} {format} it must be "
-                f"{list(shape)}."
+                f"plane {law.name} has shape {list(plane.shape)}; for {n}x{k} {format} it must be "
+                f"{list(shape)}"
             )
         if plane.device != device:
             raise ValueError(
-                f"plane {law.name} is on {plane.device}, it must be on {device} as the codes are."
+                f"plane {law.name} is on {plane.device}; it must be on {device} as the codes are"
             )
 
 
 def _flatten(tensor: QTensor) -> tuple[list[Tensor], Any]:
-    return list(tensor.planes.values()), (tensor.format, tensor.shape, tensor.layout, tuple(tensor.planes))
+    # Lists, as JSON (torch.export's serialisation of trees) has no tuples.
+    return list(tensor.planes.values()), [tensor.format, *tensor.shape, tensor.layout, list(tensor.planes)]
 
 
 def _unflatten(planes: Iterable[Any], context: Any) -> QTensor:
     # Unchecked: tree_map puts whatever its function returned in the planes' places.
-    format, shape, layout, names = context
+    format, n, k, layout, names = context
     tensor = object.__new__(QTensor)
-    for name, value in (
-        ("format", format),
-        ("shape", shape),
-        ("planes", dict(zip(names, planes, strict=True))),
-        ("layout", layout),
-    ):
+    fields = {
+        "format": format,
+        "shape": (n, k),
+        "planes": dict(zip(names, planes, strict=True)),
+        "layout": layout,
+    }
+    for name, value in fields.items():
         object.__setattr__(tensor, name, value)
     return tensor
 
@@ -161,7 +163,7 @@ def encode(
     a scale that the scale dtype can't hold (with the group, and a dtype that can).
     """
     if importance is not None:
-        raise ValueError(f"importance is given, for {format!r} it must be None: no format of today uses it.")
+        raise ValueError(f"importance is given; for {format!r} it must be None: no format of today uses it")
     parsed = parse(format)
     if nested_offset is not None and not isinstance(nested_offset, Tensor):
         nested_offset = torch.tensor([nested_offset], dtype=torch.float32, device=weight.device)
@@ -189,7 +191,7 @@ def pack(
     parsed = parse(format)
     check_layout(layout)
     if codes.dim() != 2:
-        raise ValueError(f"codes has shape {list(codes.shape)}, it must have 2 dimensions.")
+        raise ValueError(f"codes has shape {list(codes.shape)}; it must have 2 dimensions")
     n, k = codes.shape
     if layout == "flat":
         codes = codes.reshape(1, -1)
@@ -224,9 +226,13 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What `linear` runs: a pure function of format, layout, sizes, dtype and CPU (csrc/cpu/plan.hpp)."""
+    """What `linear` runs: a pure function of format, layout, sizes, dtype and CPU (csrc/cpu/plan.hpp).
+
+    regime: "fused", "tiled" or "floor"; reason: why that one; isa: the instruction set that runs it.
+    """
 
     regime: str
+    reason: str
     isa: str
 
 
@@ -244,7 +250,7 @@ def plan_linear(
     Raises ValueError for a device that has no kernels.
     """
     if torch.device(device).type != "cpu":
-        raise ValueError(f"device is {str(device)!r}, it must be 'cpu': no other device has kernels yet.")
+        raise ValueError(f"device is {str(device)!r}; it must be 'cpu': no other device has kernels yet")
     return LinearPlan(
         **_C.plan_linear(parse(format).canonical, layout, m, n, k, str(dtype).removeprefix("torch."))
     )

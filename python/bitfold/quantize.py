@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfold.formats import parse
 from bitfold.nn import QuantEmbedding, QuantLinear
 from bitfold.qtensor import QTensor, embedding, encode
 from bitfold.recipes import ModuleInfo, Recipe, assign, get
@@ -164,7 +165,7 @@ def quantize(
 
 def _check_swappable(name: str, module: nn.Module) -> None:
     if not name:
-        raise ValueError("model is itself the layer to swap, it must be a module that contains it.")
+        raise ValueError("model is itself the layer to swap; it must be a module that contains it")
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -172,11 +173,11 @@ def _check_swappable(name: str, module: nn.Module) -> None:
         module._backward_pre_hooks,
     )
     if any(hooks):
-        raise ValueError(f"module {name} has hooks, which a swap would lose: remove them first.")
+        raise ValueError(f"module {name} has hooks, which a swap would lose: remove them first")
     if module.weight.is_meta:
-        raise ValueError(f"{name}.weight is on the meta device, it must hold data: load the model first.")
+        raise ValueError(f"{name}.weight is on the meta device; it must hold data: load the model first")
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise ValueError(f"module {name} has max_norm, which rewrites its weight: keep it by a rule.")
+        raise ValueError(f"module {name} has max_norm, which rewrites its weight: keep it by a rule")
 
 
 def _swap(model: nn.Module, names: list[str], format: str, clamp: bool) -> ModuleSummary:
@@ -202,9 +203,9 @@ def _swap(model: nn.Module, names: list[str], format: str, clamp: bool) -> Modul
 
 
 def encode_named(name: str, weight: Tensor, format: str, *, clamp: bool = False) -> QTensor:
-    """`encode`, with the tensor's name in front of what it raises."""
+    """`encode`, with the tensor's name in front of what it raises; clamp goes to cast formats only."""
     try:
-        return encode(weight, format, clamp=clamp)
+        return encode(weight, format, clamp=clamp and parse(format).grid == "cast")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -53,12 +53,10 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not self.pattern:
-            raise ValueError(
-                "the pattern of a rule is empty, it must be a glob on module names, such as '*'."
-            )
+            raise ValueError("the pattern of a rule is empty; it must be a glob on module names, such as '*'")
         if self.method not in METHODS:
             raise ValueError(
-                f"method of rule {self.pattern!r} is {self.method!r}, it must be one of {', '.join(METHODS)}."
+                f"method of rule {self.pattern!r} is {self.method!r}; it must be one of {', '.join(METHODS)}"
             )
         format = None if self.format in (None, KEEP) else parse(str(self.format)).canonical
         object.__setattr__(self, "format", format)
@@ -165,12 +163,14 @@ def get(recipe: str | Path | Recipe) -> Recipe:
 
 
 def _why_unknown(text: str, error: ValueError) -> str:
-    if text.partition("-")[0] in {family.partition("-")[0] for family in FORMATS}:
-        return str(error)
-    near = difflib.get_close_matches(text, RECIPES, n=3)
+    # What starts as a format is a format with a mistake in it, unless it is a preset's name but for a letter.
+    is_format = text.partition("-")[0] in {family.partition("-")[0] for family in FORMATS}
+    near = difflib.get_close_matches(text, RECIPES, n=3, cutoff=0.9 if is_format else 0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"it must be one of {', '.join(RECIPES)}, a format string, or a .toml file."
+    if is_format:
+        return str(error)
+    return f"it must be one of {', '.join(RECIPES)}, a format string, or a .toml file"
 
 
 def read(path: str | Path) -> Recipe:
@@ -189,14 +189,14 @@ def read(path: str | Path) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"recipe {path} can't be read: {error.strerror}.") from error
+        raise ValueError(f"recipe {path} can't be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not TOML: {error}.") from error
+        raise ValueError(f"recipe {path} is not TOML: {error}") from error
     try:
         _check_keys(table, ("name", "description", "rules"), "the recipe")
         rules = table.get("rules", [])
         if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
-            raise ValueError("it has no rules, it must have at least one [[rules]].")
+            raise ValueError("it has no rules; it must have at least one [[rules]]")
         return Recipe(
             name=_text(table, "name", path.stem),
             description=_text(table, "description", ""),
@@ -209,7 +209,7 @@ def read(path: str | Path) -> Recipe:
 def _read_rule(table: dict[str, Any], number: int) -> Rule:
     _check_keys(table, ("match", "format", "method"), f"rule {number}")
     if "format" not in table:
-        raise ValueError(f'rule {number} has no format, it must name one, or "keep".')
+        raise ValueError(f'rule {number} has no format; it must name one, or "keep"')
     return Rule(_text(table, "match", "*"), _text(table, "format", KEEP), _text(table, "method", "rtn"))
 
 
@@ -217,14 +217,14 @@ def _check_keys(table: dict[str, Any], known: tuple[str, ...], owner: str) -> No
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(known)}."
+            hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(known)}"
             raise ValueError(f"{owner} has the unknown key {key!r}: {hint}")
 
 
 def _text(table: dict[str, Any], key: str, default: str) -> str:
     value = table.get(key, default)
     if not isinstance(value, str):
-        raise ValueError(f"{key} is {value!r}, it must be a string.")
+        raise ValueError(f"{key} is {value!r}; it must be a string")
     return value
 
 
@@ -251,7 +251,7 @@ def _assign_one(recipe: Recipe, name: str, module: ModuleInfo) -> Assignment:
         raise ValueError(
             f"module {name} ({', '.join(module.parameters)} of shape {list(module.shape)}) can't be "
             f"quantized, {module.obstacle}: put a rule that keeps it first "
-            f"(match = {name!r}, format = 'keep')."
+            f"(match = {name!r}, format = 'keep')"
         )
     if rule is not None:
         return Assignment(format, rule, f"rule {rule.pattern!r}")
@@ -277,7 +277,7 @@ def _check_rules_used(
             assert taken is not None
             raise ValueError(
                 f"rule {rule.pattern!r} of recipe {recipe.name!r} never wins: put it before rule "
-                f"{taken.pattern!r}, which takes all it matches."
+                f"{taken.pattern!r}, which takes all it matches"
             )
 
 
@@ -287,14 +287,14 @@ def _hint(rule: Rule, modules: Mapping[str, ModuleInfo]) -> str:
         name for name, module in modules.items() if module.is_default_kept and fnmatchcase(name, rule.pattern)
     ]
     if kept:
-        return f"embeddings and the output head must be named, as in {kept[0]!r}."
+        return f"embeddings and the output head must be named, as in {kept[0]!r}"
     parts = {part for name in modules for part in name.split(".")}
     for part in rule.pattern.split("."):
         near = difflib.get_close_matches(part.strip("*"), parts, n=1)
         if near and part not in parts:
             return f"did you mean {near[0]!r}?"
     return (
-        f"there are {len(modules)}, such as {list(modules)[-1]!r}."
+        f"there are {len(modules)}, such as {list(modules)[-1]!r}"
         if modules
         else "the model has no linear layer."
     )
@@ -304,5 +304,5 @@ def _check_tied(name: str, one: Assignment, other_name: str, other: Assignment) 
     if one.format != other.format:
         raise ValueError(
             f"{other_name} and {name} share one weight, but the recipe gives them two formats "
-            f"({other.format or KEEP} and {one.format or KEEP}): name both with one format."
+            f"({other.format or KEEP} and {one.format or KEEP}): name both with one format"
         )

@@ -108,10 +108,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is no safetensors file: its header can't be read") from None
     wanted = 8 + length + (ends[-1] if ends else 0)
-    if size < wanted:
-        raise CheckpointError(
-            f"{path} is truncated: its header describes {wanted} bytes, the file has {size}"
-        )
+    if size != wanted:
+        what = "truncated" if size < wanted else "damaged"
+        raise CheckpointError(f"{path} is {what}: its header describes {wanted} bytes, the file has {size}")
     tensors = {}
     for (start, stop, dtype, shape, name), previous in zip(entries, [0, *ends], strict=False):
         bad_size = dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize

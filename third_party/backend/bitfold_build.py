@@ -51,7 +51,10 @@ def candidate_folders() -> list[Path]:
     # Builders that isolate by an environment of their own (uv, python -m build) leave the activated one's name.
     if active := os.environ.get("VIRTUAL_ENV"):
         active_vars = {"base": active, "platbase": active}
-        sites += [sysconfig.get_path("purelib", vars=active_vars), sysconfig.get_path("platlib", vars=active_vars)]
+        sites += [
+            sysconfig.get_path("purelib", vars=active_vars),
+            sysconfig.get_path("platlib", vars=active_vars),
+        ]
     folders += [Path(site, "torch") for site in sites if site]
     return folders
 
@@ -78,14 +81,18 @@ def find_torch() -> tuple[Path, str] | None:
 def check_torch(version: str) -> None:
     match = re.match(r"(\d+)\.(\d+)", version)
     if match is None or tuple(map(int, match.groups())) < TORCH_MINIMUM:
-        _stop(f"torch {version} is too old, bitfold needs {TORCH_REQUIREMENT}: run `pip install '{TORCH_REQUIREMENT}'`.")
+        _stop(
+            f"torch {version} is too old, bitfold needs {TORCH_REQUIREMENT}: run `pip install '{TORCH_REQUIREMENT}'`."
+        )
 
 
 def require_torch() -> Path:
     """The folder of a torch that bitfold can be built against; ends the build where there is none."""
     found = find_torch()
     if found is None:
-        _stop(f"torch was not found: run `pip install '{TORCH_REQUIREMENT}'`, or name its folder in BITFOLD_TORCH_DIR.")
+        _stop(
+            f"torch was not found: run `pip install '{TORCH_REQUIREMENT}'`, or name its folder in BITFOLD_TORCH_DIR."
+        )
     check_torch(found[1])
     return found[0]
 
@@ -111,7 +118,9 @@ def check_compiler() -> None:
     named = os.environ.get("CXX")
     if named:
         if shutil.which(named.split()[0]) is None:
-            _stop(f"the variable CXX names '{named}', which is not there: name a C++20 compiler (GCC 11 or Clang 14).")
+            _stop(
+                f"the variable CXX names '{named}', which is not there: name a C++20 compiler (GCC 11 or Clang 14)."
+            )
         return
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         _stop(

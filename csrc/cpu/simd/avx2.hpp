@@ -6,9 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/simd/common.hpp"
 #include "formats/numeric.hpp"
-
-#define BITFOLD_SIMD [[gnu::always_inline]] inline
 
 namespace bitfold::cpu {
 namespace {
@@ -96,8 +95,7 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
   if constexpr (Bits == 8) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
   } else {
-    uint32_t word = 0;
-    std::memcpy(&word, p, Bits);
+    const uint32_t word = load_word<Bits>(p);
     constexpr int kSwap = HighFirst ? 1 : 0;
     const __m256i counts =
         _mm256_setr_epi32(Bits * (0 ^ kSwap), Bits * (1 ^ kSwap), Bits * (2 ^ kSwap), Bits * (3 ^ kSwap),

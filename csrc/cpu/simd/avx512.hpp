@@ -3,9 +3,7 @@
 #pragma once
 
 #ifdef BITFOLD_EMULATE_AVX512
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
+#include "cpu/simd/avx512_emulated.hpp"
 #else
 #include <immintrin.h>
 #endif
@@ -13,9 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/simd/common.hpp"
 #include "formats/numeric.hpp"
-
-#define BITFOLD_SIMD [[gnu::always_inline]] inline
 
 namespace bitfold::cpu {
 namespace {
@@ -100,9 +97,7 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
   if constexpr (Bits == 8) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   } else {
-    uint32_t low = 0, high = 0;
-    std::memcpy(&low, p, Bits);
-    std::memcpy(&high, p + Bits, Bits);
+    const uint32_t low = load_word<Bits>(p), high = load_word<Bits>(p + Bits);
     constexpr int kSwap = HighFirst ? 1 : 0;
     const __m512i counts = _mm512_setr_epi32(
         Bits * (0 ^ kSwap), Bits * (1 ^ kSwap), Bits * (2 ^ kSwap), Bits * (3 ^ kSwap), Bits * (4 ^ kSwap),

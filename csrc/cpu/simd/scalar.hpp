@@ -4,9 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/simd/common.hpp"
 #include "formats/numeric.hpp"
-
-#define BITFOLD_SIMD [[gnu::always_inline]] inline
 
 namespace bitfold::cpu {
 namespace {
@@ -151,8 +150,7 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
   if constexpr (Bits == 8) {
     return each<I>([&](int i) { return p[i]; });
   } else {
-    uint32_t word = 0;
-    std::memcpy(&word, p, Bits);
+    const uint32_t word = load_word<Bits>(p);
     return each<I>([&](int i) {
       return static_cast<int32_t>(word >> (Bits * (HighFirst ? i ^ 1 : i)) & ((1u << Bits) - 1u));
     });

@@ -17,8 +17,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn,
-TimeRemainingColumn from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 from torch import nn
 
 from bitfold import hf
@@ -26,14 +33,14 @@ from bitfold.checkpoint import load
 from bitfold.evaluate import Estimate
 from bitfold.writer import is_bitfold_checkpoint
 
-out = Console(highlight=False, soft_wrap=True)
+_PIPE_WIDTH = 200  # columns where stdout is no terminal
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Device = Annotated[str, typer.Option(help="Where to compute.")]
 Dtype = Annotated[
-    str, typer.Option(help="Compute in float32, bfloat16 or float16; default: the dtype the model is stored
-    in.")
+    str, typer.Option(help="Compute in float32, bfloat16 or float16; default: as the model is stored.")
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,23 +85,26 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, completed=done, total=total, what=what)
 
 
-def table(*columns: str, title: str = "") -> Table:
-    """A plain table; columns are right-aligned except the first."""
-    result = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+def table(*columns: str) -> Table:
+    """A plain table; the first column is left-aligned and gives way where the terminal is narrow."""
+    result = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i else "left", no_wrap=True)
+        result.add_column(column, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     return result
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts layer 10 after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def size(count: float) -> str:
     """Bytes in decimal units: "3.42 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            break
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        units.pop(0)
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.3g} {units[0]}"
 
 
 def estimate(value: Estimate, digits: int = 4) -> str:

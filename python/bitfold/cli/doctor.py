@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from bitfold import __version__, _C
+from bitfold import _C, __version__
 from bitfold.cli.console import Json, out, print_json
 
 LIBRARIES = (

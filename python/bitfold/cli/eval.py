@@ -46,8 +46,9 @@ def evaluate(
         if reference is None:
             result = perplexity(subject, windows, progress=lambda done, total: update("", done, total))
         else:
-            result = compare(reference, subject, windows, progress=lambda done, total: update("", done,
-            total))
+            result = compare(
+                reference, subject, windows, progress=lambda done, total: update("", done, total)
+            )
     if json:
         print_json({"model": model, "base": base, "text": text, **_fields(result)})
         return
@@ -56,8 +57,10 @@ def evaluate(
     out.print(f"perplexity   {estimate(own.perplexity)}")
     out.print(f"bits/byte    {own.bits_per_byte:.4f}")
     if isinstance(result, Comparison):
-        out.print(f"base         perplexity {estimate(result.base.perplexity)},
-        {result.base.bits_per_byte:.4f} bits/byte") out.print(f"mean KL      {estimate(result.mean_kl)} nats")
+        out.print(
+            f"base         {estimate(result.base.perplexity)}, {result.base.bits_per_byte:.4f} bits/byte"
+        )
+        out.print(f"mean KL      {estimate(result.mean_kl)} nats")
         out.print(f"99 % KL      {estimate(result.p99_kl)} nats")
         out.print(f"same top-1   {estimate(result.top1)}")
 

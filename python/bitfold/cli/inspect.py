@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from bitfold import hf
 from bitfold.checkpoint import QuantizationConfig, read_quantization
-from bitfold.cli.console import Json, out, print_json, size, table
+from bitfold.cli.console import Json, natural, out, print_json, size, table
 from bitfold.formats import parse, plane_shapes
 from bitfold.pipeline import REPORT_FILE
 from bitfold.shards import CheckpointError, StoredTensor, read_directory, read_header, read_json
@@ -87,14 +87,14 @@ def _rows(
         _check_plane(tensor, name.rpartition(".")[2], entry.format, entry.shape, entry.layout)
         before = rows[module].nbytes if module in rows else 0
         rows[module] = Row(module, entry.format, entry.shape, before + tensor.nbytes, errors.get(module))
-    return [rows[name] for name in sorted(rows, key=_natural)]
+    return [rows[name] for name in sorted(rows, key=natural)]
 
 
 def _check_plane(tensor: StoredTensor, plane: str, format: str, shape: tuple[int, int], layout: str) -> None:
     wanted = plane_shapes(format, *shape, layout)[plane]
     if tensor.shape != wanted:
         raise CheckpointError(
-            f"{tensor.path}: '{tensor.name}' has shape {list(tensor.shape)}, but {CONFIG_FILE} says {format}, "
+            f"{tensor.path}: '{tensor.name}' has shape {list(tensor.shape)}, {CONFIG_FILE} says {format}, "
             f"which makes it {list(wanted)}"
         )
 
@@ -105,8 +105,3 @@ def _errors(path: Path) -> dict[str, float]:
         return {}
     modules = read_json(path / REPORT_FILE).get("modules", [])
     return {module["name"]: module["relative_rmse"] for module in modules}
-
-
-def _natural(name: str) -> list[Any]:
-    """Layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bitfold.cli.console import Json, out, print_json, progress, quiet_transformers, size, table
+from bitfold.cli.console import Json, natural, out, print_json, progress, quiet_transformers, size, table
 from bitfold.pipeline import quantize_checkpoint, report
 from bitfold.quantize import QuantizationSummary
 from bitfold.recipes import RECIPES
@@ -20,19 +20,18 @@ def quantize(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
     recipe: Annotated[
         str,
-        typer.Option(help=f"A preset ({', '.join(RECIPES)}), a format for all linear layers, or a .toml
-        file."),
+        typer.Option(
+            help=f"A preset ({', '.join(RECIPES)}), a format for all linear layers, or a .toml file."
+        ),
     ] = "int4-g128",
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     clamp: Annotated[
-        bool, typer.Option("--clamp", help="With fp16 and bf16: clamp values out of range instead of
-        failing.")
+        bool, typer.Option("--clamp", help="With fp16 and bf16: clamp values out of range.")
     ] = False,
     shard_size: Annotated[float, typer.Option(help="Largest size of a file, in GB.")] = SHARD_BYTES / 1e9,
     json: Json = False,
 ) -> None:
-    """Quantize a Hugging Face model directory into a new one, streaming: memory holds one weight at a time.
-    """
+    """Quantize a Hugging Face model directory into a new one, streaming: memory holds one weight."""
     if shard_size <= 0:
         raise ValueError(f"--shard-size is {shard_size}, it must be positive")
     quiet_transformers()
@@ -54,7 +53,7 @@ def quantize(
 
 def _show(summary: QuantizationSummary, output: Path) -> None:
     layers = table("layer", "format", "shape", "size", "bits/weight", "error")
-    for module in summary.modules:
+    for module in sorted(summary.modules, key=lambda module: natural(module.name)):
         layers.add_row(
             module.name,
             module.format,

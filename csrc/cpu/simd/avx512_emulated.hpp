@@ -1,0 +1,87 @@
+// For tests on CPUs without AVX-512: the same intrinsics from SIMDe, and what its version 0.7 lacks from two AVX2 halves.
+#pragma once
+
+#include <cstdint>
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <immintrin.h>
+#include <simde/x86/avx512.h>
+
+namespace bitfold::cpu {
+namespace {
+
+struct Halves {
+  __m256i low, high;
+};
+inline Halves halves(__m512i a) {
+  Halves out;
+  __builtin_memcpy(&out, &a, sizeof(out));
+  return out;
+}
+inline Halves halves(__m512 a) {
+  Halves out;
+  __builtin_memcpy(&out, &a, sizeof(out));
+  return out;
+}
+template <class Out, class Half>
+inline Out join(Half low, Half high) {
+  const Half both[2] = {low, high};
+  Out out;
+  __builtin_memcpy(&out, both, sizeof(out));
+  return out;
+}
+
+inline __m512 emulated_cvtepi32_ps(__m512i a) {
+  const Halves h = halves(a);
+  return join<__m512>(_mm256_cvtepi32_ps(h.low), _mm256_cvtepi32_ps(h.high));
+}
+inline __m512i emulated_cvttps_epi32(__m512 a) {
+  const Halves h = halves(a);
+  return join<__m512i>(_mm256_cvttps_epi32(_mm256_castsi256_ps(h.low)), _mm256_cvttps_epi32(_mm256_castsi256_ps(h.high)));
+}
+inline __m512i emulated_cvtepu16_epi32(__m256i a) {
+  return join<__m512i>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
+                       _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
+}
+inline __m512i emulated_cvtepu8_epi32(__m128i a) {
+  return join<__m512i>(_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8)));
+}
+template <class Lane, class Out>
+inline Out truncated(__m512i a) {
+  int32_t from[16];
+  Lane to[16];
+  __builtin_memcpy(from, &a, sizeof(from));
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<Lane>(from[i]);
+  Out out;
+  __builtin_memcpy(&out, to, sizeof(out));
+  return out;
+}
+inline __m512 emulated_cvtph_ps(__m256i a) {
+  return join<__m512>(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+}
+inline __m256i emulated_cvtps_ph(__m512 a, int) {
+  const Halves h = halves(a);
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return _mm256_setr_m128i(_mm256_cvtps_ph(_mm256_castsi256_ps(h.low), kNearest),
+                           _mm256_cvtps_ph(_mm256_castsi256_ps(h.high), kNearest));
+}
+
+}  // namespace
+}  // namespace bitfold::cpu
+
+#undef _mm512_cvtepi32_ps
+#define _mm512_cvtepi32_ps emulated_cvtepi32_ps
+#undef _mm512_cvttps_epi32
+#define _mm512_cvttps_epi32 emulated_cvttps_epi32
+#undef _mm512_cvtepu16_epi32
+#define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
+#undef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
+#undef _mm512_cvtepi32_epi16
+#define _mm512_cvtepi32_epi16 truncated<int16_t, __m256i>
+#undef _mm512_cvtepi32_epi8
+#define _mm512_cvtepi32_epi8 truncated<int8_t, __m128i>
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps emulated_cvtph_ps
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph emulated_cvtps_ph

@@ -1,0 +1,27 @@
+// What the instruction sets share.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Always inlined and with internal linkage: nothing that is built for one instruction set may be linked into another's.
+#define BITFOLD_SIMD [[gnu::always_inline]] inline
+
+namespace bitfold::cpu {
+namespace {
+
+// Eight codes of Bits bits: the next Bits bytes as one word. (Three bytes are put together in registers: a copy through memory
+// of another width stalls.)
+template <int Bits>
+BITFOLD_SIMD uint32_t load_word(const uint8_t* p) {
+  if constexpr (Bits == 3) {
+    return p[0] | static_cast<uint32_t>(p[1]) << 8 | static_cast<uint32_t>(p[2]) << 16;
+  } else {
+    uint32_t word = 0;
+    std::memcpy(&word, p, Bits);
+    return word;
+  }
+}
+
+}  // namespace
+}  // namespace bitfold::cpu

@@ -1,0 +1,136 @@
+"""Every instruction set of this CPU: the conformance tests once more under BITFOLD_ISA, and the sets against each other.
+
+The choice is made once a process, so each set has a process of its own. CI's runs of test_encode_decode.py and the others
+use the best set; here the marked tests (`isa`) run on all the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bitfold import _C
+
+HERE = Path(__file__).parent
+SETS = ("scalar", "avx2", "avx512", "neon")
+
+
+def usable() -> list[str]:
+    """Sets that are compiled in and that this CPU has, from `_C.cpu_features()`."""
+    return [isa for isa in SETS if _C.cpu_features().get(isa)]
+
+
+def run(isa: str | None, *command: str, **options) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "BITFOLD_ISA"}
+    if isa is not None:
+        environment["BITFOLD_ISA"] = isa
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE, timeout=600, **options
+    )
+
+
+RESULTS = """
+import hashlib, json, sys
+import numpy as np, torch
+from cases import every_format, some_formats, weights, bits
+import bitfold
+from bitfold import _C
+
+digests, outputs = {}, {}
+for format in every_format():
+    rng = np.random.default_rng(7)
+    digest = hashlib.sha256()
+    for n, k in [(1, 1), (3, 35), (5, 257), (2, 9000)]:
+        encoded = bitfold.encode(torch.from_numpy(weights(rng, n, k)), format)
+        for tensor in [*encoded.planes.values(), *(encoded.decode(d) for d in (torch.float32, torch.float16, torch.bfloat16))]:
+            digest.update(bits(tensor).tobytes())
+        for tensor in encoded.unpack():
+            if tensor is not None:
+                digest.update(bits(tensor).tobytes())
+    digests[format] = digest.hexdigest()
+for format in some_formats():
+    rng = np.random.default_rng(8)
+    qtensor = bitfold.encode(torch.from_numpy(weights(rng, 37, 321)), format)
+    for m in (1, 5, 8, 9, 40):
+        x = torch.from_numpy(rng.standard_normal((m, 321)).astype(np.float32))
+        outputs[f"{format} m={m}"] = bitfold.linear(x, qtensor).double().tolist()
+json.dump({"isa": _C.isa(), "digests": digests, "outputs": outputs}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict]:
+    found = {}
+    for isa in usable():
+        done = run(isa, "-c", RESULTS)
+        assert done.returncode == 0, done.stderr
+        found[isa] = json.loads(done.stdout)
+    return found
+
+
+def test_scalar_is_always_there():
+    assert "scalar" in usable()
+    assert _C.isa() in usable()
+
+
+def test_every_set_is_the_one_that_was_asked_for(results):
+    for isa, result in results.items():
+        assert result["isa"] == isa
+
+
+def test_encode_and_decode_are_bit_equal_on_every_set(results):
+    for isa, result in results.items():
+        different = [f for f, digest in result["digests"].items() if digest != results["scalar"]["digests"][f]]
+        assert not different, f"{isa} differs from scalar in {different}"
+
+
+def test_linear_agrees_on_every_set_within_rounding(results):
+    for isa, result in results.items():
+        for what, output in result["outputs"].items():
+            expected = np.array(results["scalar"]["outputs"][what])
+            error = np.linalg.norm(np.array(output) - expected) / np.linalg.norm(expected)
+            assert error <= 1e-5, f"{isa} {what}: {error:.3g} from scalar"
+
+
+@pytest.mark.parametrize("isa", [isa for isa in usable() if isa != _C.isa()])
+def test_conformance(isa):
+    """The tests marked `isa` under a set that is not the default (the default runs them anyway)."""
+    files = ["test_encode_decode.py", "test_linear.py", "test_embedding.py"]
+    done = run(isa, "-m", "pytest", "-q", "-x", "-m", "isa and not slow", "-p", "no:cacheprovider", *files)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+ONE_LINE = "import torch, bitfold; print(bitfold.linear(torch.ones(1, 32), bitfold.encode(torch.ones(2, 32), 'int8')).sum().item())"
+
+
+@pytest.mark.parametrize("isa", [isa for isa in SETS if isa not in usable()])
+def test_a_set_that_the_cpu_lacks_is_an_error(isa):
+    done = run(isa, "-c", ONE_LINE)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "BITFOLD_ISA" in last
+    assert isa in last
+    assert "scalar" in last, "names what there is instead"
+    assert "Illegal instruction" not in done.stderr
+
+
+@pytest.mark.parametrize("isa", ["avx3", "AVX2", "sse", " scalar", "avx2,scalar"])
+def test_a_misspelt_set_is_an_error(isa):
+    done = run(isa, "-c", ONE_LINE)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "BITFOLD_ISA" in last
+    assert "scalar" in last
+
+
+def test_without_the_variable_the_best_set_runs():
+    done = run(None, "-c", "import torch; from bitfold import _C; print(_C.isa())")
+    assert done.stdout.strip() == usable()[-1]
+    empty = run("", "-c", ONE_LINE)
+    assert empty.returncode == 0, "an empty variable is no choice"

@@ -1,0 +1,240 @@
+"""linear and its gradient against float64 of the decoded weights: accuracy, determinism, layouts, regimes."""
+
+from __future__ import annotations
+
+import bitfold
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import DTYPES, oracle_planes, random_planes, refusal, some_formats, to_qtensor, weights
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float64: 1e-12}
+BATCHES = (0, 1, 2, 3, 7, 8, 9, 16, 33, 130)
+SHAPES = [(1, 1), (5, 7), (17, 33), (3, 130), (33, 257), (130, 96)]
+ROWS_AT_ONCE = 8  # the fused regime's largest batch (docs/architecture.md)
+pytestmark = pytest.mark.isa
+
+
+def make(rng: np.random.Generator, format: str, n: int, k: int, layout: str = "rows"):
+    """A QTensor and its float64 weights from the oracle."""
+    if layout == "flat":
+        planes = oracle.encode(weights(rng, 1, n * k), format)
+    else:
+        planes = oracle.encode(weights(rng, n, k), format)
+    return to_qtensor(planes, format, n, k, layout), oracle.decode(planes, format, n, k, layout).astype(np.float64)
+
+
+def draw(rng: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+
+
+def exact(tensor: torch.Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.double().numpy()
+
+
+def assert_close(y: torch.Tensor, x: torch.Tensor, w: np.ndarray, bias: torch.Tensor | None, what: str) -> None:
+    """Norm of the error against the norm of the result; of its expected size where cancellation left less."""
+    expected = oracle.linear(exact(x), w, exact(bias))
+    assert y.dtype == x.dtype, what
+    assert tuple(y.shape) == expected.shape, what
+    assert y.is_contiguous(), what
+    size = max(np.linalg.norm(expected), np.linalg.norm(np.sqrt(oracle.linear(exact(x) ** 2, w**2))))
+    error = np.linalg.norm(exact(y) - expected)
+    assert error <= TOLERANCE[x.dtype] * size, f"{what}: relative error {error / size:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("format", some_formats())
+def test_accuracy(format, dtype, rng):
+    for n, k in SHAPES:
+        qtensor, w = make(rng, format, n, k)
+        bias = draw(rng, n, dtype=dtype)
+        for m in BATCHES:
+            x = draw(rng, m, k, dtype=dtype)
+            what = f"{format} m={m} n={n} k={k}"
+            assert_close(bitfold.linear(x, qtensor), x, w, None, what)
+            assert_close(bitfold.linear(x, qtensor, bias), x, w, bias, what + " with bias")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_accuracy_of_long_sums(dtype, rng):
+    for format in ("int4-g128", "nf4-b64", "int8-channel", "fp16"):
+        qtensor, w = make(rng, format, 40, 4099)
+        for m in (1, 8, 9):
+            x = draw(rng, m, 4099, dtype=dtype)
+            assert_close(bitfold.linear(x, qtensor), x, w, None, f"{format} m={m}")
+
+
+@pytest.mark.parametrize("format", some_formats())
+def test_empty_sizes(format):
+    for n, k in [(0, 0), (0, 40), (5, 0)]:
+        qtensor = bitfold.encode(torch.zeros(n, k), format)
+        for m in (0, 1, 9):
+            for dtype in DTYPES.values():
+                bias = torch.arange(n).to(dtype)
+                assert torch.equal(bitfold.linear(torch.ones(m, k, dtype=dtype), qtensor), torch.zeros(m, n).to(dtype))
+                y = bitfold.linear(torch.ones(m, k, dtype=dtype), qtensor, bias)
+                assert torch.equal(y, bias.expand(m, n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("format", some_formats())
+def test_strides_and_leading_dimensions(format, dtype, rng):
+    n, k = 9, 70
+    qtensor, w = make(rng, format, n, k)
+    bias = draw(rng, n, dtype=dtype)
+    base = draw(rng, 2, 6, 2 * k, dtype=dtype)
+    views = {
+        "3-d": base[..., :k],
+        "every other column": base[..., ::2],
+        "transposed": draw(rng, k, 12, dtype=dtype).t(),
+        "transposed 3-d": draw(rng, k, 3, 4, dtype=dtype).permute(1, 2, 0),
+        "leading dimensions swapped": base[..., :k].transpose(0, 1),
+        "one row for all": base[:1, :1, :k].expand(2, 3, k),
+        "one number for all": base[:1, :1, :1].expand(1, 5, k),
+        "vector": base[0, 0, :k],
+        "strided vector": base[0, 0, ::2],
+        "4-d": draw(rng, 2, 1, 3, k, dtype=dtype),
+        "4-d with a zero": draw(rng, 2, 0, 3, k, dtype=dtype),
+        "offset": base[1:, 3:, 5 : 5 + k],
+    }
+    for name, x in views.items():
+        assert_close(bitfold.linear(x, qtensor, bias), x, w, bias, f"{format} {name}")
+        same = bitfold.linear(x.contiguous(), qtensor, bias)
+        assert torch.equal(bitfold.linear(x, qtensor, bias), same), f"{format} {name}: strides changed the bits"
+
+
+@pytest.mark.parametrize("format", some_formats())
+def test_same_bits_for_any_threads_and_every_run(format, rng, threads):
+    qtensor, _ = make(rng, format, 203, 321)
+    for dtype in DTYPES.values():
+        bias = draw(rng, 203, dtype=dtype)
+        for m in (1, 3, 8, 9, 67):
+            x = draw(rng, m, 321, dtype=dtype)
+            outputs = []
+            for count in (1, 2, 4, 1):
+                threads(count)
+                outputs.append(bitfold.linear(x, qtensor, bias))
+            assert all(torch.equal(outputs[0], other) for other in outputs[1:]), f"{format} m={m} {dtype}"
+
+
+@pytest.mark.parametrize("format", some_formats())
+def test_fused_rows_do_not_depend_on_each_other(format, rng):
+    for n, k in [(37, 100), (64, 256)]:
+        qtensor, _ = make(rng, format, n, k)
+        for name, dtype in DTYPES.items():
+            x = draw(rng, ROWS_AT_ONCE, k, dtype=dtype)
+            alone = torch.cat([bitfold.linear(row[None], qtensor) for row in x])
+            for m in range(2, ROWS_AT_ONCE + 1):
+                together = bitfold.linear(x[-m:], qtensor)
+                assert torch.equal(together, alone[-m:]), f"{format} {name} m={m}"
+
+
+@pytest.mark.parametrize("format", [f for f in some_formats() if oracle.parse(f).kind == "codebook"])
+def test_flat_layout(format, rng):
+    for n, k in [(1, 1), (5, 35), (33, 57), (3, 0), (0, 3)]:
+        qtensor, w = make(rng, format, n, k, "flat")
+        for dtype in DTYPES.values():
+            bias = draw(rng, n, dtype=dtype)
+            for m in (0, 1, 5, 17):
+                x = draw(rng, m, k, dtype=dtype)
+                assert_close(bitfold.linear(x, qtensor, bias), x, w, bias, f"{format} flat m={m} n={n} k={k}")
+
+
+def test_the_plan_names_the_regime():
+    for format in some_formats():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for m in (1, 2, ROWS_AT_ONCE):
+                assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == "fused", format
+            for m in (ROWS_AT_ONCE + 1, 64, 1000):
+                assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == "tiled", format
+        for m in (1, 9):
+            assert bitfold.plan_linear(format, m, 64, 256, torch.float64).regime == "floor"
+    assert bitfold.plan_linear("nf4", 1, 3, 57, layout="flat").regime == "floor"
+    assert bitfold.plan_linear("nf4", 9, 3, 57, layout="flat").regime == "floor"
+    plan = bitfold.plan_linear("int4", 1, 64, 256)
+    assert plan == bitfold.plan_linear("int4-g128", 1, 64, 256)
+    assert plan.isa == bitfold._C.isa()
+    refusal(lambda: bitfold.plan_linear("int4", 1, 64, 256, device="meta"), "device")
+    refusal(lambda: bitfold.plan_linear("int4", 1, 64, 256, torch.int32), "dtype|int32")
+    refusal(lambda: bitfold.plan_linear("int4", 1, 64, 256, layout="columns"), "layout", "rows", "flat")
+    refusal(lambda: bitfold.plan_linear("int5", 1, 64, 256), "int4")
+    refusal(lambda: bitfold.plan_linear("int4", -1, 64, 256), "m")
+
+
+@pytest.mark.parametrize("format", some_formats())
+def test_any_codes(format, rng):
+    """Codes that encode never writes. Minifloats' NaN and infinities are left out: they have no norm."""
+    if oracle.parse(format).kind in ("cast", "minifloat"):
+        return
+    for n, k in [(5, 33), (40, 257)]:
+        planes = random_planes(rng, format, n, k)
+        w = oracle.decode(planes, format, n, k).astype(np.float64)
+        qtensor = to_qtensor(planes, format, n, k)
+        for m in (1, 8, 9, 20):
+            x = draw(rng, m, k, dtype=torch.float32)
+            assert_close(bitfold.linear(x, qtensor), x, w, None, f"{format} m={m} n={n} k={k}")
+
+
+def test_nan_and_infinity_stay_in_their_row(rng):
+    """A bad activation spoils the outputs of its row alone, in every regime."""
+    for format in some_formats():
+        qtensor, _ = make(rng, format, 20, 70)
+        for dtype in DTYPES.values():
+            for m in (3, 20):
+                x = draw(rng, m, 70, dtype=dtype)
+                x[1, 69] = float("nan")
+                y = bitfold.linear(x, qtensor)
+                finite = torch.isfinite(y).all(dim=1)
+                assert not torch.isfinite(y[1]).any(), format
+                assert finite[[i for i in range(m) if i != 1]].all(), format
+
+
+def test_padding_bits_and_neighbours_are_not_read_as_weights(rng):
+    """Planes inside larger buffers full of NaN and ones give what planes of their own give."""
+    for format in some_formats():
+        qtensor, _ = make(rng, format, 3, 71)
+        planes = {}
+        for name, plane in qtensor.planes.items():
+            fill = 255 if plane.dtype == torch.uint8 else float("nan")
+            buffer = torch.full((plane.numel() + 128,), fill, dtype=plane.dtype)
+            planes[name] = buffer[64 : 64 + plane.numel()].view(plane.shape)
+            planes[name].copy_(plane)
+        inside = bitfold.QTensor(format, (3, 71), planes)
+        for m in (1, 9):
+            x = draw(rng, m, 71, dtype=torch.float32)
+            assert torch.equal(bitfold.linear(x, inside), bitfold.linear(x, qtensor)), format
+        assert torch.equal(inside.decode(), qtensor.decode())
+
+
+# ---- gradient with respect to x ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("format", some_formats())
+def test_grad_x_accuracy(format, dtype, rng):
+    for n, k in [(1, 1), (17, 33), (3, 130), (130, 96), (0, 5), (5, 0)]:
+        qtensor, w = make(rng, format, n, k)
+        for m in (0, 1, 8, 9, 33):
+            grad = draw(rng, m, n, dtype=dtype)
+            dx = torch.ops.bitfold.linear_grad_x(grad, list(qtensor.planes.values()), qtensor.format, n, k)
+            assert_close(dx, grad, w.T, None, f"{format} m={m} n={n} k={k}")
+
+
+@pytest.mark.parametrize("format", ["nf4-b32-dq", "fp4-b64"])
+def test_grad_x_of_strided_and_flat(format, rng, threads):
+    qtensor, w = make(rng, format, 9, 35, "flat")
+    planes = list(qtensor.planes.values())
+    for grad in (draw(rng, 9, 20, dtype=torch.float32).t(), torch.ones(1, 1).expand(4, 9)):
+        dx = torch.ops.bitfold.linear_grad_x(grad, planes, format, 9, 35, "flat")
+        assert_close(dx, grad, w.T, None, format)
+    qtensor, w = make(rng, format, 90, 135)
+    grad = draw(rng, 2, 3, 90, dtype=torch.bfloat16)
+    outputs = []
+    for count in (1, 2, 4):
+        threads(count)
+        outputs.append(torch.ops.bitfold.linear_grad_x(grad, list(qtensor.planes.values()), format, 90, 135))
+        assert torch.equal(outputs[0], outputs[-1])
+    assert_close(outputs[0], grad, w.T, None, format)
+    assert oracle_planes(qtensor).keys() == qtensor.planes.keys()

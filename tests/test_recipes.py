@@ -1,0 +1,282 @@
+"""Recipes: which module gets which format, from names and shapes alone; TOML; typos."""
+
+from pathlib import Path
+
+import bitfold
+import pytest
+from bitfold import Recipe, Rule, formats, recipes
+from bitfold.recipes import ModuleInfo
+
+LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+LLAMA = {
+    "model.embed_tokens": ModuleInfo("embedding", (100, 64)),
+    **{f"model.layers.{i}.{name}": ModuleInfo("linear", (64, 64)) for i in range(2) for name in LAYERS},
+    "lm_head": ModuleInfo("linear", (100, 64), is_head=True),
+}
+TIED = {**LLAMA, "lm_head": ModuleInfo("linear", (100, 64), is_head=True, tied_to="model.embed_tokens")}
+EXPERTS = {
+    **LLAMA,
+    "model.layers.1.mlp.experts": ModuleInfo(
+        "experts", (8, 64, 32), ("gate_up_proj", "down_proj"), obstacle="it is a stack"
+    ),
+}
+
+
+def recipe(*rules):
+    return Recipe("mine", "", tuple(Rule(*rule) for rule in rules))
+
+
+def assigned(rules, modules=LLAMA):
+    return {name: item.format for name, item in recipes.assign(recipe(*rules), modules).items()}
+
+
+# ---- presets ----
+
+PRESETS = {
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "int8": "int8-channel",
+    "int8-g128": "int8-g128",
+    "int4-g128": "int4-g128",
+    "int4-g32": "int4-g32",
+    "int4-g128-asym": "int4-g128-asym",
+    "int3-g64": "int3-g64",
+    "int2-g64": "int2-g64",
+    "nf4": "nf4-b64",
+    "nf4-dq": "nf4-b64-dq",
+    "fp4": "fp4-b64",
+    "fp8": "fp8-e4m3-channel",
+}
+
+
+def test_the_presets_are_the_promised_ones():
+    assert set(bitfold.RECIPES) == {*PRESETS, "int4-mixed"}
+    for name, preset in bitfold.RECIPES.items():
+        assert preset.name == name
+        assert preset.description
+        assert "\n" not in preset.description
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_take_linears_and_keep_embeddings_and_head(name):
+    result = recipes.assign(recipes.get(name), LLAMA)
+    assert list(result) == list(LLAMA)
+    for module, assignment in result.items():
+        kept = module in ("model.embed_tokens", "lm_head")
+        assert assignment.format == (None if kept else PRESETS[name])
+        assert (assignment.rule is None) == kept
+        assert assignment.reason
+    assert "embedding" in result["model.embed_tokens"].reason
+    assert "output head" in result["lm_head"].reason
+
+
+@pytest.mark.parametrize("attention", ["self_attn", "attn", "attention", "self_attention"])
+def test_mixed_finds_attention_whatever_it_is_called(attention):
+    modules = {name.replace("self_attn", attention): info for name, info in LLAMA.items()}
+    result = recipes.assign(recipes.get("int4-mixed"), modules)
+    for name in modules:
+        if "layers" in name:
+            expected = "int8-channel" if attention in name else "int4-g128"
+            assert result[name].format == expected
+
+
+def test_mixed_needs_attention():
+    with pytest.raises(ValueError, match="matches no module"):
+        recipes.assign(recipes.get("int4-mixed"), {"mlp.up": ModuleInfo("linear", (8, 8))})
+
+
+def test_any_format_is_a_recipe():
+    tensor = recipes.get("int4-tensor")
+    assert tensor.name == "int4-tensor"
+    assert tensor.rules == (Rule("*", "int4-tensor"),)
+    assert recipes.get("int4").rules[0].format == "int4-g128"
+    assert recipes.get(tensor) is tensor
+
+
+@pytest.mark.parametrize(
+    ("typo", "suggestion"),
+    [
+        ("int4-mixd", "int4-mixed"),
+        ("nf4dq", "nf4-dq"),
+        ("q4", "int4-g128"),
+        ("fb16", "bf16"),
+        ("int4-g8", "16"),
+    ],
+)
+def test_unknown_recipes_get_suggestions(typo, suggestion):
+    with pytest.raises(ValueError, match=suggestion) as error:
+        recipes.get(typo)
+    assert repr(typo) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---- rules ----
+
+
+def test_first_match_wins_and_the_rest_is_kept():
+    result = assigned([("*.0.mlp.*", None), ("*.mlp.*", "int4"), ("model.layers.1.*", "int8")])
+    assert result["model.layers.0.mlp.gate_proj"] is None
+    assert result["model.layers.1.mlp.gate_proj"] == "int4-g128"
+    assert result["model.layers.1.self_attn.q_proj"] == "int8-channel"
+    assert result["model.layers.0.self_attn.q_proj"] is None
+
+
+def test_keep_is_none():
+    assert Rule("*", "keep") == Rule("*", None)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["lm_head", "*.lm_head", "model.embed_tokens", "*.embed_tokens", "*embed_tokens"]
+)
+def test_embeddings_and_head_must_be_named(pattern):
+    modules = {f"x.{name}": info for name, info in LLAMA.items()} if pattern == "*.lm_head" else LLAMA
+    rules = [(pattern, "int8"), ("*", "int4")]
+    if pattern == "*embed_tokens":
+        with pytest.raises(ValueError, match=r"must be named.*'model\.embed_tokens'"):
+            assigned(rules, modules)
+        return
+    result = assigned(rules, modules)
+    special = {name: format for name, format in result.items() if "layers" not in name}
+    named = pattern.rpartition(".")[2]
+    assert special == {name: "int8-channel" if name.endswith(named) else None for name in special}
+
+
+def test_broad_patterns_leave_the_embedding_alone():
+    assert assigned([("model.*", "int4")])["model.embed_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("*.self_atn.*", "did you mean 'self_attn'"),
+        ("*.q_porj", "did you mean 'q_proj'"),
+        ("decoder.*", "10, such as 'lm_head'"),
+        ("lm_haed", "did you mean 'lm_head'"),
+    ],
+)
+def test_a_rule_that_matches_nothing(pattern, hint):
+    with pytest.raises(ValueError, match="matches no module") as error:
+        assigned([(pattern, "int8"), ("*", "int4")])
+    assert hint in str(error.value)
+    assert repr(pattern) in str(error.value)
+
+
+def test_a_rule_behind_one_that_takes_all():
+    with pytest.raises(ValueError, match=r"'\*\.mlp\.\*' .* never wins: put it before rule '\*'"):
+        assigned([("*", "int4"), ("*.mlp.*", "int8")])
+    # A catch-all at the end is no mistake, even where nothing is left for it.
+    assigned([("model.layers.*", "int4"), ("*", None)])
+
+
+def test_a_model_without_linear_layers():
+    with pytest.raises(ValueError, match="no linear layer"):
+        recipes.assign(recipes.get("int8"), {})
+
+
+def test_tied_modules_need_one_format():
+    assert assigned([("*", "int4")], TIED)["lm_head"] is None
+    both = assigned([("lm_head", "int8"), ("*.embed_tokens", "int8"), ("*", "int4")], TIED)
+    assert both["lm_head"] == both["model.embed_tokens"] == "int8-channel"
+    for rules in (
+        [("lm_head", "int8"), ("*", "int4")],
+        [("lm_head", "int8"), ("*.embed_tokens", "int4"), ("*", "int4")],
+    ):
+        with pytest.raises(ValueError, match=r"model\.embed_tokens and lm_head share one weight"):
+            assigned(rules, TIED)
+
+
+def test_experts_are_never_skipped_in_silence():
+    for rules in ([("*", "int4")], [("*.self_attn.*", "int4")]):
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts.*gate_up_proj.*keep"):
+            assigned(rules, EXPERTS)
+    result = assigned([("*.experts", None), ("*", "int4")], EXPERTS)
+    assert result["model.layers.1.mlp.experts"] is None
+    assert result["model.layers.1.mlp.down_proj"] == "int4-g128"
+
+
+def test_subclasses_are_never_touched_in_silence():
+    odd = ModuleInfo("linear", (8, 8), obstacle="it is a Lora, a subclass of nn.Linear")
+    with pytest.raises(ValueError, match=r"module a\.b .*it is a Lora"):
+        assigned([("*", "int4")], {**LLAMA, "a.b": odd})
+    assert assigned([("a.b", None), ("*", "int4")], {**LLAMA, "a.b": odd})["a.b"] is None
+    embedding = ModuleInfo("embedding", (8, 8), obstacle="it is a Scaled, a subclass of nn.Embedding")
+    assert assigned([("*", "int4")], {**LLAMA, "a.b": embedding})["a.b"] is None
+    with pytest.raises(ValueError, match=r"a\.b"):
+        assigned([("a.b", "int4"), ("*", "int4")], {**LLAMA, "a.b": embedding})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("*", "int5"), "int5"),
+        (("*", "int4", "gptqq"), "method of rule .* is 'gptqq'"),
+        (("", "int4"), "pattern"),
+    ],
+)
+def test_bad_rules(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Rule(*arguments)
+
+
+# ---- TOML ----
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_toml(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        name = "attention-int8"
+        description = "attention in 8 bits"
+        [[rules]]
+        match = "*.self_attn.*"
+        format = "int8-g128"
+        [[rules]]
+        match = "*.1.mlp.*"
+        format = "keep"
+        [[rules]]
+        format = "int4"
+        method = "rtn"
+        """,
+    )
+    expected = (Rule("*.self_attn.*", "int8-g128"), Rule("*.1.mlp.*", None), Rule("*", "int4-g128"))
+    for given in (path, str(path)):
+        assert recipes.get(given) == Recipe("attention-int8", "attention in 8 bits", expected)
+    assert recipes.read(write(tmp_path, '[[rules]]\nformat = "nf4"')).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[rules]\n", "is not TOML"),
+        ("name = 'x'\n", r"at least one \[\[rules\]\]"),
+        ("rules = 3\n", r"at least one \[\[rules\]\]"),
+        ("[[rules]]\nfromat = 'int4'\n", "rule 1 has the unknown key 'fromat': did you mean 'format'"),
+        ("nmae = 'x'\n[[rules]]\nformat = 'int4'\n", "did you mean 'name'"),
+        ("[[rules]]\nmatch = '*'\n", "rule 1 has no format"),
+        ("[[rules]]\nformat = 4\n", "format is 4; it must be a string"),
+        ("[[rules]]\nformat = 'int44'\n", "int44"),
+        ("[[rules]]\nformat = 'int4'\nmethod = 'gptq'\n", "method of rule"),
+    ],
+)
+def test_bad_toml(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as error:
+        recipes.get(path)
+    assert "mine.toml" in str(error.value)
+
+
+def test_missing_toml():
+    with pytest.raises(ValueError, match=r"nowhere\.toml can't be read: No such file"):
+        recipes.get("nowhere.toml")
+
+
+def test_rules_hold_canonical_formats():
+    for preset in bitfold.RECIPES.values():
+        for rule in preset.rules:
+            assert formats.parse(rule.format).canonical == rule.format
