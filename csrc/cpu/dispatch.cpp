@@ -1,10 +1,11 @@
 // Chooses the instruction set, once per process.
+#include "cpu/dispatch.hpp"
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.hpp"
 #include "cpu/kernels.hpp"
 
 namespace bitfold::cpu {

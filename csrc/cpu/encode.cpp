@@ -1,8 +1,8 @@
 // Rounding to nearest: scales per group, codes, bit streams, and the double quantization of scales.
 //
 // A row is read as fp32, its groups get their scales, its codes are packed. A scale per matrix needs a pass over
-// all rows first; nested scales are quantized after all rows are done. Faults are collected per row, so that the one reported
-// does not depend on the threads.
+// all rows first; nested scales are quantized after all rows are done. Faults are collected per row, so that the one
+// reported does not depend on the threads.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -76,7 +76,8 @@ EncodeFault scale_fault(const Format& format, const GroupGrid& grid) {
   if (!std::isfinite(grid.scale)) return EncodeFault::ScaleOverflow;
   double largest = 8.0;
   if (info.grid == Grid::Integer) {
-    largest = format.zero == Zero::Integer ? static_cast<double>((1 << info.bits) - 1) : static_cast<double>(info.grid_max);
+    largest =
+        format.zero == Zero::Integer ? static_cast<double>((1 << info.bits) - 1) : static_cast<double>(info.grid_max);
   }
   const double moved = std::abs(static_cast<double>(grid.scale) - static_cast<double>(grid.unrounded));
   return moved * largest > static_cast<double>(grid.unrounded) / 2.0 ? EncodeFault::ScaleUnderflow : EncodeFault::None;
@@ -220,7 +221,8 @@ void nest_scales(const EncodeArgs& args, const float* scales, int64_t count) {
       const float inverse = 1.0f / std::max(absmax, 1e-38f);
       for (int64_t i = first; i < last; ++i) {
         const float t = std::clamp((scales[i] - offset) * inverse, -1.0f, 1.0f);
-        const auto* place = std::lower_bound(kDynamicMidpoints.data(), kDynamicMidpoints.data() + kDynamicMidpoints.size(), t);
+        const auto* place =
+            std::lower_bound(kDynamicMidpoints.data(), kDynamicMidpoints.data() + kDynamicMidpoints.size(), t);
         codes[i] = static_cast<uint8_t>(place - kDynamicMidpoints.data());
       }
     }

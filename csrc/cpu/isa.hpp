@@ -1,5 +1,5 @@
-// Included by every kernel body: what the simd header, included before it, does not give. The build compiles each body once
-// for each instruction set, with BITFOLD_ISA_NAME set to its name.
+// Included by every kernel body: what the simd header, included before it, does not give. The build compiles each body
+// once for each instruction set, with BITFOLD_ISA_NAME set to its name.
 #pragma once
 
 #include "cpu/kernels.hpp"

@@ -1,5 +1,5 @@
-// The leaf kernels of one instruction set: what the drivers in this folder call. Everything here works on one thread and on
-// plain memory; the drivers cut the work, own the buffers and report the errors.
+// The leaf kernels of one instruction set: what the drivers in this folder call. Everything here works on one thread
+// and on plain memory; the drivers cut the work, own the buffers and report the errors.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ struct QuantizeArgs {
   uint8_t* codes;
 };
 
-// Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; x is fp32, zero-padded to x_stride columns,
-// a multiple of kFusedAlign. y[j * y_stride + row] receives the sums.
+// Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; x is fp32, zero-padded to x_stride
+// columns, a multiple of kFusedAlign. y[j * y_stride + row] receives the sums.
 struct FusedArgs {
   const Weight* w;
   const float* x;
@@ -39,8 +39,8 @@ struct FusedArgs {
 inline constexpr int kFusedRows = 8;
 inline constexpr int64_t kFusedAlign = 32;
 
-// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns (a multiple of kFusedAlign, zero-padded); rows is a multiple of
-// the kernels' tile_w, m of their tile_x.
+// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns (a multiple of kFusedAlign, zero-padded); rows is a
+// multiple of the kernels' tile_w, m of their tile_x.
 struct TileArgs {
   const float* w;
   int64_t w_stride;

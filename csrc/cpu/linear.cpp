@@ -16,8 +16,8 @@ constexpr int64_t kStripColumns = 1024;
 static_assert(kStripColumns % kFusedAlign == 0);
 
 // Rows [first, first + rows) of x as fp32, zero-padded to `stride` columns and `padded` rows.
-void widen_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t rows, int64_t padded, int64_t stride,
-                 float* panel) {
+void widen_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t rows, int64_t padded,
+                 int64_t stride, float* panel) {
   const int64_t k = args.x.columns;
   cut(args.parallel_for, padded, grain_rows(k), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
@@ -62,7 +62,8 @@ void linear_fused(const LinearArgs& args) {
   widen_panel(kernels, args, 0, m, m, stride, panel.data());
   cut(args.parallel_for, args.w.n, grain_rows(args.w.k), [&](int64_t begin, int64_t end) {
     Buffer<float> sums(m * (end - begin));
-    kernels.fused[args.w.format.row]({&args.w, panel.data(), stride, static_cast<int>(m), begin, end, sums.data(), end - begin});
+    kernels.fused[args.w.format.row](
+        {&args.w, panel.data(), stride, static_cast<int>(m), begin, end, sums.data(), end - begin});
     Epilogue finish(kernels, args, begin, end);
     for (int64_t j = 0; j < m; ++j) finish(j, sums.data() + j * (end - begin));
   });
@@ -91,8 +92,8 @@ void linear_tiled(const LinearArgs& args) {
             const int64_t filled = i < rows ? columns : 0;
             std::fill_n(to + filled, depth - filled, 0.0f);
           }
-          kernels.tile({tile.data(), kStripColumns, padded_rows, panel.data() + column, stride, padded, depth, sums.data(),
-                        kStripRows});
+          kernels.tile({tile.data(), kStripColumns, padded_rows, panel.data() + column, stride, padded, depth,
+                        sums.data(), kStripRows});
         }
         Epilogue finish(kernels, args, row, row + rows);
         for (int64_t j = 0; j < m; ++j) finish(first + j, sums.data() + j * kStripRows);
@@ -142,8 +143,8 @@ void linear_floor(const LinearArgs& args) {
 
 // ---- dx = dy W ----
 
-// Columns of dx that one thread sums up, rows of W that are decoded at a time, rows of W in one partial sum, and rows of dy at
-// a time (their sums stay in cache).
+// Columns of dx that one thread sums up, rows of W that are decoded at a time, rows of W in one partial sum, and rows
+// of dy at a time (their sums stay in cache).
 constexpr int64_t kGradColumns = 256;
 constexpr int64_t kGradRows = 32;
 constexpr int64_t kGradPartial = 512;
@@ -173,7 +174,8 @@ void grad_x_tiled(const LinearGradArgs& args) {
             for (int64_t i = 0; i < std::min(kGradRows, w.n - r); ++i) {
               decode_row(kernels, w, r + i, column, column + columns, tile.data() + i * kGradColumns);
             }
-            kernels.axpy({tile.data(), kGradColumns, kGradRows, kGradColumns, dy.data() + r, stride, m, partial.data(), kGradColumns});
+            kernels.axpy({tile.data(), kGradColumns, kGradRows, kGradColumns, dy.data() + r, stride, m, partial.data(),
+                          kGradColumns});
           }
           for (int64_t i = 0; i < m * kGradColumns; ++i) total[i] += partial[i];
         }
@@ -200,11 +202,13 @@ void grad_x_floor(const LinearGradArgs& args) {
       for (int64_t i = 0; i < w.n; ++i) {
         decode_row(kernels, w, i, column, column + columns, row.data());
         for (int64_t j = 0; j < args.dy.rows; ++j) {
-          for (int64_t c = 0; c < columns; ++c) sums[j * kGradColumns + c] += dy[j * w.n + i] * static_cast<double>(row[c]);
+          for (int64_t c = 0; c < columns; ++c)
+            sums[j * kGradColumns + c] += dy[j * w.n + i] * static_cast<double>(row[c]);
         }
       }
       for (int64_t j = 0; j < args.dy.rows; ++j) {
-        for (int64_t c = 0; c < columns; ++c) store_double(args.dy.dtype, args.dx, j * w.k + column + c, sums[j * kGradColumns + c]);
+        for (int64_t c = 0; c < columns; ++c)
+          store_double(args.dy.dtype, args.dx, j * w.k + column + c, sums[j * kGradColumns + c]);
       }
     }
   });

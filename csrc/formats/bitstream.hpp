@@ -1,5 +1,5 @@
-// Streams of b-bit codes: one byte a code <-> packed, as docs/formats.md lays the bits. Both directions are exact inverses;
-// packing sets the bits that are left over in the last byte to 0.
+// Streams of b-bit codes: one byte a code <-> packed, as docs/formats.md lays the bits. Both directions are exact
+// inverses; packing sets the bits that are left over in the last byte to 0.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,8 @@ inline void pack_codes(const uint8_t* codes, int64_t count, int bits, bool high_
     const int64_t present = count - i < 8 ? count - i : 8;
     uint32_t word = 0;
     for (int64_t j = 0; j < present; ++j) word |= static_cast<uint32_t>(codes[i + j]) << (j * bits);
-    for (int64_t byte = 0; byte < ceil_div(present * bits, 8); ++byte) *stream++ = static_cast<uint8_t>(word >> (8 * byte));
+    for (int64_t byte = 0; byte < ceil_div(present * bits, 8); ++byte)
+      *stream++ = static_cast<uint8_t>(word >> (8 * byte));
   }
 }
 

@@ -26,14 +26,15 @@ inline constexpr std::array<float, 16> kNf4Values = {
     1.0f,
 };
 
-// FP4 as bitsandbytes stores it: bit 3 is the sign, and the magnitudes are not in the order of the codes. Code 8 is 0 and
-// is never written.
+// FP4 as bitsandbytes stores it: bit 3 is the sign, and the magnitudes are not in the order of the codes. Code 8 is 0
+// and is never written.
 inline constexpr std::array<float, 16> kFp4Values = {
     0.0f, 0.005208333333f,  0.66666667f,  1.0f,  0.33333333f,  0.5f,  0.16666667f,  0.25f,
     0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f,
 };
 
-// A codebook sorted by value, with the midpoints that decide: a number above midpoint i belongs to entry i + 1 or higher.
+// A codebook sorted by value, with the midpoints that decide: a number above midpoint i belongs to entry i + 1 or
+// higher.
 template <int Count>
 struct SortedCodebook {
   std::array<float, Count> values{};
@@ -47,7 +48,8 @@ constexpr SortedCodebook<Count> sort_codebook(const std::array<float, Count>& va
   SortedCodebook<Count> sorted;
   for (int code = 0; code < Count; ++code) {
     bool repeated = false;
-    for (int i = 0; i < sorted.count; ++i) repeated |= sorted.values[static_cast<size_t>(i)] == values[static_cast<size_t>(code)];
+    for (int i = 0; i < sorted.count; ++i)
+      repeated |= sorted.values[static_cast<size_t>(i)] == values[static_cast<size_t>(code)];
     if (repeated) continue;  // fp4's second zero: the lower code is the one that is written
     int place = sorted.count++;
     for (; place > 0 && sorted.values[static_cast<size_t>(place - 1)] > values[static_cast<size_t>(code)]; --place) {
@@ -68,7 +70,8 @@ inline constexpr SortedCodebook<16> kNf4Sorted = sort_codebook<16>(kNf4Values);
 inline constexpr SortedCodebook<16> kFp4Sorted = sort_codebook<16>(kFp4Values);
 static_assert(kNf4Sorted.count == 16 && kFp4Sorted.count == 15);
 
-// The dynamic map of 8-bit optimizers (Dettmers 2016), rounded as docs/formats.md says; sorted, so the code is the index.
+// The dynamic map of 8-bit optimizers (Dettmers 2016), rounded as docs/formats.md says; sorted, so the code is the
+// index.
 constexpr std::array<float, 256> make_dynamic_map() {
   std::array<float, 256> map{};
   int count = 0;

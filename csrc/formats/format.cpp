@@ -77,7 +77,8 @@ int64_t parse_group(std::string_view text, std::string_view token, const FormatR
     if (row.max_group != kAnyGroup) {
       range = "of " + std::to_string(row.min_group) + " to " + std::to_string(row.max_group) + " columns";
     }
-    fail(text, "has the " + what + " '" + std::string(token) + "'; " + std::string(row.family) + " takes a " + what + " " + range);
+    fail(text, "has the " + what + " '" + std::string(token) + "'; " + std::string(row.family) + " takes a " + what +
+                   " " + range);
   }
   return group;
 }

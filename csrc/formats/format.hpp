@@ -1,7 +1,7 @@
 // The format table: every weight format is one row here, and nothing about it is written anywhere else.
 //
-// A format string ("int4-g128-asym") is a row plus run-time parameters (group, zero, scale dtype). Sizes are arithmetic on
-// the row; docs/formats.md says in words what this file says in numbers.
+// A format string ("int4-g128-asym") is a row plus run-time parameters (group, zero, scale dtype). Sizes are arithmetic
+// on the row; docs/formats.md says in words what this file says in numbers.
 #pragma once
 
 #include <array>
@@ -27,10 +27,10 @@ inline constexpr int64_t kNestedGroup = 256;
 struct FormatRow {
   std::string_view family;
   Grid grid;
-  int bits;          // of one code
-  float grid_max;    // largest magnitude on the symmetric grid
-  Scale scale;       // default
-  int64_t group;     // default granularity
+  int bits;        // of one code
+  float grid_max;  // largest magnitude on the symmetric grid
+  Scale scale;     // default
+  int64_t group;   // default granularity
   int64_t min_group;
   int64_t max_group;
   char group_letter;  // 'g' or 'b' in the format string
@@ -45,7 +45,8 @@ inline constexpr std::array kFormats = {
     FormatRow{"fp16", Grid::Cast, 16, 65504.0f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
     FormatRow{"bf16", Grid::Cast, 16, 3.3895313892515355e38f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
     FormatRow{"fp8-e4m3", Grid::Minifloat, 8, 448.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', false, false, false},
-    FormatRow{"fp8-e5m2", Grid::Minifloat, 8, 57344.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', false, false, false},
+    FormatRow{"fp8-e5m2", Grid::Minifloat, 8, 57344.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', false, false,
+              false},
     FormatRow{"int8", Grid::Integer, 8, 127.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', true, false, false},
     FormatRow{"int4", Grid::Integer, 4, 7.0f, Scale::F16, 128, 16, kAnyGroup, 'g', true, false, false},
     FormatRow{"int3", Grid::Integer, 3, 3.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false},
@@ -57,7 +58,8 @@ inline constexpr std::array kFormats = {
 // Row numbers, for kernels that are instantiated per row.
 enum Row : int { kFp16, kBf16, kE4m3, kE5m2, kInt8, kInt4, kInt3, kInt2, kNf4, kFp4, kRowCount };
 static_assert(kFormats.size() == kRowCount);
-static_assert(kFormats[kInt4].family == "int4" && kFormats[kFp4].family == "fp4" && kFormats[kE5m2].family == "fp8-e5m2");
+static_assert(kFormats[kInt4].family == "int4" && kFormats[kFp4].family == "fp4" &&
+              kFormats[kE5m2].family == "fp8-e5m2");
 
 // One weight format, parsed: a row and its parameters.
 struct Format {

@@ -48,8 +48,8 @@ BITFOLD_INLINE float minifloat_to_float(uint32_t pattern) {
                               (mantissa << (23 - F.mantissa_bits)));
 }
 
-// Nearest even. What would round beyond the largest finite value becomes infinity (or NaN where there is none), or, with
-// Saturate, the largest finite value.
+// Nearest even. What would round beyond the largest finite value becomes infinity (or NaN where there is none), or,
+// with Saturate, the largest finite value.
 template <Minifloat F, bool Saturate>
 BITFOLD_INLINE uint32_t float_to_minifloat(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);

@@ -1,6 +1,7 @@
 #include "torch/border.hpp"
 
 #include <array>
+#include <new>
 #include <stdexcept>
 
 namespace bitfold::border {
@@ -21,7 +22,8 @@ struct PlaneSlots {
 };
 
 PlaneIndex plane_index(std::string_view name) {
-  constexpr std::array<std::string_view, kMaxPlanes> kNames = {"codes", "scales", "zeros", "nested_scales", "nested_offset"};
+  constexpr std::array<std::string_view, kMaxPlanes> kNames = {"codes", "scales", "zeros", "nested_scales",
+                                                               "nested_offset"};
   for (size_t i = 0; i < kNames.size(); ++i) {
     if (kNames[i] == name) return static_cast<PlaneIndex>(i);
   }
@@ -98,7 +100,8 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_
   Weight w{format, layout, n, k, nullptr, nullptr, nullptr, nullptr, nullptr};
   const PlaneLaws laws = plane_laws(format);
   if (static_cast<int>(planes.size()) != laws.count) {
-    fail("planes has " + std::to_string(planes.size()) + " tensors; " + format_text + " has " + std::to_string(laws.count));
+    fail("planes has " + std::to_string(planes.size()) + " tensors; " + format_text + " has " +
+         std::to_string(laws.count));
   }
   for (size_t i = 0; i < planes.size(); ++i) {
     const PlaneLaw& law = laws.items[i];
@@ -106,12 +109,14 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_
     const std::string what = "planes[" + std::to_string(i) + "] (" + std::string(law.name) + ")";
     require_cpu(plane, what);
     if (plane.scalar_type() != scalar_type(law.dtype)) {
-      fail(what + " is " + dtype_name(plane.scalar_type()) + "; for " + format_text + " it must be " + dtype_name(scalar_type(law.dtype)));
+      fail(what + " is " + dtype_name(plane.scalar_type()) + "; for " + format_text + " it must be " +
+           dtype_name(scalar_type(law.dtype)));
     }
     const Extent extent = plane_extent(law, w.plane_rows(), w.plane_columns());
     const auto sizes = plane.sizes();
-    const bool fits = extent.dims == plane.dim() && (extent.dims == 1 ? sizes[0] == extent.columns
-                                                                      : sizes[0] == extent.rows && sizes[1] == extent.columns);
+    const bool fits =
+        extent.dims == plane.dim() &&
+        (extent.dims == 1 ? sizes[0] == extent.columns : sizes[0] == extent.rows && sizes[1] == extent.columns);
     if (!fits) {
       const std::vector<int64_t> expected = extent_sizes(law, w.plane_rows(), w.plane_columns());
       fail(what + " has shape " + shape_text(plane) + "; for " + format_text + " of a " + std::to_string(n) + " x " +
@@ -173,19 +178,18 @@ MatrixIn read_matrix(const Tensor& tensor, const std::string& what, std::optiona
 }
 
 void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
-  // An exception must not cross the pool of a C interface: only bad_alloc can be thrown behind the border, and it ends the
-  // process there as it would in any OpenMP region.
   struct Call {
     RangeBody body;
     void* context;
   } call{body, context};
-  torch_parallel_for(
+  const AOTITorchError error = torch_parallel_for(
       0, count, grain,
       [](int64_t begin, int64_t end, void* opaque) {
         const auto* inner = static_cast<const Call*>(opaque);
         inner->body(inner->context, begin, end);
       },
       &call);
+  if (error != AOTI_TORCH_SUCCESS) throw std::bad_alloc();  // the only exception a kernel can raise
 }
 
 }  // namespace bitfold::border

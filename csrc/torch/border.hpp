@@ -1,5 +1,5 @@
-// The border: torch's tensors become args structs here, and every argument is checked here, once. An error is one sentence that names the
-// argument, what it was, and what it must be.
+// The border: torch's tensors become args structs here, and every argument is checked here, once. An error is one
+// sentence that names the argument, what it was, and what it must be.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -36,8 +36,8 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format,
 // New planes for an n x k weight, in the order of the laws, and where their bytes are.
 std::vector<Tensor> new_planes(const Tensor& like, const Format& format, int64_t n, int64_t k, PlanesOut* out);
 
-// A tensor of at least one dimension as rows: leading dimensions are flattened; `owner` keeps a copy alive where no single stride
-// walks over the rows.
+// A tensor of at least one dimension as rows: leading dimensions are flattened; `owner` keeps a copy alive where no
+// single stride walks over the rows.
 MatrixIn read_matrix(const Tensor& tensor, const std::string& what, std::optional<Tensor>* owner);
 
 // torch's thread pool.

@@ -1,4 +1,5 @@
-// bitfold._C: importing it registers the ops; what it holds is for the Python layer: the format table, the plan, the machine.
+// bitfold._C: importing it registers the ops; what it holds is for the Python layer: the format table, the plan, the
+// machine.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -78,7 +79,8 @@ py::dict format_info(const std::string& text) {
   return info;
 }
 
-py::dict linear_plan(const std::string& format, const std::string& layout, int64_t m, int64_t n, int64_t k, const std::string& dtype) {
+py::dict linear_plan(const std::string& format, const std::string& layout, int64_t m, int64_t n, int64_t k,
+                     const std::string& dtype) {
   if (m < 0 || n < 0 || k < 0) throw std::invalid_argument("m, n and k must not be negative");
   const cpu::LinearPlan plan = cpu::plan_linear(parse_format(format), parse_layout(layout), m, parse_dtype(dtype));
   py::dict info;
@@ -106,9 +108,10 @@ PYBIND11_MODULE(_C, module) {
   cpu::kernels();  // a wrong BITFOLD_ISA is an error of the import
   module.attr("__version__") = BITFOLD_VERSION;
   module.def("families", &families, "The format table: one dict for each family.");
-  module.def("parse_format", &format_info, py::arg("text"), "A format string, parsed: its parameters and the laws of its planes.");
-  module.def("plan_linear", &linear_plan, py::arg("format"), py::arg("layout"), py::arg("m"), py::arg("n"), py::arg("k"),
-             py::arg("dtype"), "Which kernel multiplies m rows of activations.");
+  module.def("parse_format", &format_info, py::arg("text"),
+             "A format string, parsed: its parameters and the laws of its planes.");
+  module.def("plan_linear", &linear_plan, py::arg("format"), py::arg("layout"), py::arg("m"), py::arg("n"),
+             py::arg("k"), py::arg("dtype"), "Which kernel multiplies m rows of activations.");
   module.def("cpu_features", &cpu_features, "Instruction sets that were built, and whether this CPU has them.");
   module.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
   module.def("build_info", &build_info, "How this module was built.");

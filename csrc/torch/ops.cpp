@@ -11,12 +11,15 @@ using namespace border;
 
 STABLE_TORCH_LIBRARY(bitfold, library) {
   library.def("encode(Tensor weight, str format, Tensor? nested_offset=None, bool clamp=False) -> Tensor[]");
-  library.def("decode(Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") -> Tensor");
+  library.def(
+      "decode(Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") -> Tensor");
   library.def("pack(Tensor codes, Tensor? scales, Tensor? zeros, str format, Tensor[] nested) -> Tensor[]");
   library.def("unpack(Tensor[] planes, str format, SymInt n, SymInt k, str layout=\"rows\") -> Tensor[]");
   library.def(
-      "linear(Tensor x, Tensor[] planes, str format, SymInt n, SymInt k, Tensor? bias=None, str layout=\"rows\") -> Tensor");
-  library.def("linear_grad_x(Tensor grad, Tensor[] planes, str format, SymInt n, SymInt k, str layout=\"rows\") -> Tensor");
+      "linear(Tensor x, Tensor[] planes, str format, SymInt n, SymInt k, Tensor? bias=None, str layout=\"rows\") -> "
+      "Tensor");
+  library.def(
+      "linear_grad_x(Tensor grad, Tensor[] planes, str format, SymInt n, SymInt k, str layout=\"rows\") -> Tensor");
   library.def(
       "embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") "
       "-> Tensor");
@@ -31,30 +34,32 @@ std::string scale_advice(const Format& format) {
 void report(const EncodeStatus& status, const Format& format, const Tensor& weight) {
   const std::string name = to_string(format);
   const std::string at = "weight[" + std::to_string(status.row) + ", " + std::to_string(status.column) + "]";
-  const std::string group =
-      format.group == kPerTensor    ? std::string("the weight")
-      : format.group == kPerChannel ? "row " + std::to_string(status.row)
-                                    : "group " + std::to_string(status.column / format.group) + " of row " + std::to_string(status.row);
+  const std::string group = format.group == kPerTensor    ? std::string("the weight")
+                            : format.group == kPerChannel ? "row " + std::to_string(status.row)
+                                                          : "group " + std::to_string(status.column / format.group) +
+                                                                " of row " + std::to_string(status.row);
   switch (status.fault) {
     case EncodeFault::None: return;
     case EncodeFault::NotFinite:
       fail(at + " is " + (status.value != status.value ? "NaN" : "infinite") +
            (weight.scalar_type() == ScalarType::Double ? " as a float32" : "") + "; it must be finite");
     case EncodeFault::CastOverflow:
-      fail(std::to_string(status.count) + " values do not fit " + name + ", the first is " + at + " = " + std::to_string(status.value) +
-           "; use bf16, or clamp=True to saturate them");
+      fail(std::to_string(status.count) + " values do not fit " + name + ", the first is " + at + " = " +
+           std::to_string(status.value) + "; use bf16, or clamp=True to saturate them");
     case EncodeFault::ScaleOverflow:
-      fail("the scale of " + group + " is " + std::to_string(status.value) + ", too large for the scale dtype of " + name + "; " +
-           scale_advice(format));
+      fail("the scale of " + group + " is " + std::to_string(status.value) + ", too large for the scale dtype of " +
+           name + "; " + scale_advice(format));
     case EncodeFault::ScaleUnderflow: {
       char value[32];
       std::snprintf(value, sizeof(value), "%.3g", status.value);
-      fail("the scale of " + group + " is " + value + ", too small for the scale dtype of " + name + "; " + scale_advice(format));
+      fail("the scale of " + group + " is " + value + ", too small for the scale dtype of " + name + "; " +
+           scale_advice(format));
     }
   }
 }
 
-std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text, std::optional<Tensor> nested_offset, bool clamp) {
+std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text, std::optional<Tensor> nested_offset,
+                           bool clamp) {
   const Format format = parse_format(format_text);
   if (weight.dim() != 2) fail("weight has shape " + shape_text(weight) + "; it must have two dimensions");
   require_cpu(weight, "weight");
@@ -65,12 +70,13 @@ std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text,
     if (format.scale != Scale::Nested) fail("nested_offset is given; " + to_string(format) + " has no nested scales");
     require_cpu(*nested_offset, "nested_offset");
     if (nested_offset->scalar_type() != ScalarType::Float || nested_offset->numel() != 1) {
-      fail("nested_offset is a " + std::string(dtype_name(nested_offset->scalar_type())) + " of shape " + shape_text(*nested_offset) +
-           "; it must be one float32");
+      fail("nested_offset is a " + std::string(dtype_name(nested_offset->scalar_type())) + " of shape " +
+           shape_text(*nested_offset) + "; it must be one float32");
     }
     offset = static_cast<const float*>(nested_offset->const_data_ptr());
   }
-  if (clamp && format.info().grid != Grid::Cast) fail("clamp is True; it must be False for " + to_string(format) + ", whose scales fit the weights");
+  if (clamp && format.info().grid != Grid::Cast)
+    fail("clamp is True; it must be False for " + to_string(format) + ", whose scales fit the weights");
   PlanesOut out{};
   std::vector<Tensor> planes = new_planes(weight, format, matrix.rows, matrix.columns, &out);
   report(cpu::encode({format, matrix, out, clamp, offset, parallel_for}), format, weight);
@@ -101,7 +107,8 @@ Tensor embedding(const Tensor& ids, const std::vector<Tensor>& planes, const std
   const void* data = dense.const_data_ptr();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t id = wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-    if (id < 0 || id >= n) fail("ids holds " + std::to_string(id) + "; it must be at least 0 and below " + std::to_string(n));
+    if (id < 0 || id >= n)
+      fail("ids holds " + std::to_string(id) + "; it must be at least 0 and below " + std::to_string(n));
     rows[static_cast<size_t>(i)] = id;
   }
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
@@ -116,15 +123,18 @@ Tensor embedding(const Tensor& ids, const std::vector<Tensor>& planes, const std
 // A logical plane of codes or zeros: uint8, below 2^bits.
 Tensor logical_codes(const Tensor& tensor, const std::string& what, int bits, int64_t rows, int64_t columns) {
   require_cpu(tensor, what);
-  if (tensor.scalar_type() != ScalarType::Byte) fail(what + " is " + dtype_name(tensor.scalar_type()) + "; it must be uint8");
+  if (tensor.scalar_type() != ScalarType::Byte)
+    fail(what + " is " + dtype_name(tensor.scalar_type()) + "; it must be uint8");
   if (tensor.dim() != 2 || tensor.size(0) != rows || tensor.size(1) != columns) {
-    fail(what + " has shape " + shape_text(tensor) + "; it must be [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+    fail(what + " has shape " + shape_text(tensor) + "; it must be [" + std::to_string(rows) + ", " +
+         std::to_string(columns) + "]");
   }
   Tensor dense = torch::stable::contiguous(tensor);
   const auto* codes = static_cast<const uint8_t*>(dense.const_data_ptr());
   for (int64_t i = 0; i < rows * columns; ++i) {
     if (codes[i] >> bits != 0) {
-      fail(what + " holds " + std::to_string(codes[i]) + "; it must be between 0 and " + std::to_string((1 << bits) - 1));
+      fail(what + " holds " + std::to_string(codes[i]) + "; it must be between 0 and " +
+           std::to_string((1 << bits) - 1));
     }
   }
   return dense;
@@ -133,19 +143,22 @@ Tensor logical_codes(const Tensor& tensor, const std::string& what, int bits, in
 // A plane that is stored as it is: a contiguous copy, checked by read_weight afterwards.
 Tensor plain_copy(const Tensor& tensor) { return torch::stable::clone(torch::stable::contiguous(tensor)); }
 
-std::vector<Tensor> pack(const Tensor& codes, std::optional<Tensor> scales, std::optional<Tensor> zeros, const std::string& format_text,
-                         const std::vector<Tensor>& nested) {
+std::vector<Tensor> pack(const Tensor& codes, std::optional<Tensor> scales, std::optional<Tensor> zeros,
+                         const std::string& format_text, const std::vector<Tensor>& nested) {
   const Format format = parse_format(format_text);
   const std::string name = to_string(format);
   if (codes.dim() != 2) fail("codes has shape " + shape_text(codes) + "; it must have two dimensions");
   const int64_t n = codes.size(0), k = codes.size(1);
   const bool cast = format.info().grid == Grid::Cast;
-  if (scales.has_value() == cast) fail(cast ? "scales is given; " + name + " has none" : "scales is None; " + name + " needs them");
+  if (scales.has_value() == cast)
+    fail(cast ? "scales is given; " + name + " has none" : "scales is None; " + name + " needs them");
   const bool has_zeros = format.zero == Zero::Integer;
-  if (zeros.has_value() != has_zeros) fail(has_zeros ? "zeros is None; " + name + " needs them" : "zeros is given; " + name + " has none");
+  if (zeros.has_value() != has_zeros)
+    fail(has_zeros ? "zeros is None; " + name + " needs them" : "zeros is given; " + name + " has none");
   const size_t nested_count = format.scale == Scale::Nested ? 2 : 0;
   if (nested.size() != nested_count) {
-    fail("nested has " + std::to_string(nested.size()) + " tensors; for " + name + " it must have " + std::to_string(nested_count));
+    fail("nested has " + std::to_string(nested.size()) + " tensors; for " + name + " it must have " +
+         std::to_string(nested_count));
   }
   std::vector<Tensor> planes;
   if (cast) {
@@ -156,11 +169,12 @@ std::vector<Tensor> pack(const Tensor& codes, std::optional<Tensor> scales, std:
     const Tensor logical = logical_codes(codes, "codes", format.bits(), n, k);
     Tensor logical_zeros = codes;
     if (has_zeros) {
-      logical_zeros = logical_codes(*zeros, "zeros", format.bits(), format.group == kPerTensor ? 1 : n, groups_in_row(format, k));
+      logical_zeros =
+          logical_codes(*zeros, "zeros", format.bits(), format.group == kPerTensor ? 1 : n, groups_in_row(format, k));
     }
     cpu::pack({format, Layout::Rows, n, k, static_cast<uint8_t*>(logical.mutable_data_ptr()),
-               has_zeros ? static_cast<uint8_t*>(logical_zeros.mutable_data_ptr()) : nullptr, static_cast<uint8_t*>(out.codes),
-               out.zeros, parallel_for});
+               has_zeros ? static_cast<uint8_t*>(logical_zeros.mutable_data_ptr()) : nullptr,
+               static_cast<uint8_t*>(out.codes), out.zeros, parallel_for});
     planes[kScales] = plain_copy(*scales);
     for (size_t i = 0; i < nested.size(); ++i) planes[planes.size() - nested.size() + i] = plain_copy(nested[i]);
   }
@@ -180,7 +194,8 @@ std::vector<Tensor> unpack(const std::vector<Tensor>& planes, const std::string&
   uint8_t* zeros = nullptr;
   for (size_t i = 1; i < planes.size(); ++i) {
     const bool packed = i == kZeros && w.zeros != nullptr;
-    logical.push_back(packed ? empty_beside(planes[0], {planes[i].size(0), groups_in_row(w.format, w.plane_columns())}, ScalarType::Byte)
+    logical.push_back(packed ? empty_beside(planes[0], {planes[i].size(0), groups_in_row(w.format, w.plane_columns())},
+                                            ScalarType::Byte)
                              : plain_copy(planes[i]));
     if (packed) zeros = static_cast<uint8_t*>(logical.back().mutable_data_ptr());
   }
@@ -192,10 +207,12 @@ std::vector<Tensor> unpack(const std::vector<Tensor>& planes, const std::string&
 // ---- products ----
 
 // x or grad: rows of `columns` numbers.
-MatrixIn activations(const Tensor& x, const char* what, const char* width, int64_t columns, std::optional<Tensor>* owner) {
+MatrixIn activations(const Tensor& x, const char* what, const char* width, int64_t columns,
+                     std::optional<Tensor>* owner) {
   require_cpu(x, what);
   if (x.dim() < 1 || x.size(x.dim() - 1) != columns) {
-    fail(std::string(what) + " has shape " + shape_text(x) + "; its last dimension must be " + width + " = " + std::to_string(columns));
+    fail(std::string(what) + " has shape " + shape_text(x) + "; its last dimension must be " + width + " = " +
+         std::to_string(columns));
   }
   return read_matrix(x, what, owner);
 }
@@ -215,9 +232,11 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
   if (bias) {
     require_cpu(*bias, "bias");
     if (bias->scalar_type() != x.scalar_type()) {
-      fail(std::string("bias is ") + dtype_name(bias->scalar_type()) + "; it must be " + dtype_name(x.scalar_type()) + " like x");
+      fail(std::string("bias is ") + dtype_name(bias->scalar_type()) + "; it must be " + dtype_name(x.scalar_type()) +
+           " like x");
     }
-    if (bias->dim() != 1 || bias->size(0) != n) fail("bias has shape " + shape_text(*bias) + "; it must be [" + std::to_string(n) + "]");
+    if (bias->dim() != 1 || bias->size(0) != n)
+      fail("bias has shape " + shape_text(*bias) + "; it must be [" + std::to_string(n) + "]");
     dense_bias = torch::stable::contiguous(*bias);
   }
   Tensor y = empty_rows(x, n);
@@ -225,8 +244,8 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
   return y;
 }
 
-Tensor linear_grad_x(const Tensor& grad, const std::vector<Tensor>& planes, const std::string& format, int64_t n, int64_t k,
-                     const std::string& layout) {
+Tensor linear_grad_x(const Tensor& grad, const std::vector<Tensor>& planes, const std::string& format, int64_t n,
+                     int64_t k, const std::string& layout) {
   const Weight w = read_weight(planes, format, n, k, layout);
   std::optional<Tensor> owner;
   const MatrixIn rows = activations(grad, "grad", "n", n, &owner);

@@ -1,4 +1,5 @@
-// Columns of a row, from bits to fp32: lanes where the codes start at a byte, one at a time at the ragged ends of groups.
+// Columns of a row, from bits to fp32: lanes where the codes start at a byte, one at a time at the ragged ends of
+// groups.
 #include "cpu/isa.hpp"
 
 namespace bitfold::cpu {

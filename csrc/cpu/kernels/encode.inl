@@ -1,4 +1,5 @@
-// Choosing codes: the range of a group, and the nearest code of every weight in it. docs/formats.md gives the operations one by one.
+// Choosing codes: the range of a group, and the nearest code of every weight in it. docs/formats.md gives the
+// operations one by one.
 #include "cpu/isa.hpp"
 
 namespace bitfold::cpu {
@@ -40,9 +41,8 @@ template <int Row>
 void quantize_integer(const QuantizeArgs& a) {
   constexpr float kMax = (1 << kFormats[Row].bits) - 1;
   const F scale = splat(a.scale), zero = splat(static_cast<float>(a.zero)), top = splat(kMax);
-  each_code(a.w, a.count, a.codes, [&](F lanes) {
-    return to_int(min(max(add(round_even(div(lanes, scale)), zero), splat(0.0f)), top));
-  });
+  each_code(a.w, a.count, a.codes,
+            [&](F lanes) { return to_int(min(max(add(round_even(div(lanes, scale)), zero), splat(0.0f)), top)); });
 }
 
 template <Minifloat M>
@@ -72,7 +72,8 @@ void quantize_codebook(const QuantizeArgs& a) {
   each_code(a.w, a.count, a.codes, [&](F lanes) {
     const F t = max(min(mul(lanes, inverse), splat(1.0f)), splat(-1.0f));
     I above = splat(0);
-    for (int i = 0; i + 1 < Codebook.count; ++i) above = count_if(greater(t, splat(Codebook.midpoints[static_cast<size_t>(i)])), above);
+    for (int i = 0; i + 1 < Codebook.count; ++i)
+      above = count_if(greater(t, splat(Codebook.midpoints[static_cast<size_t>(i)])), above);
     return above;
   });
   if constexpr (!Sorted) {  // the code is not the place in the sorted table

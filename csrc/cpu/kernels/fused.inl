@@ -1,7 +1,8 @@
-// Small batches: every packed weight is read once, decoded in registers, and multiplied with up to four rows of x there.
+// Small batches: every packed weight is read once, decoded in registers, and multiplied with up to four rows of x
+// there.
 //
-// The sum of one output is: per group, two vectors of partial sums over alternating lanes; their sum times the group's scale
-// goes to a vector of totals; the totals are added up last. This order does not depend on how many rows x has.
+// The sum of one output is: per group, two vectors of partial sums over alternating lanes; their sum times the group's
+// scale goes to a vector of totals; the totals are added up last. This order does not depend on how many rows x has.
 #include "cpu/isa.hpp"
 
 namespace bitfold::cpu {
@@ -22,11 +23,15 @@ struct Stream {
 };
 template <>
 struct Stream<kFp16> {
-  BITFOLD_SIMD F at(const uint8_t* row, int64_t i) const { return load_half(reinterpret_cast<const uint16_t*>(row) + i); }
+  BITFOLD_SIMD F at(const uint8_t* row, int64_t i) const {
+    return load_half(reinterpret_cast<const uint16_t*>(row) + i);
+  }
 };
 template <>
 struct Stream<kBf16> {
-  BITFOLD_SIMD F at(const uint8_t* row, int64_t i) const { return load_bf16(reinterpret_cast<const uint16_t*>(row) + i); }
+  BITFOLD_SIMD F at(const uint8_t* row, int64_t i) const {
+    return load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
+  }
 };
 
 template <int Row, int M>
@@ -61,7 +66,8 @@ void fused_rows(const FusedArgs& a, int first) {
       };
       int64_t i = begin;
       for (; i + 2 * kLanes <= stop; i += 2 * kLanes) step(codes, i, i);
-      if (i < stop) {  // the row's last columns: x is padded with zeros, the codes are copied to where they may be overread
+      if (i <
+          stop) {  // the row's last columns: x is padded with zeros, the codes are copied to where they may be overread
         uint8_t tail[2 * kLanes * 2] = {};
         const int64_t offset = i * kRow.bits / 8;
         std::memcpy(tail, codes + offset, static_cast<size_t>(row_bytes - offset));

@@ -40,8 +40,7 @@ BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
 }
 BITFOLD_SIMD void store_half(uint16_t* p, F a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
   const __m512i bits = _mm512_castps_si512(a);
@@ -99,11 +98,11 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
   } else {
     const uint32_t low = load_word<Bits>(p), high = load_word<Bits>(p + Bits);
     constexpr int kSwap = HighFirst ? 1 : 0;
-    const __m512i counts = _mm512_setr_epi32(
-        Bits * (0 ^ kSwap), Bits * (1 ^ kSwap), Bits * (2 ^ kSwap), Bits * (3 ^ kSwap), Bits * (4 ^ kSwap),
-        Bits * (5 ^ kSwap), Bits * (6 ^ kSwap), Bits * (7 ^ kSwap), Bits * (0 ^ kSwap), Bits * (1 ^ kSwap),
-        Bits * (2 ^ kSwap), Bits * (3 ^ kSwap), Bits * (4 ^ kSwap), Bits * (5 ^ kSwap), Bits * (6 ^ kSwap),
-        Bits * (7 ^ kSwap));
+    const __m512i counts =
+        _mm512_setr_epi32(Bits * (0 ^ kSwap), Bits * (1 ^ kSwap), Bits * (2 ^ kSwap), Bits * (3 ^ kSwap),
+                          Bits * (4 ^ kSwap), Bits * (5 ^ kSwap), Bits * (6 ^ kSwap), Bits * (7 ^ kSwap),
+                          Bits * (0 ^ kSwap), Bits * (1 ^ kSwap), Bits * (2 ^ kSwap), Bits * (3 ^ kSwap),
+                          Bits * (4 ^ kSwap), Bits * (5 ^ kSwap), Bits * (6 ^ kSwap), Bits * (7 ^ kSwap));
     const __m512i words = _mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(static_cast<int32_t>(low)),
                                                   _mm512_set1_epi32(static_cast<int32_t>(high)));
     return {_mm512_and_si512(_mm512_srlv_epi32(words, counts), _mm512_set1_epi32((1 << Bits) - 1))};

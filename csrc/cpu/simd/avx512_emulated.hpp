@@ -1,4 +1,5 @@
-// For tests on CPUs without AVX-512: the same intrinsics from SIMDe, and what its version 0.7 lacks from two AVX2 halves.
+// For tests on CPUs without AVX-512: the same intrinsics from SIMDe, and what its version 0.7 lacks from two AVX2
+// halves.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ inline __m512 emulated_cvtepi32_ps(__m512i a) {
 }
 inline __m512i emulated_cvttps_epi32(__m512 a) {
   const Halves h = halves(a);
-  return join<__m512i>(_mm256_cvttps_epi32(_mm256_castsi256_ps(h.low)), _mm256_cvttps_epi32(_mm256_castsi256_ps(h.high)));
+  return join<__m512i>(_mm256_cvttps_epi32(_mm256_castsi256_ps(h.low)),
+                       _mm256_cvttps_epi32(_mm256_castsi256_ps(h.high)));
 }
 inline __m512i emulated_cvtepu16_epi32(__m256i a) {
   return join<__m512i>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),

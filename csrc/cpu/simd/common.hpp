@@ -10,8 +10,8 @@
 namespace bitfold::cpu {
 namespace {
 
-// Eight codes of Bits bits: the next Bits bytes as one word. (Three bytes are put together in registers: a copy through memory
-// of another width stalls.)
+// Eight codes of Bits bits: the next Bits bytes as one word. (Three bytes are put together in registers: a copy through
+// memory of another width stalls.)
 template <int Bits>
 BITFOLD_SIMD uint32_t load_word(const uint8_t* p) {
   if constexpr (Bits == 3) {

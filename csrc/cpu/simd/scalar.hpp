@@ -95,14 +95,12 @@ BITFOLD_SIMD I as_int(F a) {
 }
 
 BITFOLD_SIMD I add(I a, I b) {
-  return each<I>([&](int i) {
-    return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
-  });
+  return each<I>(
+      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
 }
 BITFOLD_SIMD I sub(I a, I b) {
-  return each<I>([&](int i) {
-    return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i]));
-  });
+  return each<I>(
+      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i])); });
 }
 BITFOLD_SIMD I bit_and(I a, I b) {
   return each<I>([&](int i) { return a.v[i] & b.v[i]; });
@@ -151,9 +149,8 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
     return each<I>([&](int i) { return p[i]; });
   } else {
     const uint32_t word = load_word<Bits>(p);
-    return each<I>([&](int i) {
-      return static_cast<int32_t>(word >> (Bits * (HighFirst ? i ^ 1 : i)) & ((1u << Bits) - 1u));
-    });
+    return each<I>(
+        [&](int i) { return static_cast<int32_t>(word >> (Bits * (HighFirst ? i ^ 1 : i)) & ((1u << Bits) - 1u)); });
   }
 }
 BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {

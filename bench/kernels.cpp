@@ -1,0 +1,123 @@
+// The kernels without torch: encode, decode and linear of every family. `cmake -B build-bench -DBITFOLD_BENCH=ON`, then
+// `build-bench/bench/bench_kernels`. BITFOLD_ISA forces an instruction set; each case is validated before it is timed.
+#include <benchmark/benchmark.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/cpu.hpp"
+#include "formats/format.hpp"
+
+namespace {
+
+using namespace bitfold;
+
+constexpr int64_t kN = 4096, kK = 4096;
+
+void threads_for(int64_t count, int64_t grain, RangeBody body, void* context) {
+  const int64_t workers = std::min<int64_t>(std::thread::hardware_concurrency(), ceil_div(count, grain));
+  std::vector<std::thread> pool;
+  for (int64_t i = 1; i < workers; ++i)
+    pool.emplace_back(body, context, count * i / workers, count * (i + 1) / workers);
+  body(context, 0, count / std::max<int64_t>(workers, 1));
+  for (std::thread& thread : pool) thread.join();
+}
+
+std::vector<float> gaussian(int64_t count) {
+  std::mt19937 engine(0);
+  std::normal_distribution<float> normal;
+  std::vector<float> out(static_cast<size_t>(count));
+  for (float& value : out) value = normal(engine);
+  return out;
+}
+
+const std::vector<float>& source() {
+  static const std::vector<float> weights = gaussian(kN * kK);
+  return weights;
+}
+
+// An encoded kN x kK matrix.
+struct Encoded {
+  Format format;
+  std::vector<std::vector<char>> planes;
+  PlanesOut out{};
+
+  explicit Encoded(const Format& f) : format(f) {
+    const PlaneLaws laws = plane_laws(format);
+    for (int i = 0; i < laws.count; ++i) {
+      const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
+      planes.emplace_back(static_cast<size_t>(plane_extent(law, kN, kK).elements() * law.unit / 8));
+      char* data = planes.back().data();
+      if (law.name == "codes") out.codes = data;
+      if (law.name == "scales") out.scales = data;
+      if (law.name == "zeros") out.zeros = reinterpret_cast<uint8_t*>(data);
+      if (law.name == "nested_scales") out.nested_scales = reinterpret_cast<float*>(data);
+      if (law.name == "nested_offset") out.nested_offset = reinterpret_cast<float*>(data);
+    }
+    encode();
+  }
+  void encode() {
+    cpu::encode({format, {source().data(), DType::F32, kN, kK, kK, 1}, out, false, nullptr, threads_for});
+  }
+  Weight weight() const {
+    return {format, Layout::Rows, kN, kK, out.codes, out.scales, out.zeros, out.nested_scales, out.nested_offset};
+  }
+  std::vector<float> decode() const {
+    std::vector<float> matrix(source().size());
+    cpu::decode({weight(), nullptr, kN, DType::F32, matrix.data(), threads_for});
+    return matrix;
+  }
+};
+
+void bench_encode(benchmark::State& state, const std::string& name) {
+  Encoded encoded(parse_format(name));
+  double error = 0, norm = 0;
+  const std::vector<float> decoded = encoded.decode();
+  for (size_t i = 0; i < decoded.size(); ++i) {
+    error += std::pow(double{decoded[i]} - double{source()[i]}, 2);
+    norm += std::pow(double{source()[i]}, 2);
+  }
+  if (!(error < 0.5 * norm)) return state.SkipWithError("the decoded weights are not the weights");
+  for (auto _ : state) encoded.encode();
+  state.SetItemsProcessed(state.iterations() * kN * kK);
+}
+
+void bench_linear(benchmark::State& state, const std::string& name) {
+  const int64_t m = state.range(0);
+  const Encoded encoded(parse_format(name));
+  const std::vector<float> x = gaussian(m * kK), decoded = encoded.decode();
+  std::vector<float> y(static_cast<size_t>(m * kN));
+  const LinearArgs args{encoded.weight(), {x.data(), DType::F32, m, kK, kK, 1}, nullptr, y.data(), threads_for};
+  cpu::linear(args);
+  for (int64_t row = 0; row < kN; row += 97) {
+    double exact = 0;
+    for (int64_t i = 0; i < kK; ++i)
+      exact += double{x[static_cast<size_t>(i)]} * double{decoded[static_cast<size_t>(row * kK + i)]};
+    if (!(std::abs(exact - double{y[static_cast<size_t>(row)]}) < 1e-3))
+      return state.SkipWithError("the product is wrong");
+  }
+  for (auto _ : state) cpu::linear(args);
+  state.SetItemsProcessed(state.iterations() * m * kN * kK);
+  state.SetBytesProcessed(state.iterations() * stored_bytes(encoded.format, kN, kK));
+}
+
+[[maybe_unused]] const bool registered = [] {
+  for (const FormatRow& row : kFormats) {
+    const std::string name = to_string(parse_format(row.family));
+    benchmark::RegisterBenchmark(("encode/" + name).c_str(), [name](benchmark::State& state) {
+      bench_encode(state, name);
+    })->UseRealTime();
+    benchmark::RegisterBenchmark(("linear/" + name).c_str(),
+                                 [name](benchmark::State& state) { bench_linear(state, name); })
+        ->Arg(1)
+        ->Arg(8)
+        ->Arg(64)
+        ->UseRealTime();
+  }
+  return true;
+}();
+
+}  // namespace
