@@ -108,8 +108,12 @@ def refusal(call: Callable[[], object], *needles: str, error: type[Exception] | 
 
 
 def weights(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
-    """float32 weights with rows of different size, skewed groups, zeros of both signs and a zero row."""
+    """float32 weights with rows of different size, skewed groups, zeros of both signs and a zero row.
+
+    None is so small that a group of it alone would need a scale below fp16's.
+    """
     w = rng.standard_normal((n, k)) * np.exp(rng.uniform(-2, 2, (n, 1))) + rng.uniform(-0.3, 0.3, (n, 1))
+    w = np.copysign(np.maximum(np.abs(w), 0.05), w)
     w[rng.random((n, k)) < 0.05] = 0.0
     w[rng.random((n, k)) < 0.02] = -0.0
     if n > 2:

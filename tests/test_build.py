@@ -227,6 +227,7 @@ def test_sdist_builds_a_wheel_that_works(sdist, tmp_path):
         "wheel",
         "--no-build-isolation",
         "--no-deps",
+        "--config-settings=build-dir=build",  # beside the sources, so that ccache knows them
         "-w",
         str(tmp_path),
         str(source),
@@ -271,7 +272,16 @@ def test_isolated_build_downloads_no_second_torch(sdist, tmp_path):
         ).stdout.strip()
     )
     (site / "torch").symlink_to(Path(importlib.util.find_spec("torch").origin).parent)
-    command = [python, "-m", "pip", "install", "--verbose", "--no-deps", str(source)]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--verbose",
+        "--no-deps",
+        "--config-settings=build-dir=build",
+        str(source),
+    ]
     # A torch that is asked for all the same is a failure, not gigabytes.
     (tmp_path / "no-torch.txt").write_text("torch==0\n")
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}

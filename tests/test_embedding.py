@@ -8,9 +8,8 @@ import pytest
 import torch
 from cases import DTYPES, assert_same_bits, oracle_planes, refusal, some_formats, to_qtensor, weights
 
-pytestmark = pytest.mark.isa
 
-
+@pytest.mark.isa
 @pytest.mark.parametrize("format", some_formats())
 def test_rows_are_decoded_rows(format, rng):
     n, k = 11, 67

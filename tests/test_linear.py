@@ -7,13 +7,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import DTYPES, oracle_planes, random_planes, refusal, some_formats, to_qtensor, weights
+from cases import DTYPES, random_planes, refusal, some_formats, to_qtensor, weights
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float64: 1e-12}
 BATCHES = (0, 1, 2, 3, 7, 8, 9, 16, 33, 130)
-SHAPES = [(1, 1), (5, 7), (17, 33), (3, 130), (33, 257), (130, 96)]
+# (n, k) -> batches: every batch once, every ragged edge in every regime
+SHAPES = {(33, 257): BATCHES, (1, 1): (1, 9), (5, 7): (2, 33), (17, 33): (8, 9), (3, 130): (1, 16), (130, 96): (3, 130)}
 ROWS_AT_ONCE = 8  # the fused regime's largest batch (docs/architecture.md)
-pytestmark = pytest.mark.isa
+
+
+def fused(format: str) -> bool:
+    """Whether small batches run fused: groups start at vector boundaries (docs/architecture.md)."""
+    return oracle.parse(format).group <= 0 or oracle.parse(format).group % 32 == 0
 
 
 def make(rng: np.random.Generator, format: str, n: int, k: int, layout: str = "rows"):
@@ -44,24 +49,23 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, w: np.ndarray, bias: torch.Te
     assert error <= TOLERANCE[x.dtype] * size, f"{what}: relative error {error / size:.3g}"
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", some_formats())
 def test_accuracy(format, dtype, rng):
-    for n, k in SHAPES:
+    for (n, k), batches in SHAPES.items():
         qtensor, w = make(rng, format, n, k)
-        bias = draw(rng, n, dtype=dtype)
-        for m in BATCHES:
+        for m in batches:
             x = draw(rng, m, k, dtype=dtype)
-            what = f"{format} m={m} n={n} k={k}"
-            assert_close(bitfold.linear(x, qtensor), x, w, None, what)
-            assert_close(bitfold.linear(x, qtensor, bias), x, w, bias, what + " with bias")
+            bias = draw(rng, n, dtype=dtype) if m % 2 else None
+            assert_close(bitfold.linear(x, qtensor, bias), x, w, bias, f"{format} m={m} n={n} k={k}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_accuracy_of_long_sums(dtype, rng):
-    for format in ("int4-g128", "nf4-b64", "int8-channel", "fp16"):
-        qtensor, w = make(rng, format, 40, 4099)
-        for m in (1, 8, 9):
+    for format in ("int4-g128", "nf4-b64", "fp16"):
+        qtensor, w = make(rng, format, 9, 4099)
+        for m in (1, 9):
             x = draw(rng, m, 4099, dtype=dtype)
             assert_close(bitfold.linear(x, qtensor), x, w, None, f"{format} m={m}")
 
@@ -108,9 +112,9 @@ def test_strides_and_leading_dimensions(format, dtype, rng):
 @pytest.mark.parametrize("format", some_formats())
 def test_same_bits_for_any_threads_and_every_run(format, rng, threads):
     qtensor, _ = make(rng, format, 203, 321)
-    for dtype in DTYPES.values():
+    for dtype, batches in {torch.float32: (1, 8, 67), torch.bfloat16: (3, 9), torch.float64: (2,)}.items():
         bias = draw(rng, 203, dtype=dtype)
-        for m in (1, 3, 8, 9, 67):
+        for m in batches:
             x = draw(rng, m, 321, dtype=dtype)
             outputs = []
             for count in (1, 2, 4, 1):
@@ -119,16 +123,17 @@ def test_same_bits_for_any_threads_and_every_run(format, rng, threads):
             assert all(torch.equal(outputs[0], other) for other in outputs[1:]), f"{format} m={m} {dtype}"
 
 
-@pytest.mark.parametrize("format", some_formats())
+@pytest.mark.isa
+@pytest.mark.parametrize("format", [f for f in some_formats() if fused(f)])
 def test_fused_rows_do_not_depend_on_each_other(format, rng):
-    for n, k in [(37, 100), (64, 256)]:
-        qtensor, _ = make(rng, format, n, k)
-        for name, dtype in DTYPES.items():
-            x = draw(rng, ROWS_AT_ONCE, k, dtype=dtype)
-            alone = torch.cat([bitfold.linear(row[None], qtensor) for row in x])
-            for m in range(2, ROWS_AT_ONCE + 1):
-                together = bitfold.linear(x[-m:], qtensor)
-                assert torch.equal(together, alone[-m:]), f"{format} {name} m={m}"
+    n, k = 37, 164
+    qtensor, _ = make(rng, format, n, k)
+    for name, dtype in DTYPES.items():
+        x = draw(rng, ROWS_AT_ONCE, k, dtype=dtype)
+        alone = torch.cat([bitfold.linear(row[None], qtensor) for row in x])
+        for m in (2, 3, 5, 8) if name == "fp32" else (5, 8):
+            together = bitfold.linear(x[-m:], qtensor)
+            assert torch.equal(together, alone[-m:]), f"{format} {name} m={m}"
 
 
 @pytest.mark.parametrize("format", [f for f in some_formats() if oracle.parse(f).kind == "codebook"])
@@ -146,7 +151,8 @@ def test_the_plan_names_the_regime():
     for format in some_formats():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for m in (1, 2, ROWS_AT_ONCE):
-                assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == "fused", format
+                expected = "fused" if fused(format) else "tiled"
+                assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == expected, format
             for m in (ROWS_AT_ONCE + 1, 64, 1000):
                 assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == "tiled", format
         for m in (1, 9):
@@ -163,6 +169,7 @@ def test_the_plan_names_the_regime():
     refusal(lambda: bitfold.plan_linear("int4", -1, 64, 256), "m")
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("format", some_formats())
 def test_any_codes(format, rng):
     """Codes that encode never writes. Minifloats' NaN and infinities are left out: they have no norm."""
@@ -211,12 +218,13 @@ def test_padding_bits_and_neighbours_are_not_read_as_weights(rng):
 # ---- gradient with respect to x ----
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", some_formats())
 def test_grad_x_accuracy(format, dtype, rng):
     for n, k in [(1, 1), (17, 33), (3, 130), (130, 96), (0, 5), (5, 0)]:
         qtensor, w = make(rng, format, n, k)
-        for m in (0, 1, 8, 9, 33):
+        for m in (0, 1, 9) if n < 20 else (2, 33):
             grad = draw(rng, m, n, dtype=dtype)
             dx = torch.ops.bitfold.linear_grad_x(grad, list(qtensor.planes.values()), qtensor.format, n, k)
             assert_close(dx, grad, w.T, None, f"{format} m={m} n={n} k={k}")
@@ -237,4 +245,3 @@ def test_grad_x_of_strided_and_flat(format, rng, threads):
         outputs.append(torch.ops.bitfold.linear_grad_x(grad, list(qtensor.planes.values()), format, 90, 135))
         assert torch.equal(outputs[0], outputs[-1])
     assert_close(outputs[0], grad, w.T, None, format)
-    assert oracle_planes(qtensor).keys() == qtensor.planes.keys()

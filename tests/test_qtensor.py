@@ -68,8 +68,8 @@ def test_families_and_defaults():
 
 
 def test_unknown_format_suggests_one():
-    with pytest.raises(ValueError, match="int4-g128"):
-        bitfold.encode(weight(), "int4-g12b")
+    with pytest.raises(ValueError, match=r"'int44' is unknown: did you mean 'int4'"):
+        bitfold.encode(weight(), "int44")
 
 
 # ---- data ----
@@ -237,6 +237,37 @@ def test_flat_layout(text):
     assert torch.equal(bitfold.embedding(ids, flat), flat.decode()[ids])
     assert_same_planes(flat, copy.deepcopy(flat))
     assert flat.to("meta").layout == "flat"
+
+
+# ---- torch.compile ----
+
+
+def test_functions_compile_whole_and_once():
+    def everything(w, x):
+        qtensor = bitfold.encode(w, "int4-g16-asym").to("cpu")
+        again = bitfold.pack(**qtensor.unpack()._asdict(), format="int4-g16-asym")
+        ids = torch.arange(w.shape[0])
+        return bitfold.linear(x, qtensor), again.decode() - bitfold.embedding(ids, qtensor)
+
+    everything(weight(), weight(2))  # a format's first parse is a call of C++, which breaks the graph
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for m, n, k in ((3, 24, 112), (7, 9, 83), (5, 33, 200)):
+            w, x = weight(n, k), weight(m, k)
+            y, zero = compiled(w, x)
+            torch.testing.assert_close(y, everything(w, x)[0])
+            assert not zero.any()
+
+
+@pytest.mark.parametrize("text", ["int4-g16-asym", "nf4-b32-dq"])
+def test_linear_compiles_once_for_all_sizes(text):
+    torch._dynamo.reset()
+    compiled = torch.compile(bitfold.linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for m, n, k in ((3, 24, 112), (7, 19, 83), (11, 36, 200)):
+            qtensor, x = bitfold.encode(weight(n, k), text), weight(m, k)
+            torch.testing.assert_close(compiled(x, qtensor), bitfold.linear(x, qtensor))
 
 
 # ---- plan ----

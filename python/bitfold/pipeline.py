@@ -7,6 +7,7 @@ read. Then each weight is mapped, encoded, compared with its source and written.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -120,6 +121,9 @@ def quantize_checkpoint(
                 summaries.append(summarize(step.module, tensor, qtensor))
                 for plane, values in qtensor.planes.items():
                     writer.write(f"{step.module}.{plane}", values)
+                del qtensor, values
+            del tensor
+            _give_back_memory()
             done += step.stored.nbytes
             if progress is not None:
                 progress(step.name, done, bytes_before)
@@ -136,6 +140,14 @@ def quantize_checkpoint(
         section = _quantization_config(recipe, steps, state, infos, assignments)
         writer.commit({**config, "quantization_config": section.to_json()})
     return summary
+
+
+def _give_back_memory() -> None:
+    """Return freed heap pages to the system: glibc keeps what aligned blocks of changing size left behind, which
+    would add up to several matrices."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _plan(

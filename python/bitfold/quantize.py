@@ -19,7 +19,7 @@ from bitfold.recipes import ModuleInfo, Recipe, assign, get
 # An untied output head of a model that has no get_output_embeddings() is recognised by these names.
 HEAD_NAMES = ("lm_head", "output", "embed_out")
 # Weights decoded at a time when an error is measured.
-ROW_BLOCK = 1 << 21
+ROW_BLOCK = 1 << 18
 
 Progress = Callable[[str, int, int], None]
 """Told after each module: its name, the weights done so far, the weights to do in all."""
