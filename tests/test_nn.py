@@ -117,6 +117,14 @@ def test_to_meta_and_back_to_empty(model):
     }
 
 
+def test_meta_planes_refuse_real_inputs():
+    model = Both("int4-g32").to("meta")
+    with pytest.raises(ValueError, match="cpu and meta; all must be on one device"):
+        model.linear(weight(2))
+    with pytest.raises(ValueError, match="cpu and meta; all must be on one device"):
+        model.embed(IDS)
+
+
 def test_share_memory(model):
     before = planes(model)
     model.share_memory()

@@ -1,8 +1,8 @@
 """Train the demo model: a small Llama on the Python standard library's sources.
 
 The quantization examples and tests need a model whose weights were really learnt, small enough to
-be kept in the repository and free of download. This script makes one in about 20 minutes on two
-CPU cores and writes, next to itself:
+be kept in the repository and free of download. This script makes one on the CPU, in the time it
+is given, and writes, next to itself:
 
     model/       config, fp16 weights and tokenizer, as `transformers` loads them
     heldout.txt  source text the model has not seen, to measure it on

@@ -3,8 +3,9 @@ protocol.
 
 A text of tokens t_0 ... t_(N-1) is cut into windows. With BOS, a window is BOS and up to context - 1 tokens
 of the text; without, it is up to context tokens, of which the first is only looked at. Every window scores
-`stride` tokens that no window has scored before (by default as many as fit, so that windows don't overlap in
-what they score), the last one what is left. So every token is scored once, except t_0 where there is no BOS.
+the `stride` tokens at its end, which no window has scored before (by default as many as fit), the last one
+what is left, with as much of the text before it as fits. So every token is scored once, except t_0 where
+there is no BOS.
 
 Standard errors treat windows, not tokens, as independent, for tokens of one window depend on each other: a
 mean over tokens is a ratio of sums over windows, and its error that of the ratio estimator (Cochran, Sampling

@@ -19,6 +19,15 @@ _ops = torch.ops.bitfold
 # ---- shapes ----
 
 
+def _check_device(first: Tensor, *others: Tensor | None) -> None:
+    # One meta tensor among others leads here from real tensors too: never answer them with a shape.
+    for tensor in others:
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"the tensors are on {first.device} and {tensor.device}; all must be on one device"
+            )
+
+
 @torch.library.register_fake("bitfold::encode")
 def _(weight: Tensor, format: str, nested_offset: Tensor | None = None, clamp: bool = False) -> list[Tensor]:
     n, k = weight.shape
@@ -29,6 +38,7 @@ def _(weight: Tensor, format: str, nested_offset: Tensor | None = None, clamp: b
 def _(
     planes: Sequence[Tensor], format: str, n: int, k: int, dtype: torch.dtype, layout: str = "rows"
 ) -> Tensor:
+    _check_device(*planes)
     return planes[0].new_empty((n, k), dtype=dtype)
 
 
@@ -42,6 +52,7 @@ def _(
 
 @torch.library.register_fake("bitfold::unpack")
 def _(planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows") -> list[Tensor]:
+    _check_device(*planes)
     rows, columns = plane_size(n, k, layout)
     shapes = [law.logical_shape(rows, columns) for law in parse(format).planes]
     shapes[0] = (n, k)
@@ -58,11 +69,13 @@ def _(
     bias: Tensor | None = None,
     layout: str = "rows",
 ) -> Tensor:
+    _check_device(x, *planes, bias)
     return x.new_empty((*x.shape[:-1], n))
 
 
 @torch.library.register_fake("bitfold::linear_grad_x")
 def _(grad: Tensor, planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows") -> Tensor:
+    _check_device(grad, *planes)
     return grad.new_empty((*grad.shape[:-1], k))
 
 
@@ -76,6 +89,7 @@ def _(
     dtype: torch.dtype,
     layout: str = "rows",
 ) -> Tensor:
+    _check_device(ids, *planes)
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 

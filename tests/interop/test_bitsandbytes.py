@@ -1,0 +1,146 @@
+"""bitsandbytes' own quantizers (its CPU wheel) beside ours: codes, absmax and nested absmax, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bitfold
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitfold[interop]")
+functional = pytest.importorskip("bitsandbytes.functional")
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FAMILIES = ("nf4", "fp4")
+
+
+def weights(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n * 100003 + k)
+    w = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator).exp()
+    w[n // 2] *= 1e-3
+    w[0, : k // 2] = 0
+    return w.to(dtype)
+
+
+def theirs(w: torch.Tensor, family: str, block: int, nested: bool):
+    return functional.quantize_4bit(w, blocksize=block, quant_type=family, compress_statistics=nested)
+
+
+def as_planes(codes: torch.Tensor, state, rows: int) -> dict[str, torch.Tensor]:
+    """Our planes from their tensors: the same bytes in other shapes."""
+    planes = {"codes": codes.reshape(rows, -1), "scales": state.absmax.reshape(rows, -1)}
+    if state.nested:
+        planes["nested_scales"] = state.state2.absmax
+        planes["nested_offset"] = state.offset.reshape(1)
+    return planes
+
+
+def same_bits(ours: torch.Tensor, other: torch.Tensor) -> bool:
+    return ours.dtype == other.dtype and torch.equal(ours.view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_codes_and_absmax(family, block):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, k in [(1, block), (3, 2 * block), (7, 3 * block), (32, 4096)]:
+            w = weights(n, k, dtype)
+            codes, state = theirs(w, family, block, nested=False)
+            ours = bitfold.encode(w, f"{family}-b{block}")
+            assert same_bits(ours.planes["codes"], codes.reshape(n, -1)), f"{n}x{k} {dtype}: codes"
+            assert same_bits(ours.planes["scales"], state.absmax.reshape(n, -1)), f"{n}x{k} {dtype}: absmax"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nested_absmax_with_their_offset(family, block):
+    """Sizes with one block, with a short last group of 256, and with many thousand blocks."""
+    for n, k in [(1, block), (5, 3 * block), (257, block), (1000, 8 * block if block < 512 else block)]:
+        w = weights(n, k)
+        codes, state = theirs(w, family, block, nested=True)
+        ours = bitfold.encode(w, f"{family}-b{block}-dq", nested_offset=state.offset)
+        for name, plane in as_planes(codes, state, n).items():
+            assert same_bits(ours.planes[name], plane), f"{n}x{k}: {name}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_offset_is_the_mean_that_theirs_is(family):
+    w = weights(64, 1024)
+    _, state = theirs(w, family, 64, nested=True)
+    ours = bitfold.encode(w, f"{family}-b64-dq").planes["nested_offset"]
+    assert ours.item() == pytest.approx(state.offset.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_we_decode_their_tensors(family, nested):
+    for block in (32, 64, 256, 2048):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            w = weights(6, 2 * block, dtype)
+            codes, state = theirs(w, family, block, nested)
+            format = f"{family}-b{block}" + ("-dq" if nested else "")
+            ours = bitfold.QTensor(format, tuple(w.shape), as_planes(codes, state, 6))
+            decoded = functional.dequantize_4bit(codes, state)
+            assert decoded.dtype == dtype
+            assert torch.equal(ours.decode(dtype), decoded), f"block {block} {dtype}"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_decode_ours(family, nested):
+    for n, k in [(6, 128), (33, 1024)]:
+        ours = bitfold.encode(weights(n, k), f"{family}-b64" + ("-dq" if nested else ""))
+        state = theirs(weights(n, k), family, 64, nested)[1]
+        state.absmax = ours.planes["scales"].reshape(-1)
+        if nested:
+            state.state2.absmax = ours.planes["nested_scales"]
+            state.offset = ours.planes["nested_offset"][0]
+        decoded = functional.dequantize_4bit(ours.planes["codes"].reshape(-1, 1), state)
+        assert torch.equal(decoded, ours.decode())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_straddling_blocks_through_layout_flat(family, nested):
+    """k is no multiple of the block: their blocks run over the ends of rows."""
+    for n, k, block in [(3, 40, 32), (5, 100, 64), (64, 96, 64), (7, 96, 4096), (130, 100, 32)]:
+        w = weights(n, k)
+        codes, state = theirs(w, family, block, nested)
+        format = f"{family}-b{block}" + ("-dq" if nested else "")
+        ours = bitfold.QTensor(format, (n, k), as_planes(codes, state, 1), layout="flat")
+        decoded = functional.dequantize_4bit(codes, state)
+        assert torch.equal(ours.decode(), decoded), f"{n}x{k} block {block}"
+        unpacked = bitfold.pack(**ours.unpack()._asdict(), format=format, layout="flat")
+        for name, plane in ours.planes.items():
+            assert same_bits(unpacked.planes[name], plane)
+        for m in (1, 20):
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+            expected = x.double() @ decoded.double().T
+            y = bitfold.linear(x, ours).double()
+            assert (y - expected).norm() <= 5e-6 * expected.norm()
+    assert bitfold.plan_linear(format, 1, n, k, layout="flat").regime == "floor"
+
+
+def test_odd_number_of_straddling_weights():
+    """n * k is odd: the last byte holds one code."""
+    w = weights(3, 35)
+    codes, state = theirs(w, "nf4", 32, nested=False)
+    ours = bitfold.QTensor("nf4-b32", (3, 35), as_planes(codes, state, 1), layout="flat")
+    flat = functional.dequantize_4bit(codes, theirs(w.reshape(1, -1), "nf4", 32, nested=False)[1])
+    assert torch.equal(ours.decode().reshape(-1), flat.reshape(-1)[: 3 * 35])
+
+
+def test_tables():
+    for family in FAMILIES:
+        codes = torch.arange(16, dtype=torch.uint8)[None]
+        ours = bitfold.pack(codes, torch.ones(1, 1), format=f"{family}-b32").decode()[0]
+        assert same_bits(ours, functional.get_4bit_type(family, device="cpu"))
+    nested = torch.arange(256, dtype=torch.uint8)[None]
+    ours = bitfold.pack(
+        torch.full((1, 256 * 32), 15, dtype=torch.uint8),
+        nested,
+        format="nf4-b32-dq",
+        nested_scales=torch.ones(1),
+        nested_offset=torch.zeros(1),
+    )
+    assert torch.equal(ours.decode()[0, ::32], functional.create_dynamic_map())
