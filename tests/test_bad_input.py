@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import bitfold
@@ -199,10 +198,10 @@ SPOILT = {
     other_hidden_size: ("[258, 64]", "[258, 96]", "config.json"),
     more_layers: ("lacks 9 tensors", "model.layers.2."),
     fewer_layers: ("9 tensors", "model.layers.1.", "config.json"),
-    nan_weight: (UP, "nan", "5", "7"),
-    infinite_weight: (UP, "inf", "127", "63"),
-    nan_norm: ("model.norm.weight", "nan", "column 9"),
-    nan_embedding: ("model.embed_tokens.weight", "row 200, column 3"),
+    nan_weight: (UP, "NaN", "[5, 7]"),
+    infinite_weight: (UP, "inf", "[127, 63]"),
+    nan_norm: ("model.norm.weight", "nan", "[9]"),
+    nan_embedding: ("model.embed_tokens.weight", "[200, 3]"),
     missing_tensor: ("lacks 1 tensor", UP),
     extra_tensor: ("1 tensor", "model.layers.0.mlp.extra"),
     other_quantization: ("quantized already", "gptq"),
@@ -294,7 +293,7 @@ def test_inspect_of_a_spoilt_file(capsys, model, tmp_path, spoil):
 @pytest.mark.parametrize(
     ("recipe", "parts"),
     [
-        ("int4-g182", ("int4-g182",)),
+        ("int4g128", ("int4g128", "int4-g128")),
         ("int4-mixd", ("int4-mixd", "int4-mixed")),
         ("nf5", ("nf5", "nf4")),
         ("int4-g7", ("int4-g7",)),
@@ -431,37 +430,23 @@ def test_real_full_disk(model, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-READ_ONLY = """
-import os, sys
-if os.geteuid() == 0:
-    os.setgid(65534)
-    os.setuid(65534)
-from bitfold.cli import main
-main()
-"""
-
-
-def test_read_only_output(pristine):
-    """Root may write anywhere, so root becomes nobody first."""
-    home = Path(tempfile.mkdtemp())
+def test_read_only_output(model, tmp_path):
+    """Root may write anywhere but on a file system that is mounted read-only."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o555)
+    if os.geteuid() == 0:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", home], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("mounting is not allowed here")
     try:
-        shutil.copytree(pristine, home / "model")
-        for path in [home, *home.rglob("*")]:
-            path.chmod(0o555)
-        before = listing(home)
         done = subprocess.run(
-            [sys.executable, "-c", READ_ONLY, "quantize", home / "model", home / "out"],
-            capture_output=True,
-            text=True,
-            cwd="/",
-            env={**os.environ, "HOME": str(home)},
+            [sys.executable, "-m", "bitfold", "quantize", model, home / "out"], capture_output=True, text=True
         )
-        if "bitfold" in done.stderr and "ModuleNotFoundError" in done.stderr:
-            pytest.skip("nobody may not read this installation")
         assert done.returncode == 2, done.stderr
-        check_sentence(done.stderr, str(home / "out"), "Permission denied")
-        assert listing(home) == before
+        assert done.stdout == ""
+        check_sentence(done.stderr, str(home / "out"))
+        assert "Read-only file system" in done.stderr or "Permission denied" in done.stderr
+        assert listing(home) == []
     finally:
-        for path in [home, *home.rglob("*")]:
-            path.chmod(0o755)
-        shutil.rmtree(home)
+        if os.geteuid() == 0:
+            subprocess.run(["umount", home], check=True)

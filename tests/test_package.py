@@ -20,18 +20,13 @@ HEAVY = (
 
 def test_import_is_light():
     code = f"""
-import sys, time, torch
+import sys, torch
 before = set(sys.modules)
-start = time.process_time()
 import bitfold
-seconds = time.process_time() - start
-new = [name for name in {HEAVY!r} if name in sys.modules and name not in before]
-print(seconds, *new)
+print(*[name for name in {HEAVY!r} if name in sys.modules and name not in before])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, *new = result.stdout.split()
-    assert not new
-    assert float(seconds) < 0.3
+    assert result.stdout.split() == []
 
 
 def test_every_public_name_is_there():

@@ -260,7 +260,7 @@ def test_check_finite_names_the_place(value):
     tensor = torch.zeros(3000, 500, dtype=torch.bfloat16)
     check_finite("w", tensor)
     tensor[2345, 67] = value
-    with pytest.raises(ValueError, match=r"^w: .* at row 2345, column 67$"):
+    with pytest.raises(ValueError, match=r"^w: element \[2345, 67\] is -?(nan|inf)"):
         check_finite("w", tensor)
     check_finite("i", torch.zeros(3, dtype=torch.int32))
 

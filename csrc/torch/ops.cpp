@@ -1,5 +1,6 @@
 // Every torch op, its schema and its CPU kernel. docs/formats.md defines planes and layouts.
-#include <stdexcept>
+#include <cmath>
+#include <cstdio>
 
 #include "cpu/cpu.hpp"
 #include "torch/border.hpp"
@@ -74,6 +75,7 @@ std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text,
            shape_text(*nested_offset) + "; it must be one float32");
     }
     offset = static_cast<const float*>(nested_offset->const_data_ptr());
+    if (!std::isfinite(*offset)) fail("nested_offset is " + std::to_string(*offset) + "; it must be finite");
   }
   if (clamp && format.info().grid != Grid::Cast)
     fail("clamp is True; it must be False for " + to_string(format) + ", whose scales fit the weights");

@@ -19,6 +19,7 @@ from torch import nn
 from bitfold.shards import CheckpointError, read_directory, read_json
 
 CONFIG_FILE = "config.json"
+_REASON = 200  # characters quoted of an error of transformers
 
 
 class MissingExtraError(ImportError):
@@ -74,10 +75,9 @@ def empty_causal_lm(path: Path, config: dict, dtype: torch.dtype) -> nn.Module:
             model = transformers.AutoModelForCausalLM.from_config(typed, dtype=dtype)
     except KeyError:
         raise CheckpointError(f"{path / CONFIG_FILE} names no model_type") from None
-    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+    except Exception as error:  # whatever a configuration may make transformers raise
         raise CheckpointError(
-            f"transformers can't make a causal model of {path / CONFIG_FILE}: {reason}"
+            f"transformers can't make a causal model of {path / CONFIG_FILE}: {_reason(error)}"
         ) from error
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
@@ -131,9 +131,8 @@ def load_causal_lm(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or config_dtype(config), local_files_only=True
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise CheckpointError(f"transformers can't load {path}: {reason}") from error
+    except Exception as error:  # whatever a model directory may make transformers raise
+        raise CheckpointError(f"transformers can't load {path}: {_reason(error)}") from error
     return model.to(device).eval()
 
 
@@ -145,6 +144,13 @@ def load_tokenizer(path: Path) -> Any:
     read_config(path)
     try:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise CheckpointError(f"{path} has no tokenizer that transformers can read: {reason}") from error
+    except Exception as error:  # whatever a tokenizer's files may make transformers raise
+        raise CheckpointError(
+            f"{path} has no tokenizer that transformers can read: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What another library says, on one line and not too long."""
+    text = " ".join(str(error).split())
+    return (text[:_REASON] + " ..." if len(text) > _REASON else text).rstrip(".") or type(error).__name__

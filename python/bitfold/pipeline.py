@@ -205,7 +205,7 @@ def _check_same(tensors: list[StoredTensor]) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ValueError, naming row and column, where a tensor holds NaN or infinity."""
+    """Raises ValueError, naming the place (row, column), where a tensor holds NaN or infinity."""
     if not tensor.is_floating_point():
         return
     flat = tensor.reshape(-1)
@@ -213,10 +213,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
         bad = ~torch.isfinite(flat[start : start + _FINITE_CHUNK].float())
         if bad.any():
             index = start + int(bad.nonzero()[0])
-            columns = tensor.shape[-1] if tensor.dim() else 1
-            row, column = divmod(index, columns)
-            where = f"row {row}, column {column}" if tensor.dim() > 1 else f"column {column}"
-            raise ValueError(f"{name}: {flat[index].item()} at {where}")
+            place = [int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape)]
+            raise ValueError(f"{name}: element {place} is {flat[index].item()}; it must be finite")
 
 
 def _quantization_config(

@@ -14,7 +14,7 @@ def main() -> None:
     try:
         from bitfold.cli.app import run
     except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
+        if (error.name or "").split(".")[0] not in ("typer", "rich"):
             raise
         print("error: the command line needs typer and rich: run pip install 'bitfold[cli]'", file=sys.stderr)
         sys.exit(2)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
-import click
 import typer
 
 from bitfold import __version__
@@ -19,6 +19,9 @@ from bitfold.cli.generate import generate
 from bitfold.cli.inspect import inspect
 from bitfold.cli.quantize import quantize
 from bitfold.hf import MissingExtraError
+
+# click's exceptions: newer releases of typer carry click inside, older ones import it.
+_click = importlib.import_module(typer.BadParameter.__module__)
 
 app = typer.Typer(
     name="bitfold",
@@ -56,12 +59,12 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         return typer.main.get_command(app).main(list(arguments), "bitfold", standalone_mode=False) or 0
-    except click.exceptions.NoArgsIsHelpError as error:
+    except _click.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return 2
-    except click.ClickException as error:
+    except _click.ClickException as error:
         return _fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:

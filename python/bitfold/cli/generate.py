@@ -26,8 +26,13 @@ def generate(
     """Continue a prompt, showing the text as it comes; the speed is told at the end."""
     tokenizer = hf.load_tokenizer(model)
     loaded = load_model(model, device, dtype)
-    if not json:
-        _show(prompt)
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        sys.stdout.write(text if shown else prompt + text)
+        sys.stdout.flush()
+        shown.append(text)
+
     result = generate_text(
         loaded,
         tokenizer,
@@ -35,7 +40,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        on_text=None if json else _show,
+        on_text=None if json else show,
     )
     if json:
         print_json({"model": model, **vars(result)})
@@ -43,8 +48,3 @@ def generate(
     print()
     speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
     say(f"({result.tokens} tokens in {result.seconds:.2f} s{speed})")
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
