@@ -397,7 +397,7 @@ def test_bad_arguments_of_linear(rng):
     refusal(lambda: linear(n=7), "codes|scales")
     refusal(lambda: linear(n=2**62), "codes|n")
     refusal(lambda: linear(layout="columns"), "layout", "rows", "flat")
-    refusal(lambda: linear(layout="flat"), "codes")
+    refusal(lambda: linear(layout="flat"), "layout", "nf4")
 
 
 def test_clamp_is_for_casts():

@@ -38,8 +38,8 @@ class Faults {
 };
 
 struct GroupGrid {
-  float scale;  // as stored
-  float unrounded;
+  float scale;   // as stored
+  double exact;  // the same before any rounding
   int zero;
 };
 
@@ -56,12 +56,17 @@ GroupGrid choose_grid(const Format& format, const GroupRange& range) {
   const float absmax = std::max(range.high, -range.low);  // in this order 0 and -0 make 0
   const auto top = static_cast<float>((1 << info.bits) - 1);
   GroupGrid grid{};
+  float scale = absmax;  // docs/formats.md rounds each operation to binary32
   if (format.zero == Zero::Integer) {
-    grid.unrounded = (range.high - range.low) / top;
+    grid.exact = (static_cast<double>(range.high) - static_cast<double>(range.low)) / static_cast<double>(top);
+    scale = (range.high - range.low) / top;
+  } else if (info.grid != Grid::Codebook) {
+    grid.exact = static_cast<double>(absmax) / static_cast<double>(info.grid_max);
+    scale = absmax / info.grid_max;
   } else {
-    grid.unrounded = info.grid == Grid::Codebook ? absmax : absmax / info.grid_max;
+    grid.exact = static_cast<double>(absmax);
   }
-  grid.scale = round_scale(grid.unrounded, format.scale);
+  grid.scale = round_scale(scale, format.scale);
   if (format.zero == Zero::Integer) {
     if (grid.scale > 0.0f) grid.zero = static_cast<int>(std::clamp(std::nearbyint(-range.low / grid.scale), 0.0f, top));
   } else if (info.grid == Grid::Integer) {
@@ -74,13 +79,9 @@ GroupGrid choose_grid(const Format& format, const GroupRange& range) {
 EncodeFault scale_fault(const Format& format, const GroupGrid& grid) {
   const FormatRow& info = format.info();
   if (!std::isfinite(grid.scale)) return EncodeFault::ScaleOverflow;
-  double largest = 8.0;
-  if (info.grid == Grid::Integer) {
-    largest =
-        format.zero == Zero::Integer ? static_cast<double>((1 << info.bits) - 1) : static_cast<double>(info.grid_max);
-  }
-  const double moved = std::abs(static_cast<double>(grid.scale) - static_cast<double>(grid.unrounded));
-  return moved * largest > static_cast<double>(grid.unrounded) / 2.0 ? EncodeFault::ScaleUnderflow : EncodeFault::None;
+  const double largest = info.grid == Grid::Integer ? static_cast<double>(info.grid_max) : 8.0;
+  const double moved = std::abs(static_cast<double>(grid.scale) - grid.exact);
+  return moved * largest > grid.exact / 2.0 ? EncodeFault::ScaleUnderflow : EncodeFault::None;
 }
 
 void store_scale(void* scales, Scale dtype, int64_t i, float scale) {
@@ -90,13 +91,6 @@ void store_scale(void* scales, Scale dtype, int64_t i, float scale) {
     default: static_cast<float*>(scales)[i] = scale; break;
   }
 }
-
-// The code of an exact zero, for groups without a scale.
-uint8_t zero_code(const Format& format, int zero) {
-  if (format.info().grid == Grid::Integer) return static_cast<uint8_t>(zero);
-  return format.row == kNf4 ? 7 : 0;
-}
-static_assert(kNf4Values[7] == 0.0f && kFp4Values[0] == 0.0f);
 
 EncodeStatus not_finite(const float* w, int64_t count, int64_t row) {
   for (int64_t i = 0; i < count; ++i) {
@@ -149,10 +143,10 @@ struct RowScratch {
 
 void quantize_group(const Kernels& kernels, const Format& format, const GroupGrid& grid, const float* w, int64_t count,
                     uint8_t* codes) {
-  if (grid.scale == 0.0f) {
-    std::memset(codes, zero_code(format, grid.zero), static_cast<size_t>(count));
-  } else {
-    kernels.quantize[format.row]({w, count, grid.scale, grid.zero, codes});
+  if (grid.scale == 0.0f && format.info().grid == Grid::Integer) {
+    std::memset(codes, grid.zero, static_cast<size_t>(count));
+  } else {  // an all-zero group has any scale: w / 1 keeps the sign of its zeros, as w / s would
+    kernels.quantize[format.row]({w, count, grid.scale == 0.0f ? 1.0f : grid.scale, grid.zero, codes});
   }
 }
 
@@ -185,7 +179,7 @@ EncodeStatus encode_tensor(const EncodeArgs& args) {
   }
   const GroupGrid grid = choose_grid(args.format, all);
   if (const EncodeFault fault = scale_fault(args.format, grid); fault != EncodeFault::None) {
-    return {fault, 0, 0, grid.unrounded, 0};
+    return {fault, 0, 0, grid.exact, 0};
   }
   store_scale(args.out.scales, args.format.scale, 0, grid.scale);
   if (args.out.zeros != nullptr) *args.out.zeros = static_cast<uint8_t>(grid.zero);
@@ -198,6 +192,16 @@ EncodeStatus encode_tensor(const EncodeArgs& args) {
     }
   });
   return {};
+}
+
+// The code of the dynamic map nearest to t, which is moved to a grid of 65,536 points first (docs/formats.md, "dq").
+uint8_t nearest_dynamic(float t) {
+  constexpr float kPoints = 65535.0f;
+  const float clamped = std::clamp(t, -1.0f, 1.0f);
+  const float point = std::trunc((clamped + 1.0f) * 0.5f * kPoints + 0.5f);
+  const float moved = point / kPoints * 2.0f - 1.0f;
+  const auto* begin = kDynamicMidpoints.data();
+  return static_cast<uint8_t>(std::lower_bound(begin, begin + kDynamicMidpoints.size(), moved) - begin);
 }
 
 // QLoRA's double quantization of the scales of the whole matrix. docs/formats.md, "dq".
@@ -220,10 +224,7 @@ void nest_scales(const EncodeArgs& args, const float* scales, int64_t count) {
       args.out.nested_scales[group] = absmax;
       const float inverse = 1.0f / std::max(absmax, 1e-38f);
       for (int64_t i = first; i < last; ++i) {
-        const float t = std::clamp((scales[i] - offset) * inverse, -1.0f, 1.0f);
-        const auto* place =
-            std::lower_bound(kDynamicMidpoints.data(), kDynamicMidpoints.data() + kDynamicMidpoints.size(), t);
-        codes[i] = static_cast<uint8_t>(place - kDynamicMidpoints.data());
+        codes[i] = absmax > 0.0f ? nearest_dynamic((scales[i] - offset) * inverse) : uint8_t{0};
       }
     }
   });
@@ -254,7 +255,7 @@ EncodeStatus encode_rows(const EncodeArgs& args) {
         }
         const GroupGrid grid = choose_grid(format, range);
         const EncodeFault fault = scale_fault(format, grid);
-        if (fault != EncodeFault::None) status = {fault, r, first, grid.unrounded, 0};
+        if (fault != EncodeFault::None) status = {fault, r, first, grid.exact, 0};
         store_scale(scales, format.scale, r * groups + g, grid.scale);
         scratch.zeros[g] = static_cast<uint8_t>(grid.zero);
         quantize_group(kernels, format, grid, w + first, count, scratch.codes.data() + first);

@@ -40,35 +40,30 @@ struct SortedCodebook {
   std::array<float, Count> values{};
   std::array<uint8_t, Count> codes{};
   std::array<float, Count - 1> midpoints{};
-  int count = 0;  // entries in use
 };
 
+// Equal entries keep the order of their codes.
 template <int Count>
 constexpr SortedCodebook<Count> sort_codebook(const std::array<float, Count>& values) {
   SortedCodebook<Count> sorted;
-  for (int code = 0; code < Count; ++code) {
-    bool repeated = false;
-    for (int i = 0; i < sorted.count; ++i)
-      repeated |= sorted.values[static_cast<size_t>(i)] == values[static_cast<size_t>(code)];
-    if (repeated) continue;  // fp4's second zero: the lower code is the one that is written
-    int place = sorted.count++;
-    for (; place > 0 && sorted.values[static_cast<size_t>(place - 1)] > values[static_cast<size_t>(code)]; --place) {
-      sorted.values[static_cast<size_t>(place)] = sorted.values[static_cast<size_t>(place - 1)];
-      sorted.codes[static_cast<size_t>(place)] = sorted.codes[static_cast<size_t>(place - 1)];
+  for (size_t code = 0; code < values.size(); ++code) {
+    size_t place = code;
+    for (; place > 0 && sorted.values[place - 1] > values[code]; --place) {
+      sorted.values[place] = sorted.values[place - 1];
+      sorted.codes[place] = sorted.codes[place - 1];
     }
-    sorted.values[static_cast<size_t>(place)] = values[static_cast<size_t>(code)];
-    sorted.codes[static_cast<size_t>(place)] = static_cast<uint8_t>(code);
+    sorted.values[place] = values[code];
+    sorted.codes[place] = static_cast<uint8_t>(code);
   }
-  for (int i = 0; i + 1 < sorted.count; ++i) {
-    const auto at = static_cast<size_t>(i);
-    sorted.midpoints[at] = (sorted.values[at] + sorted.values[at + 1]) * 0.5f;
+  for (size_t i = 0; i + 1 < values.size(); ++i) {
+    sorted.midpoints[i] = (sorted.values[i] + sorted.values[i + 1]) * 0.5f;
   }
   return sorted;
 }
 
 inline constexpr SortedCodebook<16> kNf4Sorted = sort_codebook<16>(kNf4Values);
 inline constexpr SortedCodebook<16> kFp4Sorted = sort_codebook<16>(kFp4Values);
-static_assert(kNf4Sorted.count == 16 && kFp4Sorted.count == 15);
+static_assert(kFp4Sorted.codes[7] == 0 && kFp4Sorted.codes[8] == 8 && kFp4Sorted.midpoints[7] == 0.0f);
 
 // The dynamic map of 8-bit optimizers (Dettmers 2016), rounded as docs/formats.md says; sorted, so the code is the
 // index.

@@ -72,8 +72,7 @@ void quantize_codebook(const QuantizeArgs& a) {
   each_code(a.w, a.count, a.codes, [&](F lanes) {
     const F t = max(min(mul(lanes, inverse), splat(1.0f)), splat(-1.0f));
     I above = splat(0);
-    for (int i = 0; i + 1 < Codebook.count; ++i)
-      above = count_if(greater(t, splat(Codebook.midpoints[static_cast<size_t>(i)])), above);
+    for (const float midpoint : Codebook.midpoints) above = count_if(greater(t, splat(midpoint)), above);
     return above;
   });
   if constexpr (!Sorted) {  // the code is not the place in the sorted table
