@@ -4,15 +4,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CPP_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+CPP_FILES = $(shell find csrc bench tests/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo test lint format clean distclean
+.PHONY: setup demo test test-kernels lint format clean distclean
 
 setup: $(VENV)/.stamp-package
 
@@ -21,6 +20,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+test-kernels:
+	tests/kernels/run.sh
 
 lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
@@ -45,7 +47,7 @@ $(VENV)/.stamp-python:
 	@touch $@
 
 $(VENV)/.stamp-requirements: requirements-dev.txt $(VENV)/.stamp-python
-	$(PIP) install --no-deps --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements-dev.txt)"
+	$(PIP) install --no-deps "$$(grep '^torch==' requirements-dev.txt)"
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
 

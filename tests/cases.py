@@ -6,16 +6,25 @@ import re
 from collections.abc import Callable
 from itertools import product
 
+import bitfold
 import numpy as np
 import oracle
 import torch
-
-import bitfold
 from bitfold import _C
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
-PLANES = {"uint8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_BITS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
+PLANES = {
+    "uint8": torch.uint8,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+_BITS = {
+    1: (torch.uint8, np.uint8),
+    2: (torch.int16, np.uint16),
+    4: (torch.int32, np.uint32),
+    8: (torch.int64, np.uint64),
+}
 
 GROUPS = {"g": ("tensor", "channel", "g16", "g17", "g33", "g128"), "b": ("b32", "b33", "b64", "b256")}
 SCALES = ("", "-sfp16", "-sbf16", "-sfp32")
@@ -41,8 +50,22 @@ def every_format() -> list[str]:
 
 def some_formats() -> list[str]:
     """Every family at its default, and each other axis once: for tests that multiply by much else."""
-    more = ["fp8-e4m3-g17-sfp32", "fp8-e5m2-tensor", "int8-tensor-asym", "int8-g33-sbf16", "int8-channel-asym"]
-    more += ["int4-g32-asym", "int4-g17", "int4-channel", "int3-g16-asym", "int3-g33", "int3-tensor", "int2-g16-asym"]
+    more = [
+        "fp8-e4m3-g17-sfp32",
+        "fp8-e5m2-tensor",
+        "int8-tensor-asym",
+        "int8-g33-sbf16",
+        "int8-channel-asym",
+    ]
+    more += [
+        "int4-g32-asym",
+        "int4-g17",
+        "int4-channel",
+        "int3-g16-asym",
+        "int3-g33",
+        "int3-tensor",
+        "int2-g16-asym",
+    ]
     more += ["int2-g33-sfp32", "nf4-b32-dq", "nf4-b33", "fp4-b64-dq", "fp4-b32-sbf16", "nf4-b4096"]
     return [row["default"] for row in _C.families()] + more
 
@@ -63,7 +86,9 @@ def oracle_planes(qtensor: bitfold.QTensor) -> dict[str, np.ndarray]:
     return {name: bits(plane) for name, plane in qtensor.planes.items()}
 
 
-def to_qtensor(planes: dict[str, np.ndarray], format: str, n: int, k: int, layout: str = "rows") -> bitfold.QTensor:
+def to_qtensor(
+    planes: dict[str, np.ndarray], format: str, n: int, k: int, layout: str = "rows"
+) -> bitfold.QTensor:
     laws = oracle.plane_shapes(format, n, k, layout)
     tensors = {name: tensor_of(array.reshape(laws[name][1]), laws[name][0]) for name, array in planes.items()}
     return bitfold.QTensor(format, (n, k), tensors, layout)
@@ -92,7 +117,11 @@ def assert_planes(qtensor: bitfold.QTensor, expected: dict[str, np.ndarray], wha
         assert_same_bits(plane, expected[name], f"{what}, plane {name}")
 
 
-def refusal(call: Callable[[], object], *needles: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError) -> str:
+def refusal(
+    call: Callable[[], object],
+    *needles: str,
+    error: type[Exception] | tuple[type[Exception], ...] = ValueError,
+) -> str:
     """The message of the error that `call` ends in: one sentence on one line, with every needle (a regex) in it."""
     try:
         call()
@@ -121,7 +150,9 @@ def weights(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
     return w.astype(np.float32)
 
 
-def random_planes(rng: np.random.Generator, format: str, n: int, k: int, layout: str = "rows") -> dict[str, np.ndarray]:
+def random_planes(
+    rng: np.random.Generator, format: str, n: int, k: int, layout: str = "rows"
+) -> dict[str, np.ndarray]:
     """Planes with every code possible, padding bits 0 and finite scales."""
     fmt = oracle.parse(format)
     if layout == "flat":

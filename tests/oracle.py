@@ -1,8 +1,8 @@
 """docs/formats.md once more, slowly, in numpy: what the tests compare bitfold with.
 
-Nothing here imports bitfold. Every table is typed from the specification, every float type smaller than binary32 is the
-list of all its values, and every step of an encoder is one numpy operation on float32. Planes are dicts of numpy arrays of
-*bits*: float16 and bfloat16 as uint16, float32 as uint32.
+Nothing here imports bitfold. Every table is typed from the specification, every float type smaller than
+binary32 is the list of all its values, and every step of an encoder is one numpy operation on float32. Planes
+are dicts of numpy arrays of *bits*: float16 and bfloat16 as uint16, float32 as uint32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class SmallFloat:
         tie = (index < len(middles)) & (np.abs(x) == middles[np.minimum(index, len(middles) - 1)])
         index = index + (tie & (index % 2 == 1))
         index = np.minimum(index, self.overflow - 1) if saturate else np.minimum(index, self.overflow)
-        return (index + np.signbit(x) * 2 ** (self.bits - 1)).astype(np.uint16 if self.bits == 16 else np.uint8)
+        return (index + np.signbit(x) * 2 ** (self.bits - 1)).astype(
+            np.uint16 if self.bits == 16 else np.uint8
+        )
 
     def value(self, code: np.ndarray) -> np.ndarray:
         return self.values[np.asarray(code, np.int64)].astype(F32)  # exact: all are binary32 numbers
@@ -80,12 +82,11 @@ def from_dtype(bits: np.ndarray, name: str) -> np.ndarray:
 
 # ---- codebooks ----
 
-NF4 = np.array(
-    [-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
-    + [-0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1],
-    F32,
-)
+NF4_TEXT = """
+-1 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022833334
+-0.09105003625154495 0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+0.44070982933044434 0.5626170039176941 0.7229568362236023 1"""
+NF4 = np.array([float(value) for value in NF4_TEXT.split()], F32)
 FP4_HALF = np.array([0, 0.005208333333, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25], F32)
 FP4 = np.concatenate([FP4_HALF, [F32(0)], -FP4_HALF[1:]])
 
@@ -149,8 +150,9 @@ class ScaleUnderflow(OracleError):
 
 # ---- grids: what a code means, and which code a weight gets ----
 #
-# w is [rows, groups, columns of a group] in float32, short groups padded with zeros. `spread` gives the number a that the
-# scale is made of, s = a / `largest`; `step` is the q of the scale-range rule; `codes` takes the stored scale as float32, never 0 (all-zero groups get `zero`).
+# w is [rows, groups, columns of a group] in float32, short groups padded with zeros. `spread` gives the number a
+# that the scale is made of, s = a / `largest`; `step` is the q of the scale-range rule; `codes` takes the stored
+# scale in float32, never 0: all-zero groups get `zero`.
 
 
 class Integer:
@@ -361,7 +363,10 @@ def plane_shapes(text: str, n: int, k: int, layout: str = "rows") -> dict[str, t
     if fmt.kind == "cast":
         return {"codes": (PLANE_DTYPES[fmt.family], (n, k))}
     rows, groups = 1 if fmt.group == TENSOR else n, groups_in_row(fmt, k)
-    planes = {"codes": ("uint8", (n, ceil_div(k * fmt.bits, 8))), "scales": (PLANE_DTYPES[fmt.scale], (rows, groups))}
+    planes = {
+        "codes": ("uint8", (n, ceil_div(k * fmt.bits, 8))),
+        "scales": (PLANE_DTYPES[fmt.scale], (rows, groups)),
+    }
     if fmt.asymmetric:
         planes["zeros"] = ("uint8", (rows, ceil_div(groups * fmt.bits, 8)))
     if fmt.scale == "nested":
@@ -400,7 +405,9 @@ def unpack_bits(data: np.ndarray, count: int, bits: int, high_first: bool = Fals
     if high_first:
         both = np.stack([data >> 4, data & 15], axis=2).reshape(rows, size * 2)
         return both[:, :count].astype(np.uint8)
-    stream = ((data[:, :, None].astype(np.int64) >> np.arange(8)) & 1).reshape(rows, size * 8)[:, : count * bits]
+    stream = ((data[:, :, None].astype(np.int64) >> np.arange(8)) & 1).reshape(rows, size * 8)[
+        :, : count * bits
+    ]
     return (stream.reshape(rows, count, bits) << np.arange(bits)).sum(axis=2).astype(np.uint8)
 
 
@@ -434,14 +441,14 @@ def to_binary32(w: np.ndarray) -> np.ndarray:
     return narrow
 
 
-def store_scales(fmt: Format, spread: np.ndarray) -> np.ndarray:
-    """The scales in binary32, rounded to the scale dtype and back; refuses what that dtype can't hold."""
+def store_scales(fmt: Format, groups: np.ndarray) -> np.ndarray:
+    """The groups' scales in binary32, rounded to the scale dtype and back; refuses what that dtype can't hold."""
     largest, steps = fmt.grid.largest(fmt.asymmetric), fmt.grid.step()
     with np.errstate(under="ignore", over="ignore", invalid="ignore"):
-        stored = spread / F32(largest)
+        stored = fmt.grid.spread(groups, fmt.asymmetric) / F32(largest)
         if fmt.scale in ("fp16", "bf16"):
             stored = from_dtype(to_dtype(stored, fmt.scale), fmt.scale)
-        exact = spread.astype(np.float64) / largest
+        exact = fmt.grid.spread(groups.astype(np.float64), fmt.asymmetric) / largest
         over = np.isinf(stored)
         under = np.abs(stored.astype(np.float64) - exact) * steps > exact / 2
     for row, group in np.argwhere(over | under):
@@ -484,14 +491,16 @@ class Logical:
     nested: dict[str, np.ndarray] | None = None
 
 
-def encode_logical(w: np.ndarray, text: str, nested_offset: float | None = None, clamp: bool = False) -> Logical:
+def encode_logical(
+    w: np.ndarray, text: str, nested_offset: float | None = None, clamp: bool = False
+) -> Logical:
     fmt = parse(text)
     n, k = w.shape
     w = to_binary32(w)
     if fmt.kind == "cast":
         return Logical(fmt.grid.encode(w, clamp))
     groups = split(w, fmt.group)
-    scales = store_scales(fmt, fmt.grid.spread(groups, fmt.asymmetric))
+    scales = store_scales(fmt, groups)
     blank = scales == 0
     divisor = np.where(blank, F32(1), scales)
     zeros = None

@@ -214,6 +214,20 @@ def test_any_torch_model(tmp_path):
         bitfold.load(tmp_path / "q")
 
 
+def test_flat_layout(tmp_path):
+    """What bitsandbytes lays out across rows stays so."""
+    torch.manual_seed(1)
+    model = Plain()
+    flat = bitfold.encode(torch.randn(1, 48 * 48), "nf4-b64")
+    model.blocks[1] = QuantLinear(bitfold.QTensor("nf4-b64", (48, 48), flat.planes, "flat"))
+    bitfold.save(model, tmp_path / "q")
+    loaded = bitfold.load(tmp_path / "q", model=Plain())
+    assert loaded.blocks[1].layout == "flat"
+    ids = torch.arange(50)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), model(ids))
+
+
 def test_model_to_load_into_must_fit(tmp_path):
     model = Plain()
     bitfold.quantize(model, "int8", quiet=True)
@@ -357,6 +371,23 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(when, force, tmp_path):
         assert all(torch.equal(old[name], now[name]) for name in old)
     bitfold.quantize_checkpoint(source, home / "q", "int8", force=bool(force))
     assert [path.name for path in home.iterdir()] == ["q"], "the next run removes what the killed one left"
+
+
+TERMINATED = """
+import os, signal, sys
+from bitfold.cli import main
+from bitfold.writer import CheckpointWriter
+CheckpointWriter.commit = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+main()
+"""
+
+
+def test_a_terminated_run_clears_away(tmp_path):
+    source = tiny.write_llama(tmp_path / "m")
+    command = [sys.executable, "-c", TERMINATED, "quantize", source, tmp_path / "home" / "q"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert list((tmp_path / "home").iterdir()) == []
 
 
 def test_a_running_neighbour_is_left_alone(tmp_path):

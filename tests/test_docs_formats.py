@@ -68,8 +68,9 @@ def example(text: str) -> str:
 
 def section() -> str:
     intro = (
-        f"{HEADING}\n\nWritten by `python tests/test_docs_formats.py`. A row of the matrix, and of a plane, starts on a new line; planes in\n"
-        "hex, byte for byte as they lie in memory, an element of several bytes in one word.\n"
+        f"{HEADING}\n\n"
+        "Written by `python tests/test_docs_formats.py`. A row of the matrix, and of a plane, starts on a new line;\n"
+        "planes in hex, byte for byte as they lie in memory, an element of several bytes in one word.\n"
     )
     return intro + "".join(f"\n```text\n{example(text)}\n```\n" for text in EXAMPLES)
 
@@ -188,7 +189,10 @@ def test_codebooks():
     nf4 = re.search(r"codes 0 to 15:\n([-0-9., \n]+)\.\n", text).group(1)
     fp4 = re.search(r"codes 0 to 7: ([-0-9., ]+);", text).group(1)
     half = [float(value) for value in fp4.split(",")]
-    values = {"nf4": [float(value) for value in nf4.split(",")], "fp4": half + [0.0] + [-value for value in half[1:]]}
+    values = {
+        "nf4": [float(value) for value in nf4.split(",")],
+        "fp4": half + [0.0] + [-value for value in half[1:]],
+    }
     for family, expected in values.items():
         codes = torch.arange(16, dtype=torch.uint8)[None]
         decoded = bitfold.pack(codes, torch.ones(1, 1), format=f"{family}-b32").decode()

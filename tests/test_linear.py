@@ -12,7 +12,14 @@ from cases import DTYPES, random_planes, refusal, some_formats, to_qtensor, weig
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float64: 1e-12}
 BATCHES = (0, 1, 2, 3, 7, 8, 9, 16, 33, 130)
 # (n, k) -> batches: every batch once, every ragged edge in every regime
-SHAPES = {(33, 257): BATCHES, (1, 1): (1, 9), (5, 7): (2, 33), (17, 33): (8, 9), (3, 130): (1, 16), (130, 96): (3, 130)}
+SHAPES = {
+    (33, 257): BATCHES,
+    (1, 1): (1, 9),
+    (5, 7): (2, 33),
+    (17, 33): (8, 9),
+    (3, 130): (1, 16),
+    (130, 96): (3, 130),
+}
 ROWS_AT_ONCE = 8  # the fused regime's largest batch (docs/architecture.md)
 
 
@@ -27,7 +34,9 @@ def make(rng: np.random.Generator, format: str, n: int, k: int, layout: str = "r
         planes = oracle.encode(weights(rng, 1, n * k), format)
     else:
         planes = oracle.encode(weights(rng, n, k), format)
-    return to_qtensor(planes, format, n, k, layout), oracle.decode(planes, format, n, k, layout).astype(np.float64)
+    return to_qtensor(planes, format, n, k, layout), oracle.decode(planes, format, n, k, layout).astype(
+        np.float64
+    )
 
 
 def draw(rng: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,7 +47,9 @@ def exact(tensor: torch.Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.double().numpy()
 
 
-def assert_close(y: torch.Tensor, x: torch.Tensor, w: np.ndarray, bias: torch.Tensor | None, what: str) -> None:
+def assert_close(
+    y: torch.Tensor, x: torch.Tensor, w: np.ndarray, bias: torch.Tensor | None, what: str
+) -> None:
     """Norm of the error against the norm of the result; of its expected size where cancellation left less."""
     expected = oracle.linear(exact(x), w, exact(bias))
     assert y.dtype == x.dtype, what
@@ -77,7 +88,9 @@ def test_empty_sizes(format):
         for m in (0, 1, 9):
             for dtype in DTYPES.values():
                 bias = torch.arange(n).to(dtype)
-                assert torch.equal(bitfold.linear(torch.ones(m, k, dtype=dtype), qtensor), torch.zeros(m, n).to(dtype))
+                assert torch.equal(
+                    bitfold.linear(torch.ones(m, k, dtype=dtype), qtensor), torch.zeros(m, n).to(dtype)
+                )
                 y = bitfold.linear(torch.ones(m, k, dtype=dtype), qtensor, bias)
                 assert torch.equal(y, bias.expand(m, n))
 
@@ -106,7 +119,9 @@ def test_strides_and_leading_dimensions(format, dtype, rng):
     for name, x in views.items():
         assert_close(bitfold.linear(x, qtensor, bias), x, w, bias, f"{format} {name}")
         same = bitfold.linear(x.contiguous(), qtensor, bias)
-        assert torch.equal(bitfold.linear(x, qtensor, bias), same), f"{format} {name}: strides changed the bits"
+        assert torch.equal(bitfold.linear(x, qtensor, bias), same), (
+            f"{format} {name}: strides changed the bits"
+        )
 
 
 @pytest.mark.parametrize("format", some_formats())

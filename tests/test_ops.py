@@ -49,7 +49,15 @@ def test_opcheck(format, rng):
             check(ops.decode.default, planes, text, n, k, dtype, layout)
             check(ops.embedding.default, torch.tensor([[1, 0], [5, 5]]), planes, text, n, k, dtype, layout)
             check(ops.linear.default, x, planes, text, n, k, bias, layout)
-            check(ops.linear_grad_x.default, torch.randn(3, n, dtype=dtype, requires_grad=True), planes, text, n, k, layout)
+            check(
+                ops.linear_grad_x.default,
+                torch.randn(3, n, dtype=dtype, requires_grad=True),
+                planes,
+                text,
+                n,
+                k,
+                layout,
+            )
     check(ops.linear.default, torch.randn(2, 4, k).transpose(0, 1), planes, text, n, k, None, layout)
     check(ops.linear.default, torch.randn(k), planes, text, n, k, None, layout)
 
@@ -71,14 +79,24 @@ def test_fake_kernels_have_the_real_shapes(format, rng):
             "unpack": (ops.unpack, planes, text, n, k),
             "linear": (ops.linear, torch.zeros(2, 3, k, dtype=torch.float16), planes, text, n, k),
             "linear_grad_x": (ops.linear_grad_x, torch.zeros(2, 3, n), planes, text, n, k),
-            "embedding": (ops.embedding, torch.zeros(2, 0, dtype=torch.int64), planes, text, n, k, torch.float64),
+            "embedding": (
+                ops.embedding,
+                torch.zeros(2, 0, dtype=torch.int64),
+                planes,
+                text,
+                n,
+                k,
+                torch.float64,
+            ),
         }
         for name, (op, *args) in calls.items():
             with FakeTensorMode() as mode:
                 fake_args = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
                 fake = op(*fake_args)
             real = op(*args)
-            for ours, theirs in zip(*(out if isinstance(out, list) else [out] for out in (fake, real)), strict=True):
+            for ours, theirs in zip(
+                *(out if isinstance(out, list) else [out] for out in (fake, real)), strict=True
+            ):
                 assert ours.shape == theirs.shape, f"{name} {format} {n}x{k}"
                 assert ours.dtype == theirs.dtype, f"{name} {format} {n}x{k}"
                 assert ours.stride() == theirs.stride(), f"{name} {format} {n}x{k}"
@@ -101,7 +119,9 @@ def graphs(counters) -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("format", ["int4-g32", "int3-g16-asym", "nf4-b32-dq", "fp8", "bf16", "int8-tensor-asym"])
+@pytest.mark.parametrize(
+    "format", ["int4-g32", "int3-g16-asym", "nf4-b32-dq", "fp8", "bf16", "int8-tensor-asym"]
+)
 def test_compiled_linear_compiles_once(format, rng, dynamo):
     qtensor = quantized(rng, format, 24, 72)
     bias = torch.randn(24)
@@ -185,7 +205,9 @@ def test_inductor(rng, dynamo):
 
     for m in (11, 3):
         x = torch.randn(m, 72)
-        assert torch.allclose(run(x), torch.nn.functional.silu(bitfold.linear(x + 1, qtensor)) * 3, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            run(x), torch.nn.functional.silu(bitfold.linear(x + 1, qtensor)) * 3, rtol=1e-5, atol=1e-5
+        )
     assert graphs(dynamo) == 1
 
 
@@ -216,8 +238,12 @@ def test_gradcheck(format, rng):
     qtensor = quantized(rng, format, 5, 35)
     x = torch.randn(3, 35, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, bias: bitfold.linear(x, qtensor, bias), (x, bias), fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda x, bias: bitfold.linear(x, qtensor, bias), (x, bias), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x, bias: bitfold.linear(x, qtensor, bias), (x, bias), fast_mode=True
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda x, bias: bitfold.linear(x, qtensor, bias), (x, bias), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("shape", [(35,), (1, 35), (2, 3, 35), (2, 0, 35), (0, 35)])
@@ -336,7 +362,10 @@ def bad_planes(planes: list[torch.Tensor]) -> dict[str, tuple[list[torch.Tensor]
         "scales of three dimensions": ([codes, scales[None], zeros], "scales"),
         "zeros too long": ([codes, scales, torch.cat([zeros, zeros], 1)], "zeros"),
         "codes not contiguous": ([codes.t().contiguous().t(), scales, zeros], "codes"),
-        "scales not contiguous": ([codes, torch.cat([scales, scales], 1)[:, : scales.shape[1]], zeros], "scales"),
+        "scales not contiguous": (
+            [codes, torch.cat([scales, scales], 1)[:, : scales.shape[1]], zeros],
+            "scales",
+        ),
         "planes swapped": ([scales, codes, zeros], "codes"),
         "scales on meta": ([codes, scales.to("meta"), zeros], "scales|device|meta"),
         "all on meta": ([plane.to("meta") for plane in planes], "codes|device|meta"),
@@ -389,7 +418,11 @@ def test_bad_arguments_of_linear(rng):
     refusal(lambda: linear(bias=torch.randn(n + 1)), "bias", "7", "6")
     refusal(lambda: linear(bias=torch.randn(n, 1)), "bias")
     refusal(lambda: linear(bias=torch.randn(n).double()), "bias")
-    refusal(lambda: linear(bias=torch.randn(n, device="meta")), "bias|device|meta", error=(ValueError, RuntimeError))
+    refusal(
+        lambda: linear(bias=torch.randn(n, device="meta")),
+        "bias|device|meta",
+        error=(ValueError, RuntimeError),
+    )
     refusal(lambda: linear(text="int4-g32"), "scales")
     refusal(lambda: linear(text="int5"), "int4")
     refusal(lambda: linear(n=-1), "n")
@@ -416,7 +449,9 @@ def test_bad_arguments_of_other_ops(rng):
     refusal(lambda: ops.encode(torch.ones(3), text), "weight")
     refusal(lambda: ops.encode(torch.ones(2, 64), "nf4-b32-dq", torch.ones(2)), "nested_offset")
     refusal(lambda: ops.encode(torch.ones(2, 64), "nf4-b32-dq", torch.ones(1).double()), "nested_offset")
-    refusal(lambda: ops.encode(torch.ones(2, 64), "nf4-b32-dq", torch.tensor([float("nan")])), "nested_offset")
+    refusal(
+        lambda: ops.encode(torch.ones(2, 64), "nf4-b32-dq", torch.tensor([float("nan")])), "nested_offset"
+    )
 
 
 def test_qtensor_checks_its_planes(rng):
@@ -428,7 +463,9 @@ def test_qtensor_checks_its_planes(rng):
         named = dict(zip(qtensor.planes, planes, strict=True))
         refusal(lambda named=named: bitfold.QTensor("int4-g16-asym", (6, 40), named), word)
     for planes in ({}, {"codes": qtensor.planes["codes"]}, {**qtensor.planes, "more": torch.ones(1)}):
-        refusal(lambda planes=planes: bitfold.QTensor("int4-g16-asym", (6, 40), planes), "plane|scales|more|codes")
+        refusal(
+            lambda planes=planes: bitfold.QTensor("int4-g16-asym", (6, 40), planes), "plane|scales|more|codes"
+        )
 
 
 def test_ops_do_not_write_to_their_inputs(rng):

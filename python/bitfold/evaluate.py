@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfold.nn import QuantEmbedding, QuantModule
+
 DEFAULT_CONTEXT = 2048  # tokens; the model's own limit where that is smaller
 _LOGIT_CHUNK = 1 << 22  # logits turned to float64 at a time
 
@@ -182,6 +184,18 @@ def default_context(model: nn.Module) -> int:
     """The context of a transformers model, at most DEFAULT_CONTEXT."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's activations: that of its first weights that are not planes."""
+    for module in model.modules():
+        if isinstance(module, QuantEmbedding):
+            return module.dtype
+        if not isinstance(module, QuantModule):
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    return parameter.dtype
+    return torch.get_default_dtype()
 
 
 def perplexity(model: nn.Module, windows: Windows, *, progress: Progress | None = None) -> Perplexity:

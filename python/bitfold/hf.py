@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.shards import CheckpointError, read_directory, read_json
+from bitfold.shards import CONFIG_FILE, CheckpointError, read_directory, read_json
 
-CONFIG_FILE = "config.json"
 _REASON = 200  # characters quoted of an error of transformers
 
 

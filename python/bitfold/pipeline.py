@@ -23,14 +23,13 @@ from bitfold.checkpoint import (
     ModuleEntry,
     QuantizationConfig,
     check_shapes,
-    files_to_copy,
     listed,
 )
 from bitfold.formats import parse
 from bitfold.quantize import ModuleSummary, QuantizationSummary, describe, encode_named, summarize
 from bitfold.recipes import Assignment, ModuleInfo, Recipe
 from bitfold.shards import CheckpointError, StoredTensor, TensorSpec, read_directory, read_tensors
-from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target
+from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
 REPORT_FILE = "bitfold_report.json"
 ENCODABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -20,6 +20,7 @@ from types import TracebackType
 from torch import Tensor
 
 from bitfold.shards import (
+    CONFIG_FILE,
     INDEX_FILE,
     CheckpointError,
     ShardWriter,
@@ -30,8 +31,10 @@ from bitfold.shards import (
     shard_names,
 )
 
-CONFIG_FILE = "config.json"
 SHARD_BYTES = 4 << 30  # largest file of a checkpoint, unless one tensor is larger
+# What goes along from a model directory, and what of it doesn't.
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+NOT_COPIED = (CONFIG_FILE, "*.index.json", "bitfold_*.json")
 _RESERVE = 1 << 20  # bytes beyond the tensors: headers, config, tokenizer
 
 
@@ -174,6 +177,19 @@ def is_bitfold_checkpoint(path: Path) -> bool:
     except (CheckpointError, OSError):
         return False
     return isinstance(quantization, dict) and quantization.get("quant_method") == "bitfold"
+
+
+def files_to_copy(source: Path) -> list[Path]:
+    """What goes along from a model directory: tokenizer, generation settings, licence; no weights and no
+    code.
+    """
+    return sorted(
+        file
+        for file in source.iterdir()
+        if file.is_file()
+        and any(file.match(pattern) for pattern in COPIED)
+        and not any(file.match(pattern) for pattern in NOT_COPIED)
+    )
 
 
 def _hidden(target: Path, role: str) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bitfold
 import pytest
 import torch
 
-import bitfold
-
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitfold[interop]")
+bnb = pytest.importorskip(
+    "bitsandbytes", reason="bitsandbytes is not installed: pip install bitfold[interop]"
+)
 functional = pytest.importorskip("bitsandbytes.functional")
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -36,7 +37,9 @@ def as_planes(codes: torch.Tensor, state, rows: int) -> dict[str, torch.Tensor]:
 
 
 def same_bits(ours: torch.Tensor, other: torch.Tensor) -> bool:
-    return ours.dtype == other.dtype and torch.equal(ours.view(torch.uint8), other.contiguous().view(torch.uint8))
+    return ours.dtype == other.dtype and torch.equal(
+        ours.view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -4,6 +4,7 @@ runs.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -11,6 +12,7 @@ def main() -> None:
     """Run the command line and exit: 0, 2 for what the user can mend (one sentence on stderr), 130
     interrupted.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half done is cleared away
     try:
         from bitfold.cli.app import run
     except ImportError as error:

@@ -9,7 +9,7 @@ import typer
 
 from bitfold import hf
 from bitfold.cli.console import Device, Dtype, Json, estimate, load_model, out, print_json, progress
-from bitfold.evaluate import Comparison, Perplexity, compare, cut, default_context, perplexity
+from bitfold.evaluate import Comparison, Perplexity, compare, compute_dtype, cut, default_context, perplexity
 
 
 def evaluate(
@@ -38,7 +38,7 @@ def evaluate(
         context=context or default_context(subject),
         stride=stride or None,
         bos=bos,
-        dtype=next(p.dtype for p in (reference or subject).parameters() if p.is_floating_point()),
+        dtype=compute_dtype(subject),
         max_tokens=max_tokens or None,
     )
     result: Perplexity | Comparison

@@ -15,8 +15,8 @@ from bitfold.checkpoint import QuantizationConfig, read_quantization
 from bitfold.cli.console import Json, natural, out, print_json, size, table
 from bitfold.formats import parse, plane_shapes
 from bitfold.pipeline import REPORT_FILE
-from bitfold.shards import CheckpointError, StoredTensor, read_directory, read_header, read_json
-from bitfold.writer import CONFIG_FILE, is_bitfold_checkpoint
+from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, read_directory, read_header, read_json
+from bitfold.writer import is_bitfold_checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+// Eight lanes of NEON (AArch64), two registers each. See scalar.hpp for what each function means.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/simd/common.hpp"
+#include "formats/numeric.hpp"
+
+namespace bitfold::cpu {
+namespace {
+
+inline constexpr int kLanes = 8;
+inline constexpr int kTileW = 3;  // 12 sums of two registers, 3 + 1 operands: all 32 registers
+inline constexpr int kTileX = 4;
+
+struct F {
+  float32x4_t low, high;
+};
+struct I {
+  int32x4_t low, high;
+};
+struct Mask {
+  uint32x4_t low, high;
+};
+
+BITFOLD_SIMD F load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+BITFOLD_SIMD void store(float* p, F a) {
+  vst1q_f32(p, a.low);
+  vst1q_f32(p + 4, a.high);
+}
+BITFOLD_SIMD F splat(float a) { return {vdupq_n_f32(a), vdupq_n_f32(a)}; }
+BITFOLD_SIMD I splat(int32_t a) { return {vdupq_n_s32(a), vdupq_n_s32(a)}; }
+
+BITFOLD_SIMD F load_half(const uint16_t* p) {
+  const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(p));
+  return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
+}
+BITFOLD_SIMD F load_bf16(const uint16_t* p) {
+  const uint16x8_t words = vld1q_u16(p);
+  return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words), 16)),
+          vreinterpretq_f32_u32(vshll_high_n_u16(words, 16))};
+}
+BITFOLD_SIMD void store_half(uint16_t* p, F a) {
+  vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a.low), a.high)));
+}
+BITFOLD_SIMD uint32x4_t rounded_to_bf16(float32x4_t a) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  return vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000)));
+}
+BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
+  vst1q_u16(p, vshrn_high_n_u32(vshrn_n_u32(rounded_to_bf16(a.low), 16), rounded_to_bf16(a.high), 16));
+}
+
+BITFOLD_SIMD F add(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+BITFOLD_SIMD F mul(F a, F b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+BITFOLD_SIMD F div(F a, F b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+BITFOLD_SIMD F fma(F a, F b, F c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
+
+BITFOLD_SIMD Mask greater(F a, F b) { return {vcgtq_f32(a.low, b.low), vcgtq_f32(a.high, b.high)}; }
+BITFOLD_SIMD Mask greater(I a, I b) { return {vcgtq_s32(a.low, b.low), vcgtq_s32(a.high, b.high)}; }
+BITFOLD_SIMD F select(Mask m, F a, F b) { return {vbslq_f32(m.low, a.low, b.low), vbslq_f32(m.high, a.high, b.high)}; }
+BITFOLD_SIMD I select(Mask m, I a, I b) { return {vbslq_s32(m.low, a.low, b.low), vbslq_s32(m.high, a.high, b.high)}; }
+// Of two that do not compare, the second, as everywhere: NEON's own minimum gives NaN.
+BITFOLD_SIMD F min(F a, F b) { return select(greater(b, a), a, b); }
+BITFOLD_SIMD F max(F a, F b) { return select(greater(a, b), a, b); }
+
+BITFOLD_SIMD F round_even(F a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+BITFOLD_SIMD I to_int(F a) { return {vcvtq_s32_f32(a.low), vcvtq_s32_f32(a.high)}; }
+BITFOLD_SIMD F to_float(I a) { return {vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)}; }
+BITFOLD_SIMD F as_float(I a) { return {vreinterpretq_f32_s32(a.low), vreinterpretq_f32_s32(a.high)}; }
+BITFOLD_SIMD I as_int(F a) { return {vreinterpretq_s32_f32(a.low), vreinterpretq_s32_f32(a.high)}; }
+
+BITFOLD_SIMD I add(I a, I b) { return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)}; }
+BITFOLD_SIMD I sub(I a, I b) { return {vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)}; }
+BITFOLD_SIMD I bit_and(I a, I b) { return {vandq_s32(a.low, b.low), vandq_s32(a.high, b.high)}; }
+BITFOLD_SIMD I bit_or(I a, I b) { return {vorrq_s32(a.low, b.low), vorrq_s32(a.high, b.high)}; }
+template <int Count>
+BITFOLD_SIMD I shift_left(I a) {
+  return {vshlq_n_s32(a.low, Count), vshlq_n_s32(a.high, Count)};
+}
+template <int Count>
+BITFOLD_SIMD I shift_right(I a) {
+  return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.low), Count)),
+          vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.high), Count))};
+}
+BITFOLD_SIMD I count_if(Mask m, I count) {  // a set mask is -1
+  return {vsubq_s32(count.low, vreinterpretq_s32_u32(m.low)), vsubq_s32(count.high, vreinterpretq_s32_u32(m.high))};
+}
+
+struct Table16 {
+  uint8x16x4_t bytes;  // 16 floats
+};
+BITFOLD_SIMD Table16 load_table(const float* values) {
+  const auto* p = reinterpret_cast<const uint8_t*>(values);
+  return {{{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}};
+}
+BITFOLD_SIMD float32x4_t lookup_four(Table16 table, int32x4_t index) {
+  // Byte numbers 4i, 4i + 1, 4i + 2, 4i + 3 of each lane.
+  const uint32x4_t first = vmulq_n_u32(vreinterpretq_u32_s32(index), 0x04040404u);
+  const uint8x16_t bytes = vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100u)));
+  return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, bytes));
+}
+BITFOLD_SIMD F lookup(Table16 table, I index) {
+  return {lookup_four(table, index.low), lookup_four(table, index.high)};
+}
+
+template <int Bits, bool HighFirst>
+BITFOLD_SIMD I unpack(const uint8_t* p) {
+  if constexpr (Bits == 8) {
+    const uint16x8_t words = vmovl_u8(vld1_u8(p));
+    return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(words))), vreinterpretq_s32_u32(vmovl_high_u16(words))};
+  } else {
+    constexpr int kSwap = HighFirst ? 1 : 0;
+    constexpr int32_t kCounts[8] = {-Bits * (0 ^ kSwap), -Bits * (1 ^ kSwap), -Bits * (2 ^ kSwap), -Bits * (3 ^ kSwap),
+                                    -Bits * (4 ^ kSwap), -Bits * (5 ^ kSwap), -Bits * (6 ^ kSwap), -Bits * (7 ^ kSwap)};
+    const uint32x4_t word = vdupq_n_u32(load_word<Bits>(p)), mask = vdupq_n_u32((1u << Bits) - 1u);
+    return {vreinterpretq_s32_u32(vandq_u32(vshlq_u32(word, vld1q_s32(kCounts)), mask)),
+            vreinterpretq_s32_u32(vandq_u32(vshlq_u32(word, vld1q_s32(kCounts + 4)), mask))};
+  }
+}
+BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
+  const uint16x8_t words =
+      vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.low)), vmovn_u32(vreinterpretq_u32_s32(a.high)));
+  vst1_u8(p, vmovn_u16(words));
+}
+
+BITFOLD_SIMD float reduce_add(F a) {
+  const float32x4_t four = vaddq_f32(a.low, a.high);
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+BITFOLD_SIMD float reduce_max(F a) { return vmaxvq_f32(vmaxq_f32(a.low, a.high)); }
+BITFOLD_SIMD float reduce_min(F a) { return vminvq_f32(vminq_f32(a.low, a.high)); }
+
+}  // namespace
+}  // namespace bitfold::cpu
