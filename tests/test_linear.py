@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import bitfold
 import numpy as np
 import oracle
@@ -260,3 +264,57 @@ def test_grad_x_of_strided_and_flat(format, rng, threads):
         outputs.append(torch.ops.bitfold.linear_grad_x(grad, list(qtensor.planes.values()), format, 90, 135))
         assert torch.equal(outputs[0], outputs[-1])
     assert_close(outputs[0], grad, w.T, None, format)
+
+
+# ---- memory ----
+
+PEAK = """
+import sys
+import torch
+import os
+import subprocess
+import sys
+
+import bitfold
+
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+n = k = 4096
+planes = [torch.zeros(law.shape(n, k), dtype=law.dtype) for law in bitfold.formats.parse(sys.argv[1]).planes]
+dtype, layout = getattr(torch, sys.argv[2]), sys.argv[3]
+if layout == "flat":
+    planes = [plane.reshape(1, -1) if plane.dim() == 2 else plane for plane in planes]
+small = bitfold.encode(torch.ones(64, 64), sys.argv[1])
+for m in (1, 9):
+    bitfold.linear(torch.ones(m, 64, dtype=dtype), small)
+    x = torch.ones(m, k, dtype=dtype)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    torch.ops.bitfold.linear(x, planes, sys.argv[1], n, k, None, layout)
+    print(peak() - before)
+"""
+
+
+BIG = [
+    ("int4-g128", "float32", "rows"),
+    ("nf4-b64-dq", "float16", "rows"),
+    ("int3-g16-asym", "float64", "rows"),
+    ("nf4-b64", "bfloat16", "flat"),
+]
+
+
+@pytest.mark.parametrize(("format", "dtype", "layout"), BIG)
+def test_no_decoded_copy_of_the_matrix(format, dtype, layout):
+    """The peak of resident memory grows by far less than the smallest decoded copy (32 MiB in 16 bits)."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the peak of resident memory can't be reset here")
+    command = [sys.executable, "-c", PEAK, format, dtype, layout]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    grown = [int(line) for line in done.stdout.split()]
+    assert len(grown) == 2
+    assert max(grown) < 8 * 2**20, f"{[size >> 20 for size in grown]} MiB"

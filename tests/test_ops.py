@@ -24,8 +24,9 @@ def arguments(qtensor: bitfold.QTensor) -> tuple:
 # ---- opcheck ----
 
 
-@pytest.mark.parametrize("format", some_formats())
+@pytest.mark.parametrize("format", ["bf16", "fp8", "int4-g16-asym", "int3-tensor", "nf4-b32", "nf4-b32-dq"])
 def test_opcheck(format, rng):
+    """Every op, on a format of every set of planes; linear on every dtype."""
     qtensor = quantized(rng, format)
     planes, text, n, k = arguments(qtensor)
     weight = torch.from_numpy(weights(rng, n, k))
@@ -37,27 +38,21 @@ def test_opcheck(format, rng):
         torch.library.opcheck(op, args, options, test_utils=OPCHECKS)
 
     check(ops.encode.default, weight, text)
-    check(ops.encode.default, weight.half().t().contiguous().t(), text, offset, text in ("fp16", "bf16"))
+    check(ops.encode.default, weight.half().t().contiguous().t(), text, offset, text == "bf16")
     check(ops.pack.default, logical.codes, logical.scales, logical.zeros, text, nested)
-    for layout in ("rows", "flat") if qtensor.format.endswith(("-g16", "-b32")) else ("rows",):
+    for layout in ("rows", "flat") if qtensor.format.startswith("nf4") else ("rows",):
         if layout == "flat":
             planes = list(bitfold.encode(weight.reshape(1, n * k), text).planes.values())
         check(ops.unpack.default, planes, text, n, k, layout)
-        for dtype in FLOATS:
+        check(ops.decode.default, planes, text, n, k, torch.bfloat16, layout)
+        ids = torch.tensor([[1, 0], [5, 5]])
+        check(ops.embedding.default, ids, planes, text, n, k, torch.float32, layout)
+        grad = torch.randn(3, n, requires_grad=True)
+        check(ops.linear_grad_x.default, grad, planes, text, n, k, layout)
+        for dtype in FLOATS if layout == "rows" else (torch.float32,):
             x = torch.randn(3, k, dtype=dtype, requires_grad=True)
             bias = torch.randn(n, dtype=dtype, requires_grad=True)
-            check(ops.decode.default, planes, text, n, k, dtype, layout)
-            check(ops.embedding.default, torch.tensor([[1, 0], [5, 5]]), planes, text, n, k, dtype, layout)
             check(ops.linear.default, x, planes, text, n, k, bias, layout)
-            check(
-                ops.linear_grad_x.default,
-                torch.randn(3, n, dtype=dtype, requires_grad=True),
-                planes,
-                text,
-                n,
-                k,
-                layout,
-            )
     check(ops.linear.default, torch.randn(2, 4, k).transpose(0, 1), planes, text, n, k, None, layout)
     check(ops.linear.default, torch.randn(k), planes, text, n, k, None, layout)
 

@@ -34,60 +34,76 @@ struct Stream<kBf16> {
   }
 };
 
-template <int Row, int M>
-void fused_rows(const FusedArgs& a, int first) {
+// R rows of the weight at once, so that enough sums are under way to hide the latency of an addition.
+template <int Row, int M, int R>
+BITFOLD_SIMD void fused_rows(const FusedArgs& a, int first, int64_t row) {
   constexpr FormatRow kRow = kFormats[Row];
   const Weight& w = *a.w;
   const int64_t row_bytes = ceil_div(w.k * kRow.bits, 8);
   const int64_t group_size = w.format.group;
   const int64_t piece = group_size > 0 ? group_size : kPiece;
-  Stream<Row> stream;
-  for (int64_t row = a.row_begin; row < a.row_end; ++row) {
-    const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * row_bytes;
-    F totals[M];
-    for (int j = 0; j < M; ++j) totals[j] = splat(0.0f);
-    for (int64_t begin = 0; begin < w.k; begin += piece) {
-      const int64_t stop = smaller(w.k, begin + piece);
-      F even[M], odd[M];
-      for (int j = 0; j < M; ++j) even[j] = odd[j] = splat(0.0f);
-      float scale = 1.0f;
-      if constexpr (kRow.grid != Grid::Cast) {
-        const int64_t group = group_size > 0 ? begin / group_size : 0;
-        scale = group_scale(w, row, group);
-        stream.values.set_zero(group_zero(w, row, group));
-      }
-      const auto step = [&](const uint8_t* from, int64_t from_column, int64_t column) {
-        const F w0 = stream.at(from, from_column), w1 = stream.at(from, from_column + kLanes);
+  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * row_bytes;
+  Stream<Row> streams[R];
+  F totals[R][M];
+  for (auto& total : totals) {
+    for (F& lanes : total) lanes = splat(0.0f);
+  }
+  for (int64_t begin = 0; begin < w.k; begin += piece) {
+    const int64_t stop = smaller(w.k, begin + piece);
+    const int64_t group = group_size > 0 ? begin / group_size : 0;
+    F even[R][M], odd[R][M];
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < M; ++j) even[r][j] = odd[r][j] = splat(0.0f);
+      if constexpr (kRow.grid == Grid::Integer) streams[r].values.set_zero(group_zero(w, row + r, group));
+    }
+    const auto step = [&](const uint8_t* from, int64_t from_stride, int64_t from_column, int64_t column) {
+      for (int r = 0; r < R; ++r) {
+        const F w0 = streams[r].at(from + r * from_stride, from_column);
+        const F w1 = streams[r].at(from + r * from_stride, from_column + kLanes);
         for (int j = 0; j < M; ++j) {
           const float* x = a.x + (first + j) * a.x_stride + column;
-          even[j] = fma(w0, load(x), even[j]);
-          odd[j] = fma(w1, load(x + kLanes), odd[j]);
+          even[r][j] = fma(w0, load(x), even[r][j]);
+          odd[r][j] = fma(w1, load(x + kLanes), odd[r][j]);
         }
-      };
-      int64_t i = begin;
-      for (; i + 2 * kLanes <= stop; i += 2 * kLanes) step(codes, i, i);
-      if (i <
-          stop) {  // the row's last columns: x is padded with zeros, the codes are copied to where they may be overread
-        uint8_t tail[2 * kLanes * 2] = {};
-        const int64_t offset = i * kRow.bits / 8;
-        std::memcpy(tail, codes + offset, static_cast<size_t>(row_bytes - offset));
-        step(tail, 0, i);
       }
-      for (int j = 0; j < M; ++j) totals[j] = fma(add(even[j], odd[j]), splat(scale), totals[j]);
+    };
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= stop; i += 2 * kLanes) step(codes, row_bytes, i, i);
+    if (i < stop) {  // the last columns: x is padded with zeros, the codes are copied to where they may be overread
+      constexpr int64_t kTail = 2 * kLanes * 2;
+      uint8_t tails[R * kTail] = {};
+      const int64_t offset = i * kRow.bits / 8;
+      for (int r = 0; r < R; ++r) {
+        std::memcpy(tails + r * kTail, codes + r * row_bytes + offset, static_cast<size_t>(row_bytes - offset));
+      }
+      step(tails, kTail, 0, i);
     }
-    for (int j = 0; j < M; ++j) a.y[(first + j) * a.y_stride + row - a.row_begin] = reduce_add(totals[j]);
+    for (int r = 0; r < R; ++r) {
+      const F scale = splat(kRow.grid == Grid::Cast ? 1.0f : group_scale(w, row + r, group));
+      for (int j = 0; j < M; ++j) totals[r][j] = fma(add(even[r][j], odd[r][j]), scale, totals[r][j]);
+    }
   }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < M; ++j) a.y[(first + j) * a.y_stride + row + r - a.row_begin] = reduce_add(totals[r][j]);
+  }
+}
+
+template <int Row, int M, int R>
+void fused_range(const FusedArgs& a, int first) {
+  int64_t row = a.row_begin;
+  for (; row + R <= a.row_end; row += R) fused_rows<Row, M, R>(a, first, row);
+  for (; row < a.row_end; ++row) fused_rows<Row, M, 1>(a, first, row);
 }
 
 template <int Row>
 void fused(const FusedArgs& a) {
   int first = 0;
-  for (; first + 4 <= a.m; first += 4) fused_rows<Row, 4>(a, first);
+  for (; first + 4 <= a.m; first += 4) fused_range<Row, 4, 1>(a, first);
   if (first + 2 <= a.m) {
-    fused_rows<Row, 2>(a, first);
+    fused_range<Row, 2, 2>(a, first);
     first += 2;
   }
-  if (first < a.m) fused_rows<Row, 1>(a, first);
+  if (first < a.m) fused_range<Row, 1, 4>(a, first);
 }
 
 }  // namespace

@@ -1,6 +1,4 @@
-"""The command `bitfold`. Each command is one file; typer and rich (the extra `cli`) are imported when it
-runs.
-"""
+"""The command `bitfold`, one file a command; typer and rich (the extra `cli`) are imported when it runs."""
 
 from __future__ import annotations
 
@@ -9,9 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and exit: 0, 2 for what the user can mend (one sentence on stderr), 130
-    interrupted.
-    """
+    """Run the command line and exit: 0; 2 for what the user can mend; 130 interrupted; 143 terminated."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half done is cleared away
     try:
         from bitfold.cli.app import run
