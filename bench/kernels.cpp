@@ -50,12 +50,7 @@ struct Encoded {
     for (int i = 0; i < laws.count; ++i) {
       const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
       planes.emplace_back(static_cast<size_t>(plane_extent(law, kN, kK).elements() * law.unit / 8));
-      char* data = planes.back().data();
-      if (law.name == "codes") out.codes = data;
-      if (law.name == "scales") out.scales = data;
-      if (law.name == "zeros") out.zeros = reinterpret_cast<uint8_t*>(data);
-      if (law.name == "nested_scales") out.nested_scales = reinterpret_cast<float*>(data);
-      if (law.name == "nested_offset") out.nested_offset = reinterpret_cast<float*>(data);
+      set_plane(&out, law.plane, planes.back().data());
     }
     encode();
   }

@@ -75,6 +75,26 @@ struct PlanesOut {
   float* nested_offset;
 };
 
+// Puts a plane's bytes where a kernel looks for them.
+inline void set_plane(Weight* w, PlaneIndex plane, const void* data) {
+  switch (plane) {
+    case kCodes: w->codes = data; break;
+    case kScales: w->scales = data; break;
+    case kZeros: w->zeros = static_cast<const uint8_t*>(data); break;
+    case kNestedScales: w->nested_scales = static_cast<const float*>(data); break;
+    default: w->nested_offset = static_cast<const float*>(data); break;
+  }
+}
+inline void set_plane(PlanesOut* out, PlaneIndex plane, void* data) {
+  switch (plane) {
+    case kCodes: out->codes = data; break;
+    case kScales: out->scales = data; break;
+    case kZeros: out->zeros = static_cast<uint8_t*>(data); break;
+    case kNestedScales: out->nested_scales = static_cast<float*>(data); break;
+    default: out->nested_offset = static_cast<float*>(data); break;
+  }
+}
+
 struct EncodeArgs {
   Format format;
   MatrixIn w;

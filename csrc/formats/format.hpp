@@ -82,10 +82,14 @@ Layout parse_layout(std::string_view text);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The planes that a weight can have; a format has some of them, in this order.
+enum PlaneIndex : int { kCodes, kScales, kZeros, kNestedScales, kNestedOffset, kMaxPlanes };
+
 // The size law of one plane as plain numbers, so that Python can divide symbolic sizes by them:
 //   entries of a row = per > 0 ? ceil(k / per) : 1;  columns = ceil(entries * bits / unit);
 //   shape = nested_per > 0 ? [ceil(rows * entries / nested_per)] : [rows, columns], rows = one_row ? 1 : n.
 struct PlaneLaw {
+  PlaneIndex plane;
   std::string_view name;
   DType dtype;
   bool one_row;
@@ -95,8 +99,6 @@ struct PlaneLaw {
   int64_t nested_per;  // > 0: a vector, one element for so many entries of the whole matrix (kOneElement: just one)
 };
 inline constexpr int64_t kOneElement = int64_t{1} << 62;
-
-enum PlaneIndex : int { kCodes, kScales, kZeros, kNestedScales, kNestedOffset, kMaxPlanes };
 
 struct PlaneLaws {
   std::array<PlaneLaw, kMaxPlanes> items;
@@ -129,16 +131,16 @@ constexpr PlaneLaws plane_laws(const Format& format) {
   PlaneLaws laws{};
   auto add = [&](PlaneLaw law) { laws.items[static_cast<size_t>(laws.count++)] = law; };
   if (row.grid == Grid::Cast) {
-    add({"codes", format.row == kFp16 ? DType::F16 : DType::BF16, false, 1, 16, 16, 0});
+    add({kCodes, "codes", format.row == kFp16 ? DType::F16 : DType::BF16, false, 1, 16, 16, 0});
     return laws;
   }
   const DType scale = scale_dtype(format.scale);
-  add({"codes", DType::U8, false, 1, row.bits, 8, 0});
-  add({"scales", scale, one_row, per, dtype_bits(scale), dtype_bits(scale), 0});
-  if (format.zero == Zero::Integer) add({"zeros", DType::U8, one_row, per, row.bits, 8, 0});
+  add({kCodes, "codes", DType::U8, false, 1, row.bits, 8, 0});
+  add({kScales, "scales", scale, one_row, per, dtype_bits(scale), dtype_bits(scale), 0});
+  if (format.zero == Zero::Integer) add({kZeros, "zeros", DType::U8, one_row, per, row.bits, 8, 0});
   if (format.scale == Scale::Nested) {
-    add({"nested_scales", DType::F32, one_row, per, 32, 32, kNestedGroup});
-    add({"nested_offset", DType::F32, true, 0, 32, 32, kOneElement});
+    add({kNestedScales, "nested_scales", DType::F32, one_row, per, 32, 32, kNestedGroup});
+    add({kNestedOffset, "nested_offset", DType::F32, true, 0, 32, 32, kOneElement});
   }
   return laws;
 }

@@ -1,6 +1,5 @@
 #include "torch/border.hpp"
 
-#include <array>
 #include <new>
 #include <stdexcept>
 
@@ -14,20 +13,6 @@ std::string shape_text(const int64_t* sizes, int64_t dims) {
   std::string text = "[";
   for (int64_t i = 0; i < dims; ++i) text += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
   return text + "]";
-}
-
-// The planes of a Weight, in the order of PlaneIndex, found by the names of the laws.
-struct PlaneSlots {
-  std::array<Tensor*, kMaxPlanes> at{};
-};
-
-PlaneIndex plane_index(std::string_view name) {
-  constexpr std::array<std::string_view, kMaxPlanes> kNames = {"codes", "scales", "zeros", "nested_scales",
-                                                               "nested_offset"};
-  for (size_t i = 0; i < kNames.size(); ++i) {
-    if (kNames[i] == name) return static_cast<PlaneIndex>(i);
-  }
-  return kMaxPlanes;
 }
 
 std::vector<int64_t> extent_sizes(const PlaneLaw& law, int64_t n, int64_t k) {
@@ -123,14 +108,7 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_
            std::to_string(k) + " weight it must be " + shape_text(expected.data(), extent.dims));
     }
     if (!plane.is_contiguous()) fail(what + " is not contiguous; it must be");
-    const void* data = plane.const_data_ptr();
-    switch (plane_index(law.name)) {
-      case kCodes: w.codes = data; break;
-      case kScales: w.scales = data; break;
-      case kZeros: w.zeros = static_cast<const uint8_t*>(data); break;
-      case kNestedScales: w.nested_scales = static_cast<const float*>(data); break;
-      default: w.nested_offset = static_cast<const float*>(data); break;
-    }
+    set_plane(&w, law.plane, plane.const_data_ptr());
   }
   return w;
 }
@@ -143,14 +121,7 @@ std::vector<Tensor> new_planes(const Tensor& like, const Format& format, int64_t
     const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
     const std::vector<int64_t> sizes = extent_sizes(law, n, k);
     planes.push_back(torch::stable::new_empty(like, {sizes.data(), sizes.size()}, scalar_type(law.dtype)));
-    void* data = planes.back().mutable_data_ptr();
-    switch (plane_index(law.name)) {
-      case kCodes: out->codes = data; break;
-      case kScales: out->scales = data; break;
-      case kZeros: out->zeros = static_cast<uint8_t*>(data); break;
-      case kNestedScales: out->nested_scales = static_cast<float*>(data); break;
-      default: out->nested_offset = static_cast<float*>(data); break;
-    }
+    set_plane(out, law.plane, planes.back().mutable_data_ptr());
   }
   return planes;
 }
