@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from bitfold.cli.app import run
+from tiny import one_thread  # noqa: F401
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

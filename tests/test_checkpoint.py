@@ -21,6 +21,7 @@ from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError, ShardWriter, TensorSpec, plan_shards, read_header, shard_names
 from bitfold.writer import CheckpointWriter
+from tiny import one_thread  # noqa: F401
 from torch import nn
 
 IDS = torch.arange(40).remainder(tiny.VOCAB)[None]

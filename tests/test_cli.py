@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from bitfold.cli.app import run
+from tiny import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from bitfold import hf
 from bitfold.evaluate import Comparison, compare_all, cut, kl_gap
+from tiny import one_thread  # noqa: F401
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 RECIPES = ("int8", "int4-g32", "int4-g128", "int4-tensor", "nf4-b64", "int4-g64-sfp32", "int4-mixed")

@@ -53,7 +53,6 @@ def refused(*args, says: str = "", **options) -> str:
 # ---- every format ----
 
 
-@pytest.mark.isa
 @pytest.mark.parametrize("format", every_format())
 def test_encode_and_decode(format, rng):
     for n, k in NESTED_SHAPES if format.endswith("dq") else SHAPES:
@@ -259,7 +258,6 @@ def test_fp4_zeros():
     assert encoded.decode()[0, 1:7].tolist() == [0.0] * 6
 
 
-@pytest.mark.isa
 @pytest.mark.parametrize("format", every_format())
 def test_all_zero_groups_decode_to_exact_zeros(format):
     w = torch.zeros(4, 150)

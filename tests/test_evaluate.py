@@ -15,6 +15,7 @@ from bitfold import evaluate
 from bitfold.evaluate import Estimate, compare, compare_all, cut, kl_gap, percentile, perplexity, ratio
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import one_thread  # noqa: F401
 from torch import nn
 
 VOCAB = tiny.VOCAB

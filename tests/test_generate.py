@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from bitfold.generate import generate
+from tiny import one_thread  # noqa: F401
 
 PROMPTS = ["def f(x):", "a", "The quick brown fox jumps over"]
 

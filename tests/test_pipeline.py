@@ -15,6 +15,7 @@ from bitfold.pipeline import check_finite
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError
 from safetensors.torch import save_file
+from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 TIED_INT8 = Recipe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,6 +15,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 BOS, EOS = "<bos>", "<eos>"
 VOCAB = 258
 TEXT = "The quick brown fox jumps over the lazy dog; packed boxes hold five dozen jugs.\n" * 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For modules that import it: models this small gain nothing from more threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config(
