@@ -2,9 +2,9 @@
 
     python bench/linear.py --out bench/results/NAME.json
 
-Every case is validated against float64 first. The contestants of a case take turns, so that a busy machine slows them
-alike; the medians and the ratio of the medians are reported. Weights rotate over enough matrices that the last-level cache does not
-answer for memory.
+Every case is validated against float64 first. The contestants of a case take turns, so that a busy machine slows
+them alike; the medians and the ratio of the medians are reported. Weights rotate over enough matrices that the
+last-level cache does not answer for memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,23 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 import bitfold
+import torch
+import torch.nn.functional as F
 from bitfold import _C
 
-FORMATS = ("int8", "int4-g128", "int4-g128-asym", "int3-g64", "int2-g64", "nf4", "nf4-dq", "fp4", "fp8", "fp16")
+FORMATS = (
+    "int8",
+    "int4-g128",
+    "int4-g128-asym",
+    "int3-g64",
+    "int2-g64",
+    "nf4",
+    "nf4-dq",
+    "fp4",
+    "fp8",
+    "fp16",
+)
 CACHE_BYTES = 48 << 20  # what the rotating matrices exceed together
 
 
@@ -35,7 +46,9 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return run.stdout.strip() or "unknown"
 
 
@@ -53,7 +66,9 @@ def take_turns(contestants: dict[str, Callable[[], object]], seconds: float) -> 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def rotating(make: Callable[[], object], nbytes: int, use: Callable[[object], object]) -> Callable[[], object]:
+def rotating(
+    make: Callable[[], object], nbytes: int, use: Callable[[object], object]
+) -> Callable[[], object]:
     """Calls `use` on one after another of enough matrices to exceed the cache."""
     items = [make() for _ in range(max(2, CACHE_BYTES // max(nbytes, 1) + 1))]
 
@@ -71,11 +86,10 @@ def measure(n: int, k: int, batches: list[int], seconds: float) -> list[dict[str
     encoded = {name: bitfold.encode(weight, name) for name in FORMATS}
     for m in batches:
         x = torch.randn(m, k, dtype=torch.bfloat16)
+        wide = x.float()
         contestants = {
-            "torch bf16": rotating(lambda: weight.bfloat16(), n * k * 2, lambda w, x=x: torch.nn.functional.linear(x, w)),
-            "torch fp32": rotating(
-                lambda: weight.clone(), n * k * 4, lambda w, x=x.float(): torch.nn.functional.linear(x, w)
-            ),
+            "torch bf16": rotating(weight.bfloat16, n * k * 2, lambda w, x=x: F.linear(x, w)),
+            "torch fp32": rotating(weight.clone, n * k * 4, lambda w, x=wide: F.linear(x, w)),
         }
         for name, qtensor in encoded.items():
             exact = x.double() @ qtensor.decode(torch.float64).T
@@ -83,7 +97,9 @@ def measure(n: int, k: int, batches: list[int], seconds: float) -> list[dict[str
             if error > 4e-3:
                 raise SystemExit(f"{name} at m={m} is wrong: relative error {error:.2e}")
             contestants[name] = rotating(
-                lambda q=qtensor: bitfold.QTensor(q.format, q.shape, {p: t.clone() for p, t in q.planes.items()}),
+                lambda q=qtensor: bitfold.QTensor(
+                    q.format, q.shape, {p: t.clone() for p, t in q.planes.items()}
+                ),
                 qtensor.nbytes,
                 lambda q, x=x: bitfold.linear(x, q),
             )
@@ -108,7 +124,16 @@ def measure(n: int, k: int, batches: list[int], seconds: float) -> list[dict[str
         runs = {"encode": lambda f=name: bitfold.encode(weight, f), "decode": qtensor.decode}
         for op, ms in take_turns(runs, seconds / 4).items():
             rate = n * k / ms / 1e3
-            rows.append({"op": op, "n": n, "k": k, "name": name, "ms": round(ms, 4), "M_weights_per_s": round(rate, 1)})
+            rows.append(
+                {
+                    "op": op,
+                    "n": n,
+                    "k": k,
+                    "name": name,
+                    "ms": round(ms, 4),
+                    "M_weights_per_s": round(rate, 1),
+                }
+            )
             print(f"{n}x{k} {op} {name:16}{ms:10.3f} ms {rate:10.1f} M weights/s")
     return rows
 

@@ -276,15 +276,15 @@ class Family:
     nested: bool = False
 
 
-def _groups(grid, kind, default, **more):
-    return Family(grid, kind, "g", 16, 2**40, default, "fp16", **more)
+def _groups(grid, kind, default, scale="fp16", **more):
+    return Family(grid, kind, "g", 16, 2**40, default, scale, **more)
 
 
 FAMILIES = {
     "fp16": Family(Cast(FP16), "cast"),
     "bf16": Family(Cast(BF16), "cast"),
-    "fp8-e4m3": _groups(Minifloat(E4M3), "minifloat", "channel"),
-    "fp8-e5m2": _groups(Minifloat(E5M2), "minifloat", "channel"),
+    "fp8-e4m3": _groups(Minifloat(E4M3), "minifloat", "channel", "fp32"),
+    "fp8-e5m2": _groups(Minifloat(E5M2), "minifloat", "channel", "fp32"),
     "int8": _groups(Integer(8), "integer", "channel", asymmetric=True),
     "int4": _groups(Integer(4), "integer", "g128", asymmetric=True),
     "int3": _groups(Integer(3), "integer", "g64", asymmetric=True),

@@ -345,6 +345,18 @@ def test_float64_beyond_binary32(format):
     check_message(refused(w, format), oracle.NotFinite(1, 33), format)
 
 
+def with_scale(format: str, scale: str) -> str:
+    return oracle.parse(f"{re.sub('-(dq|s(fp16|bf16|fp32))$', '', format)}-s{scale}").canonical
+
+
+def encodes(w: torch.Tensor, format: str) -> bool:
+    try:
+        oracle.encode(w.numpy(), format)
+    except oracle.OracleError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("format", every_format())
 def test_scale_faults(format):
     """Weights that no scale dtype but a wide one can serve, in one group of the last row."""
@@ -360,7 +372,11 @@ def test_scale_faults(format):
             expected = oracle.encode(w.numpy(), format)
         except oracle.OracleError as error:
             found.add(type(error))
-            check_message(refused(w, format), error, format)
+            message = refused(w, format)
+            check_message(message, error, format)
+            suggestion = re.search(r"use '(.+)'", message)
+            if suggestion and magnitude > 1e-30 and encodes(w, with_scale(format, "fp32")):
+                assert encodes(w, suggestion.group(1)), f"{message}: that fails too"
         else:
             assert_planes(bitfold.encode(w, format), expected, f"{format} {magnitude}")
     if fmt.scale == "fp16":

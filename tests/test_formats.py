@@ -17,7 +17,7 @@ SPELLINGS = {
     "bf16": "bf16",
     "fp8": "fp8-e4m3-channel",
     "fp8-g32": "fp8-e4m3-g32",
-    "fp8-tensor-sfp32": "fp8-e4m3-tensor-sfp32",
+    "fp8-tensor-sfp16": "fp8-e4m3-tensor-sfp16",
     "fp8-e4m3": "fp8-e4m3-channel",
     "fp8-e5m2": "fp8-e5m2-channel",
     "fp8-e5m2-g16-sbf16": "fp8-e5m2-g16-sbf16",

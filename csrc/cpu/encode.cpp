@@ -246,7 +246,7 @@ EncodeStatus encode_rows(const EncodeArgs& args) {
       float* w = scratch.w.data();
       read_row(kernels, args.w, r, w);
       EncodeStatus status;
-      for (int64_t g = 0; g < groups && status.fault == EncodeFault::None; ++g) {
+      for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * group_size, count = std::min(k - first, group_size);
         const GroupRange range = kernels.group_range(w + first, count);
         if (!range.finite) {
@@ -255,7 +255,11 @@ EncodeStatus encode_rows(const EncodeArgs& args) {
         }
         const GroupGrid grid = choose_grid(format, range);
         const EncodeFault fault = scale_fault(format, grid);
-        if (fault != EncodeFault::None) status = {fault, r, first, grid.exact, 0};
+        if (fault != EncodeFault::None) {  // unless a weight further on is not even finite
+          status = not_finite(w, k, r);
+          if (status.fault == EncodeFault::None) status = {fault, r, first, grid.exact, 0};
+          break;
+        }
         store_scale(scales, format.scale, r * groups + g, grid.scale);
         scratch.zeros[g] = static_cast<uint8_t>(grid.zero);
         quantize_group(kernels, format, grid, w + first, count, scratch.codes.data() + first);

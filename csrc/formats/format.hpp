@@ -41,11 +41,12 @@ struct FormatRow {
 
 inline constexpr int64_t kAnyGroup = int64_t{1} << 40;
 
+// fp8 scales are fp32: the largest weight over 57344 is below what fp16 holds for ordinary weights.
 inline constexpr std::array kFormats = {
     FormatRow{"fp16", Grid::Cast, 16, 65504.0f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
     FormatRow{"bf16", Grid::Cast, 16, 3.3895313892515355e38f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
-    FormatRow{"fp8-e4m3", Grid::Minifloat, 8, 448.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', false, false, false},
-    FormatRow{"fp8-e5m2", Grid::Minifloat, 8, 57344.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', false, false,
+    FormatRow{"fp8-e4m3", Grid::Minifloat, 8, 448.0f, Scale::F32, kPerChannel, 16, kAnyGroup, 'g', false, false, false},
+    FormatRow{"fp8-e5m2", Grid::Minifloat, 8, 57344.0f, Scale::F32, kPerChannel, 16, kAnyGroup, 'g', false, false,
               false},
     FormatRow{"int8", Grid::Integer, 8, 127.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', true, false, false},
     FormatRow{"int4", Grid::Integer, 4, 7.0f, Scale::F16, 128, 16, kAnyGroup, 'g', true, false, false},

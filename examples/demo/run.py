@@ -100,8 +100,7 @@ def run(folder: Path, recipes: tuple[str, ...], tokens: int) -> None:
 def print_table(
     results: dict[str, Result], comparisons: dict[str, Comparison], base_generation: Generation
 ) -> None:
-    """One row for the base and one for each recipe; "bits" are those of a quantized weight, scales included.
-    """
+    """One row for the base and one for each recipe; "bits" are those of a quantized weight, scales included."""
     first = next(iter(comparisons.values())).base
     size = next(iter(results.values())).summary.bytes_before
     print(

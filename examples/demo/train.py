@@ -205,9 +205,7 @@ def main() -> None:
 
     encoded = tokenizer(train_texts, verbose=False)["input_ids"]  # BOS comes with each file
     stream = torch.tensor([t for ids in encoded for t in [*ids, tokenizer.eos_token_id]])
-    heldout = torch.tensor(
-        tokenizer(heldout_text, add_special_tokens=False, verbose=False)["input_ids"]
-    )
+    heldout = torch.tensor(tokenizer(heldout_text, add_special_tokens=False, verbose=False)["input_ids"])
     n_bytes = len(heldout_text.encode())
     bytes_per_token = n_bytes / len(heldout)
     log(
