@@ -400,7 +400,7 @@ def test_the_suggested_scale_dtype_works():
         ("int4-g32", 1e9),
         ("int4-g32", 1e-9),
         ("nf4-b64-sfp16", 1e7),
-        ("fp8-e4m3-tensor", 1e-8),
+        ("fp8-e4m3-tensor-sfp16", 1e-8),
     ]:
         w = torch.full((2, 64), value)
         message = refused(w, format)

@@ -140,8 +140,8 @@ print(json.dumps({"above": peak - start}))
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc/self/status")
 def test_memory_stays_below_a_shard(tmp_path):
     """A model of six shards; what is beyond the imports stays well below one of them."""
-    shard = 16 << 20
-    source = tiny.write_llama(tmp_path / "m", shard="16MB", layers=12, hidden=512, ffn=2048)
+    shard = 32 << 20  # the level wavers by 17 MB, whatever the size of the model
+    source = tiny.write_llama(tmp_path / "m", shard="32MB", layers=22, hidden=512, ffn=2048)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert total > 5 * shard
     small = tiny.write_llama(tmp_path / "small")
