@@ -1,5 +1,7 @@
-// The kernels without torch: encode, decode and linear of every family. `cmake -B build-bench -DBITFOLD_BENCH=ON`, then
-// `build-bench/bench/bench_kernels`. BITFOLD_ISA forces an instruction set; each case is validated before it is timed.
+// The kernels without torch: encode, decode and linear of every family; each case is validated before it is timed.
+//
+//   cmake -B build-bench -DBITFOLD_BENCH=ON -DBITFOLD_PYTHON=OFF && cmake --build build-bench
+//   build-bench/bench/bench_kernels       (BITFOLD_ISA forces an instruction set)
 #include <benchmark/benchmark.h>
 
 #include <cmath>

@@ -5,7 +5,8 @@ if(NOT benchmark_FOUND)
   set(BENCHMARK_ENABLE_TESTING OFF CACHE BOOL "" FORCE)
   set(BENCHMARK_ENABLE_INSTALL OFF CACHE BOOL "" FORCE)
   FetchContent_Declare(benchmark
-    URL https://github.com/google/benchmark/archive/refs/tags/v1.9.5.tar.gz
-    URL_HASH SHA256=9631341c82bac4a288bef951f8b26b41f69021794184ece969f8473977eaa340)
+    GIT_REPOSITORY https://github.com/google/benchmark.git
+    GIT_TAG v1.9.4
+    GIT_SHALLOW ON)
   FetchContent_MakeAvailable(benchmark)
 endif()
