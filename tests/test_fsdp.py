@@ -1,5 +1,7 @@
 """FSDP2 in two gloo processes: planes come back bit-equal after sharding, and so does the forward."""
 
+import os
+
 import bitfold
 import pytest
 import torch
@@ -74,13 +76,14 @@ def run(rank: int, store: str) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        mesh = dist.init_device_mesh("cpu", (WORLD,))
-        for format in VARIANTS:
-            check(format, mesh)
-        check_cast(mesh)
-    finally:
-        dist.destroy_process_group()
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    for format in VARIANTS:
+        check(format, mesh)
+    check_cast(mesh)
+    dist.barrier()
+    # All has been asserted. gloo's threads race the end of the interpreter now and then ("terminate called without an
+    # active exception"), so the end is left out.
+    os._exit(0)
 
 
 def test_two_ranks_shard_and_gather_every_family(tmp_path):
