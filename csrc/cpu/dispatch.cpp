@@ -15,6 +15,7 @@ namespace bitfold::cpu {
   void fill_encode_##name(Kernels&);  \
   void fill_decode_##name(Kernels&);  \
   void fill_fused_##name(Kernels&);   \
+  void fill_words_##name(Kernels&);   \
   void fill_tiled_##name(Kernels&);
 #define BITFOLD_FILL(name)        \
   [](Kernels& kernels) {          \
@@ -23,6 +24,7 @@ namespace bitfold::cpu {
     fill_encode_##name(kernels);  \
     fill_decode_##name(kernels);  \
     fill_fused_##name(kernels);   \
+    fill_words_##name(kernels);   \
     fill_tiled_##name(kernels);   \
   }
 

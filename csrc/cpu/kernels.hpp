@@ -24,12 +24,14 @@ struct QuantizeArgs {
   uint8_t* codes;
 };
 
-// Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; x is fp32, zero-padded to x_stride
-// columns, a multiple of kFusedAlign. y[j * y_stride + row] receives the sums.
+// Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; y[j * y_stride + row - row_begin]
+// receives the sums. x holds fused_rows(m) arranged rows, the ones past m zero; x_sums their sums over each word.
 struct FusedArgs {
   const Weight* w;
   const float* x;
   int64_t x_stride;
+  const float* x_sums;
+  int64_t x_sums_stride;
   int m;
   int64_t row_begin;
   int64_t row_end;
@@ -37,9 +39,12 @@ struct FusedArgs {
   int64_t y_stride;
 };
 inline constexpr int kFusedRows = 8;
-inline constexpr int64_t kFusedAlign = 32;
+constexpr int fused_rows(int m) { return m <= 2 ? m : m <= 4 ? 4 : 8; }
 
-// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns (a multiple of kFusedAlign, zero-padded); rows is a
+// Vectors are at most 16 lanes, and two are under way: what tiles and padded rows are a multiple of.
+inline constexpr int64_t kAlign = 32;
+
+// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns (a multiple of kAlign, zero-padded); rows is a
 // multiple of the kernels' tile_w, m of their tile_x.
 struct TileArgs {
   const float* w;
@@ -54,7 +59,7 @@ struct TileArgs {
 };
 
 // sums[j * sum_stride + c] += sum over i < rows of factors[j * factor_stride + i] * w[i * w_stride + c], c < columns
-// (a multiple of kFusedAlign); rows is a multiple of kAxpyRows.
+// (a multiple of kAlign); rows is a multiple of kAxpyRows.
 struct AxpyArgs {
   const float* w;
   int64_t w_stride;
@@ -72,7 +77,16 @@ inline constexpr int kAxpyRows = 4;
 using QuantizeFn = void (*)(const QuantizeArgs&);
 // Columns [begin, end) of plane row `row`, decoded to fp32.
 using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out);
-using FusedFn = void (*)(const FusedArgs&);
+
+// How one family multiplies small batches.
+struct FusedKernel {
+  void (*multiply)(const FusedArgs&);
+  // A row of x in the order in which the codes are decoded, padded with zeros to a multiple of `chunk` columns, and its
+  // sums over words of `word` columns.
+  void (*arrange)(const float* x, int64_t k, float* to, float* sums);
+  int chunk;
+  int word;
+};
 
 struct Kernels {
   const char* isa;
@@ -81,7 +95,7 @@ struct Kernels {
   GroupRange (*group_range)(const float* w, int64_t count);
   QuantizeFn quantize[kRowCount];  // null for cast families
   DecodeSpanFn decode_span[kRowCount];
-  FusedFn fused[kRowCount];  // null where the plan never chooses it
+  FusedKernel fused[kRowCount];
   int tile_w;
   int tile_x;
   void (*tile)(const TileArgs&);

@@ -13,7 +13,7 @@ constexpr int64_t kBatchRows = 512;
 // Rows and columns of a decoded tile: with the rows of x beside it, it fits a 512 KB cache.
 constexpr int64_t kStripRows = 24;
 constexpr int64_t kStripColumns = 1024;
-static_assert(kStripColumns % kFusedAlign == 0);
+static_assert(kStripColumns % kAlign == 0);
 
 // Rows [first, first + rows) of x as fp32, zero-padded to `stride` columns and `padded` rows.
 void widen_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t rows, int64_t padded,
@@ -57,22 +57,29 @@ class Epilogue {
 
 void linear_fused(const LinearArgs& args) {
   const Kernels& kernels = cpu::kernels();
-  const int64_t m = args.x.rows, stride = round_up(args.w.k, kFusedAlign);
-  Buffer<float> panel(m * stride);
-  widen_panel(kernels, args, 0, m, m, stride, panel.data());
-  cut(args.parallel_for, args.w.n, grain_rows(args.w.k), [&](int64_t begin, int64_t end) {
-    Buffer<float> sums(m * (end - begin));
-    kernels.fused[args.w.format.row](
-        {&args.w, panel.data(), stride, static_cast<int>(m), begin, end, sums.data(), end - begin});
+  const FusedKernel& kernel = kernels.fused[args.w.format.row];
+  const int64_t m = args.x.rows, k = args.w.k, rows = fused_rows(static_cast<int>(m));
+  const int64_t stride = round_up(k, kernel.chunk), words = stride / kernel.word;
+  Buffer<float> panel(rows * stride), sums(rows * words), row(k);
+  for (int64_t j = 0; j < m; ++j) {
+    read_row(kernels, args.x, j, row.data());
+    kernel.arrange(row.data(), k, panel.data() + j * stride, sums.data() + j * words);
+  }
+  std::fill(panel.data() + m * stride, panel.data() + rows * stride, 0.0f);
+  std::fill(sums.data() + m * words, sums.data() + rows * words, 0.0f);
+  cut(args.parallel_for, args.w.n, grain_rows(k), [&](int64_t begin, int64_t end) {
+    Buffer<float> out(m * (end - begin));
+    kernel.multiply({&args.w, panel.data(), stride, sums.data(), words, static_cast<int>(m), begin, end, out.data(),
+                     end - begin});
     Epilogue finish(kernels, args, begin, end);
-    for (int64_t j = 0; j < m; ++j) finish(j, sums.data() + j * (end - begin));
+    for (int64_t j = 0; j < m; ++j) finish(j, out.data() + j * (end - begin));
   });
 }
 
 void linear_tiled(const LinearArgs& args) {
   const Kernels& kernels = cpu::kernels();
   const Weight& w = args.w;
-  const int64_t stride = round_up(w.k, kFusedAlign);
+  const int64_t stride = round_up(w.k, kAlign);
   const int64_t most = std::min(args.x.rows, kBatchRows);
   Buffer<float> panel(round_up(most, kernels.tile_x) * stride);
   for (int64_t first = 0; first < args.x.rows; first += kBatchRows) {
@@ -85,7 +92,7 @@ void linear_tiled(const LinearArgs& args) {
         const int64_t padded_rows = round_up(rows, kernels.tile_w);
         std::fill_n(sums.data(), padded * kStripRows, 0.0f);
         for (int64_t column = 0; column < w.k; column += kStripColumns) {
-          const int64_t columns = std::min(kStripColumns, w.k - column), depth = round_up(columns, kFusedAlign);
+          const int64_t columns = std::min(kStripColumns, w.k - column), depth = round_up(columns, kAlign);
           for (int64_t i = 0; i < padded_rows; ++i) {
             float* to = tile.data() + i * kStripColumns;
             if (i < rows) decode_row(kernels, w, row + i, column, column + columns, to);
@@ -149,7 +156,7 @@ constexpr int64_t kGradColumns = 256;
 constexpr int64_t kGradRows = 32;
 constexpr int64_t kGradPartial = 512;
 constexpr int64_t kGradBatch = 128;
-static_assert(kGradRows % kAxpyRows == 0 && kGradPartial % kGradRows == 0 && kGradColumns % kFusedAlign == 0);
+static_assert(kGradRows % kAxpyRows == 0 && kGradPartial % kGradRows == 0 && kGradColumns % kAlign == 0);
 
 void grad_x_tiled(const LinearGradArgs& args) {
   const Kernels& kernels = cpu::kernels();

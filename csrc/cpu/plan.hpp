@@ -15,16 +15,20 @@ struct LinearPlan {
   const char* reason;
 };
 
-// The fused kernel starts every group at a vector boundary.
+// Columns that share a scale in every lane of the fused kernels (words of at most 16 codes) and in two vectors of the
+// minifloats.
+constexpr int64_t fused_group_multiple(const Format& format) {
+  return format.info().grid == Grid::Minifloat ? kAlign : 16;
+}
 constexpr bool fused_supports(const Format& format) {
-  return format.info().grid == Grid::Cast || format.group < 1 || format.group % kFusedAlign == 0;
+  return format.group < 1 || format.group % fused_group_multiple(format) == 0;
 }
 
 constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, DType activations) {
   if (activations == DType::F64) return {Regime::Floor, "float64 is computed in float64"};
   if (layout == Layout::Flat) return {Regime::Floor, "blocks straddle rows"};
   if (m > kFusedRows) return {Regime::Tiled, "a batch of more than 8 rows shares each decoded tile"};
-  if (!fused_supports(format)) return {Regime::Tiled, "the group is no multiple of 32 columns"};
+  if (!fused_supports(format)) return {Regime::Tiled, "the group is no multiple of 16 columns (fp8: 32)"};
   return {Regime::Fused, "a batch of at most 8 rows is multiplied in registers"};
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 // A scale per row or matrix is applied to pieces of this many columns, so that long sums stay accurate.
 constexpr int64_t kPiece = 1024;
-static_assert(kPiece % kFusedAlign == 0 && kFusedAlign % (2 * kLanes) == 0);
+static_assert(kPiece % kAlign == 0 && kAlign % (2 * kLanes) == 0);
 
 // How a family's codes become lanes before the scale.
 template <int Row>
@@ -106,19 +106,24 @@ void fused(const FusedArgs& a) {
   if (first < a.m) fused_range<Row, 1, 4>(a, first);
 }
 
+// x stays in order; only the minifloats' cousins with zero points would ask for sums.
+void arrange(const float* x, int64_t k, float* to, float*) {
+  std::memcpy(to, x, static_cast<size_t>(k) * sizeof(float));
+  std::memset(to + k, 0, static_cast<size_t>(ceil_div(k, kAlign) * kAlign - k) * sizeof(float));
+}
+
+template <int Row>
+void fill(Kernels& kernels) {
+  kernels.fused[Row] = {fused<Row>, arrange, kAlign, kAlign};
+}
+
 }  // namespace
 
 void BITFOLD_ISA(fused)(Kernels& kernels) {
-  kernels.fused[kFp16] = fused<kFp16>;
-  kernels.fused[kBf16] = fused<kBf16>;
-  kernels.fused[kE4m3] = fused<kE4m3>;
-  kernels.fused[kE5m2] = fused<kE5m2>;
-  kernels.fused[kInt8] = fused<kInt8>;
-  kernels.fused[kInt4] = fused<kInt4>;
-  kernels.fused[kInt3] = fused<kInt3>;
-  kernels.fused[kInt2] = fused<kInt2>;
-  kernels.fused[kNf4] = fused<kNf4>;
-  kernels.fused[kFp4] = fused<kFp4>;
+  fill<kFp16>(kernels);
+  fill<kBf16>(kernels);
+  fill<kE4m3>(kernels);
+  fill<kE5m2>(kernels);
 }
 
 }  // namespace bitfold::cpu

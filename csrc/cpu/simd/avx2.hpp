@@ -15,6 +15,7 @@ namespace {
 inline constexpr int kLanes = 8;
 inline constexpr int kTileW = 3;  // 12 sums, 3 + 1 operands: all 16 registers
 inline constexpr int kTileX = 4;
+inline constexpr bool kOneLookup = false;
 
 using F = __m256;
 struct I {
@@ -63,6 +64,7 @@ BITFOLD_SIMD I as_int(F a) { return {_mm256_castps_si256(a)}; }
 BITFOLD_SIMD I add(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 BITFOLD_SIMD I sub(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 BITFOLD_SIMD I bit_and(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
+BITFOLD_SIMD I bit_xor(I a, I b) { return {_mm256_xor_si256(a.v, b.v)}; }
 BITFOLD_SIMD I bit_or(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
 template <int Count>
 BITFOLD_SIMD I shift_left(I a) {
@@ -71,6 +73,11 @@ BITFOLD_SIMD I shift_left(I a) {
 template <int Count>
 BITFOLD_SIMD I shift_right(I a) {
   return {_mm256_srli_epi32(a.v, Count)};
+}
+
+template <int Count>
+BITFOLD_SIMD I shift_right_signed(I a) {
+  return {_mm256_srai_epi32(a.v, Count)};
 }
 
 BITFOLD_SIMD Mask greater(F a, F b) { return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ))}; }
@@ -88,6 +95,25 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {
   const F low = _mm256_permutevar8x32_ps(table.low, index.v);
   const F high = _mm256_permutevar8x32_ps(table.high, index.v);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)));  // bit 3 decides
+}
+
+BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+BITFOLD_SIMD I load_bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+BITFOLD_SIMD F gather(const float* p, I index) { return _mm256_i32gather_ps(p, index.v, 4); }
+BITFOLD_SIMD F spread(const float* p, I index) { return _mm256_permutevar8x32_ps(load(p), index.v); }
+
+template <int Bits>
+BITFOLD_SIMD I load_words(const uint8_t* p) {
+  if constexpr (Bits == 3) {
+    const __m256i halves = _mm256_set_m128i(_mm_maskload_epi32(reinterpret_cast<const int*>(p + 12), _mm_setr_epi32(-1, -1, -1, 0)),
+                                            _mm_maskload_epi32(reinterpret_cast<const int*>(p), _mm_setr_epi32(-1, -1, -1, 0)));
+    const __m128i bytes = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+    return {_mm256_shuffle_epi8(halves, _mm256_set_m128i(bytes, bytes))};
+  } else {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
 }
 
 template <int Bits, bool HighFirst>

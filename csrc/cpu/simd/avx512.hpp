@@ -20,6 +20,7 @@ namespace {
 inline constexpr int kLanes = 16;
 inline constexpr int kTileW = 4;  // 24 sums, 4 + 1 operands of 32 registers
 inline constexpr int kTileX = 6;
+inline constexpr bool kOneLookup = true;
 
 using F = __m512;
 struct I {
@@ -67,6 +68,7 @@ BITFOLD_SIMD I as_int(F a) { return {_mm512_castps_si512(a)}; }
 BITFOLD_SIMD I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 BITFOLD_SIMD I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 BITFOLD_SIMD I bit_and(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+BITFOLD_SIMD I bit_xor(I a, I b) { return {_mm512_xor_si512(a.v, b.v)}; }
 BITFOLD_SIMD I bit_or(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int Count>
 BITFOLD_SIMD I shift_left(I a) {
@@ -75,6 +77,11 @@ BITFOLD_SIMD I shift_left(I a) {
 template <int Count>
 BITFOLD_SIMD I shift_right(I a) {
   return {_mm512_srli_epi32(a.v, Count)};
+}
+
+template <int Count>
+BITFOLD_SIMD I shift_right_signed(I a) {
+  return {_mm512_srai_epi32(a.v, Count)};
 }
 
 BITFOLD_SIMD Mask greater(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)}; }
@@ -90,6 +97,26 @@ struct Table16 {
 };
 BITFOLD_SIMD Table16 load_table(const float* values) { return {load(values)}; }
 BITFOLD_SIMD F lookup(Table16 table, I index) { return _mm512_permutexvar_ps(index.v, table.values); }
+
+BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+BITFOLD_SIMD I load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+BITFOLD_SIMD F gather(const float* p, I index) { return _mm512_i32gather_ps(index.v, p, 4); }
+BITFOLD_SIMD F spread(const float* p, I index) { return _mm512_permutexvar_ps(index.v, load(p)); }
+
+template <int Bits>
+BITFOLD_SIMD I load_words(const uint8_t* p) {
+  if constexpr (Bits == 3) {
+    const __m512i dwords = _mm512_maskz_loadu_epi32(0xfff, p);
+    const __m512i lanes = _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0), dwords);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    return {_mm512_shuffle_epi8(lanes, bytes)};
+  } else {
+    return {_mm512_loadu_si512(p)};
+  }
+}
 
 template <int Bits, bool HighFirst>
 BITFOLD_SIMD I unpack(const uint8_t* p) {

@@ -23,5 +23,8 @@ BITFOLD_SIMD uint32_t load_word(const uint8_t* p) {
   }
 }
 
+// Asks for the cache line of p soon to be read.
+BITFOLD_SIMD void prefetch(const void* p) { __builtin_prefetch(p); }
+
 }  // namespace
 }  // namespace bitfold::cpu

@@ -15,6 +15,7 @@ namespace {
 inline constexpr int kLanes = 8;
 inline constexpr int kTileW = 3;  // 12 sums of two registers, 3 + 1 operands: all 32 registers
 inline constexpr int kTileX = 4;
+inline constexpr bool kOneLookup = false;
 
 struct F {
   float32x4_t low, high;
@@ -78,6 +79,7 @@ BITFOLD_SIMD I as_int(F a) { return {vreinterpretq_s32_f32(a.low), vreinterpretq
 BITFOLD_SIMD I add(I a, I b) { return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)}; }
 BITFOLD_SIMD I sub(I a, I b) { return {vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)}; }
 BITFOLD_SIMD I bit_and(I a, I b) { return {vandq_s32(a.low, b.low), vandq_s32(a.high, b.high)}; }
+BITFOLD_SIMD I bit_xor(I a, I b) { return {veorq_s32(a.low, b.low), veorq_s32(a.high, b.high)}; }
 BITFOLD_SIMD I bit_or(I a, I b) { return {vorrq_s32(a.low, b.low), vorrq_s32(a.high, b.high)}; }
 template <int Count>
 BITFOLD_SIMD I shift_left(I a) {
@@ -85,8 +87,13 @@ BITFOLD_SIMD I shift_left(I a) {
 }
 template <int Count>
 BITFOLD_SIMD I shift_right(I a) {
+  if constexpr (Count == 0) return a;
   return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.low), Count)),
           vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.high), Count))};
+}
+template <int Count>
+BITFOLD_SIMD I shift_right_signed(I a) {
+  return {vshrq_n_s32(a.low, Count), vshrq_n_s32(a.high, Count)};
 }
 BITFOLD_SIMD I count_if(Mask m, I count) {  // a set mask is -1
   return {vsubq_s32(count.low, vreinterpretq_s32_u32(m.low)), vsubq_s32(count.high, vreinterpretq_s32_u32(m.high))};
@@ -101,12 +108,40 @@ BITFOLD_SIMD Table16 load_table(const float* values) {
 }
 BITFOLD_SIMD float32x4_t lookup_four(Table16 table, int32x4_t index) {
   // Byte numbers 4i, 4i + 1, 4i + 2, 4i + 3 of each lane.
-  const uint32x4_t first = vmulq_n_u32(vreinterpretq_u32_s32(index), 0x04040404u);
+  const uint32x4_t low = vandq_u32(vreinterpretq_u32_s32(index), vdupq_n_u32(15));
+  const uint32x4_t first = vmulq_n_u32(low, 0x04040404u);
   const uint8x16_t bytes = vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100u)));
   return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, bytes));
 }
 BITFOLD_SIMD F lookup(Table16 table, I index) {
   return {lookup_four(table, index.low), lookup_four(table, index.high)};
+}
+
+BITFOLD_SIMD I load_int(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }
+BITFOLD_SIMD I load_bytes(const uint8_t* p) {
+  const uint16x8_t words = vmovl_u8(vld1_u8(p));
+  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(words))), vreinterpretq_s32_u32(vmovl_high_u16(words))};
+}
+BITFOLD_SIMD F gather(const float* p, I index) {
+  int32_t at[8];
+  vst1q_s32(at, index.low);
+  vst1q_s32(at + 4, index.high);
+  float out[8];
+  for (int i = 0; i < 8; ++i) out[i] = p[at[i]];
+  return load(out);
+}
+BITFOLD_SIMD F spread(const float* p, I index) { return gather(p, index); }
+
+template <int Bits>
+BITFOLD_SIMD I load_words(const uint8_t* p) {
+  if constexpr (Bits == 3) {  // 24 bytes: overlapping loads, the second from its end
+    constexpr uint8_t kFirst[16] = {0, 1, 2, 255, 3, 4, 5, 255, 6, 7, 8, 255, 9, 10, 11, 255};
+    constexpr uint8_t kSecond[16] = {4, 5, 6, 255, 7, 8, 9, 255, 10, 11, 12, 255, 13, 14, 15, 255};
+    return {vreinterpretq_s32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(kFirst))),
+            vreinterpretq_s32_u8(vqtbl1q_u8(vld1q_u8(p + 8), vld1q_u8(kSecond)))};
+  } else {
+    return {vreinterpretq_s32_u8(vld1q_u8(p)), vreinterpretq_s32_u8(vld1q_u8(p + 16))};
+  }
 }
 
 template <int Bits, bool HighFirst>

@@ -14,6 +14,8 @@ inline constexpr int kLanes = 8;
 // Rows of w and of x that one tile multiplies in registers.
 inline constexpr int kTileW = 2;
 inline constexpr int kTileX = 2;
+// Whether a lookup costs no more than the arithmetic that it could replace.
+inline constexpr bool kOneLookup = true;
 
 struct F {
   float v[kLanes];
@@ -105,6 +107,9 @@ BITFOLD_SIMD I sub(I a, I b) {
 BITFOLD_SIMD I bit_and(I a, I b) {
   return each<I>([&](int i) { return a.v[i] & b.v[i]; });
 }
+BITFOLD_SIMD I bit_xor(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] ^ b.v[i]; });
+}
 BITFOLD_SIMD I bit_or(I a, I b) {
   return each<I>([&](int i) { return a.v[i] | b.v[i]; });
 }
@@ -115,6 +120,11 @@ BITFOLD_SIMD I shift_left(I a) {
 template <int Count>
 BITFOLD_SIMD I shift_right(I a) {  // logical
   return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> Count); });
+}
+
+template <int Count>
+BITFOLD_SIMD I shift_right_signed(I a) {
+  return each<I>([&](int i) { return a.v[i] >> Count; });
 }
 
 BITFOLD_SIMD Mask greater(F a, F b) {
@@ -138,8 +148,27 @@ struct Table16 {
   const float* values;
 };
 BITFOLD_SIMD Table16 load_table(const float* values) { return {values}; }
-BITFOLD_SIMD F lookup(Table16 table, I index) {
-  return each<F>([&](int i) { return table.values[index.v[i]]; });
+BITFOLD_SIMD F lookup(Table16 table, I index) {  // the low four bits of each index count
+  return each<F>([&](int i) { return table.values[index.v[i] & 15]; });
+}
+
+BITFOLD_SIMD I load_int(const int32_t* p) {
+  return each<I>([&](int i) { return p[i]; });
+}
+BITFOLD_SIMD I load_bytes(const uint8_t* p) {
+  return each<I>([&](int i) { return p[i]; });
+}
+BITFOLD_SIMD F gather(const float* p, I index) {
+  return each<F>([&](int i) { return p[index.v[i]]; });
+}
+// A gather within p[0 .. kLanes).
+BITFOLD_SIMD F spread(const float* p, I index) { return gather(p, index); }
+
+// The next 8 codes of 3 bits, or 32 bits of any others, in each lane; what lies above the codes is not theirs.
+template <int Bits>
+BITFOLD_SIMD I load_words(const uint8_t* p) {
+  constexpr int kBytes = Bits == 3 ? 3 : 4;
+  return each<I>([&](int i) { return static_cast<int32_t>(load_word<kBytes>(p + i * kBytes)); });
 }
 
 // kLanes codes of Bits bits that start at a byte; the even one of a byte may sit in its high nibble.
