@@ -25,21 +25,24 @@ struct QuantizeArgs {
 };
 
 // Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; y[j * y_stride + row - row_begin]
-// receives the sums. x holds fused_rows(m) arranged rows, the ones past m zero; x_sums their sums over each word.
+// receives the sums. x and x_sums are what `arrange` made of fused_rows(m) rows, the ones past m zero; scratch has
+// fused_scratch(k) floats.
 struct FusedArgs {
   const Weight* w;
   const float* x;
-  int64_t x_stride;
   const float* x_sums;
-  int64_t x_sums_stride;
   int m;
   int64_t row_begin;
   int64_t row_end;
   float* y;
   int64_t y_stride;
+  float* scratch;
 };
 inline constexpr int kFusedRows = 8;
 constexpr int fused_rows(int m) { return m <= 2 ? m : m <= 4 ? 4 : 8; }
+// Rows of the weight whose scales and sums are held at a time: a scale and a zero point for at most every fourth column.
+inline constexpr int64_t kFusedBlock = 32;
+constexpr int64_t fused_scratch(int64_t k) { return 2 * kFusedBlock * (k / 4 + 64); }
 
 // Vectors are at most 16 lanes, and two are under way: what tiles and padded rows are a multiple of.
 inline constexpr int64_t kAlign = 32;
@@ -81,9 +84,9 @@ using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64
 // How one family multiplies small batches.
 struct FusedKernel {
   void (*multiply)(const FusedArgs&);
-  // A row of x in the order in which the codes are decoded, padded with zeros to a multiple of `chunk` columns, and its
-  // sums over words of `word` columns.
-  void (*arrange)(const float* x, int64_t k, float* to, float* sums);
+  // Puts row j of `rows` into the order in which the codes are decoded, padded with zeros to a multiple of `chunk`
+  // columns: panel holds rows * round_up(k, chunk) floats, sums those of every `word` columns.
+  void (*arrange)(const float* x, int64_t k, int j, int rows, float* panel, float* sums);
   int chunk;
   int word;
 };

@@ -61,16 +61,15 @@ void linear_fused(const LinearArgs& args) {
   const int64_t m = args.x.rows, k = args.w.k, rows = fused_rows(static_cast<int>(m));
   const int64_t stride = round_up(k, kernel.chunk), words = stride / kernel.word;
   Buffer<float> panel(rows * stride), sums(rows * words), row(k);
-  for (int64_t j = 0; j < m; ++j) {
-    read_row(kernels, args.x, j, row.data());
-    kernel.arrange(row.data(), k, panel.data() + j * stride, sums.data() + j * words);
+  for (int64_t j = 0; j < rows; ++j) {
+    if (j < m) read_row(kernels, args.x, j, row.data());
+    else std::fill_n(row.data(), k, 0.0f);
+    kernel.arrange(row.data(), k, static_cast<int>(j), static_cast<int>(rows), panel.data(), sums.data());
   }
-  std::fill(panel.data() + m * stride, panel.data() + rows * stride, 0.0f);
-  std::fill(sums.data() + m * words, sums.data() + rows * words, 0.0f);
   cut(args.parallel_for, args.w.n, grain_rows(k), [&](int64_t begin, int64_t end) {
-    Buffer<float> out(m * (end - begin));
-    kernel.multiply({&args.w, panel.data(), stride, sums.data(), words, static_cast<int>(m), begin, end, out.data(),
-                     end - begin});
+    Buffer<float> out(m * (end - begin)), scratch(fused_scratch(k));
+    kernel.multiply({&args.w, panel.data(), sums.data(), static_cast<int>(m), begin, end, out.data(), end - begin,
+                     scratch.data()});
     Epilogue finish(kernels, args, begin, end);
     for (int64_t j = 0; j < m; ++j) finish(j, out.data() + j * (end - begin));
   });

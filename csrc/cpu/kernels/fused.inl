@@ -43,6 +43,7 @@ BITFOLD_SIMD void fused_rows(const FusedArgs& a, int first, int64_t row) {
   const int64_t group_size = w.format.group;
   const int64_t piece = group_size > 0 ? group_size : kPiece;
   const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * row_bytes;
+  const int64_t x_stride = ceil_div(w.k, kAlign) * kAlign;
   Stream<Row> streams[R];
   F totals[R][M];
   for (auto& total : totals) {
@@ -61,7 +62,7 @@ BITFOLD_SIMD void fused_rows(const FusedArgs& a, int first, int64_t row) {
         const F w0 = streams[r].at(from + r * from_stride, from_column);
         const F w1 = streams[r].at(from + r * from_stride, from_column + kLanes);
         for (int j = 0; j < M; ++j) {
-          const float* x = a.x + (first + j) * a.x_stride + column;
+          const float* x = a.x + (first + j) * x_stride + column;
           even[r][j] = fma(w0, load(x), even[r][j]);
           odd[r][j] = fma(w1, load(x + kLanes), odd[r][j]);
         }
@@ -106,10 +107,11 @@ void fused(const FusedArgs& a) {
   if (first < a.m) fused_range<Row, 1, 4>(a, first);
 }
 
-// x stays in order; only the minifloats' cousins with zero points would ask for sums.
-void arrange(const float* x, int64_t k, float* to, float*) {
-  std::memcpy(to, x, static_cast<size_t>(k) * sizeof(float));
-  std::memset(to + k, 0, static_cast<size_t>(ceil_div(k, kAlign) * kAlign - k) * sizeof(float));
+// x stays in order, a row after the other; nobody asks for sums.
+void arrange(const float* x, int64_t k, int j, int, float* panel, float*) {
+  const int64_t stride = ceil_div(k, kAlign) * kAlign;
+  std::memcpy(panel + j * stride, x, static_cast<size_t>(k) * sizeof(float));
+  std::memset(panel + j * stride + k, 0, static_cast<size_t>(stride - k) * sizeof(float));
 }
 
 template <int Row>

@@ -58,12 +58,15 @@ BITFOLD_SIMD void unroll(Step step) {
   }
 }
 
+// x: for each chunk and step the lanes of all `rows` rows, so that the multiplication reads on and on.
 template <int Row>
-void arrange(const float* x, int64_t k, float* to, float* sums) {
+void arrange(const float* x, int64_t k, int j, int rows, float* panel, float* sums) {
   using W = Words<Row>;
   int32_t numbers[kLanes];
   for (int l = 0; l < kLanes; ++l) numbers[l] = l * W::kSteps;
   const I lane = load_int(numbers);
+  float* to = panel + j * kLanes;
+  sums += j * kLanes;
   for (int64_t c = 0; c < k; c += W::kChunk) {
     float padded[W::kChunk];
     const float* from = x + c;
@@ -75,171 +78,211 @@ void arrange(const float* x, int64_t k, float* to, float* sums) {
     F sum = splat(0.0f);
     for (int step = 0; step < W::kSteps; ++step) {
       const F lanes = gather(from + W::column(step), lane);
-      store(to + c + step * kLanes, lanes);
+      store(to, lanes);
+      to += rows * kLanes;
       sum = add(sum, lanes);
     }
-    store(sums + c / W::kSteps, sum);
+    store(sums, sum);
+    sums += rows * kLanes;
   }
 }
 
 // Columns that are multiplied at a time: x for them stays in the first cache. Rows whose totals wait there meanwhile.
 template <int M>
 inline constexpr int64_t kBlockColumns = 4096 / M;
-inline constexpr int64_t kBlockRows = 32;
-inline constexpr int64_t kSmallestGroup = 16;
 
-// Which scale each lane of a chunk has: p[index] where p moves by whole groups.
-struct LaneGroups {
-  int64_t group;  // columns; 0: one for the whole row
-  I index;
-  bool regular;  // the same in every chunk
+// Which entry of a row's scales each lane has: as the chunks go by, `start` moves on by whole entries, and the lanes'
+// places from there stay the same. Groups that neither divide a chunk nor are divided by it get an entry for every word.
+template <int Row>
+struct Entries {
+  using W = Words<Row>;
+  int64_t columns;  // that share an entry; 0: the whole row
+  int64_t count;
+  I places;
 
-  template <int Row>
-  BITFOLD_SIMD static LaneGroups of(int64_t group) {
-    using W = Words<Row>;
-    LaneGroups out{group > 0 ? group : 0, splat(0), true};
-    if (group > 0 && group % W::kChunk != 0) {
-      out.regular = W::kChunk % group == 0;
-      out.template set<Row>(0);
+  explicit Entries(const Weight& w) : columns(w.format.group > 0 ? w.format.group : 0) {
+    if (columns > 0 && columns % W::kChunk != 0 && W::kChunk % columns != 0) columns = W::kSteps;
+    count = columns > 0 ? ceil_div(w.k, columns) : 1;
+    int32_t lanes[kLanes] = {};
+    if (columns > 0 && columns < W::kChunk) {
+      for (int l = 0; l < kLanes; ++l) lanes[l] = static_cast<int32_t>(l * W::kSteps / columns);
     }
-    return out;
+    places = load_int(lanes);
   }
-  template <int Row>
-  BITFOLD_SIMD void set(int64_t column) {
-    int32_t lanes[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      lanes[l] = static_cast<int32_t>((column + l * Words<Row>::kSteps) / group - column / group);
-    }
-    index = load_int(lanes);
-  }
+  // With zeros behind the last, which lanes past the end read.
+  int64_t padded() const { return count + 2 * kLanes; }
+  int64_t per_chunk() const { return columns > 0 && columns < W::kChunk ? W::kChunk / columns : 0; }
+  int64_t chunks_per_entry() const { return columns >= W::kChunk ? columns / W::kChunk : int64_t{1} << 40; }
 };
 
-// Scales and zero points of groups [first, last) of a row as fp32, and zeros for the lanes behind the last.
+// Scales of a row as fp32.
 template <int Row>
-BITFOLD_SIMD void read_groups(const Weight& w, int64_t row, int64_t first, int64_t last, float* scales, float* zeros) {
-  const int64_t count = last - first;
-  const int64_t at = w.format.group == kPerTensor ? 0 : row * groups_in_row(w.format, w.k) + first;
+BITFOLD_SIMD void read_scales(const Weight& w, int64_t row, int64_t groups, float* out) {
+  const int64_t at = w.format.group == kPerTensor ? 0 : row * groups;
   int64_t i = 0;
   if (w.format.scale == Scale::Nested) {
     const auto* codes = static_cast<const uint8_t*>(w.scales) + at;
     const F offset = splat(*w.nested_offset);
-    while (i < count) {
+    while (i < groups) {
       const int64_t block = (at + i) / kNestedGroup;
-      const int64_t stop = smaller(count, (block + 1) * kNestedGroup - at);
+      const int64_t stop = smaller(groups, (block + 1) * kNestedGroup - at);
       const F nested = splat(w.nested_scales[block]);
       for (; i + kLanes <= stop; i += kLanes) {
-        store(scales + i, add(mul(gather(&kDynamicMap[0], load_bytes(codes + i)), nested), offset));
+        store(out + i, add(mul(gather(&kDynamicMap[0], load_bytes(codes + i)), nested), offset));
       }
-      for (; i < stop; ++i) scales[i] = group_scale(w, row, first + i);
+      for (; i < stop; ++i) out[i] = group_scale(w, row, i);
     }
-  } else {
-    if (w.format.scale == Scale::F16) {
-      const auto* from = static_cast<const uint16_t*>(w.scales) + at;
-      for (; i + kLanes <= count; i += kLanes) store(scales + i, load_half(from + i));
-    } else if (w.format.scale == Scale::F32) {
-      const auto* from = static_cast<const float*>(w.scales) + at;
-      for (; i + kLanes <= count; i += kLanes) store(scales + i, load(from + i));
-    }
-    for (; i < count; ++i) scales[i] = group_scale(w, row, first + i);
+  } else if (w.format.scale == Scale::F16) {
+    const auto* from = static_cast<const uint16_t*>(w.scales) + at;
+    for (; i + kLanes <= groups; i += kLanes) store(out + i, load_half(from + i));
+  } else if (w.format.scale == Scale::F32) {
+    const auto* from = static_cast<const float*>(w.scales) + at;
+    for (; i + kLanes <= groups; i += kLanes) store(out + i, load(from + i));
   }
-  store(scales + count, splat(0.0f));
-  if constexpr (Words<Row>::kInteger) {
-    if (w.zeros != nullptr) {
-      for (i = 0; i < count; ++i) {
-        zeros[i] = static_cast<float>(Words<Row>::kHalf - group_zero(w, row, first + i));
-      }
-      store(zeros + count, splat(0.0f));
-    }
-  }
+  for (; i < groups; ++i) out[i] = group_scale(w, row, i);
 }
 
-// Columns [begin, end) of R rows times M rows of x, added to totals[r][j]. `rows` may repeat.
-template <int Row, int M, int R>
-BITFOLD_SIMD void multiply_block(const FusedArgs& a, const Words<Row>& values, LaneGroups groups, const int64_t* rows,
-                                 int64_t begin, int64_t end, int64_t ahead, F (&totals)[R][M]) {
-  using W = Words<Row>;
-  const Weight& w = *a.w;
-  const int64_t row_bytes = ceil_div(w.k * W::kBits, 8);
-  const int64_t first_group = groups.group > 0 ? begin / groups.group : 0;
-  const int64_t last_group = groups.group > 0 ? ceil_div(end, groups.group) : 1;
-  float scales[R][kBlockColumns<M> / kSmallestGroup + 1 + kLanes], zeros[R][kBlockColumns<M> / kSmallestGroup + 1 + kLanes];
-  const uint8_t* codes[R];
-  uint8_t tails[R][W::kBytes];
-  const bool offset = W::kInteger && w.zeros != nullptr;
-  for (int r = 0; r < R; ++r) {
-    read_groups<Row>(w, rows[r], first_group, last_group, scales[r], zeros[r]);
-    codes[r] = static_cast<const uint8_t*>(w.codes) + rows[r] * row_bytes + begin * W::kBits / 8;
+// What is added to code - kHalf: kHalf - zero.
+template <int Row>
+BITFOLD_SIMD void read_zeros(const Weight& w, int64_t row, int64_t groups, float* out) {
+  constexpr int kBits = Words<Row>::kBits;
+  const int64_t row_bytes = w.format.group == kPerTensor ? 0 : ceil_div(groups * kBits, 8);
+  const I half = splat(int32_t{Words<Row>::kHalf});
+  int64_t i = 0;
+  for (; i + kLanes <= groups; i += kLanes) {
+    store(out + i, to_float(sub(half, unpack<kBits, false>(w.zeros + row * row_bytes + i * kBits / 8))));
   }
-  for (int64_t c = begin; c < end; c += W::kChunk) {
-    if (c + W::kChunk > w.k) {  // the last columns are copied to where they may be overread; x is zero there
-      for (int r = 0; r < R; ++r) {
-        std::memset(tails[r], 0, W::kBytes);
-        std::memcpy(tails[r], codes[r], static_cast<size_t>(row_bytes - c * W::kBits / 8));
-        codes[r] = tails[r];
-      }
-    }
+  for (; i < groups; ++i) out[i] = static_cast<float>(Words<Row>::kHalf - group_zero(w, row, i));
+}
+
+// One value per group to one per entry, with zeros behind.
+template <int Row>
+BITFOLD_SIMD void spread_groups(const Entries<Row>& entries, int64_t group, int64_t groups, float* values) {
+  if (entries.count > groups) {
+    for (int64_t i = entries.count - 1; i > 0; --i) values[i] = values[i * entries.columns / group];
+  }
+  store(values + entries.count, splat(0.0f));
+  store(values + entries.count + kLanes, splat(0.0f));
+}
+
+// The entries of the rows of one block.
+struct RowEntries {
+  float* scales;
+  float* zeros;  // null: symmetric
+  int64_t stride;
+};
+
+// `count` chunks of R rows times M rows of x, added to totals[r][j].
+template <int Row, int M, int R>
+[[gnu::noinline]] void multiply_chunks(const uint8_t* const (&rows)[R], int64_t count, int64_t ahead, const float* x,
+                                       const float* x_sums, const Entries<Row>& entries, RowEntries of_rows,
+                                       int64_t chunk, float* totals) {
+  using W = Words<Row>;
+  const Words<Row> values;
+  const uint8_t* codes[R];
+  for (int r = 0; r < R; ++r) codes[r] = rows[r];
+  const I places = entries.places;
+  const int64_t per_chunk = entries.per_chunk(), chunks_per_entry = entries.chunks_per_entry();
+  const int64_t first = per_chunk > 0 ? chunk * per_chunk : chunk / chunks_per_entry;
+  const float* scales = of_rows.scales + first;
+  const float* zeros = of_rows.zeros + (of_rows.zeros != nullptr ? first : 0);
+  int64_t until_next = chunks_per_entry - chunk % chunks_per_entry;
+  for (; count > 0; --count) {
     I words[R];
     for (int r = 0; r < R; ++r) {
       words[r] = load_words<W::kBits>(codes[r]);
       prefetch(codes[r] + ahead);
       codes[r] += W::kBytes;
     }
-    const float* x = a.x + c;
     F sums[R][M];
     unroll<W::kSteps>([&]<int Step>() {
       F w_step[R];
       for (int r = 0; r < R; ++r) w_step[r] = values.template at<Step>(words[r]);
       for (int j = 0; j < M; ++j) {
-        const F x_step = load(x + j * a.x_stride + Step * kLanes);
+        const F x_step = load(x + (Step * M + j) * kLanes);
         for (int r = 0; r < R; ++r) {
           sums[r][j] = Step == 0 ? mul(w_step[r], x_step) : fma(w_step[r], x_step, sums[r][j]);
         }
       }
     });
-    if (!groups.regular) groups.template set<Row>(c);
-    const int64_t group = groups.group > 0 ? c / groups.group - first_group : 0;
-    if (offset) {
+    x += W::kChunk * M;
+    if (W::kInteger && zeros != nullptr) {
       for (int r = 0; r < R; ++r) {
-        const F zero = spread(zeros[r] + group, groups.index);
-        for (int j = 0; j < M; ++j) {
-          sums[r][j] = fma(zero, load(a.x_sums + j * a.x_sums_stride + c / W::kSteps), sums[r][j]);
-        }
+        const F zero = spread(zeros + r * of_rows.stride, places);
+        for (int j = 0; j < M; ++j) sums[r][j] = fma(zero, load(x_sums + j * kLanes), sums[r][j]);
       }
+      x_sums += M * kLanes;
     }
     for (int r = 0; r < R; ++r) {
-      const F scale = spread(scales[r] + group, groups.index);
-      for (int j = 0; j < M; ++j) totals[r][j] = fma(sums[r][j], scale, totals[r][j]);
+      const F scale = spread(scales + r * of_rows.stride, places);
+      for (int j = 0; j < M; ++j) {
+        float* total = totals + (r * M + j) * kLanes;
+        store(total, fma(sums[r][j], scale, load(total)));
+      }
     }
+    const int64_t move = per_chunk + (--until_next == 0 ? 1 : 0);
+    if (until_next == 0) until_next = chunks_per_entry;
+    scales += move;
+    if (W::kInteger && zeros != nullptr) zeros += move;
   }
 }
 
 template <int Row, int M, int R>
 void multiply(const FusedArgs& a) {
+  using W = Words<Row>;
+  static_assert(kFusedBlock % R == 0 && kBlockColumns<M> % W::kChunk == 0);
   const Weight& w = *a.w;
-  const Words<Row> values;
-  const LaneGroups groups = LaneGroups::template of<Row>(w.format.group);
-  const int64_t columns = kBlockColumns<M>;
-  const int64_t row_bytes = ceil_div(w.k * Words<Row>::kBits, 8);
-  for (int64_t top = a.row_begin; top < a.row_end; top += kBlockRows) {
-    const int64_t bottom = smaller(a.row_end, top + kBlockRows);
-    F totals[kBlockRows / R][R][M];
-    for (auto& block : totals) {
-      for (auto& row : block) {
-        for (F& lanes : row) lanes = splat(0.0f);
+  const Entries<Row> entries(w);
+  const int64_t groups = groups_in_row(w.format, w.k), row_bytes = ceil_div(w.k * W::kBits, 8);
+  const int64_t chunks = w.k / W::kChunk, block_chunks = kBlockColumns<M> / W::kChunk;
+  const RowEntries of_rows{a.scratch, W::kInteger && w.zeros != nullptr ? a.scratch + kFusedBlock * entries.padded() : nullptr,
+                           entries.padded()};
+  for (int64_t top = a.row_begin; top < a.row_end; top += kFusedBlock) {
+    const int64_t rows = smaller(a.row_end - top, kFusedBlock);
+    float totals[kFusedBlock * M * kLanes];
+    std::memset(totals, 0, sizeof(totals));
+    for (int64_t row = 0; row < rows; ++row) {
+      float* scales = of_rows.scales + row * of_rows.stride;
+      read_scales<Row>(w, top + row, groups, scales);
+      spread_groups(entries, w.format.group, groups, scales);
+      if (of_rows.zeros == nullptr) continue;
+      float* zeros = of_rows.zeros + row * of_rows.stride;
+      read_zeros<Row>(w, top + row, groups, zeros);
+      spread_groups(entries, w.format.group, groups, zeros);
+    }
+    // The rows of a block that has no R left are taken as often as it needs; what comes of them is not used.
+    const auto multiply_rows = [&](int64_t row, int64_t chunk, int64_t count, const uint8_t* const(&codes)[R], int64_t ahead) {
+      const RowEntries here{of_rows.scales + row * of_rows.stride,
+                            of_rows.zeros != nullptr ? of_rows.zeros + row * of_rows.stride : nullptr, of_rows.stride};
+      multiply_chunks<Row, M, R>(codes, count, ahead, a.x + chunk * W::kChunk * M, a.x_sums + chunk * kLanes * M, entries,
+                                 here, chunk, totals + row * M * kLanes);
+    };
+    const auto row_codes = [&](int64_t row) {
+      return static_cast<const uint8_t*>(w.codes) + smaller(top + row, a.row_end - 1) * row_bytes;
+    };
+    for (int64_t chunk = 0; chunk < chunks; chunk += block_chunks) {
+      for (int64_t row = 0; row < rows; row += R) {
+        const uint8_t* codes[R];
+        for (int r = 0; r < R; ++r) codes[r] = row_codes(row + r) + chunk * W::kBytes;
+        const int64_t ahead = top + row + 2 * R <= a.row_end ? R * row_bytes : 0;
+        multiply_rows(row, chunk, smaller(chunks - chunk, block_chunks), codes, ahead);
       }
     }
-    for (int64_t begin = 0; begin < w.k; begin += columns) {
-      const int64_t end = smaller(w.k, begin + columns);
-      for (int64_t row = top; row < bottom; row += R) {
-        int64_t rows[R];
-        for (int r = 0; r < R; ++r) rows[r] = smaller(row + r, a.row_end - 1);
-        const int64_t ahead = row + 2 * R <= a.w->n ? R * row_bytes : 0;
-        multiply_block<Row, M, R>(a, values, groups, rows, begin, end, ahead, totals[(row - top) / R]);
+    if (chunks * W::kChunk < w.k) {  // the last columns are copied to where they may be overread; x is zero there
+      const int64_t done = chunks * W::kBytes;
+      for (int64_t row = 0; row < rows; row += R) {
+        uint8_t tails[R][W::kBytes] = {};
+        const uint8_t* codes[R];
+        for (int r = 0; r < R; ++r) {
+          std::memcpy(tails[r], row_codes(row + r) + done, static_cast<size_t>(row_bytes - done));
+          codes[r] = tails[r];
+        }
+        multiply_rows(row, chunks, 1, codes, 0);
       }
     }
-    for (int64_t row = top; row < bottom; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       for (int j = 0; j < a.m; ++j) {
-        a.y[j * a.y_stride + row - a.row_begin] = reduce_add(totals[(row - top) / R][(row - top) % R][j]);
+        a.y[j * a.y_stride + top + row - a.row_begin] = reduce_add(load(totals + (row * M + j) * kLanes));
       }
     }
   }
