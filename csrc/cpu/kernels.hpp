@@ -47,19 +47,17 @@ constexpr int64_t fused_scratch(int64_t k) { return 2 * kFusedBlock * (k / 4 + 6
 // Vectors are at most 16 lanes, and two are under way: what tiles and padded rows are a multiple of.
 inline constexpr int64_t kAlign = 32;
 
-// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns (a multiple of kAlign, zero-padded); rows is a
-// multiple of the kernels' tile_w, m of their tile_x.
+// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns, for kTileRows rows of the weight and tile_x rows of x;
+// both are interleaved, a vector of each row in turn.
+template <class T>
 struct TileArgs {
-  const float* w;
-  int64_t w_stride;
-  int64_t rows;
-  const float* x;
-  int64_t x_stride;
-  int64_t m;
+  const T* w;
+  const T* x;
   int64_t depth;
   float* sums;
   int64_t sum_stride;
 };
+inline constexpr int kTileRows = 4;
 
 // sums[j * sum_stride + c] += sum over i < rows of factors[j * factor_stride + i] * w[i * w_stride + c], c < columns
 // (a multiple of kAlign); rows is a multiple of kAxpyRows.
@@ -81,15 +79,20 @@ using QuantizeFn = void (*)(const QuantizeArgs&);
 // Columns [begin, end) of plane row `row`, decoded to fp32.
 using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out);
 
-// How one family multiplies small batches.
-struct FusedKernel {
-  void (*multiply)(const FusedArgs&);
-  // Puts row j of `rows` into the order in which the codes are decoded, padded with zeros to a multiple of `chunk`
+// How one family multiplies. It decodes columns in an order of its own, and x is arranged in the same.
+struct LinearKernel {
+  void (*fused)(const FusedArgs&);
+  // Puts row j of `rows` of x into that order, a vector of each row in turn, padded with zeros to a multiple of `chunk`
   // columns: panel holds rows * round_up(k, chunk) floats, sums those of every `word` columns.
   void (*arrange)(const float* x, int64_t k, int j, int rows, float* panel, float* sums);
+  // Columns [begin, end) of a row as fp32, a vector at every `stride` floats, the last chunk in full. begin is a multiple
+  // of kTileColumns, and end too unless it is k; the plan's fused_supports holds. scratch has
+  // fused_scratch(kTileColumns) floats. Null: the columns are decoded in order, and then arranged.
+  void (*decode)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out, int64_t stride, float* scratch);
   int chunk;
   int word;
 };
+inline constexpr int64_t kTileColumns = 1024;
 
 struct Kernels {
   const char* isa;
@@ -98,10 +101,14 @@ struct Kernels {
   GroupRange (*group_range)(const float* w, int64_t count);
   QuantizeFn quantize[kRowCount];  // null for cast families
   DecodeSpanFn decode_span[kRowCount];
-  FusedKernel fused[kRowCount];
-  int tile_w;
+  LinearKernel linear[kRowCount];
+  int lanes;
   int tile_x;
-  void (*tile)(const TileArgs&);
+  void (*tile)(const TileArgs<float>&);
+  // With bf16 operands, where that is faster; both null where it isn't. The first rounds `count` interleaved vectors of
+  // `rows` rows.
+  void (*round_bf16)(const float* from, int64_t count, int rows, uint16_t* to);
+  void (*tile_bf16)(const TileArgs<uint16_t>&);
   void (*axpy)(const AxpyArgs&);
 };
 

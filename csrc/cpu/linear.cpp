@@ -8,23 +8,25 @@
 namespace bitfold::cpu {
 namespace {
 
-// Rows of x that are widened to fp32 at a time: the panel of a larger batch would not stay in cache.
+// Rows of x that are arranged at a time: the panel of a larger batch would not stay in cache.
 constexpr int64_t kBatchRows = 512;
-// Rows and columns of a decoded tile: with the rows of x beside it, it fits a 512 KB cache.
-constexpr int64_t kStripRows = 24;
-constexpr int64_t kStripColumns = 1024;
-static_assert(kStripColumns % kAlign == 0);
+// Rows of the weight that are decoded at a time, in pieces of kTileColumns: 384 KB, for the second cache.
+constexpr int64_t kStripRows = 96;
+static_assert(kStripRows % kTileRows == 0 && kTileColumns % kAlign == 0);
 
-// Rows [first, first + rows) of x as fp32, zero-padded to `stride` columns and `padded` rows.
-void widen_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t rows, int64_t padded,
-                 int64_t stride, float* panel) {
-  const int64_t k = args.x.columns;
-  cut(args.parallel_for, padded, grain_rows(k), [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      float* row = panel + j * stride;
-      if (j < rows) read_row(kernels, args.x, first + j, row);
-      const int64_t filled = j < rows ? k : 0;
-      std::memset(row + filled, 0, static_cast<size_t>(stride - filled) * sizeof(float));
+// Rows [first, first + m) of x, arranged in blocks of `block` rows.
+void arrange_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t m, int64_t block,
+                   float* panel) {
+  const int64_t k = args.w.k;
+  const LinearKernel& kernel = kernels.linear[args.w.format.row];
+  const int64_t stride = round_up(k, kernel.chunk);
+  cut(args.parallel_for, ceil_div(m, block), grain_rows(block * k), [&](int64_t begin, int64_t end) {
+    Buffer<float> row(k), sums(block * (stride / kernel.word));
+    for (int64_t j = begin * block; j < end * block; ++j) {
+      if (j < m) read_row(kernels, args.x, first + j, row.data());
+      else std::fill_n(row.data(), k, 0.0f);
+      kernel.arrange(row.data(), k, static_cast<int>(j % block), static_cast<int>(block),
+                     panel + j / block * block * stride, sums.data());
     }
   });
 }
@@ -57,10 +59,10 @@ class Epilogue {
 
 void linear_fused(const LinearArgs& args) {
   const Kernels& kernels = cpu::kernels();
-  const FusedKernel& kernel = kernels.fused[args.w.format.row];
+  const LinearKernel& kernel = kernels.linear[args.w.format.row];
   const int64_t m = args.x.rows, k = args.w.k, rows = fused_rows(static_cast<int>(m));
-  const int64_t stride = round_up(k, kernel.chunk), words = stride / kernel.word;
-  Buffer<float> panel(rows * stride), sums(rows * words), row(k);
+  const int64_t stride = round_up(k, kernel.chunk);
+  Buffer<float> panel(rows * stride), sums(rows * (stride / kernel.word)), row(k);
   for (int64_t j = 0; j < rows; ++j) {
     if (j < m) read_row(kernels, args.x, j, row.data());
     else std::fill_n(row.data(), k, 0.0f);
@@ -68,38 +70,53 @@ void linear_fused(const LinearArgs& args) {
   }
   cut(args.parallel_for, args.w.n, grain_rows(k), [&](int64_t begin, int64_t end) {
     Buffer<float> out(m * (end - begin)), scratch(fused_scratch(k));
-    kernel.multiply({&args.w, panel.data(), sums.data(), static_cast<int>(m), begin, end, out.data(), end - begin,
+    kernel.fused({&args.w, panel.data(), sums.data(), static_cast<int>(m), begin, end, out.data(), end - begin,
                      scratch.data()});
     Epilogue finish(kernels, args, begin, end);
     for (int64_t j = 0; j < m; ++j) finish(j, out.data() + j * (end - begin));
   });
 }
 
+// Columns [begin, end) of kTileRows rows from `row` on, arranged; rows past n are zero.
+void decode_tile(const Kernels& kernels, const Weight& w, int64_t row, int64_t begin, int64_t end, float* tile,
+                 float* scratch) {
+  const LinearKernel& kernel = kernels.linear[w.format.row];
+  const bool direct = kernel.decode != nullptr && fused_supports(w.format);
+  for (int i = 0; i < kTileRows; ++i) {
+    if (row + i < w.n && direct) {
+      kernel.decode(w, row + i, begin, end, tile + i * kernels.lanes, kTileRows * kernels.lanes, scratch);
+    } else {
+      if (row + i < w.n) decode_row(kernels, w, row + i, begin, end, scratch);
+      else std::fill_n(scratch, end - begin, 0.0f);
+      kernel.arrange(scratch, end - begin, i, kTileRows, tile, scratch + kTileColumns);
+    }
+  }
+}
+
 void linear_tiled(const LinearArgs& args) {
   const Kernels& kernels = cpu::kernels();
   const Weight& w = args.w;
-  const int64_t stride = round_up(w.k, kAlign);
-  const int64_t most = std::min(args.x.rows, kBatchRows);
-  Buffer<float> panel(round_up(most, kernels.tile_x) * stride);
+  const int64_t block = kernels.tile_x, stride = round_up(w.k, kernels.linear[w.format.row].chunk);
+  Buffer<float> panel(round_up(std::min(args.x.rows, kBatchRows), block) * stride);
   for (int64_t first = 0; first < args.x.rows; first += kBatchRows) {
-    const int64_t m = std::min(kBatchRows, args.x.rows - first), padded = round_up(m, kernels.tile_x);
-    widen_panel(kernels, args, first, m, padded, stride, panel.data());
+    const int64_t m = std::min(kBatchRows, args.x.rows - first), padded = round_up(m, block);
+    arrange_panel(kernels, args, first, m, block, panel.data());
     cut(args.parallel_for, ceil_div(w.n, kStripRows), 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> tile(kStripRows * kStripColumns), sums(padded * kStripRows);
+      Buffer<float> tiles(kStripRows * kTileColumns), sums(padded * kStripRows), scratch(fused_scratch(kTileColumns));
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t row = strip * kStripRows, rows = std::min(kStripRows, w.n - row);
-        const int64_t padded_rows = round_up(rows, kernels.tile_w);
         std::fill_n(sums.data(), padded * kStripRows, 0.0f);
-        for (int64_t column = 0; column < w.k; column += kStripColumns) {
-          const int64_t columns = std::min(kStripColumns, w.k - column), depth = round_up(columns, kAlign);
-          for (int64_t i = 0; i < padded_rows; ++i) {
-            float* to = tile.data() + i * kStripColumns;
-            if (i < rows) decode_row(kernels, w, row + i, column, column + columns, to);
-            const int64_t filled = i < rows ? columns : 0;
-            std::fill_n(to + filled, depth - filled, 0.0f);
+        for (int64_t column = 0; column < w.k; column += kTileColumns) {
+          const int64_t columns = std::min(kTileColumns, w.k - column), depth = std::min(kTileColumns, stride - column);
+          for (int64_t i = 0; i < rows; i += kTileRows) {
+            decode_tile(kernels, w, row + i, column, column + columns, tiles.data() + i * kTileColumns, scratch.data());
           }
-          kernels.tile({tile.data(), kStripColumns, padded_rows, panel.data() + column, stride, padded, depth,
-                        sums.data(), kStripRows});
+          for (int64_t j = 0; j < padded; j += block) {
+            for (int64_t i = 0; i < rows; i += kTileRows) {
+              kernels.tile({tiles.data() + i * kTileColumns, panel.data() + j * stride + column * block, depth,
+                            sums.data() + j * kStripRows + i, kStripRows});
+            }
+          }
         }
         Epilogue finish(kernels, args, row, row + rows);
         for (int64_t j = 0; j < m; ++j) finish(first + j, sums.data() + j * kStripRows);

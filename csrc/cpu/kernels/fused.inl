@@ -36,14 +36,14 @@ struct Stream<kBf16> {
 
 // R rows of the weight at once, so that enough sums are under way to hide the latency of an addition.
 template <int Row, int M, int R>
-BITFOLD_SIMD void fused_rows(const FusedArgs& a, int first, int64_t row) {
+BITFOLD_SIMD void multiply_rows(const FusedArgs& a, int first, int64_t row) {
+  const int x_rows = fused_rows(a.m);
   constexpr FormatRow kRow = kFormats[Row];
   const Weight& w = *a.w;
   const int64_t row_bytes = ceil_div(w.k * kRow.bits, 8);
   const int64_t group_size = w.format.group;
   const int64_t piece = group_size > 0 ? group_size : kPiece;
   const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * row_bytes;
-  const int64_t x_stride = ceil_div(w.k, kAlign) * kAlign;
   Stream<Row> streams[R];
   F totals[R][M];
   for (auto& total : totals) {
@@ -62,9 +62,9 @@ BITFOLD_SIMD void fused_rows(const FusedArgs& a, int first, int64_t row) {
         const F w0 = streams[r].at(from + r * from_stride, from_column);
         const F w1 = streams[r].at(from + r * from_stride, from_column + kLanes);
         for (int j = 0; j < M; ++j) {
-          const float* x = a.x + (first + j) * x_stride + column;
+          const float* x = a.x + column * x_rows + (first + j) * kLanes;
           even[r][j] = fma(w0, load(x), even[r][j]);
-          odd[r][j] = fma(w1, load(x + kLanes), odd[r][j]);
+          odd[r][j] = fma(w1, load(x + x_rows * kLanes), odd[r][j]);
         }
       }
     };
@@ -92,8 +92,8 @@ BITFOLD_SIMD void fused_rows(const FusedArgs& a, int first, int64_t row) {
 template <int Row, int M, int R>
 void fused_range(const FusedArgs& a, int first) {
   int64_t row = a.row_begin;
-  for (; row + R <= a.row_end; row += R) fused_rows<Row, M, R>(a, first, row);
-  for (; row < a.row_end; ++row) fused_rows<Row, M, 1>(a, first, row);
+  for (; row + R <= a.row_end; row += R) multiply_rows<Row, M, R>(a, first, row);
+  for (; row < a.row_end; ++row) multiply_rows<Row, M, 1>(a, first, row);
 }
 
 template <int Row>
@@ -107,16 +107,22 @@ void fused(const FusedArgs& a) {
   if (first < a.m) fused_range<Row, 1, 4>(a, first);
 }
 
-// x stays in order, a row after the other; nobody asks for sums.
-void arrange(const float* x, int64_t k, int j, int, float* panel, float*) {
-  const int64_t stride = ceil_div(k, kAlign) * kAlign;
-  std::memcpy(panel + j * stride, x, static_cast<size_t>(k) * sizeof(float));
-  std::memset(panel + j * stride + k, 0, static_cast<size_t>(stride - k) * sizeof(float));
+// Columns stay in order; nobody asks for sums.
+void arrange(const float* x, int64_t k, int j, int rows, float* panel, float*) {
+  float* to = panel + j * kLanes;
+  for (int64_t c = 0; c < ceil_div(k, kAlign) * kAlign; c += kLanes, to += rows * kLanes) {
+    if (c + kLanes <= k) {
+      store(to, load(x + c));
+    } else {
+      store(to, splat(0.0f));
+      if (c < k) std::memcpy(to, x + c, static_cast<size_t>(k - c) * sizeof(float));
+    }
+  }
 }
 
 template <int Row>
 void fill(Kernels& kernels) {
-  kernels.fused[Row] = {fused<Row>, arrange, kAlign, kAlign};
+  kernels.linear[Row] = {fused<Row>, arrange, nullptr, kAlign, kAlign};
 }
 
 }  // namespace

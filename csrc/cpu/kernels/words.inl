@@ -91,102 +91,165 @@ void arrange(const float* x, int64_t k, int j, int rows, float* panel, float* su
 template <int M>
 inline constexpr int64_t kBlockColumns = 4096 / M;
 
-// Which entry of a row's scales each lane has: as the chunks go by, `start` moves on by whole entries, and the lanes'
-// places from there stay the same. Groups that neither divide a chunk nor are divided by it get an entry for every word.
+// The scales (and zero points) of columns [begin, end) of a row, begin at a chunk. Every lane has an entry: as the chunks
+// go by, the first lane's moves on by whole entries, and the others' places from there stay the same. Groups that
+// neither divide a chunk nor are divided by it get an entry for every word.
 template <int Row>
 struct Entries {
   using W = Words<Row>;
-  int64_t columns;  // that share an entry; 0: the whole row
-  int64_t count;
+  int64_t group;    // as in the format; 0: one for the whole row
+  int64_t columns;  // of an entry; 0: the whole row
+  int64_t first_group, groups;
+  int64_t first, count;
   I places;
 
-  explicit Entries(const Weight& w) : columns(w.format.group > 0 ? w.format.group : 0) {
-    if (columns > 0 && columns % W::kChunk != 0 && W::kChunk % columns != 0) columns = W::kSteps;
-    count = columns > 0 ? ceil_div(w.k, columns) : 1;
+  Entries(const Weight& w, int64_t begin, int64_t end) : group(w.format.group > 0 ? w.format.group : 0), columns(group) {
+    if (group > 0 && group % W::kChunk != 0 && W::kChunk % group != 0) columns = W::kSteps;
+    first_group = group > 0 ? begin / group : 0;
+    groups = group > 0 ? ceil_div(end, group) - first_group : 1;
+    first = columns > 0 ? begin / columns : 0;
+    count = columns > 0 ? ceil_div(end, columns) - first : 1;
     int32_t lanes[kLanes] = {};
     if (columns > 0 && columns < W::kChunk) {
       for (int l = 0; l < kLanes; ++l) lanes[l] = static_cast<int32_t>(l * W::kSteps / columns);
     }
     places = load_int(lanes);
   }
-  // With zeros behind the last, which lanes past the end read.
-  int64_t padded() const { return count + 2 * kLanes; }
-  int64_t per_chunk() const { return columns > 0 && columns < W::kChunk ? W::kChunk / columns : 0; }
-  int64_t chunks_per_entry() const { return columns >= W::kChunk ? columns / W::kChunk : int64_t{1} << 40; }
+  // With zeros behind the last, which the lanes past the end read.
+  BITFOLD_SIMD int64_t padded() const { return count + 2 * kLanes; }
+  BITFOLD_SIMD int64_t per_chunk() const { return columns > 0 && columns < W::kChunk ? W::kChunk / columns : 0; }
+  BITFOLD_SIMD int64_t chunks_per_entry() const {
+    return columns >= W::kChunk ? columns / W::kChunk : int64_t{1} << 40;
+  }
+  // One value per group to one per entry.
+  BITFOLD_SIMD void spread_groups(float* values) const {
+    if (columns != group) {
+      for (int64_t i = count - 1; i >= 0; --i) values[i] = values[(first + i) * columns / group - first_group];
+    }
+    store(values + count, splat(0.0f));
+    store(values + count + kLanes, splat(0.0f));
+  }
 };
 
-// Scales of a row as fp32.
+// As fp32.
 template <int Row>
-BITFOLD_SIMD void read_scales(const Weight& w, int64_t row, int64_t groups, float* out) {
-  const int64_t at = w.format.group == kPerTensor ? 0 : row * groups;
+BITFOLD_SIMD void read_scales(const Weight& w, int64_t row, const Entries<Row>& entries, float* out) {
+  const int64_t first = entries.first_group, count = entries.groups;
+  const int64_t at = w.format.group == kPerTensor ? 0 : row * groups_in_row(w.format, w.k) + first;
   int64_t i = 0;
   if (w.format.scale == Scale::Nested) {
     const auto* codes = static_cast<const uint8_t*>(w.scales) + at;
     const F offset = splat(*w.nested_offset);
-    while (i < groups) {
+    while (i < count) {
       const int64_t block = (at + i) / kNestedGroup;
-      const int64_t stop = smaller(groups, (block + 1) * kNestedGroup - at);
+      const int64_t stop = smaller(count, (block + 1) * kNestedGroup - at);
       const F nested = splat(w.nested_scales[block]);
       for (; i + kLanes <= stop; i += kLanes) {
         store(out + i, add(mul(gather(&kDynamicMap[0], load_bytes(codes + i)), nested), offset));
       }
-      for (; i < stop; ++i) out[i] = group_scale(w, row, i);
+      for (; i < stop; ++i) out[i] = group_scale(w, row, first + i);
     }
   } else if (w.format.scale == Scale::F16) {
     const auto* from = static_cast<const uint16_t*>(w.scales) + at;
-    for (; i + kLanes <= groups; i += kLanes) store(out + i, load_half(from + i));
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load_half(from + i));
   } else if (w.format.scale == Scale::F32) {
     const auto* from = static_cast<const float*>(w.scales) + at;
-    for (; i + kLanes <= groups; i += kLanes) store(out + i, load(from + i));
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load(from + i));
   }
-  for (; i < groups; ++i) out[i] = group_scale(w, row, i);
+  for (; i < count; ++i) out[i] = group_scale(w, row, first + i);
+  entries.spread_groups(out);
 }
 
 // What is added to code - kHalf: kHalf - zero.
 template <int Row>
-BITFOLD_SIMD void read_zeros(const Weight& w, int64_t row, int64_t groups, float* out) {
+BITFOLD_SIMD void read_zeros(const Weight& w, int64_t row, const Entries<Row>& entries, float* out) {
   constexpr int kBits = Words<Row>::kBits;
-  const int64_t row_bytes = w.format.group == kPerTensor ? 0 : ceil_div(groups * kBits, 8);
+  const int64_t first = entries.first_group, count = entries.groups;
+  const int64_t at = w.format.group == kPerTensor ? 0 : row * ceil_div(groups_in_row(w.format, w.k) * kBits, 8);
   const I half = splat(int32_t{Words<Row>::kHalf});
   int64_t i = 0;
-  for (; i + kLanes <= groups; i += kLanes) {
-    store(out + i, to_float(sub(half, unpack<kBits, false>(w.zeros + row * row_bytes + i * kBits / 8))));
+  if (first * kBits % 8 == 0) {
+    for (; i + kLanes <= count; i += kLanes) {
+      store(out + i, to_float(sub(half, unpack<kBits, false>(w.zeros + at + (first + i) * kBits / 8))));
+    }
   }
-  for (; i < groups; ++i) out[i] = static_cast<float>(Words<Row>::kHalf - group_zero(w, row, i));
+  for (; i < count; ++i) out[i] = static_cast<float>(Words<Row>::kHalf - group_zero(w, row, first + i));
+  entries.spread_groups(out);
 }
 
-// One value per group to one per entry, with zeros behind.
+// Follows the entries of a row from chunk to chunk.
 template <int Row>
-BITFOLD_SIMD void spread_groups(const Entries<Row>& entries, int64_t group, int64_t groups, float* values) {
-  if (entries.count > groups) {
-    for (int64_t i = entries.count - 1; i > 0; --i) values[i] = values[i * entries.columns / group];
-  }
-  store(values + entries.count, splat(0.0f));
-  store(values + entries.count + kLanes, splat(0.0f));
-}
+struct Cursor {
+  const float* scales;
+  const float* zeros;  // null: symmetric
+  int64_t per_chunk, chunks_per_entry, until_next;
 
-// The entries of the rows of one block.
-struct RowEntries {
-  float* scales;
-  float* zeros;  // null: symmetric
-  int64_t stride;
+  BITFOLD_SIMD Cursor(const Entries<Row>& entries, const float* scales_, const float* zeros_, int64_t chunk)
+      : per_chunk(entries.per_chunk()), chunks_per_entry(entries.chunks_per_entry()) {
+    const int64_t at = (per_chunk > 0 ? chunk * per_chunk : chunk / chunks_per_entry) - entries.first;
+    until_next = per_chunk > 0 ? chunks_per_entry : chunks_per_entry - chunk % chunks_per_entry;
+    scales = scales_ + at;
+    zeros = zeros_ != nullptr ? zeros_ + at : nullptr;
+  }
+  BITFOLD_SIMD void next() {
+    int64_t move = per_chunk;
+    if (--until_next == 0) {
+      ++move;
+      until_next = chunks_per_entry;
+    }
+    scales += move;
+    if (Words<Row>::kInteger && zeros != nullptr) zeros += move;
+  }
 };
 
-// `count` chunks of R rows times M rows of x, added to totals[r][j].
+template <int Row>
+constexpr int64_t row_bytes(const Weight& w) {
+  return ceil_div(w.k * Words<Row>::kBits, 8);
+}
+
+// Columns [begin, end) of a row as fp32, a vector at every `stride` floats, in the order of `arrange`; begin is at a
+// chunk, and so is end, or it is the end of the row.
+template <int Row>
+void decode_arranged(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out, int64_t stride,
+                     float* scratch) {
+  using W = Words<Row>;
+  const W values;
+  const Entries<Row> entries(w, begin, end);
+  float* zeros = W::kInteger && w.zeros != nullptr ? scratch + entries.padded() : nullptr;
+  read_scales<Row>(w, row, entries, scratch);
+  if (zeros != nullptr) read_zeros<Row>(w, row, entries, zeros);
+  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * row_bytes<Row>(w) + begin * W::kBits / 8;
+  Cursor<Row> at(entries, scratch, zeros, begin / W::kChunk);
+  for (int64_t c = begin; c < end; c += W::kChunk) {
+    uint8_t tail[W::kBytes] = {};
+    if (c + W::kChunk > w.k) {
+      std::memcpy(tail, codes, static_cast<size_t>(row_bytes<Row>(w) - c * W::kBits / 8));
+      codes = tail;
+    }
+    const I words = load_words<W::kBits>(codes);
+    codes += W::kBytes;
+    const F scale = spread(at.scales, entries.places);
+    const F zero = W::kInteger && zeros != nullptr ? spread(at.zeros, entries.places) : splat(0.0f);
+    unroll<W::kSteps>([&]<int Step>() {
+      F value = values.template at<Step>(words);
+      if constexpr (W::kInteger) value = add(value, zero);
+      store(out + Step * stride, mul(value, scale));
+    });
+    out += W::kSteps * stride;
+    at.next();
+  }
+}
+
+// `count` chunks of R rows times M rows of x, added to totals[r][j]. The entries of a row follow those of the one
+// before at `entry_stride`.
 template <int Row, int M, int R>
 [[gnu::noinline]] void multiply_chunks(const uint8_t* const (&rows)[R], int64_t count, int64_t ahead, const float* x,
-                                       const float* x_sums, const Entries<Row>& entries, RowEntries of_rows,
-                                       int64_t chunk, float* totals) {
+                                       const float* x_sums, Cursor<Row> at, int64_t entry_stride, I places,
+                                       float* totals) {
   using W = Words<Row>;
-  const Words<Row> values;
+  const W values;
   const uint8_t* codes[R];
   for (int r = 0; r < R; ++r) codes[r] = rows[r];
-  const I places = entries.places;
-  const int64_t per_chunk = entries.per_chunk(), chunks_per_entry = entries.chunks_per_entry();
-  const int64_t first = per_chunk > 0 ? chunk * per_chunk : chunk / chunks_per_entry;
-  const float* scales = of_rows.scales + first;
-  const float* zeros = of_rows.zeros + (of_rows.zeros != nullptr ? first : 0);
-  int64_t until_next = chunks_per_entry - chunk % chunks_per_entry;
   for (; count > 0; --count) {
     I words[R];
     for (int r = 0; r < R; ++r) {
@@ -199,31 +262,28 @@ template <int Row, int M, int R>
       F w_step[R];
       for (int r = 0; r < R; ++r) w_step[r] = values.template at<Step>(words[r]);
       for (int j = 0; j < M; ++j) {
-        const F x_step = load(x + (Step * M + j) * kLanes);
+        const F x_step = hold(load(x + (Step * M + j) * kLanes));
         for (int r = 0; r < R; ++r) {
           sums[r][j] = Step == 0 ? mul(w_step[r], x_step) : fma(w_step[r], x_step, sums[r][j]);
         }
       }
     });
     x += W::kChunk * M;
-    if (W::kInteger && zeros != nullptr) {
+    if (W::kInteger && at.zeros != nullptr) {
       for (int r = 0; r < R; ++r) {
-        const F zero = spread(zeros + r * of_rows.stride, places);
+        const F zero = spread(at.zeros + r * entry_stride, places);
         for (int j = 0; j < M; ++j) sums[r][j] = fma(zero, load(x_sums + j * kLanes), sums[r][j]);
       }
       x_sums += M * kLanes;
     }
     for (int r = 0; r < R; ++r) {
-      const F scale = spread(scales + r * of_rows.stride, places);
+      const F scale = spread(at.scales + r * entry_stride, places);
       for (int j = 0; j < M; ++j) {
         float* total = totals + (r * M + j) * kLanes;
         store(total, fma(sums[r][j], scale, load(total)));
       }
     }
-    const int64_t move = per_chunk + (--until_next == 0 ? 1 : 0);
-    if (until_next == 0) until_next = chunks_per_entry;
-    scales += move;
-    if (W::kInteger && zeros != nullptr) zeros += move;
+    at.next();
   }
 }
 
@@ -232,39 +292,34 @@ void multiply(const FusedArgs& a) {
   using W = Words<Row>;
   static_assert(kFusedBlock % R == 0 && kBlockColumns<M> % W::kChunk == 0);
   const Weight& w = *a.w;
-  const Entries<Row> entries(w);
-  const int64_t groups = groups_in_row(w.format, w.k), row_bytes = ceil_div(w.k * W::kBits, 8);
+  const Entries<Row> entries(w, 0, w.k);
+  const int64_t stride = entries.padded(), bytes = row_bytes<Row>(w);
   const int64_t chunks = w.k / W::kChunk, block_chunks = kBlockColumns<M> / W::kChunk;
-  const RowEntries of_rows{a.scratch, W::kInteger && w.zeros != nullptr ? a.scratch + kFusedBlock * entries.padded() : nullptr,
-                           entries.padded()};
+  float* scales = a.scratch;
+  float* zeros = W::kInteger && w.zeros != nullptr ? scales + kFusedBlock * stride : nullptr;
   for (int64_t top = a.row_begin; top < a.row_end; top += kFusedBlock) {
     const int64_t rows = smaller(a.row_end - top, kFusedBlock);
-    float totals[kFusedBlock * M * kLanes];
+    alignas(64) float totals[kFusedBlock * M * kLanes];
     std::memset(totals, 0, sizeof(totals));
     for (int64_t row = 0; row < rows; ++row) {
-      float* scales = of_rows.scales + row * of_rows.stride;
-      read_scales<Row>(w, top + row, groups, scales);
-      spread_groups(entries, w.format.group, groups, scales);
-      if (of_rows.zeros == nullptr) continue;
-      float* zeros = of_rows.zeros + row * of_rows.stride;
-      read_zeros<Row>(w, top + row, groups, zeros);
-      spread_groups(entries, w.format.group, groups, zeros);
+      read_scales<Row>(w, top + row, entries, scales + row * stride);
+      if (zeros != nullptr) read_zeros<Row>(w, top + row, entries, zeros + row * stride);
     }
-    // The rows of a block that has no R left are taken as often as it needs; what comes of them is not used.
-    const auto multiply_rows = [&](int64_t row, int64_t chunk, int64_t count, const uint8_t* const(&codes)[R], int64_t ahead) {
-      const RowEntries here{of_rows.scales + row * of_rows.stride,
-                            of_rows.zeros != nullptr ? of_rows.zeros + row * of_rows.stride : nullptr, of_rows.stride};
-      multiply_chunks<Row, M, R>(codes, count, ahead, a.x + chunk * W::kChunk * M, a.x_sums + chunk * kLanes * M, entries,
-                                 here, chunk, totals + row * M * kLanes);
+    const auto multiply_rows = [&](int64_t row, int64_t chunk, int64_t count, const uint8_t* const(&codes)[R],
+                                   int64_t ahead) {
+      const Cursor<Row> at(entries, scales + row * stride, zeros != nullptr ? zeros + row * stride : nullptr, chunk);
+      multiply_chunks<Row, M, R>(codes, count, ahead, a.x + chunk * W::kChunk * M, a.x_sums + chunk * kLanes * M, at,
+                                 stride, entries.places, totals + row * M * kLanes);
     };
+    // The last row is taken again where a block has no R rows left; what comes of that is not used.
     const auto row_codes = [&](int64_t row) {
-      return static_cast<const uint8_t*>(w.codes) + smaller(top + row, a.row_end - 1) * row_bytes;
+      return static_cast<const uint8_t*>(w.codes) + smaller(top + row, a.row_end - 1) * bytes;
     };
     for (int64_t chunk = 0; chunk < chunks; chunk += block_chunks) {
       for (int64_t row = 0; row < rows; row += R) {
         const uint8_t* codes[R];
         for (int r = 0; r < R; ++r) codes[r] = row_codes(row + r) + chunk * W::kBytes;
-        const int64_t ahead = top + row + 2 * R <= a.row_end ? R * row_bytes : 0;
+        const int64_t ahead = top + row + 2 * R <= a.row_end ? R * bytes : 0;
         multiply_rows(row, chunk, smaller(chunks - chunk, block_chunks), codes, ahead);
       }
     }
@@ -274,7 +329,7 @@ void multiply(const FusedArgs& a) {
         uint8_t tails[R][W::kBytes] = {};
         const uint8_t* codes[R];
         for (int r = 0; r < R; ++r) {
-          std::memcpy(tails[r], row_codes(row + r) + done, static_cast<size_t>(row_bytes - done));
+          std::memcpy(tails[r], row_codes(row + r) + done, static_cast<size_t>(bytes - done));
           codes[r] = tails[r];
         }
         multiply_rows(row, chunks, 1, codes, 0);
@@ -298,7 +353,7 @@ void fused(const FusedArgs& a) {
 
 template <int Row>
 void fill(Kernels& kernels) {
-  kernels.fused[Row] = {fused<Row>, arrange<Row>, Words<Row>::kChunk, Words<Row>::kSteps};
+  kernels.linear[Row] = {fused<Row>, arrange<Row>, decode_arranged<Row>, Words<Row>::kChunk, Words<Row>::kSteps};
 }
 
 }  // namespace

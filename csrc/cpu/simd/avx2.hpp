@@ -13,8 +13,7 @@ namespace bitfold::cpu {
 namespace {
 
 inline constexpr int kLanes = 8;
-inline constexpr int kTileW = 3;  // 12 sums, 3 + 1 operands: all 16 registers
-inline constexpr int kTileX = 4;
+inline constexpr int kTileX = 3;  // 12 sums, 3 + 1 operands: all 16 registers
 inline constexpr bool kOneLookup = false;
 
 using F = __m256;
@@ -29,6 +28,11 @@ BITFOLD_SIMD F load(const float* p) { return _mm256_loadu_ps(p); }
 BITFOLD_SIMD void store(float* p, F a) { _mm256_storeu_ps(p, a); }
 BITFOLD_SIMD F splat(float a) { return _mm256_set1_ps(a); }
 BITFOLD_SIMD I splat(int32_t a) { return {_mm256_set1_epi32(a)}; }
+
+BITFOLD_SIMD F hold(F a) {
+  asm("" : "+x"(a));
+  return a;
+}
 
 BITFOLD_SIMD __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 BITFOLD_SIMD F load_half(const uint16_t* p) { return _mm256_cvtph_ps(load16(p)); }
@@ -139,6 +143,11 @@ BITFOLD_SIMD float reduce_add(F a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+BITFOLD_SIMD void add_reduced(const F (&sums)[4], float* to) {
+  const F four = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
+  const __m128 all = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), all));
 }
 BITFOLD_SIMD float reduce_max(F a) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

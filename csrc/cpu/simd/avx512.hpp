@@ -18,8 +18,7 @@ namespace bitfold::cpu {
 namespace {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kTileW = 4;  // 24 sums, 4 + 1 operands of 32 registers
-inline constexpr int kTileX = 6;
+inline constexpr int kTileX = 6;  // 24 sums, 6 + 1 operands of 32 registers
 inline constexpr bool kOneLookup = true;
 
 using F = __m512;
@@ -34,6 +33,11 @@ BITFOLD_SIMD F load(const float* p) { return _mm512_loadu_ps(p); }
 BITFOLD_SIMD void store(float* p, F a) { _mm512_storeu_ps(p, a); }
 BITFOLD_SIMD F splat(float a) { return _mm512_set1_ps(a); }
 BITFOLD_SIMD I splat(int32_t a) { return {_mm512_set1_epi32(a)}; }
+
+BITFOLD_SIMD F hold(F a) {
+  asm("" : "+v"(a));
+  return a;
+}
 
 BITFOLD_SIMD __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 BITFOLD_SIMD F load_half(const uint16_t* p) { return _mm512_cvtph_ps(load32(p)); }
@@ -145,6 +149,15 @@ BITFOLD_SIMD float reduce_add(F a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+BITFOLD_SIMD void add_reduced(const F (&sums)[4], float* to) {
+  const F two_a = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
+  const F two_b = _mm512_add_ps(_mm512_unpacklo_ps(sums[2], sums[3]), _mm512_unpackhi_ps(sums[2], sums[3]));
+  const F four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(two_a), _mm512_castps_pd(two_b))),
+                               _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(two_a), _mm512_castps_pd(two_b))));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), upper_half(four));
+  const __m128 all = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), all));
 }
 BITFOLD_SIMD float reduce_max(F a) {
   const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a), upper_half(a));

@@ -13,8 +13,7 @@ namespace bitfold::cpu {
 namespace {
 
 inline constexpr int kLanes = 8;
-inline constexpr int kTileW = 3;  // 12 sums of two registers, 3 + 1 operands: all 32 registers
-inline constexpr int kTileX = 4;
+inline constexpr int kTileX = 3;  // 12 sums of two registers, 3 + 1 operands: all 32 registers
 inline constexpr bool kOneLookup = false;
 
 struct F {
@@ -34,6 +33,8 @@ BITFOLD_SIMD void store(float* p, F a) {
 }
 BITFOLD_SIMD F splat(float a) { return {vdupq_n_f32(a), vdupq_n_f32(a)}; }
 BITFOLD_SIMD I splat(int32_t a) { return {vdupq_n_s32(a), vdupq_n_s32(a)}; }
+
+BITFOLD_SIMD F hold(F a) { return a; }
 
 BITFOLD_SIMD F load_half(const uint16_t* p) {
   const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(p));
@@ -168,6 +169,9 @@ BITFOLD_SIMD float reduce_add(F a) {
   const float32x4_t four = vaddq_f32(a.low, a.high);
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
   return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+BITFOLD_SIMD void add_reduced(const F (&sums)[4], float* to) {
+  for (int i = 0; i < 4; ++i) to[i] += reduce_add(sums[i]);
 }
 BITFOLD_SIMD float reduce_max(F a) { return vmaxvq_f32(vmaxq_f32(a.low, a.high)); }
 BITFOLD_SIMD float reduce_min(F a) { return vminvq_f32(vminq_f32(a.low, a.high)); }

@@ -11,8 +11,7 @@ namespace bitfold::cpu {
 namespace {
 
 inline constexpr int kLanes = 8;
-// Rows of w and of x that one tile multiplies in registers.
-inline constexpr int kTileW = 2;
+// Rows of x that are multiplied with kTileRows of the weight in registers.
 inline constexpr int kTileX = 2;
 // Whether a lookup costs no more than the arithmetic that it could replace.
 inline constexpr bool kOneLookup = true;
@@ -46,6 +45,9 @@ BITFOLD_SIMD F splat(float a) {
 BITFOLD_SIMD I splat(int32_t a) {
   return each<I>([&](int) { return a; });
 }
+
+// Keeps a in a register where several instructions would each rather read it from memory.
+BITFOLD_SIMD F hold(F a) { return a; }
 
 BITFOLD_SIMD F load_half(const uint16_t* p) {
   return each<F>([&](int i) { return half_to_float(p[i]); });
@@ -190,6 +192,10 @@ BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
 BITFOLD_SIMD float reduce_add(F a) {
   const float s0 = a.v[0] + a.v[4], s1 = a.v[1] + a.v[5], s2 = a.v[2] + a.v[6], s3 = a.v[3] + a.v[7];
   return (s0 + s2) + (s1 + s3);
+}
+// to[i] += the sum over the lanes of sums[i].
+BITFOLD_SIMD void add_reduced(const F (&sums)[4], float* to) {
+  for (int i = 0; i < 4; ++i) to[i] += reduce_add(sums[i]);
 }
 BITFOLD_SIMD float reduce_max(F a) {
   float out = a.v[0];
