@@ -28,8 +28,9 @@ ROWS_AT_ONCE = 8  # the fused regime's largest batch (docs/architecture.md)
 
 
 def fused(format: str) -> bool:
-    """Whether small batches run fused: groups start at vector boundaries (docs/architecture.md)."""
-    return oracle.parse(format).group <= 0 or oracle.parse(format).group % 32 == 0
+    """Whether small batches run fused: groups start at word boundaries (docs/architecture.md)."""
+    group = oracle.parse(format).group
+    return group <= 0 or group % (32 if format.startswith("fp8") else 16) == 0
 
 
 def make(rng: np.random.Generator, format: str, n: int, k: int, layout: str = "rows"):
