@@ -85,10 +85,10 @@ struct LinearKernel {
   // Puts row j of `rows` of x into that order, a vector of each row in turn, padded with zeros to a multiple of `chunk`
   // columns: panel holds rows * round_up(k, chunk) floats, sums those of every `word` columns.
   void (*arrange)(const float* x, int64_t k, int j, int rows, float* panel, float* sums);
-  // Columns [begin, end) of a row as fp32, a vector at every `stride` floats, the last chunk in full. begin is a multiple
-  // of kTileColumns, and end too unless it is k; the plan's fused_supports holds. scratch has
-  // fused_scratch(kTileColumns) floats. Null: the columns are decoded in order, and then arranged.
-  void (*decode)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out, int64_t stride, float* scratch);
+  // Columns [begin, end) of `rows` <= kTileRows rows as fp32 in the same order, a vector of each of kTileRows in turn, the
+  // last chunk in full. begin is a multiple of kTileColumns, and end too unless it is k; the plan's fused_supports holds.
+  // scratch has fused_scratch(kTileColumns) floats. Null: the columns are decoded in order, and then arranged.
+  void (*decode)(const Weight& w, int64_t first, int rows, int64_t begin, int64_t end, float* tile, float* scratch);
   int chunk;
   int word;
 };

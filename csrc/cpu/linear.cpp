@@ -81,13 +81,13 @@ void linear_fused(const LinearArgs& args) {
 void decode_tile(const Kernels& kernels, const Weight& w, int64_t row, int64_t begin, int64_t end, float* tile,
                  float* scratch) {
   const LinearKernel& kernel = kernels.linear[w.format.row];
-  const bool direct = kernel.decode != nullptr && fused_supports(w.format);
-  for (int i = 0; i < kTileRows; ++i) {
-    if (row + i < w.n && direct) {
-      kernel.decode(w, row + i, begin, end, tile + i * kernels.lanes, kTileRows * kernels.lanes, scratch);
-    } else {
-      if (row + i < w.n) decode_row(kernels, w, row + i, begin, end, scratch);
-      else std::fill_n(scratch, end - begin, 0.0f);
+  const auto rows = static_cast<int>(std::min<int64_t>(kTileRows, w.n - row));
+  if (rows < kTileRows) std::fill_n(tile, kTileRows * kTileColumns, 0.0f);
+  if (kernel.decode != nullptr && fused_supports(w.format)) {
+    kernel.decode(w, row, rows, begin, end, tile, scratch);
+  } else {
+    for (int i = 0; i < rows; ++i) {
+      decode_row(kernels, w, row + i, begin, end, scratch);
       kernel.arrange(scratch, end - begin, i, kTileRows, tile, scratch + kTileColumns);
     }
   }

@@ -131,32 +131,45 @@ struct Entries {
   }
 };
 
+// Elements [i, count) of p, as many as there are lanes, in memory that can be read in full.
+template <class T>
+struct Tail {
+  T lanes[kLanes] = {};
+  BITFOLD_SIMD Tail(const T* p, int64_t count) { std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T)); }
+};
+// out[i] = widen(from + i) for all i < count; up to kLanes more are written.
+template <class T, class Widen>
+BITFOLD_SIMD void widen_all(const T* from, int64_t count, float* out, Widen widen) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, widen(from + i));
+  if (i < count) store(out + i, widen(Tail<T>(from + i, count - i).lanes));
+}
+
 // As fp32.
 template <int Row>
 BITFOLD_SIMD void read_scales(const Weight& w, int64_t row, const Entries<Row>& entries, float* out) {
-  const int64_t first = entries.first_group, count = entries.groups;
-  const int64_t at = w.format.group == kPerTensor ? 0 : row * groups_in_row(w.format, w.k) + first;
-  int64_t i = 0;
+  const int64_t count = entries.groups;
+  const int64_t at =
+      w.format.group == kPerTensor ? 0 : row * groups_in_row(w.format, w.k) + entries.first_group;
   if (w.format.scale == Scale::Nested) {
     const auto* codes = static_cast<const uint8_t*>(w.scales) + at;
     const F offset = splat(*w.nested_offset);
-    while (i < count) {
+    for (int64_t i = 0; i < count;) {
       const int64_t block = (at + i) / kNestedGroup;
       const int64_t stop = smaller(count, (block + 1) * kNestedGroup - at);
       const F nested = splat(w.nested_scales[block]);
-      for (; i + kLanes <= stop; i += kLanes) {
-        store(out + i, add(mul(gather(&kDynamicMap[0], load_bytes(codes + i)), nested), offset));
-      }
-      for (; i < stop; ++i) out[i] = group_scale(w, row, first + i);
+      widen_all(codes + i, stop - i, out + i, [&](const uint8_t* p) {
+        return add(mul(gather(&kDynamicMap[0], load_bytes(p)), nested), offset);
+      });
+      i = stop;
     }
-  } else if (w.format.scale == Scale::F16) {
-    const auto* from = static_cast<const uint16_t*>(w.scales) + at;
-    for (; i + kLanes <= count; i += kLanes) store(out + i, load_half(from + i));
   } else if (w.format.scale == Scale::F32) {
-    const auto* from = static_cast<const float*>(w.scales) + at;
-    for (; i + kLanes <= count; i += kLanes) store(out + i, load(from + i));
+    widen_all(static_cast<const float*>(w.scales) + at, count, out, [](const float* p) { return load(p); });
+  } else {
+    const auto* from = static_cast<const uint16_t*>(w.scales) + at;
+    if (w.format.scale == Scale::F16) widen_all(from, count, out, [](const uint16_t* p) { return load_half(p); });
+    else widen_all(from, count, out, [](const uint16_t* p) { return load_bf16(p); });
   }
-  for (; i < count; ++i) out[i] = group_scale(w, row, first + i);
   entries.spread_groups(out);
 }
 
@@ -165,15 +178,19 @@ template <int Row>
 BITFOLD_SIMD void read_zeros(const Weight& w, int64_t row, const Entries<Row>& entries, float* out) {
   constexpr int kBits = Words<Row>::kBits;
   const int64_t first = entries.first_group, count = entries.groups;
-  const int64_t at = w.format.group == kPerTensor ? 0 : row * ceil_div(groups_in_row(w.format, w.k) * kBits, 8);
+  const int64_t bytes = ceil_div(groups_in_row(w.format, w.k) * kBits, 8);
+  const uint8_t* zeros = w.zeros + (w.format.group == kPerTensor ? 0 : row * bytes);
   const I half = splat(int32_t{Words<Row>::kHalf});
+  const auto widen = [&](const uint8_t* p) { return to_float(sub(half, unpack<kBits, false>(p))); };
   int64_t i = 0;
   if (first * kBits % 8 == 0) {
-    for (; i + kLanes <= count; i += kLanes) {
-      store(out + i, to_float(sub(half, unpack<kBits, false>(w.zeros + at + (first + i) * kBits / 8))));
-    }
+    const uint8_t* from = zeros + first * kBits / 8;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, widen(from + i * kBits / 8));
+    const Tail<uint8_t> tail(from + i * kBits / 8, ceil_div((count - i) * kBits, 8));
+    store(out + i, widen(tail.lanes));
+  } else {
+    for (; i < count; ++i) out[i] = static_cast<float>(Words<Row>::kHalf - group_zero(w, row, first + i));
   }
-  for (; i < count; ++i) out[i] = static_cast<float>(Words<Row>::kHalf - group_zero(w, row, first + i));
   entries.spread_groups(out);
 }
 
@@ -207,36 +224,43 @@ constexpr int64_t row_bytes(const Weight& w) {
   return ceil_div(w.k * Words<Row>::kBits, 8);
 }
 
-// Columns [begin, end) of a row as fp32, a vector at every `stride` floats, in the order of `arrange`; begin is at a
-// chunk, and so is end, or it is the end of the row.
 template <int Row>
-void decode_arranged(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out, int64_t stride,
-                     float* scratch) {
+void decode_tile(const Weight& w, int64_t first, int rows, int64_t begin, int64_t end, float* tile, float* scratch) {
   using W = Words<Row>;
+  constexpr int kStride = kTileRows * kLanes;
   const W values;
   const Entries<Row> entries(w, begin, end);
   float* zeros = W::kInteger && w.zeros != nullptr ? scratch + entries.padded() : nullptr;
-  read_scales<Row>(w, row, entries, scratch);
-  if (zeros != nullptr) read_zeros<Row>(w, row, entries, zeros);
-  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * row_bytes<Row>(w) + begin * W::kBits / 8;
-  Cursor<Row> at(entries, scratch, zeros, begin / W::kChunk);
-  for (int64_t c = begin; c < end; c += W::kChunk) {
-    uint8_t tail[W::kBytes] = {};
-    if (c + W::kChunk > w.k) {
-      std::memcpy(tail, codes, static_cast<size_t>(row_bytes<Row>(w) - c * W::kBits / 8));
-      codes = tail;
+  const int64_t bytes = row_bytes<Row>(w);
+  for (int r = 0; r < rows; ++r) {
+    const int64_t row = first + r;
+    // The rows of the next tile are asked for while these are decoded.
+    const int64_t ahead = row + kTileRows < w.n ? kTileRows * bytes : 0;
+    read_scales<Row>(w, row, entries, scratch);
+    if (zeros != nullptr) read_zeros<Row>(w, row, entries, zeros);
+    const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * bytes + begin * W::kBits / 8;
+    Cursor<Row> at(entries, scratch, zeros, begin / W::kChunk);
+    float* out = tile + r * kLanes;
+    for (int64_t c = begin; c < end; c += W::kChunk) {
+      uint8_t tail[W::kBytes];
+      if (c + W::kChunk > w.k) {
+        std::memset(tail, 0, sizeof(tail));
+        std::memcpy(tail, codes, static_cast<size_t>(bytes - c * W::kBits / 8));
+        codes = tail;
+      }
+      const I words = load_words<W::kBits>(codes);
+      prefetch(codes + ahead);
+      codes += W::kBytes;
+      const F scale = spread(at.scales, entries.places);
+      const F zero = W::kInteger && zeros != nullptr ? spread(at.zeros, entries.places) : splat(0.0f);
+      unroll<W::kSteps>([&]<int Step>() {
+        F value = values.template at<Step>(words);
+        if constexpr (W::kInteger) value = add(value, zero);
+        store(out + Step * kStride, mul(value, scale));
+      });
+      out += W::kSteps * kStride;
+      at.next();
     }
-    const I words = load_words<W::kBits>(codes);
-    codes += W::kBytes;
-    const F scale = spread(at.scales, entries.places);
-    const F zero = W::kInteger && zeros != nullptr ? spread(at.zeros, entries.places) : splat(0.0f);
-    unroll<W::kSteps>([&]<int Step>() {
-      F value = values.template at<Step>(words);
-      if constexpr (W::kInteger) value = add(value, zero);
-      store(out + Step * stride, mul(value, scale));
-    });
-    out += W::kSteps * stride;
-    at.next();
   }
 }
 
@@ -353,7 +377,7 @@ void fused(const FusedArgs& a) {
 
 template <int Row>
 void fill(Kernels& kernels) {
-  kernels.linear[Row] = {fused<Row>, arrange<Row>, decode_arranged<Row>, Words<Row>::kChunk, Words<Row>::kSteps};
+  kernels.linear[Row] = {fused<Row>, arrange<Row>, decode_tile<Row>, Words<Row>::kChunk, Words<Row>::kSteps};
 }
 
 }  // namespace
