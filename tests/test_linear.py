@@ -174,7 +174,10 @@ def test_the_plan_names_the_regime():
                 expected = "fused" if fused(format) else "tiled"
                 assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == expected, format
             for m in (ROWS_AT_ONCE + 1, 64, 1000):
-                assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == "tiled", format
+                plan = bitfold.plan_linear(format, m, 64, 256, dtype)
+                rounds = dtype == torch.bfloat16 and bitfold._C.isa() == "avx512_bf16"
+                assert plan.regime == "tiled", format
+                assert plan.operands == ("bfloat16" if rounds else "float32"), format
         for m in (1, 9):
             assert bitfold.plan_linear(format, m, 64, 256, torch.float64).regime == "floor"
     assert bitfold.plan_linear("nf4", 1, 3, 57, layout="flat").regime == "floor"

@@ -33,6 +33,9 @@ BITFOLD_DECLARE(scalar)
 BITFOLD_DECLARE(avx2)
 BITFOLD_DECLARE(avx512)
 #endif
+#if defined(BITFOLD_HAVE_AVX512_BF16)
+void fill_tiled_bf16_avx512_bf16(Kernels&);
+#endif
 #if defined(BITFOLD_HAVE_NEON)
 BITFOLD_DECLARE(neon)
 #endif
@@ -42,6 +45,7 @@ namespace {
 struct Isa {
   const char* name;
   bool available;
+  bool wanted;  // without being asked for
   void (*fill)(Kernels&);
 };
 
@@ -57,13 +61,23 @@ std::vector<Isa> known_isas() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
-  isas.push_back({"avx512", avx512, BITFOLD_FILL(avx512)});
-  isas.push_back({"avx2", avx2, BITFOLD_FILL(avx2)});
+#if defined(BITFOLD_HAVE_AVX512_BF16)
+  // A product of bf16 pairs takes AMD's cores the time of one fp32 vector, Intel's that of four: measured on Emerald
+  // Rapids, 41 against 82 G multiply-adds per second.
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  isas.push_back({"avx512_bf16", bf16, bf16 && __builtin_cpu_is("amd"), [](Kernels& kernels) {
+                    BITFOLD_FILL(avx512)(kernels);
+                    fill_tiled_bf16_avx512_bf16(kernels);
+                    kernels.isa = "avx512_bf16";
+                  }});
+#endif
+  isas.push_back({"avx512", avx512, true, BITFOLD_FILL(avx512)});
+  isas.push_back({"avx2", avx2, true, BITFOLD_FILL(avx2)});
 #endif
 #if defined(BITFOLD_HAVE_NEON)
-  isas.push_back({"neon", true, BITFOLD_FILL(neon)});
+  isas.push_back({"neon", true, true, BITFOLD_FILL(neon)});
 #endif
-  isas.push_back({"scalar", true, BITFOLD_FILL(scalar)});
+  isas.push_back({"scalar", true, true, BITFOLD_FILL(scalar)});
   return isas;
 }
 
@@ -75,7 +89,7 @@ Kernels choose() {
     if (isa.available) usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
   }
   for (const Isa& isa : isas) {
-    const bool chosen = wanted == nullptr || *wanted == '\0' || std::string(wanted) == isa.name;
+    const bool chosen = wanted == nullptr || *wanted == '\0' ? isa.wanted : std::string(wanted) == isa.name;
     if (chosen && isa.available) {
       Kernels kernels{};
       isa.fill(kernels);

@@ -1,5 +1,6 @@
 // y = x W^T + b and dx = dy W, cut over output elements: a sum is never shared by threads, so its order never changes.
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/buffer.hpp"
 #include "cpu/cpu.hpp"
@@ -13,23 +14,6 @@ constexpr int64_t kBatchRows = 512;
 // Rows of the weight that are decoded at a time, in pieces of kTileColumns: 384 KB, for the second cache.
 constexpr int64_t kStripRows = 96;
 static_assert(kStripRows % kTileRows == 0 && kTileColumns % kAlign == 0);
-
-// Rows [first, first + m) of x, arranged in blocks of `block` rows.
-void arrange_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t m, int64_t block,
-                   float* panel) {
-  const int64_t k = args.w.k;
-  const LinearKernel& kernel = kernels.linear[args.w.format.row];
-  const int64_t stride = round_up(k, kernel.chunk);
-  cut(args.parallel_for, ceil_div(m, block), grain_rows(block * k), [&](int64_t begin, int64_t end) {
-    Buffer<float> row(k), sums(block * (stride / kernel.word));
-    for (int64_t j = begin * block; j < end * block; ++j) {
-      if (j < m) read_row(kernels, args.x, first + j, row.data());
-      else std::fill_n(row.data(), k, 0.0f);
-      kernel.arrange(row.data(), k, static_cast<int>(j % block), static_cast<int>(block),
-                     panel + j / block * block * stride, sums.data());
-    }
-  });
-}
 
 // Sums of weight rows [begin, end) and one row of x, plus bias, to row j of y.
 class Epilogue {
@@ -77,6 +61,33 @@ void linear_fused(const LinearArgs& args) {
   });
 }
 
+// Interleaved rows of fp32 as what the tile multiplies.
+void place(const Kernels&, const float* from, int64_t columns, int64_t rows, float* to) {
+  std::memcpy(to, from, static_cast<size_t>(columns * rows) * sizeof(float));
+}
+void place(const Kernels& kernels, const float* from, int64_t columns, int64_t rows, uint16_t* to) {
+  kernels.round_bf16(from, columns, static_cast<int>(rows), to);
+}
+
+// Rows [first, first + m) of x, arranged in blocks of `block` rows.
+template <class T>
+void arrange_panel(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t m, int64_t block, T* panel) {
+  const int64_t k = args.w.k;
+  const LinearKernel& kernel = kernels.linear[args.w.format.row];
+  const int64_t stride = round_up(k, kernel.chunk);
+  cut(args.parallel_for, ceil_div(m, block), grain_rows(block * k), [&](int64_t begin, int64_t end) {
+    Buffer<float> row(k), arranged(block * stride), sums(block * (stride / kernel.word));
+    for (int64_t j0 = begin * block; j0 < end * block; j0 += block) {
+      for (int64_t j = 0; j < block; ++j) {
+        if (j0 + j < m) read_row(kernels, args.x, first + j0 + j, row.data());
+        else std::fill_n(row.data(), k, 0.0f);
+        kernel.arrange(row.data(), k, static_cast<int>(j), static_cast<int>(block), arranged.data(), sums.data());
+      }
+      place(kernels, arranged.data(), stride, block, panel + j0 * stride);
+    }
+  });
+}
+
 // Columns [begin, end) of kTileRows rows from `row` on, arranged; rows past n are zero.
 void decode_tile(const Kernels& kernels, const Weight& w, int64_t row, int64_t begin, int64_t end, float* tile,
                  float* scratch) {
@@ -93,28 +104,37 @@ void decode_tile(const Kernels& kernels, const Weight& w, int64_t row, int64_t b
   }
 }
 
-void linear_tiled(const LinearArgs& args) {
+// T: the operands' type, fp32 or bf16.
+template <class T>
+void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
   const Kernels& kernels = cpu::kernels();
   const Weight& w = args.w;
   const int64_t block = kernels.tile_x, stride = round_up(w.k, kernels.linear[w.format.row].chunk);
-  Buffer<float> panel(round_up(std::min(args.x.rows, kBatchRows), block) * stride);
+  Buffer<T> panel(round_up(std::min(args.x.rows, kBatchRows), block) * stride);
   for (int64_t first = 0; first < args.x.rows; first += kBatchRows) {
     const int64_t m = std::min(kBatchRows, args.x.rows - first), padded = round_up(m, block);
     arrange_panel(kernels, args, first, m, block, panel.data());
     cut(args.parallel_for, ceil_div(w.n, kStripRows), 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> tiles(kStripRows * kTileColumns), sums(padded * kStripRows), scratch(fused_scratch(kTileColumns));
+      Buffer<T> tiles(kStripRows * kTileColumns);
+      Buffer<float> decoded(kTileRows * kTileColumns), sums(padded * kStripRows), scratch(fused_scratch(kTileColumns));
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t row = strip * kStripRows, rows = std::min(kStripRows, w.n - row);
         std::fill_n(sums.data(), padded * kStripRows, 0.0f);
         for (int64_t column = 0; column < w.k; column += kTileColumns) {
-          const int64_t columns = std::min(kTileColumns, w.k - column), depth = std::min(kTileColumns, stride - column);
+          const int64_t end_column = std::min(w.k, column + kTileColumns), depth = std::min(kTileColumns, stride - column);
           for (int64_t i = 0; i < rows; i += kTileRows) {
-            decode_tile(kernels, w, row + i, column, column + columns, tiles.data() + i * kTileColumns, scratch.data());
+            T* to = tiles.data() + i * kTileColumns;
+            if constexpr (std::is_same_v<T, float>) {
+              decode_tile(kernels, w, row + i, column, end_column, to, scratch.data());
+            } else {
+              decode_tile(kernels, w, row + i, column, end_column, decoded.data(), scratch.data());
+              place(kernels, decoded.data(), depth, kTileRows, to);
+            }
           }
           for (int64_t j = 0; j < padded; j += block) {
             for (int64_t i = 0; i < rows; i += kTileRows) {
-              kernels.tile({tiles.data() + i * kTileColumns, panel.data() + j * stride + column * block, depth,
-                            sums.data() + j * kStripRows + i, kStripRows});
+              tile({tiles.data() + i * kTileColumns, panel.data() + j * stride + column * block, depth,
+                    sums.data() + j * kStripRows + i, kStripRows});
             }
           }
         }
@@ -240,9 +260,13 @@ void grad_x_floor(const LinearGradArgs& args) {
 }  // namespace
 
 void linear(const LinearArgs& args) {
-  switch (plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype).regime) {
+  const Kernels& kernels = cpu::kernels();
+  const LinearPlan plan = plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype);
+  switch (plan.regime) {
     case Regime::Fused: return linear_fused(args);
-    case Regime::Tiled: return linear_tiled(args);
+    case Regime::Tiled:
+      if (rounds_to_bf16(kernels, plan, args.x.dtype)) return linear_tiled(args, kernels.tile_bf16);
+      return linear_tiled(args, kernels.tile);
     case Regime::Floor: return linear_floor(args);
   }
 }

@@ -32,6 +32,11 @@ constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m,
   return {Regime::Fused, "a batch of at most 8 rows is multiplied in registers"};
 }
 
+// Whether decoded weights are rounded to bf16 on their way to instructions that multiply bf16.
+inline bool rounds_to_bf16(const Kernels& kernels, const LinearPlan& plan, DType activations) {
+  return plan.regime == Regime::Tiled && activations == DType::BF16 && kernels.tile_bf16 != nullptr;
+}
+
 constexpr const char* to_string(Regime regime) {
   return regime == Regime::Fused ? "fused" : regime == Regime::Tiled ? "tiled" : "floor";
 }

@@ -228,11 +228,14 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
 class LinearPlan:
     """What `linear` runs: a pure function of format, layout, sizes, dtype and CPU (csrc/cpu/plan.hpp).
 
-    regime: "fused", "tiled" or "floor"; reason: why that one; isa: the instruction set that runs it.
+    regime: "fused", "tiled" or "floor"; reason: why that one; operands: the dtype that activations and decoded
+    weights have when they are multiplied ("bfloat16" rounds the weights, "float32" and "float64" don't); isa: the
+    instruction set that runs it.
     """
 
     regime: str
     reason: str
+    operands: str
     isa: str
 
 
