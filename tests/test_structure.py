@@ -37,7 +37,7 @@ MODULES = [
     "writer",
     "checkpoint",
 ]
-MODULES += ["pipeline", "evaluate", "generate", "text", "pages", "report", "explore", "cli"]
+MODULES += ["layout", "pipeline", "budget", "evaluate", "generate", "text", "pages", "report", "explore", "cli"]
 
 pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not beside the tests")
 
