@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from bitfold import __version__
+from bitfold.cli.bench import bench
 from bitfold.cli.console import sentence
 from bitfold.cli.doctor import doctor
 from bitfold.cli.eval import evaluate
@@ -34,6 +35,7 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 
 
