@@ -10,6 +10,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,49 @@ def empty_causal_lm(path: Path, config: dict, dtype: torch.dtype) -> nn.Module:
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     model.tie_weights()
     return model
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a token leaves in the KV cache.
+
+    windows: for each layer with a cache how many tokens it keeps, None for all of them; heads, head_dim: of the
+    keys, and as many of the values.
+    """
+
+    windows: tuple[int | None, ...]
+    heads: int
+    head_dim: int
+
+    def numbers(self, context: int) -> int:
+        """Keys and values that a sequence of `context` tokens leaves, over all layers."""
+        tokens = sum(context if window is None else min(window, context) for window in self.windows)
+        return 2 * tokens * self.heads * self.head_dim
+
+
+def cache_shape(config: Any) -> CacheShape:
+    """The KV cache of a model, from its configuration as transformers reads it.
+
+    Raises ValueError where the configuration describes no ordinary attention in all of its layers.
+    """
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            "its attention keeps compressed keys and values (kv_lora_rank), which bitfold can't size"
+        )
+    try:
+        layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
+        head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"its configuration has no attention heads ({error})") from None
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
+    window = getattr(text, "sliding_window", None)
+    windows: list[int | None] = []
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"it has layers of the kind {kind!r}, which bitfold can't size")
+        windows.append(window if kind == "sliding_attention" else None)
+    return CacheShape(tuple(windows), int(getattr(text, "num_key_value_heads", None) or heads), int(head_dim))
 
 
 @contextlib.contextmanager

@@ -111,8 +111,10 @@ def _unwritten(path: Path, name: str, tensor: Tensor) -> StoredTensor:
     return StoredTensor(name, _CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, path)
 
 
-def steps(source: Source, assignments: Mapping[str, Assignment]) -> list[Step]:
+def steps(source: Source, assignments: Mapping[str, Assignment], *, compare_tied: bool = True) -> list[Step]:
     """One step for each distinct tensor of the model, in the order in which they lie in the files.
+
+    compare_tied: read tied weights that are stored twice, to see that they are the same.
 
     Raises CheckpointError where a tensor is missing, has another shape than config.json says or can't be
     quantized, or where tied tensors differ.
@@ -135,7 +137,8 @@ def steps(source: Source, assignments: Mapping[str, Assignment]) -> list[Step]:
         if not present:
             missing.append(owner)
             continue
-        _check_same(present)
+        if compare_tied:
+            _check_same(present)
         module = weights.get(owner, "")
         format = assignments[module].format if module else None
         if format is not None and present[0].torch_dtype not in ENCODABLE:

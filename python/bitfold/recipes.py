@@ -113,8 +113,8 @@ def _linears(name: str, description: str, format: str) -> Recipe:
     return Recipe(name, description, (Rule("*", format),))
 
 
-# Names of attention blocks: self_attn, self_attention, attention, attn.
-_ATTENTION = "*[._]att*n*.*"
+ATTENTION = "*[._]att*n*.*"
+"""Names of attention blocks: self_attn, self_attention, attention, attn."""
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -135,7 +135,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "int4-mixed",
             "attention in 8-bit integers, the rest in 4-bit",
-            (Rule(_ATTENTION, "int8-channel"), Rule("*", "int4-g128")),
+            (Rule(ATTENTION, "int8-channel"), Rule("*", "int4-g128")),
         ),
     )
 }

@@ -18,6 +18,7 @@ from bitfold.cli.doctor import doctor
 from bitfold.cli.eval import evaluate
 from bitfold.cli.generate import generate
 from bitfold.cli.inspect import inspect
+from bitfold.cli.plan import plan
 from bitfold.cli.quantize import quantize
 from bitfold.hf import MissingExtraError
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

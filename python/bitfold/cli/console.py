@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +94,11 @@ def table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         result.add_column(column, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     return result
+
+
+def paragraph(text: str, indent: str = "") -> str:
+    """Prose in lines of at most 79 columns, wherever it goes; indent: of all lines but the first."""
+    return textwrap.fill(text, 79, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def parse_dtype(text: str) -> torch.dtype | None:
