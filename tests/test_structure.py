@@ -29,6 +29,7 @@ MODULES = [
     "formats",
     "ops",
     "qtensor",
+    "grids",
     "nn",
     "recipes",
     "quantize",

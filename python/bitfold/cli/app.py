@@ -20,6 +20,7 @@ from bitfold.cli.generate import generate
 from bitfold.cli.inspect import inspect
 from bitfold.cli.plan import plan
 from bitfold.cli.quantize import quantize
+from bitfold.cli.report import report
 from bitfold.hf import MissingExtraError
 
 # click's exceptions: newer releases of typer carry click inside, older ones import it.
@@ -36,6 +37,7 @@ app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("report")(report)
 app.command("inspect")(inspect)
 app.command("bench")(bench)
 app.command("doctor")(doctor)
