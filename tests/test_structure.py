@@ -38,8 +38,8 @@ MODULES = [
     "writer",
     "checkpoint",
 ]
-MODULES += ["layout", "pipeline", "budget", "evaluate", "generate", "text", "pages", "report", "explore"]
-MODULES += ["bench", "cli"]
+MODULES += ["layout", "pipeline", "budget", "figures", "explain"]
+MODULES += ["evaluate", "generate", "text", "pages", "report", "explore", "bench", "cli"]
 
 pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not beside the tests")
 
