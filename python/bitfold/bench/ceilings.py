@@ -57,7 +57,7 @@ def readers(nbytes: int, threads: int) -> list[Ceiling]:
     return [Ceiling(name, run, buffer.nbytes) for name, run in ways.items()]
 
 
-def fastest_reader(nbytes: int, threads: int, seconds: float = 1.0) -> tuple[Ceiling, dict[str, Any]]:
+def fastest_reader(nbytes: int, threads: int, seconds: float) -> tuple[Ceiling, dict[str, Any]]:
     """The fastest of `readers`, and what each of them reached in GB/s."""
     ways = readers(nbytes, threads)
     times = take_turns({way.name: way.run for way in ways}, seconds, threads=threads)

@@ -39,7 +39,7 @@ class Spread:
         """The same in milliseconds, for JSON."""
         values = asdict(self)
         samples = values.pop("samples")
-        return {**{name: round(value * 1e3, 5) for name, value in values.items()}, "samples": samples}
+        return {**{name: round(value * 1e3, 6) for name, value in values.items()}, "samples": samples}
 
 
 def take_turns(

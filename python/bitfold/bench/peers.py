@@ -232,12 +232,18 @@ def absence(library: str, threads: int) -> str | None:
         wanted = ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu", "_weight_int8pack_mm")
         missing = [name for name in wanted if not hasattr(torch.ops.aten, name)]
         return f"this torch has no aten::{missing[0]}" if missing else None
-    # Its OpenMP pool is not torch's, and reads its size when it is loaded.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    before = os.environ.get("OMP_NUM_THREADS")
     try:
+        # Its OpenMP pool is not torch's, and reads its size when it is loaded.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         importlib.import_module(library)
     except ModuleNotFoundError as error:
         return "not installed" if error.name == library else f"its import fails: {error}"
     except (ImportError, OSError, RuntimeError) as error:
         return f"its import fails: {error}"
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
     return None

@@ -95,7 +95,7 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
     rotation = settings.rotation or rotation_bytes()
     rows: Rows = []
     with torch.inference_mode():
-        reader, ceilings = _ceilings(rotation, threads)
+        reader, ceilings = _ceilings(rotation, threads, min(1.0, settings.seconds))
         timing = Timing(threads, settings.seconds, settings.min_rounds)
         peers = [peer for peer in PEERS if peer.library in settings.peers and peer.library not in absent]
         refused: list[dict[str, Any]] = []
@@ -122,12 +122,14 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
     }
 
 
-def _ceilings(rotation: int, threads: int) -> tuple[Ceiling, dict[str, Any]]:
+def _ceilings(rotation: int, threads: int, seconds: float) -> tuple[Ceiling, dict[str, Any]]:
     """The read ceiling of the cases, and what was measured with one thread and with all."""
     facts = {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        best, facts[f"read, {count} threads"] = fastest_reader(rotation, count)
+        best, facts[f"read, {count} thread{'s' if count > 1 else ''}"] = fastest_reader(
+            rotation, count, seconds
+        )
     return Ceiling("read", best.run, best.nbytes), facts
 
 
