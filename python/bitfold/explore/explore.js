@@ -174,7 +174,7 @@ function bitToggles() {
     code = codeOf(Number(input.value));
     update();
   };
-  select.addEventListener("input", () => {
+  select.addEventListener("change", () => {
     code = codeOf(Number(input.value));
     build();
   });
@@ -261,7 +261,7 @@ function outlierHistogram() {
     ]);
     redraw();
   };
-  select.addEventListener("input", update);
+  select.addEventListener("change", update);
   return update;
 }
 
@@ -319,7 +319,8 @@ function scaleGroups() {
     fill(find("scales-table"), rows, Number(slider.value));
     redraw();
   };
-  for (const control of [select, slider]) control.addEventListener("input", update);
+  select.addEventListener("change", update);
+  slider.addEventListener("input", update);
   return update;
 }
 
