@@ -31,7 +31,7 @@ from bitfold.qtensor import plan_linear
 from bitfold.recipes import ATTENTION, Assignment, ModuleInfo, Recipe
 
 CLASSES = ("embeddings", "attention", "MLP", "experts", "other", "head", "rest")
-"""Classes of tensors, as columns: "other" are linear layers elsewhere, "rest" norms, biases and what else is kept."""
+"""Classes of tensors. "other" are linear layers elsewhere, "rest" norms, biases and what else is kept."""
 _MLP = ("*mlp*.*", "*ffn*.*", "*feed_forward*.*", "*.expert*.*")
 
 KV_FORMATS = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}

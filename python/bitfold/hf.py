@@ -160,7 +160,7 @@ def ignored_names(model: nn.Module) -> re.Pattern[str]:
 
 
 def load_causal_lm(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
     """An unquantized model through transformers, in eval mode, in the dtype it is stored in unless another is
     given.
@@ -168,6 +168,7 @@ def load_causal_lm(
     Raises CheckpointError for a directory that is no model, or whose files are missing or truncated.
     """
     transformers = require_transformers()
+    path = Path(path)
     config = read_config(path)
     read_directory(path)  # for its error messages
     try:
@@ -179,11 +180,12 @@ def load_causal_lm(
     return model.to(device).eval()
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory. Raises CheckpointError where there is none that transformers can
     read.
     """
     transformers = require_transformers()
+    path = Path(path)
     read_config(path)
     try:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
