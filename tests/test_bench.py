@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import platform
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import bitfold
 import pytest
@@ -364,3 +367,66 @@ def test_bad_options(capsys, tmp_path):
     ):
         assert command(["bench", option, value]) == 2
         assert capsys.readouterr().err.startswith(f"error: {option}")
+
+
+# ---- the repository's scripts ----
+
+
+def script(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "bench" / f"{name}.py"
+    if not path.is_file():
+        pytest.skip("the repository is not beside the tests")
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plot_shows_every_contestant(report, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "report.json"), str(tmp_path / "p.svg")])
+    plot = script("plot")
+    plot.main()
+    first = (tmp_path / "p-light.svg").read_text()
+    for name in ("int4-g128", "nf4", "aten int4pack g128", "aten int8pack", "32 x 128, m = 9"):
+        assert f">{name}<" in first
+    assert (tmp_path / "p-dark.svg").read_text() != first
+    plot.main()
+    assert (tmp_path / "p-light.svg").read_text() == first
+
+
+def test_end_to_end(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    end_to_end = script("end_to_end")
+    tiny_shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    monkeypatch.setattr(end_to_end, "TINYLLAMA", tiny_shape)
+    out = tmp_path / "out.json"
+    options = ["--threads", "1", "--tokens", "4", "--rounds", "1", "--layers", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *options])
+    end_to_end.main()
+    report = json.loads(out.read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert set(rows) == {"torch bf16", "int4-g128", "nf4"}
+    for row in rows.values():
+        assert row["linears"] == 2 * 7 + 1  # seven in each layer, and the head
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["ms"]["median"], rel=1e-3)
+        assert row["over_linears"] > 0
+    assert rows["torch bf16"]["over_torch"] == 1
+    weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)
+    head = 2 * 100 * 128  # stays in bf16
+    assert rows["torch bf16"]["bytes"] == 2 * weights + head
+    assert rows["nf4"]["bytes"] == 4.5 / 8 * weights + head
+    (verdict,) = report["bars"]
+    assert verdict["measured"] == max(rows[name]["over_linears"] for name in ("int4-g128", "nf4"))
