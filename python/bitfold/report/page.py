@@ -66,7 +66,7 @@ def all_plots(report: Report) -> dict[str, Plot]:
             found.append(
                 Plot(name, draw, f"Ranges of the {unit} for each matrix; the table has the numbers.")
             )
-    if any(one.comparison.mean_kl.value > 0 for one in report.tried):
+    if any(one.comparison.mean_kl.value > plots.EXACT for one in report.tried):
         alt = "Size of the model against mean KL for each recipe; the table below has the numbers."
         found.append(Plot("size", partial(plots.size_against_kl, report.tried), alt))
     return {plot.name: plot for plot in found}
@@ -228,8 +228,8 @@ def _outlier_section(
 
 
 def _unplaced(report: Report) -> str:
-    exact = [one.name for one in report.tried if one.comparison.mean_kl.value <= 0]
-    return f". Without any divergence, so not on the log scale: {', '.join(exact)}" if exact else ""
+    exact = [one.name for one in report.tried if one.comparison.mean_kl.value <= plots.EXACT]
+    return f". Nearer than {plots.EXACT:g} nats, and so not drawn: {', '.join(exact)}" if exact else ""
 
 
 def _origins(report: Report) -> str:
