@@ -6,9 +6,9 @@ writes by (layout.py). The memory to run is the sum of
     weights      the planes of quantized modules and all tensors that are kept: as in the checkpoint
     repacked     copies of weights in another order for speed: none today
     KV cache     2 * layers * KV heads * head size * context * batch numbers of the cache's format
-    activation   the largest block of linear layers under one parent, read as one prompt: its widest input and all
-                 of its outputs at once, batch * context rows in the dtype the model computes in (the output head
-                 sees one row a sequence, as in generation)
+    activation   the largest block of linear layers under one parent, read as one prompt: its widest input, all of
+                 its outputs and two copies of the hidden state at once, batch * context rows in the dtype the model
+                 computes in (the output head sees one row a sequence, as in generation)
     workspace    what the kernel of one layer allocates (`workspace_bytes`), an upper bound
 
 What Python, torch and a model's own code hold (interpreter and libraries, attention scores that are written out,
@@ -256,7 +256,9 @@ def _kv_cache(source: Source, run: Run) -> int | None:
 
 
 def _activation(infos: Mapping[str, ModuleInfo], run: Run) -> int:
-    """Bytes of the largest block's input and outputs: linear layers of one parent are one block."""
+    """Bytes of the largest block's input and outputs: linear layers of one parent are one block. An estimate: what
+    a model holds at once is its code's affair."""
+    hidden = max((info.shape[1] for info in infos.values() if info.kind == "embedding"), default=0)
     blocks: dict[str, list[ModuleInfo]] = {}
     for name, info in infos.items():
         if info.kind == "linear":
@@ -264,7 +266,7 @@ def _activation(infos: Mapping[str, ModuleInfo], run: Run) -> int:
     largest = 0
     for block in blocks.values():
         rows = run.batch * (1 if block[0].is_head else run.context)
-        numbers = max(info.shape[1] for info in block) + sum(info.shape[0] for info in block)
+        numbers = max(info.shape[1] for info in block) + sum(info.shape[0] for info in block) + 2 * hidden
         largest = max(largest, rows * numbers * run.dtype.itemsize)
     return largest
 
