@@ -1,8 +1,8 @@
 """Timing: contestants take turns, and a turn starts with the caches and threads of its own library.
 
 A machine that slows down for a second then slows all contestants alike. Libraries bring OpenMP pools of
-their own, whose threads spin for a while after their work: with more than one thread a short turn first waits
-until the others' sleep, and its first call, which wakes its own, isn't counted.
+their own, whose threads spin for a while after their work: with more than one thread a turn first waits until
+the others' sleep, and the first call of a short one, which wakes its own, isn't counted.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def _turn_length(run: Callable[[], object]) -> int:
 
 
 def _turn(run: Callable[[], object], calls: int, *, settle: bool) -> list[float]:
-    if calls == 1:
-        return [_seconds(run)]
     if settle:
         time.sleep(SETTLE)
+    if calls == 1:
+        return [_seconds(run)]
     run()
     return [_seconds(run) for _ in range(calls - 1)]
 
