@@ -17,7 +17,11 @@ from bitfold.cli.app import run
 from tiny import one_thread  # noqa: F401
 
 DOCS = Path(__file__).parents[1] / "docs"
-GUIDE = sorted(path.name for path in DOCS.glob("*.md") if path.name not in ("formats.md", "architecture.md"))
+GUIDE = sorted(
+    path.name
+    for path in DOCS.glob("*.md")
+    if path.name not in ("formats.md", "architecture.md", "benchmarks.md")
+)
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not beside the tests")
 

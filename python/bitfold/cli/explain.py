@@ -132,7 +132,8 @@ def _show_walk(schemes: list[Scheme]) -> None:
                 str(step.rounded),
                 f"{step.code}{clamped}",
                 f"{step.decoded:.6g}",
-                f"{step.error:+.2g}" if step.error else "0",
+                # A hundred-thousandth of a step is the input's own rounding to 32 bits.
+                f"{step.error:+.2g}" if abs(step.error) > 1e-5 * step.scale else "0",
             )
         out.print(shown)
         out.print(f"   codes {scheme.lowest} to {scheme.highest}; largest error {scheme.largest_error:.4g}\n")

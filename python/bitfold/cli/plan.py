@@ -268,14 +268,12 @@ def _show_memory(run: Run, budgets: dict[str, Budget], limit: int | None) -> Non
 
 def _show_notes(budgets: dict[str, Budget]) -> None:
     """Each exception once, with the recipes it concerns where it doesn't concern all that quantize."""
+    chosen = {name: one for name, one in budgets.items() if name != UNQUANTIZED} or budgets
     concerned: dict[str, list[str]] = {}
-    for name, one in budgets.items():
+    for name, one in chosen.items():
         for note in one.notes:
             concerned.setdefault(note, []).append(name)
-    everyone = set(budgets) - {UNQUANTIZED}
     out.print("Exceptions, and why")
     for note, names in concerned.items():
-        if names == [UNQUANTIZED] and everyone:
-            continue
-        prefix = "" if everyone <= set(names) else f"{', '.join(names)}: "
+        prefix = "" if len(names) == len(chosen) else f"{', '.join(names)}: "
         out.print(paragraph(f"- {prefix}{note}", indent="  "), markup=False)
