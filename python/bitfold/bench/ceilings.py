@@ -21,6 +21,7 @@ from bitfold.bench.machine import last_level_cache
 
 MIN_ROTATION = 96 << 20
 _COLUMNS = 4096  # of the matrix that `mv` sees, fp32
+_PARTS = 8  # of the buffer for each thread: a thread that is held up takes fewer
 
 
 def rotation_bytes() -> int:
@@ -39,16 +40,17 @@ class Ceiling:
 
 def readers(nbytes: int, threads: int) -> list[Ceiling]:
     """Ways to read one buffer of about `nbytes` bytes once, with `threads` threads."""
-    words = max(1, nbytes // (4 * _COLUMNS * threads)) * threads * _COLUMNS
-    buffer = torch.ones(words)
+    count = threads * _PARTS
+    buffer = torch.ones(max(1, nbytes // (4 * _COLUMNS * count)) * count * _COLUMNS)
     vector = torch.ones(_COLUMNS)
-    parts = [part.view(torch.uint8).numpy() for part in buffer.view(threads, -1).unbind()]
+    parts = [part.view(torch.uint8).numpy() for part in buffer.view(count, -1).unbind()]
     matrix, integers = buffer.view(-1, _COLUMNS), buffer.view(torch.int64)
     # numpy's reductions leave the interpreter's lock, so plain threads run them side by side.
     pool = ThreadPoolExecutor(threads)
-    scan: Callable[[], object] = (
-        (lambda: parts[0].max()) if threads == 1 else (lambda: list(pool.map(np.max, parts)))
-    )
+
+    def scan() -> list[object]:
+        return [part.max() for part in parts] if threads == 1 else list(pool.map(np.max, parts))
+
     ways: dict[str, Callable[[], object]] = {
         "numpy max of bytes": scan,
         "torch mv fp32": lambda: torch.mv(matrix, vector),
