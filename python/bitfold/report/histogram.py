@@ -47,7 +47,8 @@ def histogram(name: str, qtensor: QTensor, weight: Tensor | None) -> Histogram |
     if weight is not None:
         where = positions(weight, qtensor).flatten()
         low, high = min(low, float(where.min())), max(high, float(where.max()))
-        counts = tuple(int(count) for count in torch.histc(where, BINS, low, high).tolist())
+        bins = ((where - low) * (BINS / (high - low))).to(torch.int64).clamp_(0, BINS - 1)
+        counts = tuple(torch.bincount(bins, minlength=BINS).tolist())
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     return Histogram(
         name=name,

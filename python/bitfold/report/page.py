@@ -66,7 +66,7 @@ def all_plots(report: Report) -> dict[str, Plot]:
             found.append(
                 Plot(name, draw, f"Ranges of the {unit} for each matrix; the table has the numbers.")
             )
-    if any(one.comparison.mean_kl.value > plots.EXACT for one in report.tried):
+    if sum(one.comparison.mean_kl.value > plots.EXACT for one in report.tried) > 1:
         alt = "Size of the model against mean KL for each recipe; the table below has the numbers."
         found.append(Plot("size", partial(plots.size_against_kl, report.tried), alt))
     return {plot.name: plot for plot in found}

@@ -105,9 +105,8 @@ def error_map(
         strength = 0.03 + 0.47 * max(0.0, number) / top  # faint enough for the number on it
         ax.barh(y, 0.96, 0.92, left=x - 0.48, color=palette.accent, alpha=strength, linewidth=0)
         if (width - 1.5) / len(layers) > 0.36:
-            ax.text(
-                x, y, f"{number:#.3g}".rstrip("."), ha="center", va="center", color=palette.ink, fontsize=8
-            )
+            text = "< 10⁻⁶" if 0 < number < 1e-6 else f"{number:#.3g}".rstrip(".")
+            ax.text(x, y, text, ha="center", va="center", color=palette.ink, fontsize=8)
     step = max(1, round(len(layers) * 0.22 / max(0.3, width - 1.5)))
     ax.set_xticks(range(0, len(layers), step), [layer or "none" for layer in layers[::step]])
     ax.set_yticks(range(len(roles)), roles)
