@@ -350,7 +350,8 @@ def test_bars_name_what_exists():
         ({"peers": ("numpy",)}, "peers names 'numpy'"),
         ({"dtypes": ("int8",)}, "dtypes names 'int8'"),
         ({"formats": ("int5",)}, "int5"),
-        ({"batches": (0,)}, "at least 1"),
+        ({"batches": (8, 0)}, "batches is or holds 0; it must be at least 1"),
+        ({"seconds": -1}, "seconds is or holds -1"),
     ],
 )
 def test_bad_settings(fields, message):

@@ -71,12 +71,16 @@ class Settings:
                     raise ValueError(f"{name} names {value!r}; it must name some of {', '.join(allowed)}")
         for format in self.formats:
             parse(format)
-        sizes = [*self.batches, *(size for shape in self.shapes for size in shape), self.min_rounds]
-        if any(size < 1 for size in sizes) or self.threads < 0 or self.seconds < 0:
-            raise ValueError(
-                "a size, batch or number of threads is out of range; each must be at least 1, "
-                "seconds at least 0"
-            )
+        for name, sizes, least in (
+            ("batches", self.batches, 1),
+            ("shapes", tuple(size for shape in self.shapes for size in shape), 1),
+            ("min_rounds", (self.min_rounds,), 1),
+            ("threads", (self.threads,), 0),
+            ("seconds", (self.seconds,), 0),
+            ("rotation", (self.rotation,), 0),
+        ):
+            if min(sizes, default=least) < least:
+                raise ValueError(f"{name} is or holds {min(sizes)}; it must be at least {least}")
 
 
 Progress = Callable[[Case, Rows], None]
