@@ -249,6 +249,8 @@ assert bitfold.__file__.startswith({str(site)!r}), bitfold.__file__
 w, x = torch.randn(8, 64), torch.randn(2, 64)
 q = bitfold.encode(w, "int8")
 torch.testing.assert_close(bitfold.linear(x, q), x @ q.decode().T)
+from bitfold.figures import demo_figures
+assert demo_figures().recipes
 """
     # -S: the editable install's import hook must not answer; torch's site-packages are named instead.
     torch_site = Path(importlib.util.find_spec("torch").origin).parents[1]

@@ -22,7 +22,7 @@ from bitfold.shards import CheckpointError
 from tiny import one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, MixtralConfig
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo" / "model"
 # Llama-2-7B, from its paper (Touvron et al. 2023) and its public configuration.
@@ -189,19 +189,43 @@ def test_kv_cache_is_what_a_run_fills(dtype, tmp_path):
     assert half.memory.kv_cache == held // dtype.itemsize
 
 
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gemma2", {"head_dim": 32, "num_key_value_heads": 2, "intermediate_size": 96, "sliding_window": 64}),
+        ("falcon", {"multi_query": True}),
+        ("gpt_neox", {"intermediate_size": 96}),
+        ("phi3", {"pad_token_id": 0, "intermediate_size": 96}),
+    ],
+)
+def test_kv_cache_of_other_architectures(kind, fields, tmp_path):
+    path = write_config(tmp_path / kind, {"model_type": kind, "dtype": "bfloat16", **SMALL, **fields})
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+    with torch.no_grad():
+        cache = model(torch.ones(1, 20, dtype=torch.long), use_cache=True).past_key_values
+    source = layout.read_source(path, config_suffices=True)
+    plan = budget.unquantized(source, budget.run_of(source, context=20))
+    assert plan.memory.kv_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert plan.nbytes == sum({id(p): p.nbytes for p in model.parameters()}.values())
+
+
 def test_sliding_windows_bound_the_cache(tmp_path):
-    fields = {
-        **LLAMA_2_7B,
-        "model_type": "mistral",
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 8,
-        "sliding_window": 100,
-    }
-    path = write_config(tmp_path / "m", fields)
-    plan = bitfold.plan_checkpoint(path, "int8", context=1000)
-    layered = getattr(layout.read_source(path, config_suffices=True).model_config, "layer_types", None)
-    tokens = 100 if layered else 1000  # transformers names the layers that slide, or keeps all tokens
-    assert plan.memory.kv_cache == 2 * 2 * tokens * 8 * 128 * 2
+    fields = {**SMALL, "model_type": "gemma2", "dtype": "bfloat16", "head_dim": 32, "num_key_value_heads": 2}
+    path = write_config(tmp_path / "m", {**fields, "sliding_window": 100})
+    source = layout.read_source(path, config_suffices=True)
+    plan = budget.unquantized(source, budget.run_of(source, context=1000))
+    assert plan.memory.kv_cache == 2 * (100 + 1000) * 2 * 32 * 2  # one layer of the two slides
+
+
+def test_what_has_no_ordinary_cache_is_said(tmp_path):
+    path = write_config(tmp_path / "m", {"model_type": "mamba", **SMALL, "state_size": 8})
+    plan = bitfold.plan_checkpoint(path, "int8")
+    assert plan.memory.kv_cache is None
+    assert plan.memory.total > plan.nbytes
+    assert any(note.startswith("the KV cache is left out: ") for note in plan.notes)
 
 
 def test_memory_adds_up(llama_2_7b):

@@ -125,7 +125,10 @@ def cache_shape(config: Any) -> CacheShape:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"it has layers of the kind {kind!r}, which bitfold can't size")
         windows.append(window if kind == "sliding_attention" else None)
-    return CacheShape(tuple(windows), int(getattr(text, "num_key_value_heads", None) or heads), int(head_dim))
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        shared = 1  # Falcon, GPTBigCode: all heads share one
+    return CacheShape(tuple(windows), int(shared), int(head_dim))
 
 
 @contextlib.contextmanager
