@@ -41,7 +41,8 @@ class Ceiling:
 def readers(nbytes: int, threads: int) -> list[Ceiling]:
     """Ways to read one buffer of about `nbytes` bytes once, with `threads` threads."""
     count = threads * _PARTS
-    buffer = torch.ones(max(1, nbytes // (4 * _COLUMNS * count)) * count * _COLUMNS)
+    words = max(1, nbytes // (4 * _COLUMNS * count)) * count * _COLUMNS
+    buffer = torch.arange(words, dtype=torch.float32)  # no two pages alike: a hypervisor can't merge them
     vector = torch.ones(_COLUMNS)
     parts = [part.view(torch.uint8).numpy() for part in buffer.view(count, -1).unbind()]
     matrix, integers = buffer.view(-1, _COLUMNS), buffer.view(torch.int64)
