@@ -325,6 +325,17 @@ def test_without_a_base(checkpoint):
     assert set(all_plots(found)) == {"bytes", "relative"}
 
 
+def test_with_a_base_and_no_text(checkpoint):
+    found = measure(checkpoint, Options(DEMO / "model"))
+    assert set(all_plots(found)) == {"bytes", "relative", "grid", "weight-columns"}
+    assert all(
+        sum(h.counts) == math.prod(m.shape) for h, m in zip(found.histograms, found.modules, strict=True)
+    )
+    assert not found.tried
+    assert not found.activation_columns
+    assert {m.kl for m in found.modules} == {None}
+
+
 def test_plots_as_files(report, tmp_path):
     paths = save_plots(report, tmp_path / "plots")
     assert {path.suffix for path in paths} == {".png", ".svg"}

@@ -34,7 +34,7 @@ const percent = (share) => `${(100 * share).toPrecision(3)}%`;
 
 // Round steps of an axis from low to high: about `count` of them.
 function steps(low, high, count) {
-  const rough = (high - low) / count;
+  const rough = (0.7 * (high - low)) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
   const found = [];

@@ -103,6 +103,10 @@ def render(report: Report) -> str:
         facts=_facts(report),
         plots={name: figures.get(name) for name in ("bytes", "relative", "kl", "grid", "size")},
         additivity=_additivity(report),
+        deepest={
+            "relative": f"{max((m.relative_rmse or 0.0 for m in report.modules), default=0.0):.3%}",
+            "kl": _nats(max((m.kl for m in report.modules if m.kl is not None), key=_value, default=None)),
+        },
         modules=sorted(
             report.modules, key=lambda m: (-m.kl.value if m.kl is not None else 0.0, natural(m.name))
         ),
@@ -243,6 +247,10 @@ def _which(columns: Columns) -> str:
     named = ", ".join(f"{j} ({peak:.1f})" for j, peak in columns.outliers[:_WHICH])
     more = len(columns.outliers) - _WHICH
     return f"{named}, and {more} more" if more > 0 else named
+
+
+def _value(estimated: Estimate) -> float:
+    return estimated.value
 
 
 def _nats(value: Estimate | None) -> str:
