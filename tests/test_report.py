@@ -366,7 +366,15 @@ def small(tmp_path_factory) -> SimpleNamespace:
     for recipe in ("int4-g32", "int8"):
         bitfold.quantize_checkpoint(source, folder / recipe, recipe)
     (folder / "text.txt").write_text(tiny.TEXT)
-    return SimpleNamespace(base=source, q4=folder / "int4-g32", q8=folder / "int8", text=folder / "text.txt")
+    (folder / "config").mkdir()
+    (folder / "config" / "config.json").write_bytes((source / "config.json").read_bytes())
+    return SimpleNamespace(
+        base=source,
+        q4=folder / "int4-g32",
+        q8=folder / "int8",
+        text=folder / "text.txt",
+        config=folder / "config",
+    )
 
 
 def test_the_command(capsys, small, tmp_path):
@@ -405,7 +413,9 @@ def test_the_command(capsys, small, tmp_path):
         (["{q4}", "--base", "{base}", "--text", "{q4}/none.txt"], "none.txt"),
         (["{q4}", "--tokens", "-1"], "--tokens is -1"),
         (["{q4}", "--dtype", "int8"], "--dtype"),
-        (["{q4}", "-o", "{q4}/no/r.html"], "No such file"),
+        (["{q4}", "-o", "{q4}/no/r.html"], "in a directory that doesn't exist"),
+        (["{config}"], "is not quantized"),
+        (["{q4}", "--base", "{config}"], "safetensors"),
     ],
 )
 def test_errors_are_one_sentence(capsys, small, arguments, words):

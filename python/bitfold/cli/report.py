@@ -66,6 +66,8 @@ def report(
         ) from None
     from bitfold.report.measure import Options, measure
 
+    if not output.parent.is_dir():  # said before hours of measuring, not after
+        raise ValueError(f"--output is '{output}', in a directory that doesn't exist")
     quiet_transformers()
     options = Options(
         base=base,
