@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=TINYLLAMA["num_hidden_layers"])
     parser.add_argument("--profile", action="store_true", help="print the ops of each model as well")
     args = parser.parse_args()
+    facts = machine()  # before the run is a load itself
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     base = make_model({**TINYLLAMA, "num_hidden_layers": args.layers})
@@ -194,7 +195,7 @@ def main() -> None:
             print(one.name, profile(one, prompt, args.tokens), sep="\n")
     report = {
         "schema": 1,
-        "machine": machine(),
+        "machine": facts,
         "versions": versions(),
         "settings": {
             "model": {**TINYLLAMA, "num_hidden_layers": args.layers},

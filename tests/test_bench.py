@@ -239,7 +239,8 @@ def test_a_wrong_result_ends_the_command(monkeypatch, capsys, small_rotation):
         "none",
     ]
     assert command(["bench", *options, "--threads", "1", "--seconds", "0"]) == 2
-    assert capsys.readouterr().err.startswith("error: nf4 at 32x128 m=1 bf16 is wrong")
+    error = capsys.readouterr().err.splitlines()[-1]  # a busy machine is remarked on before
+    assert error.startswith("error: nf4 at 32x128 m=1 bf16 is wrong")
 
 
 # ---- turns ----

@@ -20,7 +20,10 @@ _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, logical CPUs this process may run on, caches in bytes, instruction sets, RAM in bytes."""
+    """CPU model, logical CPUs this process may run on, caches in bytes, instruction sets, RAM in bytes.
+
+    load: how many programs wanted a CPU over the last minute; of a run's start it tells how quiet that was.
+    """
     return {
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,6 +34,7 @@ def machine() -> dict[str, Any]:
         "ram": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
     }
 
 

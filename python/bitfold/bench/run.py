@@ -92,6 +92,7 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
     Returns the report (docs/benchmarks.md): schema, machine, versions, absent, settings, ceilings, rows,
     bars. Sets torch's number of threads. Raises WrongResultError where a contestant computes wrongly.
     """
+    facts = machine()  # before the run is a load itself
     threads = settings.threads or torch.get_num_threads()
     absent = {library: reason for library in settings.peers if (reason := absence(library, threads))}
     torch.set_num_threads(threads)  # after the peers' imports, which may set it
@@ -115,7 +116,7 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
         on_case(Case("import", 0, 0, None, ""), found)
     return {
         "schema": SCHEMA,
-        "machine": machine(),
+        "machine": facts,
         "versions": versions(),
         "absent": absent,
         "refused": refused,

@@ -10,12 +10,14 @@ import torch
 import typer
 
 from bitfold.bench.cases import Case, Rows
+from bitfold.bench.machine import machine
 from bitfold.bench.peers import LIBRARIES
 from bitfold.bench.run import FORMATS, OPS, Settings, run
 from bitfold.bench.validate import WrongResultError
-from bitfold.cli.console import Json, err, out, print_json, table
+from bitfold.cli.console import Json, err, out, print_json, say, table
 
 _DEFAULTS = Settings()
+QUIET = 0.5  # load average below which a machine has nothing else to do
 
 
 def bench(
@@ -49,6 +51,9 @@ def bench(
     )
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--out is in {output.parent}, which is no directory")
+    load = machine()["load"]
+    if load > QUIET:
+        say(f"the load of the last minute is {load}: these will be the figures of a busy machine")
     threads_before = torch.get_num_threads()
     try:
         with err.status("measuring what the memory gives") as status:
