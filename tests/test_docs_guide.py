@@ -103,6 +103,7 @@ def test_every_public_name_is_in_the_reference():
     assert set(bitfold.__all__) - {"__version__"} <= named
 
 
+@pytest.mark.slow  # CI runs `make docs`, which is the same build
 def test_the_site_builds_without_a_warning(tmp_path):
     for library in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(library, reason=f"{library} is not installed")

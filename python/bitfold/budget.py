@@ -279,20 +279,27 @@ def _workspace(format: str, info: ModuleInfo, run: Run) -> int:
 
 
 def workspace_bytes(format: str, m: int, n: int, k: int, dtype: torch.dtype, threads: int) -> int:
-    """Upper bound of what one `linear` allocates beside its result, on the CPU (csrc/cpu/linear.cpp).
+    """Upper bound of what one `linear` of an [m, k] x and an [n, k] weight allocates on the CPU beside its result
+    (csrc/cpu/linear.cpp), with k rounded up to 256, the most columns that a kernel takes at once:
 
-    fused: x widened to fp32 and the fp32 sums of all outputs. tiled: at most 512 rows of x widened, and for each
-    thread a decoded tile of 24 x 1024 weights and its sums. floor: x in float64, and for each thread a decoded row.
-    A batch is padded to the tile of the instruction set, by 7 rows at most; a bias is widened as well.
+        fused   x in fp32 and partial sums of it (at most 8 rows), the fp32 results, and for each thread the scales
+                of a few rows of the weight
+        tiled   at most 512 rows of x in fp32 (and up to 7 that fill the last tile), and for each thread a strip of
+                decoded weights with its sums, at most 96 rows of 1024 columns
+        floor   x in float64, and for each thread a decoded row
+
+    Raises ValueError where the plan names a kernel that this formula doesn't know.
     """
-    columns = 32 * math.ceil(k / 32)
+    columns = 256 * math.ceil(k / 256)
     regime = plan_linear(format, m, n, k, dtype).regime
     if regime == "fused":
-        return 4 * (m * columns + m * n + n)
+        return 4 * (10 * columns + k + m * n + n + threads * 16 * (k + 256))
     if regime == "tiled":
         rows = min(m, 512) + 7
-        return 4 * (rows * columns + n + threads * 24 * (1024 + rows))
-    return 8 * (m * k + n) + 4 * threads * k
+        return 4 * (rows * columns + n + threads * (11 * columns + 96 * rows + 120 * 1024))
+    if regime == "floor":
+        return 8 * (m * k + n) + 4 * threads * k
+    raise ValueError(f"the plan names the kernel {regime!r}; it must be fused, tiled or floor")
 
 
 # ---- what must be said ----
