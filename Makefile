@@ -11,12 +11,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc bench tests/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo test test-kernels lint format clean distclean
+.PHONY: setup demo docs test test-kernels lint format clean distclean
 
 setup: $(VENV)/.stamp-package
 
 demo: setup
 	$(BIN)/python examples/demo/run.py $(ARGS)
+
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/docs/doctrees docs build/docs/html
+	@echo "build/docs/html/index.html"
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -190,7 +190,8 @@ def sdist(tmp_path_factory):
 def test_sdist_holds_the_sources_and_nothing_else(sdist, tmp_path):
     files = relative_files(unpack(sdist, tmp_path))
     tracked = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    tracked |= {str(p.relative_to(ROOT)) for p in (ROOT / "python").rglob("*.py")}
+    kept = (".py", ".html", ".css", ".js")
+    tracked |= {str(p.relative_to(ROOT)) for p in (ROOT / "python").rglob("*") if p.suffix in kept}
     tracked |= {
         "CMakeLists.txt",
         "pyproject.toml",
@@ -249,6 +250,11 @@ assert bitfold.__file__.startswith({str(site)!r}), bitfold.__file__
 w, x = torch.randn(8, 64), torch.randn(2, 64)
 q = bitfold.encode(w, "int8")
 torch.testing.assert_close(bitfold.linear(x, q), x @ q.decode().T)
+from bitfold.figures import demo_figures
+assert demo_figures().recipes
+from bitfold.explore.page import render
+from bitfold.pages import asset
+assert "numberLine" in render() and asset("report", "report.html")
 """
     # -S: the editable install's import hook must not answer; torch's site-packages are named instead.
     torch_site = Path(importlib.util.find_spec("torch").origin).parents[1]

@@ -3,6 +3,8 @@
     python examples/demo/run.py                   about a minute on two cores
     python examples/demo/run.py --tokens 0        on all of heldout.txt
     python examples/demo/run.py --keep DIR        keep the quantized models
+    python examples/demo/run.py --recipes all --json python/bitfold/data/demo-kl.json
+                                                  every preset, and the figures that `bitfold recipes` shows
 
 Every model goes the way of a real one: quantized from its directory into another, loaded from there, compared
 with the 16-bit model (computed in float32, for the weights alone are to differ) on text it has not seen, and
@@ -12,6 +14,9 @@ made to write.
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,6 +25,7 @@ from pathlib import Path
 import bitfold
 import torch
 from bitfold import hf
+from bitfold.cli.doctor import diagnose
 from bitfold.evaluate import Comparison, Estimate, compare_all, cut, default_context
 from bitfold.generate import Generation, generate
 from bitfold.quantize import QuantizationSummary
@@ -60,17 +66,19 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="folder for the quantized models (default: a temporary one)"
     )
-    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="recipes to try")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="recipes to try; all: every preset")
+    parser.add_argument("--json", type=Path, help="file for the figures, with machine and commit")
     args = parser.parse_args()
+    recipes = tuple(bitfold.RECIPES) if list(args.recipes) == ["all"] else tuple(args.recipes)
     if args.keep is not None:
-        run(args.keep, args.recipes, args.tokens)
+        run(args.keep, recipes, args.tokens, args.json)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            run(Path(folder), args.recipes, args.tokens)
+            run(Path(folder), recipes, args.tokens, args.json)
 
 
-def run(folder: Path, recipes: tuple[str, ...], tokens: int) -> None:
-    """Quantize, measure, print."""
+def run(folder: Path, recipes: tuple[str, ...], tokens: int, json_file: Path | None = None) -> None:
+    """Quantize, measure, print; write the figures where a file is given."""
     start = time.perf_counter()
     source = HERE / "model"
     hf.require_transformers().utils.logging.disable_progress_bar()
@@ -91,10 +99,60 @@ def run(folder: Path, recipes: tuple[str, ...], tokens: int) -> None:
     models = {recipe: result.model for recipe, result in results.items()}
     comparisons = compare_all(base, models, windows)
     print_table(results, comparisons, base_generation)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures(results, comparisons), indent=1) + "\n", encoding="utf-8")
     print(f"\nfp16:       {one_line(base_generation)}")
     for recipe in [recipe for recipe in ("int4-mixed", "int4-g128") if recipe in results] or recipes[:1]:
         print(f"{recipe + ':':<11} {one_line(results[recipe].generation)}")
     print(f"\n({time.perf_counter() - start:.0f} s)")
+
+
+def figures(results: dict[str, Result], comparisons: dict[str, Comparison]) -> dict[str, object]:
+    """Sizes and distances as JSON, and where they were measured. No speeds: they belong to one machine."""
+    first = next(iter(comparisons.values()))
+    recipes = {}
+    for name, result in results.items():
+        comparison, summary = comparisons[name], result.summary
+        recipes[name] = {
+            "bits_per_weight": 8
+            * sum(module.bytes_after for module in summary.modules)
+            / summary.quantized_parameters,
+            "bytes": summary.bytes_after,
+            "mean_kl": comparison.mean_kl.value,
+            "mean_kl_error": comparison.mean_kl.error,
+            "p99_kl": comparison.p99_kl.value,
+            "top1": comparison.top1.value,
+            "perplexity": comparison.model.perplexity.value,
+        }
+    return {
+        "what": "examples/demo/model quantized, compared with itself in 16 bits on examples/demo/heldout.txt",
+        "command": "python examples/demo/run.py --recipes all --json python/bitfold/data/demo-kl.json",
+        "commit": commit(),
+        "machine": machine(),
+        "bitfold": bitfold.__version__,
+        "torch": torch.__version__,
+        "isa": diagnose()["cpu"]["isa"],
+        "threads": torch.get_num_threads(),
+        "protocol": str(first.protocol),
+        "base_bytes": next(iter(results.values())).summary.bytes_before,
+        "base_perplexity": first.base.perplexity.value,
+        "recipes": recipes,
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out, "unknown" outside of one."""
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def machine() -> str:
+    """The CPU's name where the system tells it (Linux), else its kind."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def print_table(

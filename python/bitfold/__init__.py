@@ -15,6 +15,7 @@ from bitfold.quantize import QuantizationSummary, quantize
 from bitfold.recipes import RECIPES, Recipe, Rule
 
 if TYPE_CHECKING:
+    from bitfold.budget import plan_checkpoint
     from bitfold.checkpoint import load, save
     from bitfold.evaluate import compare, perplexity
     from bitfold.pipeline import quantize_checkpoint
@@ -24,6 +25,7 @@ _LAZY = {
     "compare": "evaluate",
     "load": "checkpoint",
     "perplexity": "evaluate",
+    "plan_checkpoint": "budget",
     "quantize_checkpoint": "pipeline",
     "save": "checkpoint",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "pack",
     "perplexity",
+    "plan_checkpoint",
     "plan_linear",
     "quantize",
     "quantize_checkpoint",

@@ -10,6 +10,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,52 @@ def empty_causal_lm(path: Path, config: dict, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class CacheShape:
+    """What a token leaves in the KV cache.
+
+    windows: for each layer with a cache how many tokens it keeps, None for all of them; heads, head_dim: of the
+    keys, and as many of the values.
+    """
+
+    windows: tuple[int | None, ...]
+    heads: int
+    head_dim: int
+
+    def numbers(self, context: int) -> int:
+        """Keys and values that a sequence of `context` tokens leaves, over all layers."""
+        tokens = sum(context if window is None else min(window, context) for window in self.windows)
+        return 2 * tokens * self.heads * self.head_dim
+
+
+def cache_shape(config: Any) -> CacheShape:
+    """The KV cache of a model, from its configuration as transformers reads it.
+
+    Raises ValueError where the configuration describes no ordinary attention in all of its layers.
+    """
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            "its attention keeps compressed keys and values (kv_lora_rank), which bitfold can't size"
+        )
+    try:
+        layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
+        head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"its configuration has no attention heads ({error})") from None
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
+    window = getattr(text, "sliding_window", None)
+    windows: list[int | None] = []
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"it has layers of the kind {kind!r}, which bitfold can't size")
+        windows.append(window if kind == "sliding_attention" else None)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        shared = 1  # Falcon, GPTBigCode: all heads share one
+    return CacheShape(tuple(windows), int(shared), int(head_dim))
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Move every parameter to the meta device as it is registered, in this thread.
@@ -116,7 +163,7 @@ def ignored_names(model: nn.Module) -> re.Pattern[str]:
 
 
 def load_causal_lm(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
     """An unquantized model through transformers, in eval mode, in the dtype it is stored in unless another is
     given.
@@ -124,6 +171,7 @@ def load_causal_lm(
     Raises CheckpointError for a directory that is no model, or whose files are missing or truncated.
     """
     transformers = require_transformers()
+    path = Path(path)
     config = read_config(path)
     read_directory(path)  # for its error messages
     try:
@@ -135,11 +183,12 @@ def load_causal_lm(
     return model.to(device).eval()
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory. Raises CheckpointError where there is none that transformers can
     read.
     """
     transformers = require_transformers()
+    path = Path(path)
     read_config(path)
     try:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)

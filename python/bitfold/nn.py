@@ -144,8 +144,11 @@ class QuantLinear(QuantModule):
         return cls(empty_qtensor(format, n, k, device, layout), values)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Parameters as attributes go through Module.__getattr__, which a model of 150 layers feels per token.
+        parameters = self._parameters
+        planes: list[Tensor] = [parameters[name] for name in self.plane_names]  # type: ignore[misc]
         n, k = self.shape
-        return ops.linear(x, self.planes(), self.format, n, k, self.bias, self.layout)
+        return ops.linear(x, planes, self.format, n, k, parameters["bias"], self.layout)
 
     def extra_repr(self) -> str:
         return (

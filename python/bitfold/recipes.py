@@ -70,11 +70,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order of precedence, under a name."""
+    """Rules in order of precedence, under a name. use: of a preset, what it is for, in a few words."""
 
     name: str
     description: str
     rules: tuple[Rule, ...]
+    use: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,33 +110,99 @@ class Assignment:
     reason: str
 
 
-def _linears(name: str, description: str, format: str) -> Recipe:
-    return Recipe(name, description, (Rule("*", format),))
+def _linears(name: str, description: str, format: str, use: str = "") -> Recipe:
+    return Recipe(name, description, (Rule("*", format),), use)
 
 
-# Names of attention blocks: self_attn, self_attention, attention, attn.
-_ATTENTION = "*[._]att*n*.*"
+ATTENTION = "*[._]att*n*.*"
+"""Names of attention blocks: self_attn, self_attention, attention, attn."""
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        _linears("fp16", "16-bit floats (IEEE half)", "fp16"),
-        _linears("bf16", "16-bit floats (bfloat16)", "bf16"),
-        _linears("int8", "8-bit integers, one scale a row", "int8-channel"),
-        _linears("int8-g128", "8-bit integers, one scale for 128 weights", "int8-g128"),
-        _linears("int4-g128", "4-bit integers, one scale for 128 weights", "int4-g128"),
-        _linears("int4-g32", "4-bit integers, one scale for 32 weights", "int4-g32"),
-        _linears("int4-g128-asym", "4-bit integers, scale and zero point for 128 weights", "int4-g128-asym"),
-        _linears("int3-g64", "3-bit integers, one scale for 64 weights", "int3-g64"),
-        _linears("int2-g64", "2-bit integers, one scale for 64 weights", "int2-g64"),
-        _linears("nf4", "4-bit normal floats, blocks of 64", "nf4-b64"),
-        _linears("nf4-dq", "4-bit normal floats, blocks of 64, 8-bit scales", "nf4-b64-dq"),
-        _linears("fp4", "4-bit floats, blocks of 64", "fp4-b64"),
-        _linears("fp8", "8-bit floats (e4m3), one scale a row", "fp8-e4m3-channel"),
+        _linears(
+            "fp16",
+            "16-bit floats (IEEE half)",
+            "fp16",
+            "halves a model that is stored in 32 bits; what the others are compared with",
+        ),
+        _linears(
+            "bf16",
+            "16-bit floats (bfloat16)",
+            "bf16",
+            "as fp16, for weights beyond fp16's range; fewer digits",
+        ),
+        _linears(
+            "int8",
+            "8-bit integers, one scale a row",
+            "int8-channel",
+            "when next to nothing may be lost: half the size",
+        ),
+        _linears(
+            "int8-g128",
+            "8-bit integers, one scale for 128 weights",
+            "int8-g128",
+            "int8 where a row has a few weights far larger than the rest",
+        ),
+        _linears(
+            "int4-g128",
+            "4-bit integers, one scale for 128 weights",
+            "int4-g128",
+            "the usual start: about a quarter of the size, a small loss",
+        ),
+        _linears(
+            "int4-g32",
+            "4-bit integers, one scale for 32 weights",
+            "int4-g32",
+            "int4 with more scales: a smaller loss, a little larger",
+        ),
+        _linears(
+            "int4-g128-asym",
+            "4-bit integers, scale and zero point for 128 weights",
+            "int4-g128-asym",
+            "int4 where weights lie to one side of zero",
+        ),
+        _linears(
+            "int3-g64",
+            "3-bit integers, one scale for 64 weights",
+            "int3-g64",
+            "when 4 bits don't fit; the loss shows",
+        ),
+        _linears(
+            "int2-g64",
+            "2-bit integers, one scale for 64 weights",
+            "int2-g64",
+            "to see what breaks: by rounding alone, too much does",
+        ),
+        _linears(
+            "nf4",
+            "4-bit normal floats, blocks of 64",
+            "nf4-b64",
+            "levels placed for bell-shaped weights; what QLoRA trains on",
+        ),
+        _linears(
+            "nf4-dq",
+            "4-bit normal floats, blocks of 64, 8-bit scales",
+            "nf4-b64-dq",
+            "nf4 with its scales in 8 bits: smaller, hardly worse",
+        ),
+        _linears(
+            "fp4",
+            "4-bit floats, blocks of 64",
+            "fp4-b64",
+            "to compare with bitsandbytes' fp4; nf4 has the better placed levels",
+        ),
+        _linears(
+            "fp8",
+            "8-bit floats (e4m3), one scale a row",
+            "fp8-e4m3-channel",
+            "8 bits for weights of very different sizes within a row",
+        ),
         Recipe(
             "int4-mixed",
             "attention in 8-bit integers, the rest in 4-bit",
-            (Rule(_ATTENTION, "int8-channel"), Rule("*", "int4-g128")),
+            (Rule(ATTENTION, "int8-channel"), Rule("*", "int4-g128")),
+            "between int4 and int8: attention in 8 bits, the larger MLPs in 4",
         ),
     )
 }

@@ -12,12 +12,18 @@ from typing import Annotated
 import typer
 
 from bitfold import __version__
+from bitfold.cli.bench import bench
 from bitfold.cli.console import sentence
 from bitfold.cli.doctor import doctor
 from bitfold.cli.eval import evaluate
+from bitfold.cli.explain import explain
+from bitfold.cli.explore import explore
 from bitfold.cli.generate import generate
 from bitfold.cli.inspect import inspect
+from bitfold.cli.plan import plan
 from bitfold.cli.quantize import quantize
+from bitfold.cli.recipes import recipes
+from bitfold.cli.report import report
 from bitfold.hf import MissingExtraError
 
 # click's exceptions: newer releases of typer carry click inside, older ones import it.
@@ -30,10 +36,17 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command("recipes")(recipes)
+# A negative number is no option.
+app.command("explain", context_settings={"ignore_unknown_options": True})(explain)
+app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("report")(report)
+app.command("explore")(explore)
 app.command("inspect")(inspect)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 
 

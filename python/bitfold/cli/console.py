@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,9 @@ from torch import nn
 
 from bitfold import hf
 from bitfold.checkpoint import load
-from bitfold.evaluate import Estimate
+from bitfold.text import estimate as estimate  # the commands take these three from here
+from bitfold.text import natural as natural
+from bitfold.text import size as size
 from bitfold.writer import is_bitfold_checkpoint
 
 _PIPE_WIDTH = 200  # columns where stdout is no terminal
@@ -93,26 +96,9 @@ def table(*columns: str) -> Table:
     return result
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: "3.42 MB"."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 999.5 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.0f} B" if units[0] == "B" else f"{count:.3g} {units[0]}"
-
-
-def estimate(value: Estimate, digits: int = 4) -> str:
-    """A number with its standard error, "3.142 ± 0.002"."""
-    if value.error is None:
-        return f"{value.value:.{digits}g}"
-    places = max(0, 1 - math.floor(math.log10(value.error))) if value.error > 0 else digits
-    return f"{value.value:.{places}f} ± {value.error:.{places}f}"
+def paragraph(text: str, indent: str = "") -> str:
+    """Prose in lines of at most 79 columns, wherever it goes; indent: of all lines but the first."""
+    return textwrap.fill(text, 79, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def parse_dtype(text: str) -> torch.dtype | None:

@@ -19,6 +19,8 @@ LIBRARIES = (
     "tokenizers",
     "typer",
     "rich",
+    "matplotlib",
+    "jinja2",
     "gguf",
     "bitsandbytes",
 )

@@ -28,7 +28,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure perplexity and bits per byte; with --base also KL divergence and top-1 agreement."""
-    data = _read(text)
+    data = read_text(text)
     tokenizer = hf.load_tokenizer(base if base is not None else model)
     subject = load_model(model, device, dtype)
     reference = load_model(base, device, dtype) if base is not None else None
@@ -65,7 +65,8 @@ def evaluate(
         out.print(f"same top-1   {estimate(result.top1)}")
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text that an option names. Raises ValueError where it is no UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,0 +1,167 @@
+"""The bars that bitfold is held to: a table, and the verdicts that rows of a run give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar holds for every row of `op` that `where` picks, whose name is in `names`.
+
+    measure: a key of Row, "share:CEILING", "over:NAME" (speed over that contestant of the same case) or
+    "over:" (over the contestant `against[name]`). wanted: its least value, or with at_most its largest.
+    """
+
+    text: str
+    op: str
+    names: tuple[str, ...]
+    measure: str
+    wanted: float
+    at_most: bool = False
+    against: Mapping[str, str] = field(default_factory=dict)
+    where: Callable[[Row], bool] = lambda row: True
+
+
+FOUR_BITS = ("int4-g128", "int4-g128-asym", "nf4", "nf4-dq", "fp4")
+ENCODERS = ("int8", "int4-g128", "nf4", "fp4")
+
+
+def _at(dtype: str, low: int, high: int | None = None) -> Callable[[Row], bool]:
+    return lambda row: row["dtype"] == dtype and low <= row["m"] <= (high or low)
+
+
+BARS = (
+    Bar(
+        "int4-g128 at m=1 over aten's int4 kernel",
+        "linear",
+        ("int4-g128",),
+        "over:",
+        1.2,
+        against={"int4-g128": "aten int4pack g128"},
+        where=_at("bf16", 1),
+    ),
+    Bar(
+        "int4-g128 at m=1, share of the read bandwidth",
+        "linear",
+        ("int4-g128",),
+        "share:read",
+        0.7,
+        where=_at("bf16", 1),
+    ),
+    Bar(
+        "nf4 and nf4-dq at m=1 over bitsandbytes' Linear4bit",
+        "linear",
+        ("nf4", "nf4-dq"),
+        "over:",
+        1.5,
+        against={"nf4": "bitsandbytes nf4", "nf4-dq": "bitsandbytes nf4 nested"},
+        where=_at("bf16", 1),
+    ),
+    Bar(
+        "int8 at m=1 over aten's int8 kernel",
+        "linear",
+        ("int8",),
+        "over:",
+        1.5,
+        against={"int8": "aten int8pack"},
+        where=_at("bf16", 1),
+    ),
+    Bar("4 bits at m=8 over torch bf16", "linear", FOUR_BITS, "over_torch", 1.5, where=_at("bf16", 8)),
+    Bar("4 bits at m=128 over torch bf16", "linear", FOUR_BITS, "over_torch", 1.0, where=_at("bf16", 128)),
+    Bar("4 bits at m=1024 over torch bf16", "linear", FOUR_BITS, "over_torch", 0.95, where=_at("bf16", 1024)),
+    Bar(
+        "fp32 activations at m of 1 to 32 over torch fp32",
+        "linear",
+        ("int8", *FOUR_BITS),
+        "over_torch",
+        1.0,
+        where=_at("fp32", 1, 32),
+    ),
+    Bar(
+        "fp32 activations above m=32 over torch fp32",
+        "linear",
+        ("int8", *FOUR_BITS),
+        "over_torch",
+        0.9,
+        where=_at("fp32", 33, 1 << 30),
+    ),
+    Bar("encode, weights per second and core", "encode", ENCODERS, "weights_per_s_per_core", 300e6),
+    Bar(
+        "decode, share of the copy bandwidth into fresh memory",
+        "decode",
+        ENCODERS,
+        "share:copy, fresh",
+        0.6,
+    ),
+    Bar("import bitfold beside torch's import, ms", "import", ("bitfold",), "ms", 300, at_most=True),
+    Bar(
+        "generate at batch 1 over its linear layers alone",
+        "generate",
+        ("int4-g128", "nf4"),
+        "over_linears",
+        1.2,
+        at_most=True,
+    ),
+)
+
+
+def verdicts(rows: Iterable[Row], bars: Iterable[Bar] = BARS) -> list[dict[str, Any]]:
+    """One dict for each bar: bar, wanted, sense, measured (the worst), met, at (where that was), cases (all).
+
+    measured and met are None where no row of the run belongs to the bar; `why` says what is missing.
+    """
+    rows = list(rows)
+    return [_verdict(bar, rows) for bar in bars]
+
+
+def _verdict(bar: Bar, rows: list[Row]) -> dict[str, Any]:
+    subjects = [row for row in rows if row["op"] == bar.op and row["name"] in bar.names and bar.where(row)]
+    found = [(_measure(bar, row, rows), where(row)) for row in subjects]
+    values = [(value, place) for value, place in found if value is not None]
+    result: dict[str, Any] = {
+        "bar": bar.text,
+        "wanted": bar.wanted,
+        "sense": "at most" if bar.at_most else "at least",
+        "measured": None,
+        "met": None,
+        "at": None,
+        "cases": [{"at": place, "measured": value} for value, place in values],
+    }
+    if not values:
+        missing = bar.against.values() if subjects else bar.names
+        return {**result, "why": f"not measured in this run: {', '.join(missing)}"}
+    worst, place = (max if bar.at_most else min)(values)
+    met = worst <= bar.wanted if bar.at_most else worst >= bar.wanted
+    return {**result, "measured": worst, "met": met, "at": place}
+
+
+def _measure(bar: Bar, row: Row, rows: list[Row]) -> float | None:
+    kind, _, name = bar.measure.partition(":")
+    if kind == "ms":
+        return row["ms"]["median"]
+    if kind == "share":
+        return row["shares"][name]
+    if kind != "over":
+        return row[kind]
+    rival = bar.against[row["name"]]
+    same_case = [other for other in rows if other["name"] == rival and case_of(other) == case_of(row)]
+    return same_case[0]["ms"]["median"] / row["ms"]["median"] if same_case else None
+
+
+def case_of(row: Row) -> tuple[Any, ...]:
+    """What contestants of one case have in common."""
+    return tuple(row.get(name) for name in ("op", "n", "k", "m", "dtype"))
+
+
+def where(row: Row) -> str:
+    """A row as text: "int4-g128 linear 4096x4096 m=1 bf16"."""
+    parts = [row["name"], row["op"]]
+    parts += [f"{row['n']}x{row['k']}"] if row.get("n") else []
+    parts += [f"m={row['m']}"] if row.get("m") else []
+    parts += [row["dtype"]] if row.get("dtype") else []
+    return " ".join(parts)

@@ -1,0 +1,177 @@
+"""The cases: which contestants an op, shape, batch and dtype have, and the rows that timing them gives.
+
+Every round of a case also reads a buffer of `rotation_bytes`. That measures the ceiling beside the kernels,
+and it empties the cache: no contestant finds there what it read a round ago. Within its turn it uses as many
+matrices as it makes calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bitfold
+from bitfold.bench.ceilings import Ceiling, copies, rotate
+from bitfold.bench.clock import CALLS_PER_TURN, MIN_ROUNDS, Spread, take_turns
+from bitfold.bench.contestants import DTYPES, Coder, Multiplier
+from bitfold.bench.validate import check_decoding, check_encoding, check_product
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How cases are timed: `take_turns` has the meaning."""
+
+    threads: int
+    seconds: float
+    min_rounds: int = MIN_ROUNDS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. m: rows of the activations (linear), None for encode and decode."""
+
+    op: str
+    n: int
+    k: int
+    m: int | None
+    dtype: str
+
+    def __str__(self) -> str:
+        batch = "" if self.m is None else f" m={self.m}"
+        return f"{self.op} {self.n}x{self.k}{batch} {self.dtype}"
+
+
+Rows = list[dict[str, Any]]
+
+
+def linear_cases(
+    n: int,
+    k: int,
+    makers: list[Callable[[Tensor], Multiplier]],
+    batches: list[int],
+    dtypes: list[str],
+    reader: Ceiling,
+    timing: Timing,
+) -> Iterator[tuple[Case, Rows]]:
+    """Every batch and dtype on one weight [n, k]; rows of (contestants, ceiling) for each case."""
+    weight = torch.randn(n, k)
+    inputs = {(m, dtype): torch.randn(m, k).to(DTYPES[dtype]) for dtype in dtypes for m in batches}
+    calls: dict[str, Callable[..., Any]] = {}
+    multipliers, errors = [], {}
+    for make in makers:
+        multiplier = make(weight)
+        multipliers.append(multiplier)
+        calls[multiplier.name] = rotate([multiplier.copy() for _ in range(CALLS_PER_TURN)])
+        exact = multiplier.weights()
+        for (m, dtype), x in inputs.items():
+            if dtype in multiplier.dtypes:
+                y = calls[multiplier.name](x)
+                errors[multiplier.name, m, dtype] = check_product(multiplier, x, y, exact, dtype)
+    for (m, dtype), x in inputs.items():
+        case = Case("linear", n, k, m, dtype)
+        here = [multiplier for multiplier in multipliers if dtype in multiplier.dtypes]
+        runs = {multiplier.name: partial(calls[multiplier.name], x) for multiplier in here}
+        spreads = take_turns(
+            {**runs, reader.name: reader.run},
+            timing.seconds,
+            threads=timing.threads,
+            min_rounds=timing.min_rounds,
+        )
+        rows = []
+        for multiplier in here:
+            row = _row(case, multiplier.name, multiplier.kind, spreads)
+            row["error"] = errors[multiplier.name, m, dtype]
+            row["bytes"] = multiplier.nbytes
+            row["flop"] = 2 * m * n * k
+            if multiplier.kind == "bitfold":
+                plan = bitfold.plan_linear(multiplier.name, m, n, k, DTYPES[dtype])
+                row["plan"] = dataclasses.asdict(plan)
+            rows.append(row)
+        yield case, _with_ceilings(rows, spreads, [reader], f"torch {dtype}")
+
+
+def encode_cases(
+    n: int, k: int, coders: list[Coder], dtypes: list[str], reader: Ceiling, timing: Timing
+) -> Iterator[tuple[Case, Rows]]:
+    """Encoding of a matrix of each dtype. bytes: those that are read."""
+    for dtype in dtypes:
+        case = Case("encode", n, k, None, dtype)
+        first = torch.randn(n, k).to(DTYPES[dtype])
+        errors = {coder.name: check_encoding(coder, first) for coder in coders}
+        source = _ring(first, -(-reader.nbytes // first.nbytes))  # shared: nobody's are in the cache
+        runs = {coder.name: partial(_encode_next, coder, source) for coder in coders}
+        spreads = take_turns(
+            {**runs, reader.name: reader.run},
+            timing.seconds,
+            threads=timing.threads,
+            min_rounds=timing.min_rounds,
+        )
+        rows = [_row(case, coder.name, coder.kind, spreads) for coder in coders]
+        for row in rows:
+            row["error"] = errors[row["name"]]
+            row["bytes"] = first.nbytes
+            row["weights_per_s_per_core"] = n * k / spreads[row["name"]].median / timing.threads
+        yield case, _with_ceilings(rows, spreads, [reader], None)
+
+
+def decode_cases(
+    n: int, k: int, coders: list[Coder], dtypes: list[str], reader: Ceiling, timing: Timing
+) -> Iterator[tuple[Case, Rows]]:
+    """Decoding to each dtype. bytes: of the packed matrix and of the output."""
+    weight = torch.randn(n, k)
+    packed = {coder.name: coder.encode(weight) for coder in coders}
+    clones = [[coder.clone(packed[coder.name]) for _ in range(CALLS_PER_TURN)] for coder in coders]
+    for dtype in dtypes:
+        case = Case("decode", n, k, None, dtype)
+        errors = {coder.name: check_decoding(coder, packed[coder.name], dtype) for coder in coders}
+        runs: dict[str, Callable[[], object]] = {
+            coder.name: rotate([partial(coder.decode, matrix, DTYPES[dtype]) for matrix in turns])
+            for coder, turns in zip(coders, clones, strict=True)
+        }
+        ceilings = [*copies(_ring(weight.to(DTYPES[dtype]), 2 * CALLS_PER_TURN)), reader]
+        runs |= {ceiling.name: ceiling.run for ceiling in ceilings}
+        spreads = take_turns(runs, timing.seconds, threads=timing.threads, min_rounds=timing.min_rounds)
+        rows = [_row(case, coder.name, coder.kind, spreads) for coder in coders]
+        for row, coder in zip(rows, coders, strict=True):
+            row["error"] = errors[coder.name]
+            row["bytes"] = coder.nbytes(packed[coder.name]) + n * k * DTYPES[dtype].itemsize
+            row["weights_per_s_per_core"] = n * k / spreads[coder.name].median / timing.threads
+        yield case, _with_ceilings(rows, spreads, ceilings, None)
+
+
+def _encode_next(coder: Coder, source: Callable[[], Tensor]) -> object:
+    return coder.encode(source())
+
+
+def _ring(matrix: Tensor, count: int) -> Callable[[], Tensor]:
+    """Gives one after another of `count` copies of a matrix, at least as many as a turn has calls."""
+    return itertools.cycle([matrix.clone() for _ in range(max(CALLS_PER_TURN, count))]).__next__
+
+
+def _row(case: Case, name: str, kind: str, spreads: dict[str, Spread]) -> dict[str, Any]:
+    return {**dataclasses.asdict(case), "name": name, "kind": kind, "ms": spreads[name].as_ms()}
+
+
+def _with_ceilings(
+    rows: Rows, spreads: dict[str, Spread], ceilings: list[Ceiling], baseline: str | None
+) -> Rows:
+    """The rows with GB/s, shares of the ceilings and the speed over `baseline`; then a row for each ceiling."""
+    speeds = {ceiling.name: ceiling.nbytes / spreads[ceiling.name].median for ceiling in ceilings}
+    case = {name: rows[0][name] for name in ("op", "n", "k", "m", "dtype")} if rows else {}
+    for row in rows:
+        median = spreads[row["name"]].median
+        row["GB_per_s"] = row["bytes"] / median / 1e9
+        row["shares"] = {name: row["bytes"] / median / speed for name, speed in speeds.items()}
+        row["over_torch"] = spreads[baseline].median / median if baseline else None
+    for ceiling in ceilings:
+        ms = spreads[ceiling.name].as_ms()
+        row = {**case, "name": ceiling.name, "kind": "ceiling", "ms": ms, "bytes": ceiling.nbytes}
+        rows.append({**row, "GB_per_s": speeds[ceiling.name] / 1e9})
+    return rows

@@ -1,0 +1,165 @@
+"""A run: the grid of cases that its settings ask for, and the report that is written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold.bench.bars import verdicts
+from bitfold.bench.cases import Case, Rows, Timing, decode_cases, encode_cases, linear_cases
+from bitfold.bench.ceilings import Ceiling, fastest_reader, rotation_bytes
+from bitfold.bench.clock import MIN_ROUNDS
+from bitfold.bench.contestants import (
+    DTYPES,
+    Coder,
+    Multiplier,
+    bitfold_coder,
+    bitfold_multiplier,
+    torch_multiplier,
+)
+from bitfold.bench.imports import import_rows
+from bitfold.bench.machine import machine, versions
+from bitfold.bench.peers import LIBRARIES, PEERS, Peer, absence
+from bitfold.formats import parse
+
+SCHEMA = 1
+OPS = ("linear", "encode", "decode", "import")
+FORMATS = (
+    "int8",
+    "int4-g128",
+    "int4-g128-asym",
+    "nf4",
+    "nf4-dq",
+    "fp4",
+    "fp8",
+    "int3-g64",
+    "int2-g64",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run measures. seconds: for each case, which takes `min_rounds` rounds at least.
+
+    peers: libraries of peers.LIBRARIES; rotation: bytes between two uses of a matrix, 0 for those of
+    `rotation_bytes`. Raises ValueError for an unknown op, format, dtype or peer, or a size below 1.
+    """
+
+    ops: tuple[str, ...] = OPS
+    formats: tuple[str, ...] = FORMATS
+    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (11008, 4096))
+    batches: tuple[int, ...] = (1, 8, 32, 128, 1024)
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    peers: tuple[str, ...] = LIBRARIES
+    threads: int = 0
+    seconds: float = 6.0
+    min_rounds: int = MIN_ROUNDS
+    rotation: int = 0
+
+    def __post_init__(self) -> None:
+        for name, values, allowed in (
+            ("ops", self.ops, OPS),
+            ("dtypes", self.dtypes, tuple(DTYPES)),
+            ("peers", self.peers, LIBRARIES),
+        ):
+            for value in values:
+                if value not in allowed:
+                    raise ValueError(f"{name} names {value!r}; it must name some of {', '.join(allowed)}")
+        for format in self.formats:
+            parse(format)
+        for name, sizes, least in (
+            ("batches", self.batches, 1),
+            ("shapes", tuple(size for shape in self.shapes for size in shape), 1),
+            ("min_rounds", (self.min_rounds,), 1),
+            ("threads", (self.threads,), 0),
+            ("seconds", (self.seconds,), 0),
+            ("rotation", (self.rotation,), 0),
+        ):
+            if min(sizes, default=least) < least:
+                raise ValueError(f"{name} is or holds {min(sizes)}; it must be at least {least}")
+
+
+Progress = Callable[[Case, Rows], None]
+
+
+def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict[str, Any]:
+    """All cases of the settings; on_case is told each when it is done.
+
+    Returns the report (docs/benchmarks.md): schema, machine, versions, absent, settings, ceilings, rows,
+    bars. Sets torch's number of threads. Raises WrongResultError where a contestant computes wrongly.
+    """
+    facts = machine()  # before the run is a load itself
+    threads = settings.threads or torch.get_num_threads()
+    absent = {library: reason for library in settings.peers if (reason := absence(library, threads))}
+    torch.set_num_threads(threads)  # after the peers' imports, which may set it
+    torch.manual_seed(0)
+    rotation = settings.rotation or rotation_bytes()
+    rows: Rows = []
+    with torch.inference_mode():
+        reader, ceilings = _ceilings(rotation, threads, min(1.0, settings.seconds))
+        timing = Timing(threads, settings.seconds, settings.min_rounds)
+        peers = [peer for peer in PEERS if peer.library in settings.peers and peer.library not in absent]
+        refused: list[dict[str, Any]] = []
+        for n, k in settings.shapes:
+            fitting = _fitting(peers, n, k, refused)
+            for op in settings.ops:
+                for case, found in _cases(op, n, k, fitting, settings, reader, timing):
+                    rows += found
+                    on_case(case, found)
+    if "import" in settings.ops:
+        found = import_rows()
+        rows += found
+        on_case(Case("import", 0, 0, None, ""), found)
+    return {
+        "schema": SCHEMA,
+        "machine": facts,
+        "versions": versions(),
+        "absent": absent,
+        "refused": refused,
+        "settings": {**asdict(settings), "threads": threads, "rotation": rotation},
+        "ceilings": ceilings,
+        "rows": rows,
+        "bars": verdicts(rows),
+    }
+
+
+def _ceilings(rotation: int, threads: int, seconds: float) -> tuple[Ceiling, dict[str, Any]]:
+    """The read ceiling of the cases, and what was measured with one thread and with all."""
+    facts = {}
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        best, facts[f"read, {count} thread{'s' if count > 1 else ''}"] = fastest_reader(
+            rotation, count, seconds
+        )
+    return Ceiling("read", best.run, best.nbytes), facts
+
+
+def _fitting(peers: list[Peer], n: int, k: int, refused: list[dict[str, Any]]) -> list[Peer]:
+    """The peers that take an n x k matrix; the others are noted in `refused`."""
+    reasons = {peer.name: peer.needs(n, k) for peer in peers}
+    refused += [{"peer": name, "n": n, "k": k, "why": why} for name, why in reasons.items() if why]
+    return [peer for peer in peers if reasons[peer.name] is None]
+
+
+def _cases(
+    op: str, n: int, k: int, peers: list[Peer], settings: Settings, reader: Ceiling, timing: Timing
+) -> Any:
+    dtypes = list(settings.dtypes)
+    if op == "linear":
+        makers: list[Callable[[Tensor], Multiplier]] = [
+            *(lambda w, d=dtype: torch_multiplier(w, d) for dtype in dtypes),
+            *(lambda w, f=format: bitfold_multiplier(w, f) for format in settings.formats),
+            *(peer.linear for peer in peers if peer.linear is not None),
+        ]
+        return linear_cases(n, k, makers, list(settings.batches), dtypes, reader, timing)
+    coders: list[Coder] = [bitfold_coder(format) for format in settings.formats]
+    coders += [peer.coder() for peer in peers if peer.coder is not None]
+    if op == "encode":
+        return encode_cases(n, k, coders, dtypes, reader, timing)
+    if op == "decode":
+        return decode_cases(n, k, coders, dtypes, reader, timing)
+    return ()

@@ -1,0 +1,73 @@
+"""The results of a case against float64, before anything is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitfold.bench.contestants import DTYPES, Coder, Multiplier
+
+ROWS, COLUMNS = 4, 64  # of y that are compared: some rows in full, and some columns in full
+# Largest relative RMSE of a rounded gaussian matrix, by bits, with one scale for the whole matrix even.
+ROUNDING = {2: 1.05, 3: 0.75, 4: 0.35, 8: 0.1, 16: 0.01}
+# Relative norm error of a decoded matrix: its rounding to the dtype, and what bf16 scales cost the peers.
+DECODING = {"bf16": 4e-3, "fp16": 1e-3, "fp32": 1e-6}
+
+
+class WrongResultError(RuntimeError):
+    """A contestant computed something else than it should have."""
+
+
+def check_product(multiplier: Multiplier, call_on: Tensor, y: Tensor, weights: Tensor, dtype: str) -> float:
+    """Relative norm error of y [m, n] = x @ W^T, over some rows and columns of y.
+
+    call_on: x [m, k]; weights: float64 [n, k]. Raises WrongResultError where y isn't finite, isn't of x's dtype
+    and the shape [m, n], or is further from float64 than the multiplier's tolerance.
+    """
+    x, (m, n) = call_on, (call_on.shape[0], weights.shape[0])
+    what = f"{multiplier.name} at {n}x{weights.shape[1]} m={m} {dtype}"
+    if tuple(y.shape) != (m, n) or y.dtype != x.dtype or not bool(y.isfinite().all()):
+        raise WrongResultError(
+            f"{what} gives {y.dtype} of shape {list(y.shape)}, finite: {bool(y.isfinite().all())}; "
+            f"it must be finite {x.dtype} of shape {[m, n]}"
+        )
+    rows = torch.linspace(0, m - 1, min(m, ROWS)).long()
+    columns = torch.linspace(0, n - 1, min(n, COLUMNS)).long()
+    by_rows = x[rows].double() @ weights.T
+    by_columns = x.double() @ weights[columns].T
+    error = max(_relative(y[rows], by_rows), _relative(y[:, columns], by_columns))
+    if not error <= multiplier.tolerance[dtype]:
+        limit = multiplier.tolerance[dtype]
+        raise WrongResultError(f"{what} is wrong: relative error {error:.2e}, it must be at most {limit:.0e}")
+    return error
+
+
+def check_encoding(coder: Coder, weight: Tensor) -> float:
+    """Relative RMSE of `weight` after encoding and decoding. Raises WrongResultError where it is no rounding."""
+    error = _relative(coder.decode(coder.encode(weight), torch.float32), weight.double())
+    if not error <= ROUNDING[coder.bits]:
+        raise WrongResultError(
+            f"{coder.name} encodes wrongly: relative error {error:.2e}, "
+            f"it must be at most {ROUNDING[coder.bits]} for {coder.bits} bits"
+        )
+    return error
+
+
+def check_decoding(coder: Coder, packed: object, dtype: str) -> float:
+    """Relative norm error of decoding to `dtype`, against the same codes in float64 (peers: in float32).
+
+    Raises WrongResultError where it is more than the rounding to the dtype.
+    """
+    widest = torch.float64 if coder.kind == "bitfold" else torch.float32
+    exact = coder.decode(packed, widest).double()
+    error = _relative(coder.decode(packed, DTYPES[dtype]), exact)
+    if not error <= DECODING[dtype]:
+        raise WrongResultError(
+            f"{coder.name} decodes wrongly to {dtype}: relative error {error:.2e}, "
+            f"it must be at most {DECODING[dtype]:.0e}"
+        )
+    return error
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())

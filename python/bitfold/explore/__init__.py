@@ -1,0 +1,1 @@
+"""The page on which one sees what a format does to numbers (`bitfold explore`)."""

@@ -1,0 +1,1 @@
+"""What quantizing did to a model: measured, drawn, and put on one page (`bitfold report`)."""
