@@ -290,7 +290,9 @@ def test_the_page(report, page):
 def test_numbers_in_a_picture_are_not_cut(report, page):
     """SVGs are shortened within their tags; what stands between is what was measured."""
     picture = re.search(
-        r"<svg(?:(?!<svg).)*10⁻³ nats per token</text>.*?</svg>", page.read_text(encoding="utf-8"), re.DOTALL
+        r"<svg(?:(?!<svg).)*KL alone \(10⁻³ nats per token\)</text>.*?</svg>",
+        page.read_text(encoding="utf-8"),
+        re.DOTALL,
     ).group()
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
     for module in report.modules[:4]:

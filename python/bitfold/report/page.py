@@ -40,11 +40,11 @@ def all_plots(report: Report) -> dict[str, Plot]:
     found = [Plot("bytes", partial(plots.bytes_by_class, report.classes), _bytes_alt(report))]
     if any(m.relative_rmse is not None for m in report.modules):
         value = lambda m: None if m.relative_rmse is None else 100 * m.relative_rmse  # noqa: E731
-        draw: Draw = partial(plots.error_map, report.modules, value, "%")
+        draw: Draw = partial(plots.error_map, report.modules, value, "relative error (%)")
         found.append(Plot("relative", draw, _errors_alt(report.modules)))
     if any(m.kl is not None for m in report.modules):
         value = lambda m: None if m.kl is None else 1e3 * m.kl.value  # noqa: E731
-        unit = "10⁻³ nats per token"
+        unit = "KL alone (10⁻³ nats per token)"
         draw = partial(plots.error_map, report.modules, value, unit)
         found.append(Plot("kl", draw, _kl_alt(report.modules)))
     if drawn := _drawn(report):
