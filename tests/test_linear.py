@@ -337,3 +337,16 @@ def test_no_decoded_copy_of_the_matrix(format, dtype, layout):
     grown = [int(line) for line in done.stdout.split()]
     assert len(grown) == 2
     assert max(grown) < 8 * 2**20, f"{[size >> 20 for size in grown]} MiB"
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("format", ["fp8-e4m3", "fp8-e5m2"])
+def test_a_nan_code_reaches_its_output_alone(format, rng):
+    """NaN is 0x7f and 0xff in e4m3 (OCP FP8, table 1), above 0x7c in e5m2; encoding makes none."""
+    for code in (0x7F, 0xFF):
+        qtensor, _ = make(rng, format, 9, 321)
+        qtensor.planes["codes"][4, 320] = code
+        for m in (1, 3, 8, 9):
+            y = bitfold.linear(torch.zeros(m, 321), qtensor)
+            assert y[:, 4].isnan().all()
+            assert y.isnan().sum() == m

@@ -12,80 +12,95 @@ namespace {
 constexpr int64_t kPiece = 1024;
 static_assert(kPiece % kAlign == 0 && kAlign % (2 * kLanes) == 0);
 
-// How a family's codes become lanes before the scale.
+// How a family's codes become lanes before the scale, which is meant for kUnit times the lanes.
 template <int Row>
-struct Stream {
-  static constexpr FormatRow kRow = kFormats[Row];
-  Values<Row> values;
-  BITFOLD_SIMD F at(const uint8_t* row, int64_t i) const {
-    return values(unpack<kRow.bits, kRow.high_first>(row + i * kRow.bits / 8));
-  }
-};
+struct Stream;
 template <>
 struct Stream<kFp16> {
-  BITFOLD_SIMD F at(const uint8_t* row, int64_t i) const {
-    return load_half(reinterpret_cast<const uint16_t*>(row) + i);
-  }
+  static constexpr float kUnit = 1.0f;
+  BITFOLD_SIMD static F at(const uint8_t* p) { return load_half(reinterpret_cast<const uint16_t*>(p)); }
 };
 template <>
 struct Stream<kBf16> {
-  BITFOLD_SIMD F at(const uint8_t* row, int64_t i) const {
-    return load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
-  }
+  static constexpr float kUnit = 1.0f;
+  BITFOLD_SIMD static F at(const uint8_t* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
 };
+template <>
+struct Stream<kE5m2> {
+  static constexpr float kUnit = 1.0f;
+  BITFOLD_SIMD static F at(const uint8_t* p) { return load_e5m2(p); }
+};
+template <>
+struct Stream<kE4m3> {
+  static constexpr float kUnit = 256.0f;
+  BITFOLD_SIMD static F at(const uint8_t* p) { return load_e4m3_small(p); }
+};
+
+// Whether a NaN is among the codes; encoding makes none.
+template <int Row>
+BITFOLD_SIMD bool lost_nan(const uint8_t* codes, int64_t count) {
+  if constexpr (Row != kE4m3) return false;
+  uint8_t found = 0;  // a byte of 0x7f or 0xff
+  for (int64_t i = 0; i < count; ++i) found |= static_cast<uint8_t>((codes[i] & 0x7f) == 0x7f ? 1 : 0);
+  return found != 0;
+}
 
 // R rows of the weight at once, so that enough sums are under way to hide the latency of an addition.
 template <int Row, int M, int R>
 BITFOLD_SIMD void multiply_rows(const FusedArgs& a, int first, int64_t row) {
-  const int x_rows = fused_rows(a.m);
   constexpr FormatRow kRow = kFormats[Row];
+  constexpr int64_t kBytes = kRow.bits / 8;
+  const int x_rows = fused_rows(a.m);
   const Weight& w = *a.w;
-  const int64_t row_bytes = ceil_div(w.k * kRow.bits, 8);
-  const int64_t group_size = w.format.group;
-  const int64_t piece = group_size > 0 ? group_size : kPiece;
+  const int64_t row_bytes = w.k * kBytes;
+  const int64_t piece = w.format.group > 0 ? w.format.group : kPiece;
+  const int64_t ahead = row + 2 * R <= w.n ? R * row_bytes : 0;
   const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * row_bytes;
-  Stream<Row> streams[R];
   F totals[R][M];
   for (auto& total : totals) {
     for (F& lanes : total) lanes = splat(0.0f);
   }
   for (int64_t begin = 0; begin < w.k; begin += piece) {
     const int64_t stop = smaller(w.k, begin + piece);
-    const int64_t group = group_size > 0 ? begin / group_size : 0;
+    const int64_t group = w.format.group > 0 ? begin / w.format.group : 0;
     F even[R][M], odd[R][M];
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < M; ++j) even[r][j] = odd[r][j] = splat(0.0f);
-      if constexpr (kRow.grid == Grid::Integer) streams[r].values.set_zero(group_zero(w, row + r, group));
     }
-    const auto step = [&](const uint8_t* from, int64_t from_stride, int64_t from_column, int64_t column) {
+    const auto step = [&](const uint8_t* from, int64_t from_stride, int64_t column) {
+      const float* x = a.x + column * x_rows + first * kLanes;
       for (int r = 0; r < R; ++r) {
-        const F w0 = streams[r].at(from + r * from_stride, from_column);
-        const F w1 = streams[r].at(from + r * from_stride, from_column + kLanes);
+        const uint8_t* at = from + r * from_stride;
+        prefetch(at + ahead);
+        const F w0 = Stream<Row>::at(at), w1 = Stream<Row>::at(at + kLanes * kBytes);
         for (int j = 0; j < M; ++j) {
-          const float* x = a.x + column * x_rows + (first + j) * kLanes;
-          even[r][j] = fma(w0, load(x), even[r][j]);
-          odd[r][j] = fma(w1, load(x + x_rows * kLanes), odd[r][j]);
+          even[r][j] = fma(w0, load(x + j * kLanes), even[r][j]);
+          odd[r][j] = fma(w1, load(x + (x_rows + j) * kLanes), odd[r][j]);
         }
       }
     };
     int64_t i = begin;
-    for (; i + 2 * kLanes <= stop; i += 2 * kLanes) step(codes, row_bytes, i, i);
+    for (; i + 2 * kLanes <= stop; i += 2 * kLanes) step(codes + i * kBytes, row_bytes, i);
     if (i < stop) {  // the last columns: x is padded with zeros, the codes are copied to where they may be overread
-      constexpr int64_t kTail = 2 * kLanes * 2;
+      constexpr int64_t kTail = 2 * kLanes * kBytes;
       uint8_t tails[R * kTail] = {};
-      const int64_t offset = i * kRow.bits / 8;
+      const int64_t offset = i * kBytes;
       for (int r = 0; r < R; ++r) {
         std::memcpy(tails + r * kTail, codes + r * row_bytes + offset, static_cast<size_t>(row_bytes - offset));
       }
-      step(tails, kTail, 0, i);
+      step(tails, kTail, i);
     }
     for (int r = 0; r < R; ++r) {
-      const F scale = splat(kRow.grid == Grid::Cast ? 1.0f : group_scale(w, row + r, group));
+      const F scale = splat(kRow.grid == Grid::Cast ? 1.0f : group_scale(w, row + r, group) * Stream<Row>::kUnit);
       for (int j = 0; j < M; ++j) totals[r][j] = fma(add(even[r][j], odd[r][j]), scale, totals[r][j]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < M; ++j) a.y[(first + j) * a.y_stride + row + r - a.row_begin] = reduce_add(totals[r][j]);
+    const bool nan = lost_nan<Row>(codes + r * row_bytes, w.k);
+    for (int j = 0; j < M; ++j) {
+      const float sum = reduce_add(totals[r][j]);
+      a.y[(first + j) * a.y_stride + row + r - a.row_begin] = nan ? std::bit_cast<float>(0x7fc00000u) : sum;
+    }
   }
 }
 

@@ -39,6 +39,14 @@ BITFOLD_SIMD F load_half(const uint16_t* p) { return _mm256_cvtph_ps(load16(p));
 BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
 }
+BITFOLD_SIMD __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+BITFOLD_SIMD F load_e5m2(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(load8(p)), 8));
+}
+BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into the highest bit, and taken off the next
+  const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(load8(p)), 7);
+  return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(static_cast<int16_t>(0xbfff))));
+}
 BITFOLD_SIMD void store_half(uint16_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

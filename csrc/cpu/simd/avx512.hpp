@@ -44,6 +44,14 @@ BITFOLD_SIMD F load_half(const uint16_t* p) { return _mm512_cvtph_ps(load32(p));
 BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
 }
+BITFOLD_SIMD __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+BITFOLD_SIMD F load_e5m2(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(load16(p)), 8));
+}
+BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into the highest bit, and taken off the next
+  const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load16(p)), 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbfff))));
+}
 BITFOLD_SIMD void store_half(uint16_t* p, F a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

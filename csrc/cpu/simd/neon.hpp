@@ -36,14 +36,20 @@ BITFOLD_SIMD I splat(int32_t a) { return {vdupq_n_s32(a), vdupq_n_s32(a)}; }
 
 BITFOLD_SIMD F hold(F a) { return a; }
 
-BITFOLD_SIMD F load_half(const uint16_t* p) {
-  const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(p));
-  return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
-}
 BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   const uint16x8_t words = vld1q_u16(p);
   return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words), 16)),
           vreinterpretq_f32_u32(vshll_high_n_u16(words, 16))};
+}
+BITFOLD_SIMD F halves_to_float(uint16x8_t bits) {
+  const float16x8_t halves = vreinterpretq_f16_u16(bits);
+  return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
+}
+BITFOLD_SIMD F load_half(const uint16_t* p) { return halves_to_float(vld1q_u16(p)); }
+BITFOLD_SIMD F load_e5m2(const uint8_t* p) { return halves_to_float(vshll_n_u8(vld1_u8(p), 8)); }
+BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into the highest bit, and taken off the next
+  const int16x8_t shifted = vshlq_n_s16(vmovl_s8(vreinterpret_s8_u8(vld1_u8(p))), 7);
+  return halves_to_float(vandq_u16(vreinterpretq_u16_s16(shifted), vdupq_n_u16(0xbfff)));
 }
 BITFOLD_SIMD void store_half(uint16_t* p, F a) {
   vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a.low), a.high)));

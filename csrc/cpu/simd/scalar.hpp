@@ -55,6 +55,14 @@ BITFOLD_SIMD F load_half(const uint16_t* p) {
 BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return each<F>([&](int i) { return bf16_to_float(p[i]); });
 }
+// Minifloats as halves: e5m2 is the upper byte of one; e4m3 moved into its place is 256 times too small, and its NaN
+// comes out as a number.
+BITFOLD_SIMD F load_e5m2(const uint8_t* p) {
+  return each<F>([&](int i) { return half_to_float(static_cast<uint16_t>(p[i] << 8)); });
+}
+BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {
+  return each<F>([&](int i) { return half_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7)); });
+}
 BITFOLD_SIMD void store_half(uint16_t* p, F a) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(a.v[i]);
 }
