@@ -1,26 +1,9 @@
 // Decoding to a matrix of floats, whole or by row numbers (an embedding).
 #include "cpu/buffer.hpp"
 #include "cpu/cpu.hpp"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "cpu/huge_pages.hpp"
 
 namespace bitfold::cpu {
-namespace {
-
-// Fresh memory costs more than decoding into it while it comes in pages of 4 KB: asks for huge ones.
-void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kHuge = int64_t{2} << 20;
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  // Advice: where the kernel does not take it, the memory is as good as it was.
-  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
 
 void decode(const DecodeArgs& args) {
   const Kernels& kernels = cpu::kernels();

@@ -35,7 +35,9 @@ BITFOLD_SIMD F splat(float a) { return _mm512_set1_ps(a); }
 BITFOLD_SIMD I splat(int32_t a) { return {_mm512_set1_epi32(a)}; }
 
 BITFOLD_SIMD F hold(F a) {
+#ifndef BITFOLD_EMULATE_AVX512
   asm("" : "+v"(a));
+#endif
   return a;
 }
 

@@ -68,9 +68,27 @@ inline __m256i emulated_cvtps_ph(__m512 a, int) {
                            _mm256_cvtps_ph(_mm256_castsi256_ps(h.high), kNearest));
 }
 
+inline __m512i emulated_maskz_loadu_epi32(unsigned mask, const void* p) {
+  int32_t to[16] = {};
+  for (int i = 0; i < 16; ++i) {
+    if ((mask >> i & 1u) != 0) __builtin_memcpy(to + i, static_cast<const char*>(p) + 4 * i, 4);
+  }
+  __m512i out;
+  __builtin_memcpy(&out, to, sizeof(out));
+  return out;
+}
+inline __m512 emulated_i32gather_ps(__m512i index, const float* p, int) {
+  const Halves h = halves(index);
+  return join<__m512>(_mm256_i32gather_ps(p, h.low, 4), _mm256_i32gather_ps(p, h.high, 4));
+}
+
 }  // namespace
 }  // namespace bitfold::cpu
 
+#undef _mm512_maskz_loadu_epi32
+#define _mm512_maskz_loadu_epi32 emulated_maskz_loadu_epi32
+#undef _mm512_i32gather_ps
+#define _mm512_i32gather_ps emulated_i32gather_ps
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #undef _mm512_cvttps_epi32
