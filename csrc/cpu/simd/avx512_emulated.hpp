@@ -77,6 +77,10 @@ inline __m512i emulated_maskz_loadu_epi32(unsigned mask, const void* p) {
   __builtin_memcpy(&out, to, sizeof(out));
   return out;
 }
+inline __m512i emulated_srai_epi32(__m512i a, int count) {
+  const Halves h = halves(a);
+  return join<__m512i>(_mm256_srai_epi32(h.low, count), _mm256_srai_epi32(h.high, count));
+}
 inline __m512 emulated_i32gather_ps(__m512i index, const float* p, int) {
   const Halves h = halves(index);
   return join<__m512>(_mm256_i32gather_ps(p, h.low, 4), _mm256_i32gather_ps(p, h.high, 4));
@@ -87,6 +91,8 @@ inline __m512 emulated_i32gather_ps(__m512i index, const float* p, int) {
 
 #undef _mm512_maskz_loadu_epi32
 #define _mm512_maskz_loadu_epi32 emulated_maskz_loadu_epi32
+#undef _mm512_srai_epi32
+#define _mm512_srai_epi32 emulated_srai_epi32
 #undef _mm512_i32gather_ps
 #define _mm512_i32gather_ps emulated_i32gather_ps
 #undef _mm512_cvtepi32_ps
