@@ -1,6 +1,7 @@
 // Scratch memory of a driver, and the loop that its work is cut by.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -35,6 +36,22 @@ void cut(ParallelFor parallel_for, int64_t count, int64_t grain, const Fn& fn) {
   if (count <= 0) return;
   const auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Fn*>(context))(begin, end); };
   parallel_for(count, grain, body, const_cast<Fn*>(&fn));
+}
+
+// Ranges of [0, count) that threads take as they get free: one that the machine slows down holds up nobody. `work` is
+// called once by each thread, with next(begin, end), which is false when nothing is left.
+template <class Work>
+void share(ParallelFor parallel_for, int64_t count, int64_t block, const Work& work) {
+  const int64_t blocks = ceil_div(count, block);
+  std::atomic<int64_t> taken{0};
+  cut(parallel_for, blocks, 1, [&](int64_t, int64_t) {
+    work([&](int64_t* begin, int64_t* end) {
+      const int64_t mine = taken.fetch_add(1, std::memory_order_relaxed);
+      *begin = mine * block;
+      *end = count < *begin + block ? count : *begin + block;
+      return mine < blocks;
+    });
+  });
 }
 
 // Rows of about this many elements are worth a thread's attention.

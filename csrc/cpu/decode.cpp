@@ -1,7 +1,6 @@
 // Decoding to a matrix of floats, whole or by row numbers (an embedding).
 #include "cpu/buffer.hpp"
 #include "cpu/cpu.hpp"
-#include "cpu/huge_pages.hpp"
 
 namespace bitfold::cpu {
 
@@ -9,7 +8,6 @@ void decode(const DecodeArgs& args) {
   const Kernels& kernels = cpu::kernels();
   const Weight& w = args.w;
   const int64_t row_bytes = w.k * dtype_bytes(args.dtype);
-  prefer_huge_pages(args.out, args.rows * row_bytes);
   cut(args.parallel_for, args.rows, grain_rows(w.k), [&](int64_t begin, int64_t end) {
     Buffer<float> row(args.dtype == DType::F32 ? 0 : w.k);
     for (int64_t i = begin; i < end; ++i) {

@@ -40,7 +40,8 @@ struct FusedArgs {
 };
 inline constexpr int kFusedRows = 8;
 constexpr int fused_rows(int m) { return m <= 2 ? m : m <= 4 ? 4 : 8; }
-// Rows of the weight whose scales and sums are held at a time: a scale and a zero point for at most every fourth column.
+// Rows of the weight whose scales and sums are held at a time: a scale and a zero point for at most every fourth
+// column.
 inline constexpr int64_t kFusedBlock = 32;
 constexpr int64_t fused_scratch(int64_t k) { return 2 * kFusedBlock * (k / 4 + 64); }
 
@@ -85,9 +86,9 @@ struct LinearKernel {
   // Puts row j of `rows` of x into that order, a vector of each row in turn, padded with zeros to a multiple of `chunk`
   // columns: panel holds rows * round_up(k, chunk) floats, sums those of every `word` columns.
   void (*arrange)(const float* x, int64_t k, int j, int rows, float* panel, float* sums);
-  // Columns [begin, end) of `rows` <= kTileRows rows as fp32 in the same order, a vector of each of kTileRows in turn, the
-  // last chunk in full. begin is a multiple of kTileColumns, and end too unless it is k; the plan's fused_supports holds.
-  // scratch has fused_scratch(kTileColumns) floats. Null: the columns are decoded in order, and then arranged.
+  // Columns [begin, end) of `rows` <= kTileRows rows as fp32 in the same order, a vector of each of kTileRows in turn,
+  // the last chunk in full. begin is a multiple of kTileColumns, and end too unless it is k; the plan's fused_supports
+  // holds. scratch has fused_scratch(kTileColumns) floats. Null: the columns are decoded in order, and then arranged.
   void (*decode)(const Weight& w, int64_t first, int rows, int64_t begin, int64_t end, float* tile, float* scratch);
   int chunk;
   int word;

@@ -52,12 +52,15 @@ void linear_fused(const LinearArgs& args) {
     else std::fill_n(row.data(), k, 0.0f);
     kernel.arrange(row.data(), k, static_cast<int>(j), static_cast<int>(rows), panel.data(), sums.data());
   }
-  cut(args.parallel_for, args.w.n, grain_rows(k), [&](int64_t begin, int64_t end) {
-    Buffer<float> out(m * (end - begin)), scratch(fused_scratch(k));
-    kernel.fused({&args.w, panel.data(), sums.data(), static_cast<int>(m), begin, end, out.data(), end - begin,
-                     scratch.data()});
-    Epilogue finish(kernels, args, begin, end);
-    for (int64_t j = 0; j < m; ++j) finish(j, out.data() + j * (end - begin));
+  const int64_t block = std::max(grain_rows(k), round_up(args.w.n / 16, kTileRows));
+  share(args.parallel_for, args.w.n, block, [&](const auto& next) {
+    Buffer<float> out(m * block), scratch(fused_scratch(k));
+    for (int64_t begin = 0, end = 0; next(&begin, &end);) {
+      kernel.fused({&args.w, panel.data(), sums.data(), static_cast<int>(m), begin, end, out.data(), end - begin,
+                    scratch.data()});
+      Epilogue finish(kernels, args, begin, end);
+      for (int64_t j = 0; j < m; ++j) finish(j, out.data() + j * (end - begin));
+    }
   });
 }
 
@@ -110,18 +113,20 @@ void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
   const Kernels& kernels = cpu::kernels();
   const Weight& w = args.w;
   const int64_t block = kernels.tile_x, stride = round_up(w.k, kernels.linear[w.format.row].chunk);
+  const int64_t strip = std::min(kStripRows, std::max<int64_t>(2 * kTileRows, round_up(w.n / 8, kTileRows)));
   Buffer<T> panel(round_up(std::min(args.x.rows, kBatchRows), block) * stride);
   for (int64_t first = 0; first < args.x.rows; first += kBatchRows) {
     const int64_t m = std::min(kBatchRows, args.x.rows - first), padded = round_up(m, block);
     arrange_panel(kernels, args, first, m, block, panel.data());
-    cut(args.parallel_for, ceil_div(w.n, kStripRows), 1, [&](int64_t begin, int64_t end) {
-      Buffer<T> tiles(kStripRows * kTileColumns);
-      Buffer<float> decoded(kTileRows * kTileColumns), sums(padded * kStripRows), scratch(fused_scratch(kTileColumns));
-      for (int64_t strip = begin; strip < end; ++strip) {
-        const int64_t row = strip * kStripRows, rows = std::min(kStripRows, w.n - row);
-        std::fill_n(sums.data(), padded * kStripRows, 0.0f);
+    share(args.parallel_for, w.n, strip, [&](const auto& next) {
+      Buffer<T> tiles(strip * kTileColumns);
+      Buffer<float> decoded(kTileRows * kTileColumns), sums(padded * strip), scratch(fused_scratch(kTileColumns));
+      for (int64_t row = 0, end = 0; next(&row, &end);) {
+        const int64_t rows = end - row;
+        std::fill_n(sums.data(), padded * strip, 0.0f);
         for (int64_t column = 0; column < w.k; column += kTileColumns) {
-          const int64_t end_column = std::min(w.k, column + kTileColumns), depth = std::min(kTileColumns, stride - column);
+          const int64_t end_column = std::min(w.k, column + kTileColumns),
+                        depth = std::min(kTileColumns, stride - column);
           for (int64_t i = 0; i < rows; i += kTileRows) {
             T* to = tiles.data() + i * kTileColumns;
             if constexpr (std::is_same_v<T, float>) {
@@ -134,12 +139,12 @@ void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
           for (int64_t j = 0; j < padded; j += block) {
             for (int64_t i = 0; i < rows; i += kTileRows) {
               tile({tiles.data() + i * kTileColumns, panel.data() + j * stride + column * block, depth,
-                    sums.data() + j * kStripRows + i, kStripRows});
+                    sums.data() + j * strip + i, strip});
             }
           }
         }
-        Epilogue finish(kernels, args, row, row + rows);
-        for (int64_t j = 0; j < m; ++j) finish(first + j, sums.data() + j * kStripRows);
+        Epilogue finish(kernels, args, row, end);
+        for (int64_t j = 0; j < m; ++j) finish(first + j, sums.data() + j * strip);
       }
     });
   }

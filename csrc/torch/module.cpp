@@ -86,9 +86,9 @@ py::dict linear_plan(const std::string& format, const std::string& layout, int64
   py::dict info;
   info["regime"] = cpu::to_string(plan.regime);
   info["reason"] = plan.reason;
-  info["operands"] = plan.regime == cpu::Regime::Floor ? "float64"
+  info["operands"] = plan.regime == cpu::Regime::Floor                               ? "float64"
                      : cpu::rounds_to_bf16(cpu::kernels(), plan, parse_dtype(dtype)) ? "bfloat16"
-                                                                                      : "float32";
+                                                                                     : "float32";
   info["isa"] = cpu::kernels().isa;
   return info;
 }

@@ -16,10 +16,10 @@ template <int Row>
 struct Words {
   static constexpr FormatRow kRow = kFormats[Row];
   static constexpr int kBits = kRow.bits;
-  static constexpr int kSteps = kBits == 3 ? 8 : 32 / kBits;    // codes of a lane
-  static constexpr int kChunk = kLanes * kSteps;                // columns of one load
-  static constexpr int kBytes = kChunk * kBits / 8;             // and their bytes
-  static constexpr int kHalf = 1 << (kBits - 1);                // the zero point of a symmetric integer
+  static constexpr int kSteps = kBits == 3 ? 8 : 32 / kBits;  // codes of a lane
+  static constexpr int kChunk = kLanes * kSteps;              // columns of one load
+  static constexpr int kBytes = kChunk * kBits / 8;           // and their bytes
+  static constexpr int kHalf = 1 << (kBits - 1);              // the zero point of a symmetric integer
   static constexpr bool kInteger = kRow.grid == Grid::Integer;
   // The column of a word that step `step` brings up.
   static constexpr int column(int step) { return kRow.high_first ? step ^ 1 : step; }
@@ -90,10 +90,12 @@ void arrange(const float* x, int64_t k, int j, int rows, float* panel, float* su
 // Columns that are multiplied at a time: x for them stays in the first cache. Rows whose totals wait there meanwhile.
 template <int M>
 inline constexpr int64_t kBlockColumns = 4096 / M;
+// Codes are asked for whole steps of rows ahead, at least so many bytes.
+inline constexpr int64_t kAheadBytes = 12288;
 
-// The scales (and zero points) of columns [begin, end) of a row, begin at a chunk. Every lane has an entry: as the chunks
-// go by, the first lane's moves on by whole entries, and the others' places from there stay the same. Groups that
-// neither divide a chunk nor are divided by it get an entry for every word.
+// The scales (and zero points) of columns [begin, end) of a row, begin at a chunk. Every lane has an entry: as the
+// chunks go by, the first lane's moves on by whole entries, and the others' places from there stay the same. Groups
+// that neither divide a chunk nor are divided by it get an entry for every word.
 template <int Row>
 struct Entries {
   using W = Words<Row>;
@@ -103,7 +105,8 @@ struct Entries {
   int64_t first, count;
   I places;
 
-  Entries(const Weight& w, int64_t begin, int64_t end) : group(w.format.group > 0 ? w.format.group : 0), columns(group) {
+  Entries(const Weight& w, int64_t begin, int64_t end)
+      : group(w.format.group > 0 ? w.format.group : 0), columns(group) {
     if (group > 0 && group % W::kChunk != 0 && W::kChunk % group != 0) columns = W::kSteps;
     first_group = group > 0 ? begin / group : 0;
     groups = group > 0 ? ceil_div(end, group) - first_group : 1;
@@ -149,8 +152,7 @@ BITFOLD_SIMD void widen_all(const T* from, int64_t count, float* out, Widen wide
 template <int Row>
 BITFOLD_SIMD void read_scales(const Weight& w, int64_t row, const Entries<Row>& entries, float* out) {
   const int64_t count = entries.groups;
-  const int64_t at =
-      w.format.group == kPerTensor ? 0 : row * groups_in_row(w.format, w.k) + entries.first_group;
+  const int64_t at = w.format.group == kPerTensor ? 0 : row * groups_in_row(w.format, w.k) + entries.first_group;
   if (w.format.scale == Scale::Nested) {
     const auto* codes = static_cast<const uint8_t*>(w.scales) + at;
     const F offset = splat(*w.nested_offset);
@@ -158,9 +160,8 @@ BITFOLD_SIMD void read_scales(const Weight& w, int64_t row, const Entries<Row>& 
       const int64_t block = (at + i) / kNestedGroup;
       const int64_t stop = smaller(count, (block + 1) * kNestedGroup - at);
       const F nested = splat(w.nested_scales[block]);
-      widen_all(codes + i, stop - i, out + i, [&](const uint8_t* p) {
-        return add(mul(gather(&kDynamicMap[0], load_bytes(p)), nested), offset);
-      });
+      widen_all(codes + i, stop - i, out + i,
+                [&](const uint8_t* p) { return add(mul(gather(&kDynamicMap[0], load_bytes(p)), nested), offset); });
       i = stop;
     }
   } else if (w.format.scale == Scale::F32) {
@@ -343,7 +344,7 @@ void multiply(const FusedArgs& a) {
       for (int64_t row = 0; row < rows; row += R) {
         const uint8_t* codes[R];
         for (int r = 0; r < R; ++r) codes[r] = row_codes(row + r) + chunk * W::kBytes;
-        const int64_t ahead = top + row + 2 * R <= a.row_end ? R * bytes : 0;
+        const int64_t ahead = ceil_div(kAheadBytes, R * bytes) * R * bytes;
         multiply_rows(row, chunk, smaller(chunks - chunk, block_chunks), codes, ahead);
       }
     }

@@ -40,9 +40,7 @@ BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
 }
 BITFOLD_SIMD __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
-BITFOLD_SIMD F load_e5m2(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(load8(p)), 8));
-}
+BITFOLD_SIMD F load_e5m2(const uint8_t* p) { return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(load8(p)), 8)); }
 BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into the highest bit, and taken off the next
   const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(load8(p)), 7);
   return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(static_cast<int16_t>(0xbfff))));
@@ -119,8 +117,9 @@ BITFOLD_SIMD F spread(const float* p, I index) { return _mm256_permutevar8x32_ps
 template <int Bits>
 BITFOLD_SIMD I load_words(const uint8_t* p) {
   if constexpr (Bits == 3) {
-    const __m256i halves = _mm256_set_m128i(_mm_maskload_epi32(reinterpret_cast<const int*>(p + 12), _mm_setr_epi32(-1, -1, -1, 0)),
-                                            _mm_maskload_epi32(reinterpret_cast<const int*>(p), _mm_setr_epi32(-1, -1, -1, 0)));
+    const __m256i halves =
+        _mm256_set_m128i(_mm_maskload_epi32(reinterpret_cast<const int*>(p + 12), _mm_setr_epi32(-1, -1, -1, 0)),
+                         _mm_maskload_epi32(reinterpret_cast<const int*>(p), _mm_setr_epi32(-1, -1, -1, 0)));
     const __m128i bytes = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
     return {_mm256_shuffle_epi8(halves, _mm256_set_m128i(bytes, bytes))};
   } else {

@@ -123,8 +123,8 @@ template <int Bits>
 BITFOLD_SIMD I load_words(const uint8_t* p) {
   if constexpr (Bits == 3) {
     const __m512i dwords = _mm512_maskz_loadu_epi32(0xfff, p);
-    const __m512i lanes = _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0), dwords);
+    const __m512i lanes =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0), dwords);
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
     return {_mm512_shuffle_epi8(lanes, bytes)};
   } else {
