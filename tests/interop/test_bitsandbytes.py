@@ -105,14 +105,24 @@ def test_they_decode_ours(family, nested):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_straddling_blocks_through_layout_flat(family, nested):
-    """k is no multiple of the block: their blocks run over the ends of rows."""
+    """k is no multiple of the block: their blocks run over the ends of rows.
+
+    What the codes mean is worked out here: on CPUs with AVX-512, dequantize_4bit of bitsandbytes 0.50.2 takes
+    other blocks' scales where k is 96 and the block 64 (75% relative error to the weights that it encoded).
+    """
     for n, k, block in [(3, 40, 32), (5, 100, 64), (64, 96, 64), (7, 96, 4096), (130, 100, 32)]:
         w = weights(n, k)
         codes, state = theirs(w, family, block, nested)
         format = f"{family}-b{block}" + ("-dq" if nested else "")
         ours = bitfold.QTensor(format, (n, k), as_planes(codes, state, 1), layout="flat")
-        decoded = functional.dequantize_4bit(codes, state)
+        absmax = state.absmax
+        if nested:
+            absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        nibbles = torch.stack([codes.reshape(-1) >> 4, codes.reshape(-1) & 15], 1).reshape(-1)[: n * k].long()
+        table = functional.get_4bit_type(family, device="cpu")
+        decoded = (table[nibbles] * absmax.reshape(-1)[torch.arange(n * k) // block]).reshape(n, k)
         assert torch.equal(ours.decode(), decoded), f"{n}x{k} block {block}"
+        assert (decoded - w).norm() < 0.2 * w.norm()
         unpacked = bitfold.pack(**ours.unpack()._asdict(), format=format, layout="flat")
         for name, plane in ours.planes.items():
             assert same_bits(unpacked.planes[name], plane)
