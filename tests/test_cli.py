@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from bitfold.cli.app import run
+from command import call, call_json
 from tiny import one_thread  # noqa: F401
 
 
@@ -33,18 +34,6 @@ def text(source) -> Path:
     path = source.parent / "text.txt"
     path.write_text(tiny.TEXT)
     return path
-
-
-def call(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = run([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def call_json(capsys, *arguments: object) -> dict:
-    code, out, err = call(capsys, *arguments, "--json")
-    assert code == 0, err
-    return json.loads(out)
 
 
 def test_quantize_prints_layers_and_sizes(capsys, source, tmp_path):

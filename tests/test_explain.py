@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 
@@ -11,11 +10,11 @@ import oracle
 import pytest
 import torch
 from bitfold import FORMATS, RECIPES
-from bitfold.cli.app import run
 from bitfold.explain import gguf
 from bitfold.explain.names import explain_name
 from bitfold.explain.number import explain_number
 from bitfold.explain.walk import walk
+from command import call, call_json
 
 NUMBERS = [3.14159265, -0.73, 1.0, 0.0, 1e-3, -300.0, 448.0, 65504.0, 2.0**-149]
 TORCH = {
@@ -29,18 +28,6 @@ TORCH = {
 
 def by_format(number: float, absmax: float | None = None) -> dict:
     return {one.format: one for one in explain_number(number, absmax)}
-
-
-def call(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = run([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def call_json(capsys, *arguments: object) -> dict:
-    code, out, err = call(capsys, *arguments, "--json")
-    assert code == 0, err
-    return json.loads(out)
 
 
 # ---- one number ----

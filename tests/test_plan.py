@@ -15,10 +15,10 @@ import pytest
 import tiny
 import torch
 from bitfold import budget, hf, layout
-from bitfold.cli.app import run
 from bitfold.cli.plan import parse_size
 from bitfold.recipes import RECIPES, Recipe, Rule
 from bitfold.shards import CheckpointError
+from command import call, call_json
 from tiny import one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -49,18 +49,6 @@ def write_config(path: Path, fields: dict) -> Path:
 @pytest.fixture(scope="module")
 def llama_2_7b(tmp_path_factory) -> Path:
     return write_config(tmp_path_factory.mktemp("plan") / "llama", LLAMA_2_7B)
-
-
-def call(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = run([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def call_json(capsys, *arguments: object) -> dict:
-    code, out, err = call(capsys, *arguments, "--json")
-    assert code == 0, err
-    return json.loads(out)
 
 
 def config_only(source: Path, target: Path) -> Path:

@@ -106,9 +106,9 @@ struct Kernels {
   int lanes;
   int tile_x;
   void (*tile)(const TileArgs<float>&);
-  // With bf16 operands, where that is faster; both null where it isn't. The first rounds `count` interleaved vectors of
-  // `rows` rows.
-  void (*round_bf16)(const float* from, int64_t count, int rows, uint16_t* to);
+  // With bf16 operands, where that is faster; both null where it isn't. The first rounds `columns` columns of `rows`
+  // interleaved rows.
+  void (*round_bf16)(const float* from, int64_t columns, int rows, uint16_t* to);
   void (*tile_bf16)(const TileArgs<uint16_t>&);
   void (*axpy)(const AxpyArgs&);
 };

@@ -160,8 +160,9 @@ BITFOLD_SIMD void read_scales(const Weight& w, int64_t row, const Entries<Row>& 
       const int64_t block = (at + i) / kNestedGroup;
       const int64_t stop = smaller(count, (block + 1) * kNestedGroup - at);
       const F nested = splat(w.nested_scales[block]);
-      widen_all(codes + i, stop - i, out + i,
-                [&](const uint8_t* p) { return add(mul(gather(&kDynamicMap[0], load_bytes(p)), nested), offset); });
+      widen_all(codes + i, stop - i, out + i, [&](const uint8_t* p) {
+        return add(mul(gather(&kDynamicMap[0], unpack<8, false>(p)), nested), offset);
+      });
       i = stop;
     }
   } else if (w.format.scale == Scale::F32) {

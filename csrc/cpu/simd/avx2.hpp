@@ -108,9 +108,6 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {
 }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-BITFOLD_SIMD I load_bytes(const uint8_t* p) {
-  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
-}
 BITFOLD_SIMD F gather(const float* p, I index) { return _mm256_i32gather_ps(p, index.v, 4); }
 BITFOLD_SIMD F spread(const float* p, I index) { return _mm256_permutevar8x32_ps(load(p), index.v); }
 

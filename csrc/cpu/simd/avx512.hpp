@@ -113,9 +113,6 @@ BITFOLD_SIMD Table16 load_table(const float* values) { return {load(values)}; }
 BITFOLD_SIMD F lookup(Table16 table, I index) { return _mm512_permutexvar_ps(index.v, table.values); }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-BITFOLD_SIMD I load_bytes(const uint8_t* p) {
-  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
 BITFOLD_SIMD F gather(const float* p, I index) { return _mm512_i32gather_ps(index.v, p, 4); }
 BITFOLD_SIMD F spread(const float* p, I index) { return _mm512_permutexvar_ps(index.v, load(p)); }
 

@@ -125,10 +125,6 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {
 }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }
-BITFOLD_SIMD I load_bytes(const uint8_t* p) {
-  const uint16x8_t words = vmovl_u8(vld1_u8(p));
-  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(words))), vreinterpretq_s32_u32(vmovl_high_u16(words))};
-}
 BITFOLD_SIMD F gather(const float* p, I index) {
   int32_t at[8];
   vst1q_s32(at, index.low);

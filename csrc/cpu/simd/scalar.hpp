@@ -165,9 +165,6 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {  // the low four bits of each in
 BITFOLD_SIMD I load_int(const int32_t* p) {
   return each<I>([&](int i) { return p[i]; });
 }
-BITFOLD_SIMD I load_bytes(const uint8_t* p) {
-  return each<I>([&](int i) { return p[i]; });
-}
 BITFOLD_SIMD F gather(const float* p, I index) {
   return each<F>([&](int i) { return p[index.v[i]]; });
 }
