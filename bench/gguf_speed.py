@@ -1,8 +1,8 @@
 """Times bitfold's GGUF formats beside llama.cpp's own libraries, in one run, each answer validated first.
 
-    python bench/gguf.py encode q4_k [--importance]
-    python bench/gguf.py decode q4_k
-    python bench/gguf.py linear q4_k 1 4096 4096 [--threads 2] [--dtype bf16]
+    python bench/gguf_speed.py encode q4_k [--importance]
+    python bench/gguf_speed.py decode q4_k
+    python bench/gguf_speed.py linear q4_k 1 4096 4096 [--threads 2] [--dtype bf16]
 
 The libraries come from an installed llama_cpp package or from the folder that BITFOLD_LLAMA_CPP names.
 Encoded bytes must be the library's, decoded bits too; products must be near float64 of the decoded weights.
