@@ -6,36 +6,15 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <mutex>
 
 #include "cpu/buffer.hpp"
 #include "cpu/cpu.hpp"
+#include "cpu/encode_blocks.hpp"
+#include "cpu/faults.hpp"
 #include "formats/bitstream.hpp"
 
 namespace bitfold::cpu {
 namespace {
-
-// The first fault in row-major order; a weight that is not finite comes before everything else.
-class Faults {
- public:
-  void add(const EncodeStatus& fault) {
-    const std::lock_guard lock(mutex_);
-    const int64_t count = first_.count + fault.count;
-    if (first_.fault == EncodeFault::None || key(fault) < key(first_)) first_ = fault;
-    first_.count = count;
-  }
-  const EncodeStatus& first() const { return first_; }
-
- private:
-  struct Key {
-    bool later;
-    int64_t row, column;
-    auto operator<=>(const Key&) const = default;
-  };
-  static Key key(const EncodeStatus& s) { return {s.fault != EncodeFault::NotFinite, s.row, s.column}; }
-  std::mutex mutex_;
-  EncodeStatus first_;
-};
 
 struct GroupGrid {
   float scale;   // as stored
@@ -90,13 +69,6 @@ void store_scale(void* scales, Scale dtype, int64_t i, float scale) {
     case Scale::BF16: static_cast<uint16_t*>(scales)[i] = float_to_bf16(scale); break;
     default: static_cast<float*>(scales)[i] = scale; break;
   }
-}
-
-EncodeStatus not_finite(const float* w, int64_t count, int64_t row) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!std::isfinite(w[i])) return {EncodeFault::NotFinite, row, i, w[i], 0};
-  }
-  return {};
 }
 
 // ---- fp16 and bf16 ----
@@ -283,6 +255,7 @@ EncodeStatus encode_rows(const EncodeArgs& args) {
 
 EncodeStatus encode(const EncodeArgs& args) {
   if (args.format.info().grid == Grid::Cast) return encode_cast(args);
+  if (args.format.is_block()) return encode_blocks(args);
   return args.format.group == kPerTensor ? encode_tensor(args) : encode_rows(args);
 }
 

@@ -24,6 +24,19 @@ struct QuantizeArgs {
   uint8_t* codes;
 };
 
+// `rows` rows of k columns, one after the other, to their blocks; k is whole blocks, all of w is finite. importance has
+// an entry for every column, or is null. Every operation is rounded to binary32, in the order that the type's search
+// has, with no fused multiply-add: lanes may hold different blocks, never parts of a sum.
+struct EncodeBlocksArgs {
+  const float* w;
+  const float* importance;
+  int64_t rows;
+  int64_t k;
+  uint8_t* blocks;
+};
+// Rows that a search is given at a time.
+inline constexpr int64_t kEncodeRows = 16;
+
 // Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; y[j * y_stride + row - row_begin]
 // receives the sums. x and x_sums are what `arrange` made of fused_rows(m) rows, the ones past m zero; scratch has
 // fused_scratch(k) floats.
@@ -77,6 +90,7 @@ struct AxpyArgs {
 inline constexpr int kAxpyRows = 4;
 
 using QuantizeFn = void (*)(const QuantizeArgs&);
+using EncodeBlocksFn = void (*)(const EncodeBlocksArgs&);
 // Columns [begin, end) of plane row `row`, decoded to fp32.
 using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out);
 
@@ -100,7 +114,8 @@ struct Kernels {
   void (*to_float)(const void* from, DType dtype, int64_t count, float* to);
   void (*from_float)(const float* from, int64_t count, DType dtype, void* to);
   GroupRange (*group_range)(const float* w, int64_t count);
-  QuantizeFn quantize[kRowCount];  // null for cast families
+  QuantizeFn quantize[kRowCount];           // null for cast families and blocks
+  EncodeBlocksFn encode_blocks[kRowCount];  // null for all but blocks
   DecodeSpanFn decode_span[kRowCount];
   LinearKernel linear[kRowCount];
   int lanes;

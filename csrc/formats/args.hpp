@@ -12,7 +12,7 @@ namespace bitfold {
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, RangeBody body, void* context);
 
-// A quantized n x k matrix. Planes that the format lacks are null.
+// A quantized n x k matrix. Planes that the format lacks are null; blocks are its codes, and k is whole blocks.
 struct Weight {
   Format format;
   Layout layout;
@@ -99,8 +99,9 @@ struct EncodeArgs {
   Format format;
   MatrixIn w;
   PlanesOut out;
-  bool clamp;                  // cast families: saturate instead of failing
+  bool clamp;                  // cast families: saturate; blocks: store a scale beyond fp16 as infinity
   const float* nested_offset;  // dq: given offset, or null for the mean
+  const float* importance;     // blocks: weights of the squared error, one for each column; may be null
   ParallelFor parallel_for;
 };
 

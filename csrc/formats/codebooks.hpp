@@ -33,6 +33,14 @@ inline constexpr std::array<float, 16> kFp4Values = {
     0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f,
 };
 
+// IQ4_NL and IQ4_XS of GGUF; sorted.
+inline constexpr std::array<int8_t, 16> kIq4Values = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                      1,    13,   25,  38,  53,  69,  89,  113};
+
+// MXFP4: twice the e2m1 values of the OCP Microscaling formats (2023), section 5.3.3; bit 3 is the sign. Code 8 is 0
+// and is never written.
+inline constexpr std::array<int8_t, 16> kMxfp4Values = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
 // A codebook sorted by value, with the midpoints that decide: a number above midpoint i belongs to entry i + 1 or
 // higher.
 template <int Count>

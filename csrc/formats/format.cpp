@@ -138,7 +138,7 @@ Format parse_format(std::string_view text) {
 std::string to_string(const Format& format) {
   const FormatRow& row = format.info();
   std::string text(row.family);
-  if (row.grid == Grid::Cast) return text;
+  if (row.grid == Grid::Cast || row.grid == Grid::Block) return text;
   if (format.group == kPerTensor) {
     text += "-tensor";
   } else if (format.group == kPerChannel) {

@@ -11,7 +11,8 @@
 
 namespace bitfold {
 
-enum class Grid : uint8_t { Cast, Minifloat, Integer, Codebook };
+// Block: codes, scales and minima of a fixed number of columns lie together, as GGUF files have them (blocks.hpp).
+enum class Grid : uint8_t { Cast, Minifloat, Integer, Codebook, Block };
 enum class DType : uint8_t { U8, F16, BF16, F32, F64 };
 // How the scale of a group is stored; Nested is an 8-bit code with scales of its own (QLoRA's double quantization).
 enum class Scale : uint8_t { None, F16, BF16, F32, Nested };
@@ -37,30 +38,77 @@ struct FormatRow {
   bool asymmetric;    // may carry an integer zero point
   bool nested;        // may nest its scales
   bool high_first;    // the even code of a byte sits in the high nibble
+  int block_bytes;    // of a block of `group` columns; 0 for the formats with planes
 };
 
 inline constexpr int64_t kAnyGroup = int64_t{1} << 40;
 
 // fp8 scales are fp32: the largest weight over 57344 is below what fp16 holds for ordinary weights.
+// A GGUF block type: `bits` of a code, `values` columns in `bytes` bytes. It has no parameters.
+constexpr FormatRow block_row(std::string_view family, int bits, int64_t values, int bytes) {
+  return {family, Grid::Block, bits, 0.0f, Scale::None, values, 0, 0, ' ', false, false, false, bytes};
+}
+
 inline constexpr std::array kFormats = {
-    FormatRow{"fp16", Grid::Cast, 16, 65504.0f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
-    FormatRow{"bf16", Grid::Cast, 16, 3.3895313892515355e38f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false},
-    FormatRow{"fp8-e4m3", Grid::Minifloat, 8, 448.0f, Scale::F32, kPerChannel, 16, kAnyGroup, 'g', false, false, false},
+    FormatRow{"fp16", Grid::Cast, 16, 65504.0f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false, 0},
+    FormatRow{"bf16", Grid::Cast, 16, 3.3895313892515355e38f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false,
+              0},
+    FormatRow{"fp8-e4m3", Grid::Minifloat, 8, 448.0f, Scale::F32, kPerChannel, 16, kAnyGroup, 'g', false, false, false,
+              0},
     FormatRow{"fp8-e5m2", Grid::Minifloat, 8, 57344.0f, Scale::F32, kPerChannel, 16, kAnyGroup, 'g', false, false,
-              false},
-    FormatRow{"int8", Grid::Integer, 8, 127.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', true, false, false},
-    FormatRow{"int4", Grid::Integer, 4, 7.0f, Scale::F16, 128, 16, kAnyGroup, 'g', true, false, false},
-    FormatRow{"int3", Grid::Integer, 3, 3.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false},
-    FormatRow{"int2", Grid::Integer, 2, 1.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false},
-    FormatRow{"nf4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true},
-    FormatRow{"fp4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true},
+              false, 0},
+    FormatRow{"int8", Grid::Integer, 8, 127.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', true, false, false, 0},
+    FormatRow{"int4", Grid::Integer, 4, 7.0f, Scale::F16, 128, 16, kAnyGroup, 'g', true, false, false, 0},
+    FormatRow{"int3", Grid::Integer, 3, 3.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false, 0},
+    FormatRow{"int2", Grid::Integer, 2, 1.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false, 0},
+    FormatRow{"nf4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true, 0},
+    FormatRow{"fp4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true, 0},
+    block_row("q4_0", 4, 32, 18),
+    block_row("q4_1", 4, 32, 20),
+    block_row("q5_0", 5, 32, 22),
+    block_row("q5_1", 5, 32, 24),
+    block_row("q8_0", 8, 32, 34),
+    block_row("q2_k", 2, 256, 84),
+    block_row("q3_k", 3, 256, 110),
+    block_row("q4_k", 4, 256, 144),
+    block_row("q5_k", 5, 256, 176),
+    block_row("q6_k", 6, 256, 210),
+    block_row("iq4_nl", 4, 32, 18),
+    block_row("iq4_xs", 4, 256, 136),
+    block_row("mxfp4", 4, 32, 17),
 };
 
 // Row numbers, for kernels that are instantiated per row.
-enum Row : int { kFp16, kBf16, kE4m3, kE5m2, kInt8, kInt4, kInt3, kInt2, kNf4, kFp4, kRowCount };
+enum Row : int {
+  kFp16,
+  kBf16,
+  kE4m3,
+  kE5m2,
+  kInt8,
+  kInt4,
+  kInt3,
+  kInt2,
+  kNf4,
+  kFp4,
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ8_0,
+  kQ2K,
+  kQ3K,
+  kQ4K,
+  kQ5K,
+  kQ6K,
+  kIq4Nl,
+  kIq4Xs,
+  kMxfp4,
+  kRowCount
+};
 static_assert(kFormats.size() == kRowCount);
 static_assert(kFormats[kInt4].family == "int4" && kFormats[kFp4].family == "fp4" &&
-              kFormats[kE5m2].family == "fp8-e5m2");
+              kFormats[kE5m2].family == "fp8-e5m2" && kFormats[kQ4_0].family == "q4_0" &&
+              kFormats[kMxfp4].family == "mxfp4");
 
 // One weight format, parsed: a row and its parameters.
 struct Format {
@@ -71,6 +119,7 @@ struct Format {
 
   constexpr const FormatRow& info() const { return kFormats[static_cast<size_t>(row)]; }
   constexpr int bits() const { return info().bits; }
+  constexpr bool is_block() const { return info().grid == Grid::Block; }
   constexpr bool operator==(const Format&) const = default;
 };
 
@@ -135,6 +184,10 @@ constexpr PlaneLaws plane_laws(const Format& format) {
     add({kCodes, "codes", format.row == kFp16 ? DType::F16 : DType::BF16, false, 1, 16, 16, 0});
     return laws;
   }
+  if (format.is_block()) {
+    add({kCodes, "blocks", DType::U8, false, per, 8 * row.block_bytes, 8, 0});
+    return laws;
+  }
   const DType scale = scale_dtype(format.scale);
   add({kCodes, "codes", DType::U8, false, 1, row.bits, 8, 0});
   add({kScales, "scales", scale, one_row, per, dtype_bits(scale), dtype_bits(scale), 0});
@@ -190,6 +243,8 @@ static_assert(stored_bytes({kNf4, 64, Zero::None, Scale::Nested}, 4096, 4096) ==
               4096 * 2048 + 4096 * 64 + 4 * 1024 + 4);  // 4.127 bits
 static_assert(stored_bytes({kInt8, kPerChannel, Zero::None, Scale::F16}, 4096, 4096) == 4096 * 4096 + 2 * 4096);
 static_assert(stored_bytes({kInt8, kPerTensor, Zero::Integer, Scale::F16}, 3, 5) == 15 + 2 + 1);
+static_assert(bits_per_weight({kQ4K, 256, Zero::None, Scale::None}, 4096, 4096) == 4.5);
+static_assert(bits_per_weight({kQ6K, 256, Zero::None, Scale::None}, 4096, 4096) == 6.5625);
 static_assert(stored_bytes({kInt3, 16, Zero::Integer, Scale::F16}, 2, 17) == 2 * 7 + 2 * 2 * 2 + 2 * 1);
 
 }  // namespace bitfold

@@ -20,10 +20,14 @@ std::vector<int64_t> extent_sizes(const PlaneLaw& law, int64_t n, int64_t k) {
   return extent.dims == 1 ? std::vector<int64_t>{extent.columns} : std::vector<int64_t>{extent.rows, extent.columns};
 }
 
-void check_size(int64_t n, int64_t k) {
+void check_size(const Format& format, int64_t n, int64_t k) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (n < 0 || n > kMost) fail("n is " + std::to_string(n) + "; it must be between 0 and 2^31");
   if (k < 0 || k > kMost) fail("k is " + std::to_string(k) + "; it must be between 0 and 2^31");
+  if (format.is_block() && k % format.group != 0) {
+    fail("k is " + std::to_string(k) + "; for " + to_string(format) + " it must be a multiple of " +
+         std::to_string(format.group));
+  }
 }
 
 }  // namespace
@@ -78,7 +82,7 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_
                    const std::string& layout_text) {
   const Format format = parse_format(format_text);
   const Layout layout = parse_layout(layout_text);
-  check_size(n, k);
+  check_size(format, n, k);
   if (layout == Layout::Flat && (format.info().grid != Grid::Codebook || format.group < 1)) {
     fail("layout is 'flat', which only nf4 and fp4 have; for " + format_text + " it must be 'rows'");
   }
@@ -114,7 +118,7 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_
 }
 
 std::vector<Tensor> new_planes(const Tensor& like, const Format& format, int64_t n, int64_t k, PlanesOut* out) {
-  check_size(n, k);
+  check_size(format, n, k);
   std::vector<Tensor> planes;
   const PlaneLaws laws = plane_laws(format);
   for (int i = 0; i < laws.count; ++i) {

@@ -13,7 +13,7 @@ namespace bitfold {
 namespace {
 
 const char* grid_name(Grid grid) {
-  constexpr const char* kNames[] = {"cast", "minifloat", "integer", "codebook"};
+  constexpr const char* kNames[] = {"cast", "minifloat", "integer", "codebook", "block"};
   return kNames[static_cast<int>(grid)];
 }
 const char* scale_name(Scale scale) {

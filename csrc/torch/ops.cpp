@@ -11,7 +11,9 @@ namespace {
 using namespace border;
 
 STABLE_TORCH_LIBRARY(bitfold, library) {
-  library.def("encode(Tensor weight, str format, Tensor? nested_offset=None, bool clamp=False) -> Tensor[]");
+  library.def(
+      "encode(Tensor weight, str format, Tensor? nested_offset=None, bool clamp=False, Tensor? importance=None) -> "
+      "Tensor[]");
   library.def(
       "decode(Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") -> Tensor");
   library.def("pack(Tensor codes, Tensor? scales, Tensor? zeros, str format, Tensor[] nested) -> Tensor[]");
@@ -48,6 +50,11 @@ void report(const EncodeStatus& status, const Format& format, const Tensor& weig
       fail(std::to_string(status.count) + " values do not fit " + name + ", the first is " + at + " = " +
            std::to_string(status.value) + "; use bf16, or clamp=True to saturate them");
     case EncodeFault::ScaleOverflow:
+      if (format.is_block()) {
+        fail("block " + std::to_string(status.column / format.group) + " of row " + std::to_string(status.row) +
+             ", whose largest weight is " + std::to_string(status.value) + ", needs a scale that " + name +
+             " can't hold; rescale the weight");
+      }
       fail("the scale of " + group + " is " + std::to_string(status.value) + ", too large for the scale dtype of " +
            name + "; " + scale_advice(format));
     case EncodeFault::ScaleUnderflow: {
@@ -59,8 +66,29 @@ void report(const EncodeStatus& status, const Format& format, const Tensor& weig
   }
 }
 
+// The importance of k columns as fp32, checked.
+Tensor read_importance(const Tensor& importance, int64_t k) {
+  require_cpu(importance, "importance");
+  if (importance.scalar_type() != ScalarType::Float || importance.dim() != 1 || importance.size(0) != k) {
+    fail("importance is a " + std::string(dtype_name(importance.scalar_type())) + " of shape " +
+         shape_text(importance) + "; it must be a float32 of shape [" + std::to_string(k) + "]");
+  }
+  Tensor dense = torch::stable::contiguous(importance);
+  const auto* values = static_cast<const float*>(dense.const_data_ptr());
+  bool some = k == 0;
+  for (int64_t i = 0; i < k; ++i) {
+    if (!std::isfinite(values[i]) || values[i] < 0.0f) {
+      fail("importance[" + std::to_string(i) + "] is " + std::to_string(values[i]) +
+           "; it must be finite and at least 0");
+    }
+    some = some || values[i] > 0.0f;
+  }
+  if (!some) fail("importance is all 0; at least one column must count");
+  return dense;
+}
+
 std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text, std::optional<Tensor> nested_offset,
-                           bool clamp) {
+                           bool clamp, std::optional<Tensor> importance) {
   const Format format = parse_format(format_text);
   if (weight.dim() != 2) fail("weight has shape " + shape_text(weight) + "; it must have two dimensions");
   require_cpu(weight, "weight");
@@ -77,11 +105,18 @@ std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text,
     offset = static_cast<const float*>(nested_offset->const_data_ptr());
     if (!std::isfinite(*offset)) fail("nested_offset is " + std::to_string(*offset) + "; it must be finite");
   }
-  if (clamp && format.info().grid != Grid::Cast)
+  if (clamp && format.info().grid != Grid::Cast && !format.is_block())
     fail("clamp is True; it must be False for " + to_string(format) + ", whose scales fit the weights");
+  std::optional<Tensor> dense_importance;
+  if (importance) {
+    if (!format.is_block())
+      fail("importance is given; for " + to_string(format) + " it must be None: only GGUF's blocks use it");
+    dense_importance = read_importance(*importance, matrix.columns);
+  }
   PlanesOut out{};
   std::vector<Tensor> planes = new_planes(weight, format, matrix.rows, matrix.columns, &out);
-  report(cpu::encode({format, matrix, out, clamp, offset, parallel_for}), format, weight);
+  const auto* columns = dense_importance ? static_cast<const float*>(dense_importance->const_data_ptr()) : nullptr;
+  report(cpu::encode({format, matrix, out, clamp, offset, columns, parallel_for}), format, weight);
   return planes;
 }
 
@@ -142,6 +177,12 @@ Tensor logical_codes(const Tensor& tensor, const std::string& what, int bits, in
   return dense;
 }
 
+void require_planes(const Format& format) {
+  if (format.is_block())
+    fail("format is '" + to_string(format) +
+         "', whose blocks hold codes and scales together; it must be one with planes");
+}
+
 // A plane that is stored as it is: a contiguous copy, checked by read_weight afterwards.
 Tensor plain_copy(const Tensor& tensor) { return torch::stable::clone(torch::stable::contiguous(tensor)); }
 
@@ -152,6 +193,7 @@ std::vector<Tensor> pack(const Tensor& codes, std::optional<Tensor> scales, std:
   if (codes.dim() != 2) fail("codes has shape " + shape_text(codes) + "; it must have two dimensions");
   const int64_t n = codes.size(0), k = codes.size(1);
   const bool cast = format.info().grid == Grid::Cast;
+  require_planes(format);
   if (scales.has_value() == cast)
     fail(cast ? "scales is given; " + name + " has none" : "scales is None; " + name + " needs them");
   const bool has_zeros = format.zero == Zero::Integer;
@@ -187,6 +229,7 @@ std::vector<Tensor> pack(const Tensor& codes, std::optional<Tensor> scales, std:
 std::vector<Tensor> unpack(const std::vector<Tensor>& planes, const std::string& format_text, int64_t n, int64_t k,
                            const std::string& layout) {
   const Weight w = read_weight(planes, format_text, n, k, layout);
+  require_planes(w.format);
   std::vector<Tensor> logical;
   if (w.format.info().grid == Grid::Cast) {
     logical.push_back(plain_copy(planes[0]));

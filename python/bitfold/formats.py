@@ -55,9 +55,9 @@ class PlaneLaw:
 class Format:
     """One weight format: a row of the table and its parameters (docs/formats.md).
 
-    grid: "cast", "minifloat", "integer" or "codebook"; bits: of one code; group: columns of a group, 0 for
-    one scale a matrix, -1 for one a row; scale: "none", "fp16", "bf16", "fp32" or "nested"; planes: in the
-    order that every op takes.
+    grid: "cast", "minifloat", "integer", "codebook" or "block"; bits: of one code; group: columns of a group
+    (of a block), 0 for one scale a matrix, -1 for one a row; scale: "none", "fp16", "bf16", "fp32" or "nested";
+    planes: in the order that every op takes.
     """
 
     canonical: str
@@ -71,6 +71,11 @@ class Format:
 
     def __str__(self) -> str:
         return self.canonical
+
+    def check_columns(self, k: int) -> None:
+        """Raises ValueError where k columns are not whole blocks."""
+        if self.grid == "block" and k % self.group:
+            raise ValueError(f"k is {k}; for {self} it must be a multiple of {self.group}")
 
 
 _parsed: dict[str, Format] = {}

@@ -13,17 +13,18 @@ from bitfold.qtensor import QTensor, pack
 
 def code_values(format: Format | str) -> Tensor | None:
     """The value of every code with the scale 1 and the zero point 0: float32 [2^bits], in the order of the
-    codes, NaN where a code means none. None for the cast families, whose codes are the floats themselves.
+    codes, NaN where a code means none. None for the cast families, whose codes are the floats themselves, and for
+    blocks, whose scales can't be set apart from their codes.
     """
     parsed = parse(format) if isinstance(format, str) else format
-    if parsed.grid == "cast":
+    if parsed.grid in ("cast", "block"):
         return None
     codes = torch.arange(1 << parsed.bits, dtype=torch.uint8)[:, None]
     return _pack_like(parsed, codes, None).decode()[:, 0]
 
 
 def grid(format: Format | str) -> Tensor | None:
-    """The finite values of `code_values`, each once, ascending; None for the cast families."""
+    """The finite values of `code_values`, each once, ascending; None where those are."""
     values = code_values(format)
     return None if values is None else values[values.isfinite()].unique()
 
@@ -31,12 +32,12 @@ def grid(format: Format | str) -> Tensor | None:
 def scales(qtensor: QTensor) -> Tensor:
     """The scale of every weight: float32 [n, k], nested scales worked out.
 
-    Raises ValueError for a cast family, which has none.
+    Raises ValueError for a cast family, which has none, and for blocks.
     """
     format = parse(qtensor.format)
     values = code_values(format)
     if values is None:
-        raise ValueError(f"the format is {format}; it must be one with scales")
+        raise ValueError(f"the format is {format}; it must be one with a plane of scales")
     one = int((values == 1).nonzero()[0])
     return _pack_like(format, torch.full(qtensor.shape, one, dtype=torch.uint8), qtensor).decode()
 

@@ -103,6 +103,7 @@ def empty_qtensor(
 ) -> QTensor:
     """An n x k matrix with uninitialised planes (device "meta": no memory at all), to load into."""
     parsed = parse(format)
+    parsed.check_columns(k)
     shapes = plane_shapes(parsed, n, k, layout)
     planes = {
         law.name: torch.empty(shapes[law.name], dtype=law.dtype, device=device) for law in parsed.planes

@@ -29,8 +29,15 @@ def _check_device(first: Tensor, *others: Tensor | None) -> None:
 
 
 @torch.library.register_fake("bitfold::encode")
-def _(weight: Tensor, format: str, nested_offset: Tensor | None = None, clamp: bool = False) -> list[Tensor]:
+def _(
+    weight: Tensor,
+    format: str,
+    nested_offset: Tensor | None = None,
+    clamp: bool = False,
+    importance: Tensor | None = None,
+) -> list[Tensor]:
     n, k = weight.shape
+    parse(format).check_columns(k)
     return [weight.new_empty(law.shape(n, k), dtype=law.dtype) for law in parse(format).planes]
 
 

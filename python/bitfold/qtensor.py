@@ -62,7 +62,7 @@ class QTensor:
 
     @property
     def device(self) -> torch.device:
-        return self.planes["codes"].device
+        return next(iter(self.planes.values())).device
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +84,10 @@ class QTensor:
         return _ops.decode(list(self.planes.values()), self.format, *self.shape, dtype, self.layout)
 
     def unpack(self) -> Unpacked:
-        """Logical codes, scales and zeros; `pack` is the exact inverse."""
+        """Logical codes, scales and zeros; `pack` is the exact inverse.
+
+        Raises ValueError for a GGUF block format, whose blocks hold all of them together.
+        """
         logical = _ops.unpack(list(self.planes.values()), self.format, *self.shape, self.layout)
         return Unpacked(**dict(zip(self.planes, logical, strict=True)))
 
@@ -100,12 +103,13 @@ class QTensor:
 def check_planes(format: Format, n: int, k: int, planes: dict[str, Tensor], layout: str = "rows") -> None:
     """Raises ValueError, naming the plane, unless `planes` are those of an n x k matrix in `format`."""
     expected = [law.name for law in format.planes]
+    format.check_columns(k)
     if set(planes) != set(expected):
         raise ValueError(
             f"planes are {', '.join(planes) or 'none'}; for {format} they must be {', '.join(expected)}"
         )
     rows, columns = plane_size(n, k, layout)
-    device = planes["codes"].device
+    device = planes[expected[0]].device
     for law in format.planes:
         plane, shape = planes[law.name], law.shape(rows, columns)
         if plane.dtype != law.dtype:
@@ -117,7 +121,7 @@ def check_planes(format: Format, n: int, k: int, planes: dict[str, Tensor], layo
             )
         if plane.device != device:
             raise ValueError(
-                f"plane {law.name} is on {plane.device}; it must be on {device} as the codes are"
+                f"plane {law.name} is on {plane.device}; it must be on {device} as {expected[0]} is"
             )
 
 
@@ -154,20 +158,21 @@ def encode(
 ) -> QTensor:
     """Rounds a matrix to nearest in `format` (docs/formats.md, "Encoding").
 
-    weight: [n, k], float32, float16, bfloat16 or float64, any strides; not differentiated. importance: must
-    be None, no format of today weighs its error. clamp: with a cast format, values beyond its range become
-    its largest instead of an error. nested_offset: with a "-dq" format, the offset of the scales instead of
-    their mean.
+    weight: [n, k], float32, float16, bfloat16 or float64, any strides; not differentiated. importance:
+    float32 [k], with a GGUF block format: how much the squared error of each column counts in the search for
+    scales (llama.cpp's importance matrix; q8_0 and mxfp4 have no search and ignore it). clamp: with a cast
+    format, values beyond its range become its largest instead of an error; with a block format, scales beyond
+    fp16 are stored as infinity (as llama.cpp's encoders do) instead of an error. nested_offset: with a "-dq"
+    format, the offset of the scales instead of their mean.
 
-    Raises ValueError for an unknown format (with near matches), a NaN or infinity (with row and column), and
-    a scale that the scale dtype can't hold (with the group, and a dtype that can).
+    Raises ValueError for an unknown format (with near matches), a NaN or infinity (with row and column), a scale
+    that the scale dtype can't hold (with the group, and a dtype that can), k that is not whole blocks, and
+    importance that is negative, not finite or all 0.
     """
-    if importance is not None:
-        raise ValueError(f"importance is given; for {format!r} it must be None: no format of today uses it")
     parsed = parse(format)
     if nested_offset is not None and not isinstance(nested_offset, Tensor):
         nested_offset = torch.tensor([nested_offset], dtype=torch.float32, device=weight.device)
-    planes = _ops.encode(weight.detach(), parsed.canonical, nested_offset, clamp)
+    planes = _ops.encode(weight.detach(), parsed.canonical, nested_offset, clamp, importance)
     n, k = weight.shape
     return QTensor(parsed.canonical, (n, k), _named(parsed, planes))
 

@@ -320,6 +320,11 @@ def _assign_one(recipe: Recipe, name: str, module: ModuleInfo) -> Assignment:
             f"quantized, {module.obstacle}: put a rule that keeps it first "
             f"(match = {name!r}, format = 'keep')"
         )
+    if format is not None:
+        try:
+            parse(format).check_columns(module.shape[-1])
+        except ValueError as error:
+            raise ValueError(f"module {name} can't be quantized by rule {rule.pattern!r}: {error}") from None
     if rule is not None:
         return Assignment(format, rule, f"rule {rule.pattern!r}")
     if module.is_default_kept:

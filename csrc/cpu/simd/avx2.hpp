@@ -60,8 +60,11 @@ BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
 }
 
 BITFOLD_SIMD F add(F a, F b) { return _mm256_add_ps(a, b); }
+BITFOLD_SIMD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 BITFOLD_SIMD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 BITFOLD_SIMD F div(F a, F b) { return _mm256_div_ps(a, b); }
+BITFOLD_SIMD F sqrt(F a) { return _mm256_sqrt_ps(a); }
+BITFOLD_SIMD F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 BITFOLD_SIMD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 BITFOLD_SIMD F min(F a, F b) { return _mm256_min_ps(a, b); }
 BITFOLD_SIMD F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -92,6 +95,12 @@ BITFOLD_SIMD I shift_right_signed(I a) {
 
 BITFOLD_SIMD Mask greater(F a, F b) { return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ))}; }
 BITFOLD_SIMD Mask greater(I a, I b) { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
+BITFOLD_SIMD Mask equal(F a, F b) { return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))}; }
+BITFOLD_SIMD Mask equal(I a, I b) { return {_mm256_cmpeq_epi32(a.v, b.v)}; }
+BITFOLD_SIMD Mask both(Mask a, Mask b) { return {_mm256_and_si256(a.v, b.v)}; }
+BITFOLD_SIMD Mask either(Mask a, Mask b) { return {_mm256_or_si256(a.v, b.v)}; }
+BITFOLD_SIMD Mask opposite(Mask a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi32(-1))}; }
+BITFOLD_SIMD bool any(Mask a) { return _mm256_testz_si256(a.v, a.v) == 0; }
 BITFOLD_SIMD F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m.v)); }
 BITFOLD_SIMD I select(Mask m, I a, I b) { return {_mm256_blendv_epi8(b.v, a.v, m.v)}; }
 BITFOLD_SIMD I count_if(Mask m, I count) { return {_mm256_sub_epi32(count.v, m.v)}; }

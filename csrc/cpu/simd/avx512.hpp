@@ -68,8 +68,11 @@ BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
 }
 
 BITFOLD_SIMD F add(F a, F b) { return _mm512_add_ps(a, b); }
+BITFOLD_SIMD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 BITFOLD_SIMD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 BITFOLD_SIMD F div(F a, F b) { return _mm512_div_ps(a, b); }
+BITFOLD_SIMD F sqrt(F a) { return _mm512_sqrt_ps(a); }
+BITFOLD_SIMD F abs(F a) { return _mm512_abs_ps(a); }
 BITFOLD_SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 BITFOLD_SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
 BITFOLD_SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -100,6 +103,12 @@ BITFOLD_SIMD I shift_right_signed(I a) {
 
 BITFOLD_SIMD Mask greater(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)}; }
 BITFOLD_SIMD Mask greater(I a, I b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
+BITFOLD_SIMD Mask equal(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ)}; }
+BITFOLD_SIMD Mask equal(I a, I b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+BITFOLD_SIMD Mask both(Mask a, Mask b) { return {static_cast<__mmask16>(a.v & b.v)}; }
+BITFOLD_SIMD Mask either(Mask a, Mask b) { return {static_cast<__mmask16>(a.v | b.v)}; }
+BITFOLD_SIMD Mask opposite(Mask a) { return {static_cast<__mmask16>(~a.v)}; }
+BITFOLD_SIMD bool any(Mask a) { return a.v != 0; }
 BITFOLD_SIMD F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m.v, b, a); }
 BITFOLD_SIMD I select(Mask m, I a, I b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
 BITFOLD_SIMD I count_if(Mask m, I count) {

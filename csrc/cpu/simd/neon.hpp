@@ -65,12 +65,21 @@ BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
 }
 
 BITFOLD_SIMD F add(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+BITFOLD_SIMD F sub(F a, F b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
 BITFOLD_SIMD F mul(F a, F b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
 BITFOLD_SIMD F div(F a, F b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+BITFOLD_SIMD F sqrt(F a) { return {vsqrtq_f32(a.low), vsqrtq_f32(a.high)}; }
+BITFOLD_SIMD F abs(F a) { return {vabsq_f32(a.low), vabsq_f32(a.high)}; }
 BITFOLD_SIMD F fma(F a, F b, F c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
 
 BITFOLD_SIMD Mask greater(F a, F b) { return {vcgtq_f32(a.low, b.low), vcgtq_f32(a.high, b.high)}; }
 BITFOLD_SIMD Mask greater(I a, I b) { return {vcgtq_s32(a.low, b.low), vcgtq_s32(a.high, b.high)}; }
+BITFOLD_SIMD Mask equal(F a, F b) { return {vceqq_f32(a.low, b.low), vceqq_f32(a.high, b.high)}; }
+BITFOLD_SIMD Mask equal(I a, I b) { return {vceqq_s32(a.low, b.low), vceqq_s32(a.high, b.high)}; }
+BITFOLD_SIMD Mask both(Mask a, Mask b) { return {vandq_u32(a.low, b.low), vandq_u32(a.high, b.high)}; }
+BITFOLD_SIMD Mask either(Mask a, Mask b) { return {vorrq_u32(a.low, b.low), vorrq_u32(a.high, b.high)}; }
+BITFOLD_SIMD Mask opposite(Mask a) { return {vmvnq_u32(a.low), vmvnq_u32(a.high)}; }
+BITFOLD_SIMD bool any(Mask a) { return vmaxvq_u32(vorrq_u32(a.low, a.high)) != 0; }
 BITFOLD_SIMD F select(Mask m, F a, F b) { return {vbslq_f32(m.low, a.low, b.low), vbslq_f32(m.high, a.high, b.high)}; }
 BITFOLD_SIMD I select(Mask m, I a, I b) { return {vbslq_s32(m.low, a.low, b.low), vbslq_s32(m.high, a.high, b.high)}; }
 // Of two that do not compare, the second, as everywhere: NEON's own minimum gives NaN.

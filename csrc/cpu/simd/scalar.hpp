@@ -73,11 +73,20 @@ BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
 BITFOLD_SIMD F add(F a, F b) {
   return each<F>([&](int i) { return a.v[i] + b.v[i]; });
 }
+BITFOLD_SIMD F sub(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] - b.v[i]; });
+}
 BITFOLD_SIMD F mul(F a, F b) {
   return each<F>([&](int i) { return a.v[i] * b.v[i]; });
 }
 BITFOLD_SIMD F div(F a, F b) {
   return each<F>([&](int i) { return a.v[i] / b.v[i]; });
+}
+BITFOLD_SIMD F sqrt(F a) {
+  return each<F>([&](int i) { return __builtin_sqrtf(a.v[i]); });
+}
+BITFOLD_SIMD F abs(F a) {
+  return each<F>([&](int i) { return __builtin_fabsf(a.v[i]); });
 }
 // a * b + c; one rounding where the hardware has it, two here.
 BITFOLD_SIMD F fma(F a, F b, F c) {
@@ -142,6 +151,26 @@ BITFOLD_SIMD Mask greater(F a, F b) {
 }
 BITFOLD_SIMD Mask greater(I a, I b) {
   return each<Mask>([&](int i) { return a.v[i] > b.v[i]; });
+}
+BITFOLD_SIMD Mask equal(F a, F b) {
+  return each<Mask>([&](int i) { return a.v[i] == b.v[i]; });
+}
+BITFOLD_SIMD Mask equal(I a, I b) {
+  return each<Mask>([&](int i) { return a.v[i] == b.v[i]; });
+}
+BITFOLD_SIMD Mask both(Mask a, Mask b) {
+  return each<Mask>([&](int i) { return a.v[i] && b.v[i]; });
+}
+BITFOLD_SIMD Mask either(Mask a, Mask b) {
+  return each<Mask>([&](int i) { return a.v[i] || b.v[i]; });
+}
+BITFOLD_SIMD Mask opposite(Mask a) {
+  return each<Mask>([&](int i) { return !a.v[i]; });
+}
+BITFOLD_SIMD bool any(Mask a) {
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found = found || a.v[i];
+  return found;
 }
 BITFOLD_SIMD F select(Mask m, F a, F b) {
   return each<F>([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });

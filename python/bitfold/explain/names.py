@@ -17,6 +17,7 @@ _GRIDS = {
     "cast": "each weight is a float by itself; there is no scale",
     "minifloat": "each code is an 8-bit float, times the scale",
     "integer": "codes are evenly spaced integers, times the scale",
+    "block": "codes, scales and all else of a block lie together, as in GGUF files",
     "codebook": "codes are indices into a table of 16 levels between -1 and 1, times the scale",
 }
 _USES = {
@@ -30,6 +31,19 @@ _USES = {
     "int2": "to see what breaks: by rounding alone, too much does",
     "nf4": "4 bits for weights that are spread like a bell; what QLoRA trains on",
     "fp4": "to compare with bitsandbytes' fp4; nf4 has the better placed levels",
+    "q4_0": "llama.cpp's oldest 4 bits, simple to compute with",
+    "q4_1": "q4_0 with a minimum",
+    "q5_0": "q4_0 with a bit more",
+    "q5_1": "q4_1 with a bit more",
+    "q8_0": "llama.cpp's 8 bits: when next to nothing may be lost",
+    "q2_k": "when nothing larger fits",
+    "q3_k": "when 4 bits don't fit",
+    "q4_k": "the usual 4 bits of GGUF files: a scale and a minimum for 32 weights",
+    "q5_k": "q4_k with a bit more",
+    "q6_k": "for the tensors that suffer most, beside q4_k and q5_k",
+    "iq4_nl": "4 bits with levels placed for bell-shaped weights, for rows that are no multiple of 256",
+    "iq4_xs": "the smallest of the 4-bit blocks",
+    "mxfp4": "4-bit floats under a power of two; the format of gpt-oss",
 }
 
 
@@ -107,7 +121,9 @@ def _format(format: Format) -> Meaning:
         facts.append(
             ("levels", f"{levels}; {'an extra code a group' if format.asymmetric else 'symmetric about 0'}")
         )
-    if format.grid != "cast":
+    if format.grid == "block":
+        facts.append(("a block", f"{format.group} weights: {gguf.BLOCKS[format.family.upper()].structure}"))
+    elif format.grid != "cast":
         facts.append(("scale", f"one in {_scale_dtype(format)} for {_granularity(format)}"))
     size = f"{bits:.4g} bits per weight"
     if bits > format.bits:

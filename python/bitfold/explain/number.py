@@ -61,6 +61,8 @@ def explain_number(number: float, absmax: float | None = None) -> list[Stored]:
     floats = [_fp32(number)]
     codes = []
     for family, format in FORMATS.items():
+        if format.grid == "block":
+            continue  # its scales are those of many numbers
         if format.grid in ("cast", "minifloat"):
             floats.append(_float(number, family, format))
         else:

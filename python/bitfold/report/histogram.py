@@ -36,7 +36,7 @@ class Histogram:
 
 
 def histogram(name: str, qtensor: QTensor, weight: Tensor | None) -> Histogram | None:
-    """None for fp16 and bf16, whose grids are too fine to draw and have no scale."""
+    """None where there is no grid to draw: fp16 and bf16, and GGUF's blocks."""
     format = parse(qtensor.format)
     values = grid(format)
     if values is None:

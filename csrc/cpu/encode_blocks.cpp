@@ -1,0 +1,77 @@
+// Encoding to GGUF's blocks: rows are read as fp32 and given to the type's search, a few at a time, so that lanes can
+// work on different blocks or rows. What a search does is part of the format: its bytes are those of llama.cpp
+// (x86-64).
+#include "cpu/encode_blocks.hpp"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "cpu/buffer.hpp"
+#include "cpu/faults.hpp"
+#include "formats/blocks.hpp"
+
+namespace bitfold::cpu {
+namespace {
+
+using OverflowFn = bool (*)(const uint8_t* block);
+
+template <int Row>
+bool overflows(const uint8_t* block) {
+  Block<Row> b;
+  std::memcpy(&b, block, sizeof(b));
+  return block_overflows(b);
+}
+template <int... Rows>
+constexpr std::array<OverflowFn, sizeof...(Rows)> overflow_table(std::integer_sequence<int, Rows...>) {
+  return {overflows<kQ4_0 + Rows>...};
+}
+constexpr auto kOverflows = overflow_table(std::make_integer_sequence<int, kRowCount - kQ4_0>());
+
+// The first block of a row whose scale did not fit.
+EncodeStatus scale_overflow(const Format& format, const uint8_t* blocks, const float* w, int64_t k, int64_t row) {
+  const OverflowFn overflow = kOverflows[static_cast<size_t>(format.row - kQ4_0)];
+  for (int64_t b = 0; b < k / format.group; ++b) {
+    if (!overflow(blocks + b * format.info().block_bytes)) continue;
+    float largest = 0.0f;
+    for (int64_t i = 0; i < format.group; ++i) largest = std::max(largest, std::abs(w[b * format.group + i]));
+    return {EncodeFault::ScaleOverflow, row, b * format.group, largest, 0};
+  }
+  return {};
+}
+
+}  // namespace
+
+EncodeStatus encode_blocks(const EncodeArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const int64_t n = args.w.rows, k = args.w.columns;
+  const int64_t row_bytes = k / args.format.group * args.format.info().block_bytes;
+  const bool in_place = args.w.dtype == DType::F32 && args.w.column_stride == 1 && args.w.row_stride == k;
+  Faults faults;
+  cut(args.parallel_for, ceil_div(n, kEncodeRows), 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> read(in_place ? 0 : std::min(n, kEncodeRows) * k);
+    for (int64_t first = begin * kEncodeRows; first < std::min(n, end * kEncodeRows); first += kEncodeRows) {
+      const int64_t rows = std::min(kEncodeRows, n - first);
+      const float* w = in_place ? static_cast<const float*>(args.w.data) + first * k : read.data();
+      for (int64_t r = 0; !in_place && r < rows; ++r) read_row(kernels, args.w, first + r, read.data() + r * k);
+      bool finite = true;
+      for (int64_t r = 0; r < rows && finite; ++r) {
+        finite = kernels.group_range(w + r * k, k).finite;
+        if (!finite) faults.add(not_finite(w + r * k, k, first + r));
+      }
+      if (!finite) continue;
+      uint8_t* blocks = static_cast<uint8_t*>(args.out.codes) + first * row_bytes;
+      kernels.encode_blocks[args.format.row]({w, args.importance, rows, k, blocks});
+      for (int64_t r = 0; r < rows && !args.clamp; ++r) {
+        const EncodeStatus status = scale_overflow(args.format, blocks + r * row_bytes, w + r * k, k, first + r);
+        if (status.fault != EncodeFault::None) {
+          faults.add(status);
+          break;
+        }
+      }
+    }
+  });
+  return faults.first();
+}
+
+}  // namespace bitfold::cpu
