@@ -46,6 +46,9 @@ EncodeStatus encode_blocks(const EncodeArgs& args) {
   const Kernels& kernels = cpu::kernels();
   const int64_t n = args.w.rows, k = args.w.columns;
   const int64_t row_bytes = k / args.format.group * args.format.info().block_bytes;
+  const EncodeBlocksFn weighted = kernels.encode_blocks_weighted[args.format.row];
+  const EncodeBlocksFn search =
+      args.importance != nullptr && weighted != nullptr ? weighted : kernels.encode_blocks[args.format.row];
   const bool in_place = args.w.dtype == DType::F32 && args.w.column_stride == 1 && args.w.row_stride == k;
   Faults faults;
   cut(args.parallel_for, ceil_div(n, kEncodeRows), 1, [&](int64_t begin, int64_t end) {
@@ -61,7 +64,7 @@ EncodeStatus encode_blocks(const EncodeArgs& args) {
       }
       if (!finite) continue;
       uint8_t* blocks = static_cast<uint8_t*>(args.out.codes) + first * row_bytes;
-      kernels.encode_blocks[args.format.row]({w, args.importance, rows, k, blocks});
+      search({w, args.importance, rows, k, blocks});
       for (int64_t r = 0; r < rows && !args.clamp; ++r) {
         const EncodeStatus status = scale_overflow(args.format, blocks + r * row_bytes, w + r * k, k, first + r);
         if (status.fault != EncodeFault::None) {

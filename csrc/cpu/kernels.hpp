@@ -116,6 +116,8 @@ struct Kernels {
   GroupRange (*group_range)(const float* w, int64_t count);
   QuantizeFn quantize[kRowCount];           // null for cast families and blocks
   EncodeBlocksFn encode_blocks[kRowCount];  // null for all but blocks
+  // Where importance asks for another search than the one without; null where one function does both.
+  EncodeBlocksFn encode_blocks_weighted[kRowCount];
   DecodeSpanFn decode_span[kRowCount];
   LinearKernel linear[kRowCount];
   int lanes;
