@@ -107,6 +107,22 @@ BARS = (
         1.2,
         at_most=True,
     ),
+    Bar(
+        "a whole GGUF over llama-quantize",
+        "quantize a file",
+        ("bitfold",),
+        "over:",
+        6.0,
+        against={"bitfold": "llama-quantize"},
+    ),
+    Bar(
+        "a whole GGUF, peak of anonymous memory in bytes",
+        "quantize a file",
+        ("bitfold",),
+        "peak_anon",
+        1e9,
+        at_most=True,
+    ),
 )
 
 
