@@ -28,7 +28,7 @@ from typing import Any
 import gguf
 import gguf_model
 from bitfold.bench import ggml
-from bitfold.bench.bars import BARS, verdicts
+from bitfold.bench.bars import FILE_BARS, verdicts
 from bitfold.bench.clock import Spread
 from bitfold.bench.machine import machine, versions
 
@@ -163,7 +163,7 @@ def main() -> None:
             "identical_tensors": tensors,
             "rows": [row(name, found, sizes[name]) for name, found in runs.items()],
         }
-    report["bars"] = verdicts(report["rows"], [bar for bar in BARS if bar.op == "quantize a file"])
+    report["bars"] = verdicts(report["rows"], FILE_BARS)
     show(report)
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -69,8 +69,7 @@ def time_encode(args: argparse.Namespace) -> None:
 
 
 def encode(weight: Tensor, type: str, importance: Tensor | None) -> Tensor:
-    given = {} if importance is None else {"importance": importance}
-    return bitfold.encode(weight, type, **given).planes["blocks"]
+    return bitfold.encode(weight, type, importance=importance).planes["blocks"]
 
 
 def time_decode(args: argparse.Namespace) -> None:

@@ -107,6 +107,10 @@ BARS = (
         1.2,
         at_most=True,
     ),
+)
+
+# Of bench/gguf_file.py.
+FILE_BARS = (
     Bar(
         "a whole GGUF over llama-quantize",
         "quantize a file",
