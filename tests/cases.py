@@ -34,10 +34,25 @@ def canonical(text: str) -> str:
     return bitfold.formats.parse(text).canonical
 
 
+def plane_families() -> list[dict]:
+    """Rows of the format table whose codes and scales lie in planes: what docs/formats.md and oracle.py describe."""
+    return [row for row in _C.families() if row["grid"] != "block"]
+
+
+def block_formats() -> list[str]:
+    """GGUF's block types: one plane of blocks, no parameters."""
+    return [row["family"] for row in _C.families() if row["grid"] == "block"]
+
+
+def columns(format: str) -> int:
+    """Columns for a test that wants a ragged last group in every format that can have one."""
+    return 256 if format in block_formats() else 83
+
+
 def every_format() -> list[str]:
-    """Family x granularity x asym x scale dtype x dq, whatever the table allows."""
+    """Family x granularity x asym x scale dtype x dq, whatever the table allows; no blocks."""
     texts = []
-    for row in _C.families():
+    for row in plane_families():
         if row["grid"] == "cast":
             texts.append(row["family"])
             continue
@@ -49,7 +64,7 @@ def every_format() -> list[str]:
 
 
 def some_formats() -> list[str]:
-    """Every family at its default, and each other axis once: for tests that multiply by much else."""
+    """Every family with planes at its default, and each other axis once: for tests that multiply by much else."""
     more = [
         "fp8-e4m3-g17-sfp16",
         "fp8-e5m2-tensor",
@@ -67,7 +82,7 @@ def some_formats() -> list[str]:
         "int2-g16-asym",
     ]
     more += ["int2-g33-sfp32", "nf4-b32-dq", "nf4-b33", "fp4-b64-dq", "fp4-b32-sbf16", "nf4-b4096"]
-    return [row["default"] for row in _C.families()] + more
+    return [row["default"] for row in plane_families()] + more
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

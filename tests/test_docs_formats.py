@@ -122,11 +122,11 @@ def parse_examples() -> list[dict]:
 
 
 def test_families_table():
-    from bitfold import _C
+    from cases import plane_families
 
     rows = {row["family"].strip("`"): row for row in tables()["Families"]}
-    assert list(rows) == [row["family"] for row in _C.families()]
-    for ours in _C.families():
+    assert list(rows) == [row["family"] for row in plane_families()]
+    for ours in plane_families():
         row = rows[ours["family"]]
         assert row["grid"] == ours["grid"]
         assert int(row["bits"]) == ours["bits"]
@@ -142,6 +142,19 @@ def test_families_table():
         else:
             expected = f"tensor, channel, g{ours['min_group']} and up"
         assert row["granularity"] == expected
+
+
+def test_blocks_table():
+    from bitfold.formats import parse
+    from cases import block_formats
+
+    rows = {row["family"].strip("`"): row for row in tables()["Blocks"]}
+    assert list(rows) == block_formats()
+    for family, row in rows.items():
+        format = parse(family)
+        assert (int(row["columns"]), int(row["code bits"])) == (format.group, format.bits)
+        assert int(row["bytes"]) * 8 == format.planes[0].bits
+        assert float(row["bits per weight"]) == 8 * int(row["bytes"]) / format.group
 
 
 def test_planes_table():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import bitfold
+import gguf
 import oracle
 import pytest
 import torch
 from bitfold import _C
 from bitfold.formats import parse, plane_shapes, stored_bytes
-from cases import PLANES, every_format, refusal
+from cases import PLANES, block_formats, every_format, plane_families, refusal
 
 SPELLINGS = {
     "fp16": "fp16",
@@ -55,7 +56,7 @@ ERRORS = {
     "INT4": ["int4"],
     "int4 ": ["int4"],
     "int4g128": ["int4"],
-    "q4_k_m": ["families"],
+    "q4_k_m": ["q4_k", "Families"],
     "fp8-e4m4": ["e4m4"],
     "int4-": ["int4"],
     "int4--asym": ["int4"],
@@ -122,10 +123,24 @@ def test_fields(text):
 
 
 def test_formats_are_the_defaults_of_the_table():
-    assert list(bitfold.FORMATS) == list(oracle.FAMILIES) == [row["family"] for row in _C.families()]
+    assert list(bitfold.FORMATS) == [row["family"] for row in _C.families()]
+    assert list(oracle.FAMILIES) == [row["family"] for row in plane_families()]
     for family, format in bitfold.FORMATS.items():
-        assert format.canonical == oracle.parse(family).canonical
         assert parse(family) == format
+        assert format.canonical == (family if family in block_formats() else oracle.parse(family).canonical)
+
+
+def test_blocks():
+    """Columns and bytes of a block are those that the gguf package knows."""
+    assert block_formats()
+    for family in block_formats():
+        values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[family.upper()]]
+        format = parse(family)
+        assert (format.grid, format.group, format.scale) == ("block", values, "none")
+        assert plane_shapes(family, 3, 2 * values) == {"blocks": (3, 2 * nbytes)}
+        assert stored_bytes(family, 3, 2 * values) == 6 * nbytes
+        refusal(lambda format=format, k=values + 1: format.check_columns(k), f"multiple of {values}")
+        refusal(lambda family=family: parse(f"{family}-g32"), "takes no parameters")
 
 
 @pytest.mark.parametrize("text", every_format())

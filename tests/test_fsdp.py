@@ -7,20 +7,22 @@ import pytest
 import torch
 import torch.multiprocessing
 from bitfold import QuantEmbedding, QuantLinear
+from cases import columns
 from torch import nn
 
 VARIANTS = [*(format.canonical for format in bitfold.FORMATS.values()), "int8-tensor-asym", "nf4-b32-dq"]
 WORLD = 2
-N, K = 11, 83  # rows that two ranks can't share evenly
+N = 11  # rows that two ranks can't share evenly
 
 
 class Model(nn.Module):
     def __init__(self, format: str):
         super().__init__()
         torch.manual_seed(0)
-        self.embed = QuantEmbedding(bitfold.encode(torch.randn(N, K), format))
-        self.inner = nn.Linear(K, K)
-        self.head = QuantLinear(bitfold.encode(torch.randn(N, K), format), torch.randn(N))
+        k = columns(format)
+        self.embed = QuantEmbedding(bitfold.encode(torch.randn(N, k), format))
+        self.inner = nn.Linear(k, k)
+        self.head = QuantLinear(bitfold.encode(torch.randn(N, k), format), torch.randn(N))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.inner(self.embed(ids)))

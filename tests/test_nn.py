@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 from bitfold import QuantEmbedding, QuantLinear
+from cases import columns
 from torch import nn
 
 VARIANTS = [
@@ -17,7 +18,7 @@ VARIANTS = [
     "int8-tensor-asym",
     "nf4-b32-dq",
 ]
-N, K = 12, 83
+N = 12
 MOVES = {
     "half": lambda m: m.half(),
     "bfloat16": lambda m: m.bfloat16(),
@@ -29,7 +30,7 @@ MOVES = {
 }
 
 
-def weight(n=N, k=K, seed=0):
+def weight(n=N, k=columns("int4"), seed=0):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
 
@@ -38,9 +39,10 @@ class Both(nn.Module):
 
     def __init__(self, format):
         super().__init__()
-        self.embed = QuantEmbedding(bitfold.encode(weight(), format), padding_idx=3)
-        self.norm = nn.LayerNorm(K)
-        self.linear = QuantLinear(bitfold.encode(weight(seed=1), format), torch.linspace(-1, 1, N))
+        k = columns(format)
+        self.embed = QuantEmbedding(bitfold.encode(weight(k=k), format), padding_idx=3)
+        self.norm = nn.LayerNorm(k)
+        self.linear = QuantLinear(bitfold.encode(weight(k=k, seed=1), format), torch.linspace(-1, 1, N))
 
     def forward(self, ids):
         return self.linear(self.norm(self.embed(ids)))
@@ -183,11 +185,12 @@ def test_empty_loads(format):
     source = Both(format)
     for cls, kind in ((QuantLinear, source.linear), (QuantEmbedding, source.embed)):
         more = {"bias": True} if cls is QuantLinear else {"padding_idx": 3}
-        module = cls.empty(format, N, K, device="meta", **more)
+        k = columns(format)
+        module = cls.empty(format, N, k, device="meta", **more)
         assert all(p.is_meta for p in module.parameters())
-        assert module.shape == (N, K)
+        assert module.shape == (N, k)
         module.load_state_dict(kind.state_dict(), assign=True)
-        x = IDS if cls is QuantEmbedding else weight(2)
+        x = IDS if cls is QuantEmbedding else weight(2, k)
         assert torch.equal(module(x), kind(x))
 
 
