@@ -58,7 +58,7 @@ struct Encoded {
     encode();
   }
   void encode() {
-    cpu::encode({format, {source().data(), DType::F32, kN, kK, kK, 1}, out, false, nullptr, threads_for});
+    cpu::encode({format, {source().data(), DType::F32, kN, kK, kK, 1}, out, false, nullptr, nullptr, threads_for});
   }
   Weight weight() const {
     return {format, Layout::Rows, kN, kK, out.codes, out.scales, out.zeros, out.nested_scales, out.nested_offset};

@@ -30,7 +30,8 @@ MOVES = {
 }
 
 
-def weight(n=N, k=columns("int4"), seed=0):
+def weight(n=N, k=None, seed=0):
+    k = k or columns("int4")
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
 

@@ -15,7 +15,8 @@ namespace {
 
 using namespace bitfold;
 
-constexpr int64_t kN = 37, kK = 299;  // ragged for every lane count, group and tile
+constexpr int64_t kN = 37;  // ragged for every lane count, group and tile, and so are the columns but of blocks
+constexpr int64_t columns(const Format& format) { return format.is_block() ? 768 : 299; }
 constexpr double kTolerance = 5e-6;
 
 void serial(int64_t count, int64_t, RangeBody body, void* context) { body(context, 0, count); }
@@ -56,39 +57,40 @@ double product_error(const std::vector<float>& product, const std::vector<float>
   return std::sqrt(error / norm);
 }
 
-double check_format(const char* name, std::mt19937& engine, Hash& hash) {
-  const Format format = parse_format(name);
-  const std::vector<float> source = gaussian(engine, kN * kK);
+// importance: of the columns, or null.
+double check_format(const Format& format, const float* importance, std::mt19937& engine, Hash& hash) {
+  const int64_t k = columns(format);
+  const std::vector<float> source = gaussian(engine, kN * k);
   PlanesOut out{};
   std::vector<std::vector<char>> planes;
   const PlaneLaws laws = plane_laws(format);
   for (int i = 0; i < laws.count; ++i) {
     const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
-    planes.emplace_back(static_cast<size_t>(plane_extent(law, kN, kK).elements() * law.unit / 8));
+    planes.emplace_back(static_cast<size_t>(plane_extent(law, kN, k).elements() * law.unit / 8));
     set_plane(&out, law.plane, planes.back().data());
   }
-  cpu::encode({format, {source.data(), DType::F32, kN, kK, kK, 1}, out, false, nullptr, serial});
+  cpu::encode({format, {source.data(), DType::F32, kN, k, k, 1}, out, false, nullptr, importance, serial});
   for (const std::vector<char>& plane : planes) hash.add(plane);
 
-  const Weight w{format, Layout::Rows, kN, kK, out.codes, out.scales, out.zeros, out.nested_scales, out.nested_offset};
-  std::vector<float> decoded(static_cast<size_t>(kN * kK));
+  const Weight w{format, Layout::Rows, kN, k, out.codes, out.scales, out.zeros, out.nested_scales, out.nested_offset};
+  std::vector<float> decoded(static_cast<size_t>(kN * k));
   cpu::decode({w, nullptr, kN, DType::F32, decoded.data(), serial});
   hash.add(decoded);
   for (const DType dtype : {DType::F16, DType::BF16}) {
-    std::vector<uint16_t> rounded(static_cast<size_t>(kN * kK));
+    std::vector<uint16_t> rounded(static_cast<size_t>(kN * k));
     cpu::decode({w, nullptr, kN, dtype, rounded.data(), serial});
     hash.add(rounded);
   }
 
-  const auto weight = [&](int64_t row, int64_t column) { return decoded[static_cast<size_t>(row * kK + column)]; };
+  const auto weight = [&](int64_t row, int64_t column) { return decoded[static_cast<size_t>(row * k + column)]; };
   double worst = 0;
   for (const int64_t m : {1, 3, 8, 9, 21}) {
-    const std::vector<float> x = gaussian(engine, m * kK);
+    const std::vector<float> x = gaussian(engine, m * k);
     std::vector<float> y(static_cast<size_t>(m * kN)), dx(x.size());
-    cpu::linear({w, {x.data(), DType::F32, m, kK, kK, 1}, nullptr, y.data(), serial});
-    worst = std::max(worst, product_error(y, x, m, kK, kN, [&](int64_t d, int64_t c) { return weight(c, d); }));
+    cpu::linear({w, {x.data(), DType::F32, m, k, k, 1}, nullptr, y.data(), serial});
+    worst = std::max(worst, product_error(y, x, m, k, kN, [&](int64_t d, int64_t c) { return weight(c, d); }));
     cpu::linear_grad_x({w, {y.data(), DType::F32, m, kN, kN, 1}, dx.data(), serial});
-    worst = std::max(worst, product_error(dx, y, m, kN, kK, weight));
+    worst = std::max(worst, product_error(dx, y, m, kN, k, weight));
   }
   return worst;
 }
@@ -114,7 +116,15 @@ int main() {
   for (const char* name :
        {"fp16", "bf16", "fp8-e4m3-channel", "fp8-e5m2-g32", "int8-channel", "int8-tensor-asym", "int4-g128",
         "int4-g32-asym", "int3-g64", "int3-g17-asym", "int2-g64", "nf4-b64", "nf4-b64-dq", "fp4-b64"}) {
-    worst = std::max(worst, check_format(name, engine, hash));
+    worst = std::max(worst, check_format(parse_format(name), nullptr, engine, hash));
+  }
+  std::vector<float> importance = gaussian(engine, columns(parse_format("q4_k")));
+  for (float& value : importance) value *= value;
+  for (const FormatRow& row : kFormats) {
+    if (row.grid != Grid::Block) continue;
+    for (const float* weights : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())}) {
+      worst = std::max(worst, check_format(parse_format(row.family), weights, engine, hash));
+    }
   }
   hash_minifloats("fp8-e4m3-channel", hash);
   hash_minifloats("fp8-e5m2-channel", hash);
