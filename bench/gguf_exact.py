@@ -114,7 +114,7 @@ IMPORTANCES: dict[str, Callable[[int], Tensor]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("type", choices=[*(name for name in ggml.TYPES if name != "f32"), "all"])
+    parser.add_argument("type", choices=[*ggml.BLOCK_TYPES, "all"])
     parser.add_argument("--importance", action="store_true", help="with each of several importance vectors")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--columns", type=int, default=1024)
@@ -124,7 +124,7 @@ def main() -> None:
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of bitfold's source"
     )
     args = parser.parse_args()
-    types = [name for name in ggml.TYPES if name != "f32"] if args.type == "all" else [args.type]
+    types = list(ggml.BLOCK_TYPES) if args.type == "all" else [args.type]
     wrong = [type for type in types if not sweep(type, args)]
     if wrong:
         sys.exit(1)

@@ -14,7 +14,7 @@ import bitfold
 import numpy as np
 import pytest
 import torch
-from bitfold.bench import bars, ceilings, contestants, machine, peers
+from bitfold.bench import bars, ceilings, contestants, ggml, machine, peers
 from bitfold.bench.bars import BARS, Bar, verdicts
 from bitfold.bench.cases import Timing, encode_cases, linear_cases
 from bitfold.bench.clock import CALLS_PER_TURN, Spread, take_turns
@@ -66,7 +66,7 @@ def test_every_case_has_a_row_for_each_contestant(report):
         expected["linear", m, "bf16"] = ours | aten | {"torch bf16", "read"}
         expected["linear", m, "fp32"] = ours | {"torch fp32", "read"}
     for dtype in ("bf16", "fp32"):
-        expected["encode", None, dtype] = ours | {"read"}
+        expected["encode", None, dtype] = ours | {"read", "copy, fresh", "copy, existing"}
         expected["decode", None, dtype] = ours | {"read", "copy, fresh", "copy, existing"}
     found: dict = {}
     for row in report["rows"]:
@@ -151,9 +151,11 @@ def test_absent_peers_are_named(monkeypatch, capsys, tmp_path, small_rotation):
 @pytest.mark.slow
 def test_every_installed_peer_computes_rightly():
     """Whatever is installed here: their imports take seconds. A wrong result would end the run."""
-    settings = dataclasses.replace(TINY, shapes=((64, 256),), peers=peers.LIBRARIES)
+    settings = dataclasses.replace(
+        TINY, shapes=((64, 256),), peers=peers.LIBRARIES, formats=(*TINY.formats, *ggml.BLOCK_TYPES)
+    )
     found = run(settings)
-    names = {row["name"] for row in found["rows"]}
+    names = {row["name"] for row in found["rows"]} | {entry["peer"] for entry in found["refused"]}
     assert {peer.name for peer in peers.PEERS if peer.library not in found["absent"]} <= names
     assert "aten" not in found["absent"]
 
@@ -243,6 +245,21 @@ def test_a_wrong_result_ends_the_command(monkeypatch, capsys, small_rotation):
     assert error.startswith("error: nf4 at 32x128 m=1 bf16 is wrong")
 
 
+# ---- GGUF's blocks ----
+
+
+def test_absent_llama_cpp_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(ggml.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv(ggml.VARIABLE, raising=False)
+    ggml.library.cache_clear()
+    assert peers.absence("llama.cpp", 1) == f"llama_cpp is not installed, and {ggml.VARIABLE} names no folder"
+    monkeypatch.setenv(ggml.VARIABLE, str(tmp_path))
+    assert peers.absence("llama.cpp", 1).startswith("no libggml-base.")
+    for name in ("base", "cpu"):
+        (tmp_path / f"libggml-{name}.{ggml.SUFFIX}").write_text("no library")
+    assert peers.absence("llama.cpp", 1).startswith(f"the libraries in {tmp_path} can't be used")
+
+
 # ---- turns ----
 
 
@@ -323,7 +340,7 @@ def _row(name: str, ms: float, **fields) -> dict:
 
 
 def test_verdicts_take_the_worst_case():
-    bar = Bar("x", "linear", ("nf4",), "over:", 1.5, against={"nf4": "peer"})
+    bar = Bar("x", "linear", ("nf4",), "over", 1.5, against={"nf4": ("peer",)})
     rows = [_row("nf4", 1), _row("peer", 2), _row("nf4", 2, m=8), _row("peer", 2.8, m=8)]
     (verdict,) = verdicts(rows, [bar])
     assert (verdict["measured"], verdict["met"]) == (1.4, False)
@@ -341,7 +358,7 @@ def test_verdicts_of_shares_and_upper_bounds():
 
 
 def test_a_missing_peer_leaves_a_bar_open():
-    bar = Bar("x", "linear", ("nf4",), "over:", 1.5, against={"nf4": "peer"})
+    bar = Bar("x", "linear", ("nf4",), "over", 1.5, against={"nf4": ("peer",)})
     (verdict,) = verdicts([_row("nf4", 1)], [bar])
     assert verdict["met"] is None
     assert verdict["why"] == "not measured in this run: peer"
@@ -349,10 +366,12 @@ def test_a_missing_peer_leaves_a_bar_open():
 
 def test_bars_name_what_exists():
     known = {peer.name for peer in peers.PEERS}
-    for bar in bars.BARS:
-        assert set(bar.against.values()) <= known
-        assert bar.op == "import" or all(bitfold.formats.parse(name) for name in bar.names)
-        if bar.op in ("linear", "encode", "decode"):
+    for bar in (*bars.BARS, *bars.BLOCK_BARS):
+        assert {name for rivals in bar.against.values() for name in rivals} <= known
+        assert bar.op == "import" or all(
+            bitfold.formats.parse(name.removesuffix(" int8")) for name in bar.names
+        )
+        if bar in bars.BARS and bar.op in ("linear", "encode", "decode"):
             assert set(bar.names) <= set(FORMATS)  # the default run measures all of them
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bitfold.bench.ggml import BLOCK_TYPES
+
 Row = Mapping[str, Any]
 
 
@@ -13,8 +15,8 @@ Row = Mapping[str, Any]
 class Bar:
     """A bar holds for every row of `op` that `where` picks, whose name is in `names`.
 
-    measure: a key of Row, "share:CEILING", "over:NAME" (speed over that contestant of the same case) or
-    "over:" (over the contestant `against[name]`). wanted: its least value, or with at_most its largest.
+    measure: a key of Row, "share:CEILING" or "over" (speed over the fastest of the contestants `against[name]` of
+    the same case). wanted: its least value, or with at_most its largest.
     """
 
     text: str
@@ -23,7 +25,7 @@ class Bar:
     measure: str
     wanted: float
     at_most: bool = False
-    against: Mapping[str, str] = field(default_factory=dict)
+    against: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     where: Callable[[Row], bool] = lambda row: True
 
 
@@ -40,9 +42,9 @@ BARS = (
         "int4-g128 at m=1 over aten's int4 kernel",
         "linear",
         ("int4-g128",),
-        "over:",
+        "over",
         1.2,
-        against={"int4-g128": "aten int4pack g128"},
+        against={"int4-g128": ("aten int4pack g128",)},
         where=_at("bf16", 1),
     ),
     Bar(
@@ -57,18 +59,18 @@ BARS = (
         "nf4 and nf4-dq at m=1 over bitsandbytes' Linear4bit",
         "linear",
         ("nf4", "nf4-dq"),
-        "over:",
+        "over",
         1.5,
-        against={"nf4": "bitsandbytes nf4", "nf4-dq": "bitsandbytes nf4 nested"},
+        against={"nf4": ("bitsandbytes nf4",), "nf4-dq": ("bitsandbytes nf4 nested",)},
         where=_at("bf16", 1),
     ),
     Bar(
         "int8 at m=1 over aten's int8 kernel",
         "linear",
         ("int8",),
-        "over:",
+        "over",
         1.5,
-        against={"int8": "aten int8pack"},
+        against={"int8": ("aten int8pack",)},
         where=_at("bf16", 1),
     ),
     Bar("4 bits at m=8 over torch bf16", "linear", FOUR_BITS, "over_torch", 1.5, where=_at("bf16", 8)),
@@ -109,15 +111,76 @@ BARS = (
     ),
 )
 
+
+# ---- GGUF's block formats beside llama.cpp ----
+
+LONG_SEARCH = (
+    "q2_k",
+    "q4_k",
+    "q5_k",
+    "iq4_nl",
+    "iq4_xs",
+)  # over scale and minimum, or over a table's entries
+SHORT_SEARCH = ("q3_k", "q6_k")
+LEGACY = ("q4_0", "q4_1", "q5_0", "q5_1")  # search only with importance
+PRODUCTS = ("q4_k", "q6_k", "q8_0")
+
+
+def _rows(m: int) -> Callable[[Row], bool]:
+    return lambda row: row["m"] == m
+
+
+def _llama(names: tuple[str, ...], suffix: str = "") -> dict[str, tuple[str, ...]]:
+    return {name + suffix: (f"llama.cpp {name}", f"llama.cpp {name} repacked") for name in names}
+
+
+def _coding(text: str, op: str, names: tuple[str, ...], wanted: float) -> Bar:
+    return Bar(text, op, names, "over", wanted, against=_llama(names))
+
+
+BLOCK_BARS = (
+    _coding("encode over llama.cpp, long searches", "encode", LONG_SEARCH, 8.0),
+    _coding("encode over llama.cpp, short searches", "encode", SHORT_SEARCH, 4.0),
+    _coding("with importance over llama.cpp, long searches", "importance", LONG_SEARCH, 8.0),
+    _coding("with importance over llama.cpp, short searches", "importance", SHORT_SEARCH, 4.0),
+    _coding("with importance over llama.cpp, blocks of 32", "importance", LEGACY, 4.0),
+    Bar(
+        "encode without a search, share of the copy bandwidth",
+        "encode",
+        ("q4_0", "q8_0"),
+        "share:copy, existing",
+        0.6,
+    ),
+    _coding("decode over llama.cpp", "decode", BLOCK_TYPES, 1.2),
+    Bar("decode, weights per second and core", "decode", BLOCK_TYPES, "weights_per_s_per_core", 3e9),
+    *(
+        Bar(
+            f"{kind} at m={m} over llama.cpp's fastest",
+            "linear",
+            tuple(name + suffix for name in PRODUCTS),
+            "over",
+            wanted,
+            against=_llama(PRODUCTS, suffix),
+            where=_rows(m),
+        )
+        for kind, suffix, m, wanted in (
+            ("activations as they are", "", 1, 0.8),
+            ("activations of 8 bits", " int8", 1, 1.0),
+            ("activations as they are", "", 128, 1.0),
+            ("activations of 8 bits", " int8", 128, 1.0),
+        )
+    ),
+)
+
 # Of bench/gguf_file.py.
 FILE_BARS = (
     Bar(
         "a whole GGUF over llama-quantize",
         "quantize a file",
         ("bitfold",),
-        "over:",
+        "over",
         6.0,
-        against={"bitfold": "llama-quantize"},
+        against={"bitfold": ("llama-quantize",)},
     ),
     Bar(
         "a whole GGUF, peak of anonymous memory in bytes",
@@ -153,7 +216,7 @@ def _verdict(bar: Bar, rows: list[Row]) -> dict[str, Any]:
         "cases": [{"at": place, "measured": value} for value, place in values],
     }
     if not values:
-        missing = bar.against.values() if subjects else bar.names
+        missing = [name for rivals in bar.against.values() for name in rivals] if subjects else bar.names
         return {**result, "why": f"not measured in this run: {', '.join(missing)}"}
     worst, place = (max if bar.at_most else min)(values)
     met = worst <= bar.wanted if bar.at_most else worst >= bar.wanted
@@ -168,9 +231,10 @@ def _measure(bar: Bar, row: Row, rows: list[Row]) -> float | None:
         return row["shares"][name]
     if kind != "over":
         return row[kind]
-    rival = bar.against[row["name"]]
-    same_case = [other for other in rows if other["name"] == rival and case_of(other) == case_of(row)]
-    return same_case[0]["ms"]["median"] / row["ms"]["median"] if same_case else None
+    rivals = bar.against[row["name"]]
+    same_case = [other for other in rows if other["name"] in rivals and case_of(other) == case_of(row)]
+    fastest = min((other["ms"]["median"] for other in same_case), default=None)
+    return None if fastest is None else fastest / row["ms"]["median"]
 
 
 def case_of(row: Row) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ import bitfold
 from bitfold.bench.ceilings import Ceiling, copies, rotate
 from bitfold.bench.clock import CALLS_PER_TURN, MIN_ROUNDS, Spread, take_turns
 from bitfold.bench.contestants import DTYPES, Coder, Multiplier
-from bitfold.bench.validate import check_decoding, check_encoding, check_product
+from bitfold.bench.validate import check_agreement, check_decoding, check_encoding, check_product
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,15 @@ def linear_cases(
         exact = multiplier.weights()
         for (m, dtype), x in inputs.items():
             if dtype in multiplier.dtypes:
-                y = calls[multiplier.name](x)
-                errors[multiplier.name, m, dtype] = check_product(multiplier, x, y, exact, dtype)
+                own = multiplier.activations(x)
+                y = calls[multiplier.name](own)
+                errors[multiplier.name, m, dtype] = check_product(multiplier, own, y, exact, dtype)
     for (m, dtype), x in inputs.items():
         case = Case("linear", n, k, m, dtype)
         here = [multiplier for multiplier in multipliers if dtype in multiplier.dtypes]
-        runs = {multiplier.name: partial(calls[multiplier.name], x) for multiplier in here}
+        runs = {
+            multiplier.name: partial(calls[multiplier.name], multiplier.activations(x)) for multiplier in here
+        }
         spreads = take_turns(
             {**runs, reader.name: reader.run},
             timing.seconds,
@@ -86,7 +89,7 @@ def linear_cases(
         )
         rows = []
         for multiplier in here:
-            row = _row(case, multiplier.name, multiplier.kind, spreads)
+            row = _row(case, multiplier, spreads)
             row["error"] = errors[multiplier.name, m, dtype]
             row["bytes"] = multiplier.nbytes
             row["flop"] = 2 * m * n * k
@@ -98,27 +101,34 @@ def linear_cases(
 
 
 def encode_cases(
-    n: int, k: int, coders: list[Coder], dtypes: list[str], reader: Ceiling, timing: Timing
+    n: int,
+    k: int,
+    coders: list[Coder],
+    dtypes: list[str],
+    reader: Ceiling,
+    timing: Timing,
+    op: str = "encode",
 ) -> Iterator[tuple[Case, Rows]]:
-    """Encoding of a matrix of each dtype. bytes: those that are read."""
+    """Encoding of a matrix of each dtype. bytes: of the matrix and of its packed form."""
     for dtype in dtypes:
-        case = Case("encode", n, k, None, dtype)
+        case = Case(op, n, k, None, dtype)
         first = torch.randn(n, k).to(DTYPES[dtype])
+        packed = {coder.name: coder.encode(first) for coder in coders}
         errors = {coder.name: check_encoding(coder, first) for coder in coders}
+        check_agreement(coders, packed)
         source = _ring(first, -(-reader.nbytes // first.nbytes))  # shared: nobody's are in the cache
-        runs = {coder.name: partial(_encode_next, coder, source) for coder in coders}
-        spreads = take_turns(
-            {**runs, reader.name: reader.run},
-            timing.seconds,
-            threads=timing.threads,
-            min_rounds=timing.min_rounds,
-        )
-        rows = [_row(case, coder.name, coder.kind, spreads) for coder in coders]
-        for row in rows:
-            row["error"] = errors[row["name"]]
-            row["bytes"] = first.nbytes
-            row["weights_per_s_per_core"] = n * k / spreads[row["name"]].median / timing.threads
-        yield case, _with_ceilings(rows, spreads, [reader], None)
+        runs: dict[str, Callable[[], object]] = {
+            coder.name: partial(_encode_next, coder, source) for coder in coders
+        }
+        ceilings = [*copies(source), reader]
+        runs |= {ceiling.name: ceiling.run for ceiling in ceilings}
+        spreads = take_turns(runs, timing.seconds, threads=timing.threads, min_rounds=timing.min_rounds)
+        rows = [_row(case, coder, spreads) for coder in coders]
+        for row, coder in zip(rows, coders, strict=True):
+            row["error"] = errors[coder.name]
+            row["bytes"] = first.nbytes + coder.nbytes(packed[coder.name])
+            row["weights_per_s_per_core"] = n * k / spreads[coder.name].median / timing.threads
+        yield case, _with_ceilings(rows, spreads, ceilings, None)
 
 
 def decode_cases(
@@ -127,19 +137,25 @@ def decode_cases(
     """Decoding to each dtype. bytes: of the packed matrix and of the output."""
     weight = torch.randn(n, k)
     packed = {coder.name: coder.encode(weight) for coder in coders}
-    clones = [[coder.clone(packed[coder.name]) for _ in range(CALLS_PER_TURN)] for coder in coders]
+    check_agreement(coders, packed)
+    clones = {
+        coder.name: [coder.clone(packed[coder.name]) for _ in range(CALLS_PER_TURN)] for coder in coders
+    }
     for dtype in dtypes:
         case = Case("decode", n, k, None, dtype)
-        errors = {coder.name: check_decoding(coder, packed[coder.name], dtype) for coder in coders}
+        here = [coder for coder in coders if dtype in coder.dtypes]
+        errors = {coder.name: check_decoding(coder, packed[coder.name], dtype) for coder in here}
         runs: dict[str, Callable[[], object]] = {
-            coder.name: rotate([partial(coder.decode, matrix, DTYPES[dtype]) for matrix in turns])
-            for coder, turns in zip(coders, clones, strict=True)
+            coder.name: rotate(
+                [partial(coder.decode, matrix, DTYPES[dtype]) for matrix in clones[coder.name]]
+            )
+            for coder in here
         }
         ceilings = [*copies(_ring(weight.to(DTYPES[dtype]), 2 * CALLS_PER_TURN)), reader]
         runs |= {ceiling.name: ceiling.run for ceiling in ceilings}
         spreads = take_turns(runs, timing.seconds, threads=timing.threads, min_rounds=timing.min_rounds)
-        rows = [_row(case, coder.name, coder.kind, spreads) for coder in coders]
-        for row, coder in zip(rows, coders, strict=True):
+        rows = [_row(case, coder, spreads) for coder in here]
+        for row, coder in zip(rows, here, strict=True):
             row["error"] = errors[coder.name]
             row["bytes"] = coder.nbytes(packed[coder.name]) + n * k * DTYPES[dtype].itemsize
             row["weights_per_s_per_core"] = n * k / spreads[coder.name].median / timing.threads
@@ -155,14 +171,16 @@ def _ring(matrix: Tensor, count: int) -> Callable[[], Tensor]:
     return itertools.cycle([matrix.clone() for _ in range(max(CALLS_PER_TURN, count))]).__next__
 
 
-def _row(case: Case, name: str, kind: str, spreads: dict[str, Spread]) -> dict[str, Any]:
-    return {**dataclasses.asdict(case), "name": name, "kind": kind, "ms": spreads[name].as_ms()}
+def _row(case: Case, one: Multiplier | Coder, spreads: dict[str, Spread]) -> dict[str, Any]:
+    facts = {"name": one.name, "kind": one.kind, "format": one.format, "ms": spreads[one.name].as_ms()}
+    return {**dataclasses.asdict(case), **facts}
 
 
 def _with_ceilings(
     rows: Rows, spreads: dict[str, Spread], ceilings: list[Ceiling], baseline: str | None
 ) -> Rows:
-    """The rows with GB/s, shares of the ceilings and the speed over `baseline`; then a row for each ceiling."""
+    """The rows with GB/s, shares of the ceilings, the speed over `baseline` and bitfold's over the fastest peer of
+    the same format; then a row for each ceiling."""
     speeds = {ceiling.name: ceiling.nbytes / spreads[ceiling.name].median for ceiling in ceilings}
     case = {name: rows[0][name] for name in ("op", "n", "k", "m", "dtype")} if rows else {}
     for row in rows:
@@ -170,6 +188,12 @@ def _with_ceilings(
         row["GB_per_s"] = row["bytes"] / median / 1e9
         row["shares"] = {name: row["bytes"] / median / speed for name, speed in speeds.items()}
         row["over_torch"] = spreads[baseline].median / median if baseline else None
+        rivals = [
+            spreads[other["name"]].median
+            for other in rows
+            if other["kind"] == "peer" and other["format"] == row["format"] is not None
+        ]
+        row["over_peer"] = min(rivals) / median if rivals and row["kind"] == "bitfold" else None
     for ceiling in ceilings:
         ms = spreads[ceiling.name].as_ms()
         row = {**case, "name": ceiling.name, "kind": "ceiling", "ms": ms, "bytes": ceiling.nbytes}

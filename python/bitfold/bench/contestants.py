@@ -1,4 +1,4 @@
-"""Who takes part in a case: bitfold's formats and torch. The peers are in peers.py.
+"""Who takes part in a case: bitfold's formats and torch. The peers are in peers.py and llama.py.
 
 All of them are plain data: how to make one more copy of a matrix in memory, what to call on it, and which
 float64 matrix it means, which is what validation needs.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ class Multiplier:
     """One that computes x @ W^T on a matrix W [n, k] of its own.
 
     kind: "bitfold", "torch" or "peer"; nbytes: of one matrix as the product reads it; dtypes: of the
-    activations it takes part with; weights: the float64 [n, k] that its matrix means; copy: puts one more
-    matrix into memory and returns x [m, k] -> y [m, n]; tolerance: of the relative error, by dtype.
+    cases it takes part in; weights: the float64 [n, k] that its matrix means; copy: puts one more
+    matrix into memory and returns x [m, k] -> y [m, n]; tolerance: of the relative error, by dtype; takes: the
+    dtype of its x and y, where that isn't the case's; format: the format that it shares with others, to be compared.
     """
 
     name: str
@@ -37,6 +39,12 @@ class Multiplier:
     weights: Callable[[], Tensor]
     copy: Callable[[], Callable[[Tensor], Tensor]]
     tolerance: dict[str, float]
+    takes: str | None = None
+    format: str | None = None
+
+    def activations(self, x: Tensor) -> Tensor:
+        """x of a case as this one takes it."""
+        return x if self.takes is None else x.to(DTYPES[self.takes])
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,9 @@ class Coder:
     """One that encodes and decodes matrices.
 
     bits: of a code; encode: [n, k] -> its packed form; decode: that and a dtype -> [n, k]; clone: one more
-    packed matrix in memory; nbytes: of a packed matrix.
+    packed matrix in memory; nbytes: of a packed matrix; blocks: the bytes of a packed matrix, where `format` is
+    one of those whose bytes (and decoded bits) every contestant of that format must agree about; dtypes: that it
+    decodes to.
     """
 
     name: str
@@ -54,6 +64,27 @@ class Coder:
     decode: Callable[[Any, torch.dtype], Tensor]
     clone: Callable[[Any], Any]
     nbytes: Callable[[Any], int]
+    format: str | None = None
+    blocks: Callable[[Any], Tensor] | None = None
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A kernel of another library.
+
+    library: what it is asked for and absent as; needs: the shapes it takes, [n, k] -> why not, or None;
+    linear: a float32 weight [n, k] -> its Multiplier; coder: its Coder, important: the one that is given the
+    importance of columns. None where it has no such thing. beside: the format whose runs alone it takes part in.
+    """
+
+    name: str
+    library: str
+    needs: Callable[[int, int], str | None]
+    linear: Callable[[Tensor], Multiplier] | None = None
+    coder: Callable[[], Coder] | None = None
+    important: Callable[[], Coder] | None = None
+    beside: str | None = None
 
 
 # Relative norm errors: docs/architecture.md has bitfold's own promises, torch's and the peers' are as seen
@@ -79,6 +110,7 @@ def bitfold_multiplier(weight: Tensor, format: str) -> Multiplier:
         lambda: qtensor.decode(torch.float64),
         copy,
         BITFOLD_TOLERANCE,
+        format=parse(format).canonical,
     )
 
 
@@ -101,17 +133,28 @@ def torch_multiplier(weight: Tensor, dtype: str) -> Multiplier:
     )
 
 
-def bitfold_coder(format: str) -> Coder:
-    """bitfold's encode and decode of one format."""
+def bitfold_coder(format: str, important: bool = False) -> Coder:
+    """bitfold's encode and decode of one format; important: with the importance of columns."""
+    found = parse(format)
     return Coder(
         format,
         "bitfold",
-        parse(format).bits,
-        lambda weight: bitfold.encode(weight, format),
+        found.bits,
+        lambda weight: bitfold.encode(
+            weight, format, importance=importance(weight.shape[1]) if important else None
+        ),
         lambda qtensor, dtype: qtensor.decode(dtype),
         clone,
         lambda qtensor: qtensor.nbytes,
+        found.canonical,
+        (lambda qtensor: qtensor.planes["blocks"]) if found.grid == "block" else None,
     )
+
+
+@lru_cache(maxsize=4)
+def importance(k: int) -> Tensor:
+    """One importance vector for all contestants: E[x^2] of columns spreads over some orders of magnitude."""
+    return torch.randn(k, generator=torch.Generator().manual_seed(0)).square() + 1e-3
 
 
 def clone(qtensor: bitfold.QTensor) -> bitfold.QTensor:

@@ -36,6 +36,7 @@ TYPES = {
     "iq4_xs": 23,
     "mxfp4": 39,
 }
+BLOCK_TYPES = tuple(name for name in TYPES if name != "f32")
 MAX_THREADS = 512  # entries of a thread pool's mask, by ggml.h
 OVERHEAD = 1 << 20  # bytes for the descriptions of a graph of a few tensors
 SUFFIX = {"darwin": "dylib"}.get(sys.platform, "so")
@@ -259,29 +260,39 @@ class Library:
 
 
 class Matrix:
-    """W [n, k] in memory of the library's, of the type and in the place that it names; multiplies float32 x.
+    """W [n, k] in memory of the library's, of a type and in a place of `buffer_types`; multiplies float32 x.
 
-    Raises ValueError where the library has no kernel for that type and shape in that place.
+    `fill` gives it its blocks. Raises ValueError where the library has no such place, or no kernel there for that
+    type and shape.
     """
 
-    def __init__(self, blocks: Tensor, type: str, k: int, threads: int, place: str = "CPU") -> None:
+    def __init__(self, type: str, n: int, k: int, threads: int, place: str = "CPU") -> None:
         self._library = library()
         self._call = self._library.call
         self._backend = self._library.backend(threads)
-        self.n, self.k = blocks.shape[0], k
+        self.n, self.k = n, k
         self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor, int, list[int]]] = {}
         self._context = self._new_context()
         self._buffer = None
         kind = TYPES[type]
         self._weight = self._call["ggml_new_tensor_2d"](self._context, kind, k, self.n)
-        buffer_type = self._library.buffer_types()[place]
+        places = self._library.buffer_types()
+        if place not in places:
+            raise ValueError(f"place is {place!r}; this library has {', '.join(places)}")
+        buffer_type = places[place]
         size = self._call["ggml_backend_buft_get_alloc_size"](buffer_type, self._weight)
         self._buffer = self._call["ggml_backend_buft_alloc_buffer"](buffer_type, size)
         self._call["ggml_backend_buffer_set_usage"](self._buffer, _USAGE_WEIGHTS)
         base = self._call["ggml_backend_buffer_get_base"](self._buffer)
         self._call["ggml_backend_tensor_alloc"](self._buffer, self._weight, base)
         if not self._supported():
-            raise ValueError(f"the library has no product for {type} {self.n}x{k} in {place}")
+            raise ValueError(f"the library has no product for {type} {n}x{k} in {place}")
+        self._shape = (n, self._library.row_bytes(type, k))
+
+    def fill(self, blocks: Tensor) -> None:
+        """Copies blocks, uint8 [n, bytes of a row], into the matrix, repacked where its place is for that."""
+        assert (blocks.dtype, tuple(blocks.shape)) == (torch.uint8, self._shape)
+        assert blocks.is_contiguous()
         self._call["ggml_backend_tensor_set"](self._weight, blocks.data_ptr(), 0, blocks.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:

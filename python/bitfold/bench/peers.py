@@ -9,32 +9,17 @@ import copy
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitfold.bench.contestants import Coder, Multiplier
+from bitfold.bench import ggml, llama
+from bitfold.bench.contestants import Coder, Multiplier, Peer
 
 GROUP = 128  # of aten's int4
 BLOCK = 64  # of bitsandbytes' nf4 and fp4, its default
 PEER_TOLERANCE = {"bf16": 1e-2}
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A kernel of another library.
-
-    library: what it is asked for and absent as; needs: the shapes it takes, [n, k] -> why not, or None;
-    linear: a float32 weight [n, k] -> its Multiplier; coder: its Coder. None where it has no such thing.
-    """
-
-    name: str
-    library: str
-    needs: Callable[[int, int], str | None]
-    linear: Callable[[Tensor], Multiplier] | None = None
-    coder: Callable[[], Coder] | None = None
 
 
 # ---- aten ----
@@ -219,6 +204,7 @@ PEERS = (
     Peer("bitsandbytes int8 blockwise", "bitsandbytes", _any_shape, coder=_coder8bit),
     Peer("torchao int8 weight-only", "torchao", _any_shape, linear=_torchao_int8),
     Peer("torchao int8", "torchao", _any_shape, coder=_torchao_coder8),
+    *llama.PEERS,
 )
 LIBRARIES = tuple(dict.fromkeys(peer.library for peer in PEERS))
 
@@ -232,6 +218,8 @@ def absence(library: str, threads: int) -> str | None:
         wanted = ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu", "_weight_int8pack_mm")
         missing = [name for name in wanted if not hasattr(torch.ops.aten, name)]
         return f"this torch has no aten::{missing[0]}" if missing else None
+    if library == llama.LIBRARY:
+        return ggml.absence()
     before = os.environ.get("OMP_NUM_THREADS")
     try:
         # Its OpenMP pool is not torch's, and reads its size when it is loaded.

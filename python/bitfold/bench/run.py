@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.bench.bars import verdicts
+from bitfold.bench.bars import BARS, BLOCK_BARS, Bar, verdicts
 from bitfold.bench.cases import Case, Rows, Timing, decode_cases, encode_cases, linear_cases
 from bitfold.bench.ceilings import Ceiling, fastest_reader, rotation_bytes
 from bitfold.bench.clock import MIN_ROUNDS
 from bitfold.bench.contestants import (
     DTYPES,
-    Coder,
     Multiplier,
+    Peer,
     bitfold_coder,
     bitfold_multiplier,
     torch_multiplier,
 )
 from bitfold.bench.imports import import_rows
 from bitfold.bench.machine import machine, versions
-from bitfold.bench.peers import LIBRARIES, PEERS, Peer, absence
+from bitfold.bench.peers import LIBRARIES, PEERS, absence
 from bitfold.formats import parse
 
 SCHEMA = 1
-OPS = ("linear", "encode", "decode", "import")
+OPS = ("linear", "encode", "decode", "importance", "import")
 FORMATS = (
     "int8",
     "int4-g128",
@@ -39,6 +39,7 @@ FORMATS = (
     "int3-g64",
     "int2-g64",
 )
+SEARCHLESS = ("q8_0", "mxfp4")  # of the block formats: nothing for importance to weigh
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,14 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
     with torch.inference_mode():
         reader, ceilings = _ceilings(rotation, threads, min(1.0, settings.seconds))
         timing = Timing(threads, settings.seconds, settings.min_rounds)
-        peers = [peer for peer in PEERS if peer.library in settings.peers and peer.library not in absent]
+        formats = {parse(format).canonical for format in settings.formats}
+        peers = [
+            peer
+            for peer in PEERS
+            if peer.library in settings.peers
+            and peer.library not in absent
+            and (peer.beside is None or peer.beside in formats)
+        ]
         refused: list[dict[str, Any]] = []
         for n, k in settings.shapes:
             fitting = _fitting(peers, n, k, refused)
@@ -123,8 +131,18 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
         "settings": {**asdict(settings), "threads": threads, "rotation": rotation},
         "ceilings": ceilings,
         "rows": rows,
-        "bars": verdicts(rows),
+        "bars": verdicts(rows, _bars(settings)),
     }
+
+
+def _blocks(formats: tuple[str, ...]) -> list[str]:
+    return [format for format in formats if parse(format).grid == "block"]
+
+
+def _bars(settings: Settings) -> list[Bar]:
+    """Those of the formats that the run has: of GGUF's blocks, of the others, or of both."""
+    blocks = len(_blocks(settings.formats))
+    return [*(BARS if blocks < len(settings.formats) else ()), *(BLOCK_BARS if blocks else ())]
 
 
 def _ceilings(rotation: int, threads: int, seconds: float) -> tuple[Ceiling, dict[str, Any]]:
@@ -156,7 +174,12 @@ def _cases(
             *(peer.linear for peer in peers if peer.linear is not None),
         ]
         return linear_cases(n, k, makers, list(settings.batches), dtypes, reader, timing)
-    coders: list[Coder] = [bitfold_coder(format) for format in settings.formats]
+    if op == "importance":
+        searching = [format for format in _blocks(settings.formats) if format not in SEARCHLESS]
+        coders = [bitfold_coder(format, important=True) for format in searching]
+        coders += [peer.important() for peer in peers if peer.important and peer.beside in searching]
+        return encode_cases(n, k, coders, dtypes, reader, timing, op) if coders else ()
+    coders = [bitfold_coder(format) for format in settings.formats]
     coders += [peer.coder() for peer in peers if peer.coder is not None]
     if op == "encode":
         return encode_cases(n, k, coders, dtypes, reader, timing)

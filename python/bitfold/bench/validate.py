@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,30 @@ def check_decoding(coder: Coder, packed: object, dtype: str) -> float:
             f"it must be at most {DECODING[dtype]:.0e}"
         )
     return error
+
+
+def check_agreement(coders: list[Coder], packed: dict[str, Any]) -> None:
+    """Contestants of one block format must have made the same bytes of a matrix, and read the same floats in them.
+
+    packed: what each made of it, by name. Raises WrongResultError where they differ.
+    """
+    first: dict[str, tuple[Coder, Tensor]] = {}
+    for coder in coders:
+        if coder.blocks is None or coder.format is None:
+            continue
+        mine = coder.blocks(packed[coder.name])
+        other, theirs = first.setdefault(coder.format, (coder, mine))
+        if not torch.equal(mine, theirs):
+            rows = int((mine != theirs).any(1).sum())
+            raise WrongResultError(
+                f"{coder.name} and {other.name} encode {rows} of {len(mine)} rows to other bytes; "
+                "they must be the same"
+            )
+        values, others = (one.decode(packed[one.name], torch.float32) for one in (coder, other))
+        if not torch.equal(values.view(torch.int32), others.view(torch.int32)):
+            raise WrongResultError(
+                f"{coder.name} and {other.name} decode the same bytes to other floats; they must be the same"
+            )
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:

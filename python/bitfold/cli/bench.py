@@ -96,8 +96,18 @@ def _shape(text: str) -> tuple[int, int]:
 def _show_case(case: Case, rows: Rows) -> None:
     ceilings = [row["name"] for row in rows if row["kind"] == "ceiling"]
     title = "import" if case.op == "import" else str(case)
-    columns = [title, "ms", "quartiles", "GB/s", *(f"of {name}" for name in ceilings), "x torch", "regime"]
-    view = table(*columns)
+    columns = [title, "ms", "quartiles", "GB/s", *(f"of {name}" for name in ceilings)]
+    # Only what some row of the case has.
+    ends = {
+        "x torch": lambda row: f"{row['over_torch']:.2f}" if row.get("over_torch") else "",
+        "x peer": lambda row: f"{row['over_peer']:.2f}" if row.get("over_peer") else "",
+        "M weights/s": lambda row: (
+            f"{row['weights_per_s_per_core'] / 1e6:.1f}" if "weights_per_s_per_core" in row else ""
+        ),
+        "regime": lambda row: row["plan"]["regime"] if "plan" in row else "",
+    }
+    ends = {name: show for name, show in ends.items() if any(show(row) for row in rows)}
+    view = table(*columns, *ends)
     for row in rows:
         ms = row["ms"]
         shares = [f"{row['shares'][name]:.0%}" if "shares" in row else "" for name in ceilings]
@@ -107,8 +117,7 @@ def _show_case(case: Case, rows: Rows) -> None:
             f"{ms['q1']:.3f} {ms['q3']:.3f}",
             f"{row['GB_per_s']:.2f}" if "GB_per_s" in row else "",
             *shares,
-            f"{row['over_torch']:.2f}" if row.get("over_torch") else "",
-            row["plan"]["regime"] if "plan" in row else "",
+            *(show(row) for show in ends.values()),
         )
     out.print(view)
     out.print()
