@@ -1,6 +1,6 @@
 """The blocks of GGUF once more, slowly, in numpy: how they lie in bytes, and what they mean.
 
-Written from the description of the blocks in docs/formats.md and from nothing else; nothing here imports bitfold.
+Written from the description of the blocks in docs/gguf-blocks.md and from nothing else; nothing here imports bitfold.
 What encodes is in oracle_gguf_encode.py. A block is taken apart into codes [blocks, values], float16 numbers and the
 small integers of its sub-blocks [blocks, sub-blocks]; `Layout.pack` is the way back. Decoding is in binary32, every
 operation rounded, in the order written.

@@ -1,5 +1,5 @@
-"""The encoders of GGUF's blocks once more, slowly, in numpy, from the description in docs/formats.md and from nothing
-of bitfold: which search serves which type, with what weights, and which codes the stored scales get.
+"""The encoders of GGUF's blocks once more, slowly, in numpy, from the description in docs/gguf-blocks.md and from
+nothing of bitfold: which search serves which type, with what weights, and which codes the stored scales get.
 """
 
 from __future__ import annotations

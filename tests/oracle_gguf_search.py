@@ -1,5 +1,5 @@
 """What the encoders of GGUF's blocks are made of, slowly, in numpy: their roundings and their searches for scales,
-every operation rounded to binary32, in the order of the description in docs/formats.md, and nothing of bitfold.
+every operation rounded to binary32, in the order of the description in docs/gguf-blocks.md, and nothing of bitfold.
 
 Sums run over the values of a sub-block one by one; numpy's vectors run across sub-blocks, which are independent. A
 sub-block that a search has left early keeps its numbers through masks.
