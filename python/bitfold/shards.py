@@ -215,9 +215,9 @@ class ShardWriter:
         text += b" " * (-(len(text) + 8) % 64)
         self._start = 8 + len(text)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with _named(path):
-            _reserve(self._fd, self._start + size)
-            _write_at(self._fd, 0, len(text).to_bytes(8, "little") + text)
+        with named(path):
+            reserve(self._fd, self._start + size)
+            write_at(self._fd, 0, len(text).to_bytes(8, "little") + text)
 
     @property
     def complete(self) -> bool:
@@ -230,15 +230,15 @@ class ShardWriter:
             raise RuntimeError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {spec}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            with _named(self.path):
-                _write_at(self._fd, self._start + self._offsets[name], flat.view(torch.uint8).numpy().data)
+            with named(self.path):
+                write_at(self._fd, self._start + self._offsets[name], flat.view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Flush the file to the disk and close it."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             try:
-                with _named(self.path):
+                with named(self.path):
                     os.fsync(fd)
             finally:
                 os.close(fd)
@@ -281,7 +281,9 @@ def index_of(shards: Sequence[Sequence[TensorSpec]]) -> Mapping[str, object]:
     }
 
 
-def _reserve(fd: int, size: int) -> None:
+def reserve(fd: int, size: int) -> None:
+    """Give an empty file its size and, where the file system can, its room on the disk; it reads as zeros."""
+    os.ftruncate(fd, size)
     if not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -294,14 +296,15 @@ def _reserve(fd: int, size: int) -> None:
             raise
 
 
-def _write_at(fd: int, offset: int, data: bytes | memoryview) -> None:
+def write_at(fd: int, offset: int, data: bytes | memoryview) -> None:
+    """Write all of the bytes (one-dimensional, contiguous) at their place."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view[:_WRITE_CHUNK], offset)
         view, offset = view[written:], offset + written
 
 
-class _named:
+class named:
     """Give an OSError of a bare descriptor the name of its file."""
 
     def __init__(self, path: Path) -> None:

@@ -76,18 +76,14 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.target)
-            free = shutil.disk_usage(self.target.parent).free
-            if free < self._bytes + _RESERVE:
-                raise CheckpointError(
-                    f"{self.target} needs {self._bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
-                )
-            self._dir = _hidden(self.target, "partial")
+            remove_abandoned(self.target)
+            check_room(self.target, self._bytes)
+            self._dir = hidden(self.target, "partial")
             self._dir.mkdir()
         except OSError as error:
             error.filename, error.filename2 = str(self.target), None
             raise
-        self._lock = _lock(self._dir)
+        self._lock = lock(self._dir)
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -113,7 +109,7 @@ class CheckpointWriter:
         """Copy a file into the checkpoint under its own name."""
         path = self._dir / source.name
         shutil.copyfile(source, path)
-        _sync(path)
+        sync(path)
 
     def commit(self, config: Mapping[str, object]) -> None:
         """Write config.json, flush everything and give the checkpoint its name."""
@@ -126,12 +122,12 @@ class CheckpointWriter:
         if len(self._shards) > 1:
             self.add_json(INDEX_FILE, index_of(self._shards))
         self.add_json(CONFIG_FILE, config)
-        _sync(self._dir)
+        sync(self._dir)
         if self._force and self.target.exists():
             _replace(self._dir, self.target)
         else:
             os.rename(self._dir, self.target)  # never replaces a directory that holds anything
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -192,39 +188,59 @@ def files_to_copy(source: Path) -> list[Path]:
     )
 
 
-def _hidden(target: Path, role: str) -> Path:
+# ---- appearing whole or not at all: of directories here, of GGUF files in gguf/writer.py ----
+
+
+def hidden(target: Path, role: str) -> Path:
+    """A new hidden name beside the target. What has the role "partial" is removed by a later run if nobody holds its
+    lock.
+    """
     return target.parent / f".{target.name}.{role}-{secrets.token_hex(4)}"
 
 
 def _replace(new: Path, target: Path) -> None:
     """Put `new` in the place of `target`, which keeps its name until then."""
-    old = _hidden(target, "old")
+    old = hidden(target, "old")
     os.rename(target, old)
     try:
         os.rename(new, target)
     except OSError:
         os.rename(old, target)
         raise
-    rest = _hidden(target, "partial")  # a kill from here on leaves what the next run removes
+    rest = hidden(target, "partial")  # a kill from here on leaves what the next run removes
     os.rename(old, rest)
     shutil.rmtree(rest, ignore_errors=True)
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed runs left: partial directories whose lock nobody holds."""
+def check_room(target: Path, nbytes: int) -> None:
+    """Raises CheckpointError where the target's disk has no room for so many bytes."""
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes + _RESERVE:
+        raise CheckpointError(
+            f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
+        )
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove what killed runs left: partial directories and files whose lock nobody holds."""
     for path in target.parent.iterdir():
-        if path.name.startswith(f".{target.name}.partial-") and path.is_dir():
-            fd = _lock(path)
-            if fd >= 0:
+        ours = path.name.startswith(f".{target.name}.partial-") and not path.is_symlink()
+        if ours and (path.is_dir() or path.is_file()):
+            fd = lock(path)
+            if fd < 0:
+                continue
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-                os.close(fd)
+            else:
+                path.unlink(missing_ok=True)
+            os.close(fd)
 
 
-def _lock(path: Path) -> int:
-    """A descriptor that holds the directory's lock until it is closed or the process dies; -1 if another has
-    it.
+def lock(path: Path) -> int:
+    """A descriptor that holds the lock of a directory or a file until it is closed or the process dies; -1 if another
+    has it.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -233,7 +249,8 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from gguf import GGMLQuantizationType, GGUFValue
+
+from bitfold.gguf.library import GGMLQuantizationType, GGUFValue
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """metadata: values with their GGUF types, in the order of the file; tensors: by name, in the order of the file."""
+    """metadata: values with their GGUF types (of an array, a list), in the order of the file; tensors: by name, in the
+    order of the file; files: what the tensors are read from, which nothing may be written over."""
 
     metadata: dict[str, GGUFValue]
     tensors: dict[str, GgufTensor]
+    files: tuple[Path, ...] = ()
