@@ -216,9 +216,7 @@ def check_room(target: Path, nbytes: int) -> None:
     """Raises CheckpointError where the target's disk has no room for so many bytes."""
     free = shutil.disk_usage(target.parent).free
     if free < nbytes + _RESERVE:
-        raise CheckpointError(
-            f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
-        )
+        raise CheckpointError(f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free")
 
 
 def remove_abandoned(target: Path) -> None:

@@ -73,7 +73,9 @@ class Overrides:
         for name in ("embedding", "output"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _type(getattr(self, name), f"the type of the {name}"))
-        patterns = tuple((pattern, _type(kind, f"the type of {pattern!r}")) for pattern, kind in self.patterns)
+        patterns = tuple(
+            (pattern, _type(kind, f"the type of {pattern!r}")) for pattern, kind in self.patterns
+        )
         object.__setattr__(self, "patterns", patterns)
         for pattern, _ in patterns:
             try:
@@ -124,7 +126,7 @@ def assign(
     mix: Mix,
     facts: Facts,
     items: Iterable[Item],
-    overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
+    overrides: Overrides = Overrides(),
     *,
     has_importance: bool = False,
 ) -> list[Choice]:

@@ -69,7 +69,9 @@ def lay_out(metadata: Mapping[str, GGUFValue], infos: Iterable[TensorInfo]) -> L
         described.append(_string(info.name) + dimensions + struct.pack("<IQ", info.type, at))
         starts.append(at)
         at += padded(info.nbytes, alignment)
-    header = MAGIC + struct.pack("<IQQ", GGUF_VERSION, len(infos), len(metadata)) + pairs + b"".join(described)
+    header = (
+        MAGIC + struct.pack("<IQQ", GGUF_VERSION, len(infos), len(metadata)) + pairs + b"".join(described)
+    )
     header = header.ljust(padded(len(header), alignment), b"\0")
     return Layout(header, infos, tuple(len(header) + start for start in starts), len(header) + at)
 
@@ -83,7 +85,7 @@ def padded(nbytes: int, alignment: int) -> int:
 
 
 def _string(text: str | bytes) -> bytes:
-    raw = text.encode(*TEXT) if isinstance(text, str) else bytes(text)
+    raw = text if isinstance(text, bytes) else text.encode(*TEXT)
     return struct.pack("<Q", len(raw)) + raw
 
 

@@ -152,9 +152,9 @@ def role_of(name: str) -> str:
 class Case:
     """What a condition may ask.
 
-    architecture: of the model; shape, role: of the tensor; block: values of a block of the file type's default;
-    place, of: which one it is in the count that its role goes by, and how many there are; sharing: heads that share keys
-    and values; experts: of the model; is_70b: of the size that llama.cpp calls so; has_importance.
+    architecture: of the model; shape, role: of the tensor; block: values of a block of the file type's default; place,
+    of: which one it is in the count that its role goes by, and how many there are; sharing: heads that share keys and
+    values; experts: of the model; is_70b: of the size that llama.cpp calls so; has_importance: given a file of it.
     """
 
     architecture: str
@@ -196,9 +196,11 @@ EIGHT_EXPERTS = When("with 8 experts", lambda case: case.experts == 8)
 SIZE_70B = When("in models of 70B", lambda case: case.is_70b)
 STACKED = When(
     "of experts",
-    lambda case: len(case.shape) == 3
-    and case.shape[0] > 1
-    and (case.architecture != "bailingmoe3" or case.role in (UP, GATE, DOWN)),
+    lambda case: (
+        len(case.shape) == 3
+        and case.shape[0] > 1
+        and (case.architecture != "bailingmoe3" or case.role in (UP, GATE, DOWN))
+    ),
 )
 ODD_ROWS = When("where rows are no whole blocks", lambda case: case.shape[-1] % case.block != 0)
 FALCON = When("in Falcon", lambda case: case.architecture == "falcon")
@@ -316,7 +318,14 @@ NEVER = (
 )  # fmt: skip
 """Weights that are never quantized, and what they are. Neither are vectors, nor what isn't called a weight."""
 
-FALLBACKS = {"IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACKS = {
+    "IQ4_XS": "IQ4_NL",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 """What tensors get instead whose rows are no whole blocks; where that doesn't fit either, LAST_RESORT."""
 
 LAST_RESORT = "F16"

@@ -14,6 +14,7 @@ that a damaged file costs a sentence, never memory or time.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -99,6 +100,11 @@ def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
     return columns // values * nbytes
 
 
+def quoted(name: str) -> str:
+    """A name out of a file, fit for a sentence whatever is in it."""
+    return repr(name if len(name) <= 64 else name[:64] + "...")
+
+
 def read_header(path: Path, data: mmap.mmap | bytes) -> Header:
     """The header of a whole GGUF file in memory (mapped: only the header is touched).
 
@@ -127,7 +133,9 @@ class _Scanner:
         if nbytes <= left:
             return
         if self.end < len(self.data):
-            raise self.error(f"{what} goes beyond the first {MAX_HEADER >> 20} MiB, where the header must end")
+            raise self.error(
+                f"{what} goes beyond the first {MAX_HEADER >> 20} MiB, where the header must end"
+            )
         raise CheckpointError(
             f"{self.path} is truncated or damaged: {what} needs {nbytes} bytes at {self.at}, where {left} are left"
         )
@@ -219,7 +227,7 @@ class _Scanner:
         metadata: dict[str, GGUFValue] = {}
         for _ in range(pair_count):
             key = self.string(f"the key of pair {len(metadata)}")
-            what = f"'{key}'"
+            what = quoted(key)
             if key in metadata:
                 raise self.error(f"the key {what} is there twice")
             metadata[key] = self.value(self.value_type(what), what)
@@ -228,14 +236,16 @@ class _Scanner:
         for _ in range(tensor_count):
             name = self.string(f"the name of tensor {len(infos)}")
             if name in infos:
-                raise self.error(f"the tensor '{name}' is there twice")
-            infos[name] = self.tensor(f"'{name}'")
+                raise self.error(f"the tensor {quoted(name)} is there twice")
+            infos[name] = self.tensor(quoted(name))
         return Header(version, metadata, self.placed(infos, self.alignment(metadata)))
 
     def version(self) -> int:
         if self.data[: len(MAGIC)] != MAGIC:
             found = bytes(self.data[: len(MAGIC)])
-            raise CheckpointError(f"{self.path} is no GGUF file: it begins with {found!r}, not with {MAGIC!r}")
+            raise CheckpointError(
+                f"{self.path} is no GGUF file: it begins with {found!r}, not with {MAGIC!r}"
+            )
         self.at = len(MAGIC)
         version = self.number("I", "the version")
         if version in VERSIONS:
@@ -264,7 +274,9 @@ class _Scanner:
         values, _ = GGML_QUANT_SIZES[kind]
         columns = shape[-1] if shape else 1
         if columns % values:
-            raise self.error(f"{what} is {kind.name} with rows of {columns}; they must be a multiple of {values}")
+            raise self.error(
+                f"{what} is {kind.name} with rows of {columns}; they must be a multiple of {values}"
+            )
         return shape, kind, offset
 
     def alignment(self, metadata: dict[str, GGUFValue]) -> int:
@@ -284,15 +296,17 @@ class _Scanner:
         for name, (shape, kind, offset) in infos.items():
             nbytes = math.prod(shape[:-1]) * row_bytes(kind, shape[-1] if shape else 1)
             if offset % alignment:
-                raise self.error(f"'{name}' lies at offset {offset}; it must be a multiple of {alignment}")
+                raise self.error(
+                    f"{quoted(name)} lies at offset {offset}; it must be a multiple of {alignment}"
+                )
             if begin + offset + nbytes > size:
                 raise CheckpointError(
-                    f"{self.path} is truncated or damaged: '{name}' ends at byte {begin + offset + nbytes}, the file "
-                    f"at {size}"
+                    f"{self.path} is truncated or damaged: {quoted(name)} ends at byte {begin + offset + nbytes}, the "
+                    f"file at {size}"
                 )
             tensors[name] = StoredInfo(name, shape, kind, begin + offset, nbytes)
         in_order = sorted(tensors.values(), key=lambda info: info.start)
-        for one, next_one in zip(in_order, in_order[1:], strict=False):
+        for one, next_one in itertools.pairwise(in_order):
             if one.start + one.nbytes > next_one.start:
-                raise self.error(f"the bytes of '{one.name}' and '{next_one.name}' overlap")
+                raise self.error(f"the bytes of {quoted(one.name)} and {quoted(next_one.name)} overlap")
         return tensors

@@ -1,8 +1,8 @@
-"""Writing a GGUF file in its order, while the next tensor is being computed, so that it is there as a whole or not at all.
+"""Writing a GGUF file in its order while the next tensor is computed, so that it appears as a whole or not at all.
 
-As with checkpoint directories (bitfold/writer.py) everything goes into a hidden file beside the target, which is flushed
-to the disk and only then gets the target's name. What a killed run leaves is hidden, and removed by the next run with the
-same target.
+As with checkpoint directories (bitfold/writer.py) everything goes into a hidden file beside the target, which is
+flushed to the disk and only then gets the target's name. What a killed run leaves is hidden, and removed by the next
+run with the same target.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class GgufWriter:
         info = self._layout.infos[self._tensor]
         raw = data.detach().contiguous().reshape(-1).view(torch.uint8)
         if name != info.name or self._done + raw.nbytes > info.nbytes:
-            raise RuntimeError(f"{raw.nbytes} bytes of '{name}' where '{info.name}' has {self._done} of {info.nbytes}")
+            raise RuntimeError(
+                f"{raw.nbytes} bytes of '{name}' where '{info.name}' has {self._done} of {info.nbytes}"
+            )
         start = self._layout.starts[self._tensor] + self._done
         self._submit(start, raw)
         self._done += raw.nbytes
@@ -100,9 +102,19 @@ class GgufWriter:
         if self._force:
             os.replace(self._partial, self.target)
         else:
-            os.link(self._partial, self.target)  # unlike a rename it never replaces a file
-            os.unlink(self._partial)
+            self._take_name()
         sync(self.target.parent)
+
+    def _take_name(self) -> None:
+        """Rename, but never over a file: a link can't do that."""
+        try:
+            os.link(self._partial, self.target)
+            os.unlink(self._partial)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                raise
+            check_target_file(self.target, force=False)  # a file system without links: as good as it gets
+            os.rename(self._partial, self.target)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -131,7 +143,9 @@ def check_target_file(target: Path, *, force: bool) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{target} exists and is no file")
     if not is_gguf(target):
-        raise CheckpointError(f"{target} exists and is no GGUF file, so it is not overwritten; choose another")
+        raise CheckpointError(
+            f"{target} exists and is no GGUF file, so it is not overwritten; choose another"
+        )
     if not force:
         raise CheckpointError(f"{target} exists already; --force (force=True) replaces it")
     return target
