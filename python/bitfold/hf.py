@@ -61,28 +61,47 @@ def config_dtype(config: dict) -> torch.dtype:
     return dtype
 
 
-def empty_causal_lm(path: Path, config: dict, dtype: torch.dtype) -> nn.Module:
-    """The causal language model that config.json describes: parameters on the meta device, buffers real.
+def typed_config(path: Path, config: dict) -> Any:
+    """config.json as transformers reads it, with the defaults of the model's type; path: where it is from.
 
-    Raises CheckpointError where transformers doesn't know the architecture or refuses the configuration.
+    Raises CheckpointError where it names no type that transformers knows, or where transformers refuses it.
     """
     transformers = require_transformers()
     fields = {key: value for key, value in config.items() if key != "quantization_config"}
+    if "model_type" not in fields:
+        raise CheckpointError(f"{_origin(path)} names no model_type")
     try:
-        kind = fields.pop("model_type")
-        typed = transformers.AutoConfig.for_model(kind, **fields)
-        with _parameters_on_meta():
-            model = transformers.AutoModelForCausalLM.from_config(typed, dtype=dtype)
-    except KeyError:
-        raise CheckpointError(f"{path / CONFIG_FILE} names no model_type") from None
+        return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     except Exception as error:  # whatever a configuration may make transformers raise
         raise CheckpointError(
-            f"transformers can't make a causal model of {path / CONFIG_FILE}: {_reason(error)}"
+            f"transformers can't read the configuration in {_origin(path)}: {reason(error)}"
+        ) from error
+
+
+def empty_causal_lm(path: Path, config: dict, dtype: torch.dtype) -> nn.Module:
+    """The causal language model that config.json describes: parameters on the meta device, buffers real.
+
+    path: the directory of config.json, or the file that says the same. Raises CheckpointError where transformers
+    doesn't know the architecture or refuses the configuration.
+    """
+    transformers = require_transformers()
+    typed = typed_config(path, config)
+    try:
+        with _parameters_on_meta():
+            model = transformers.AutoModelForCausalLM.from_config(typed, dtype=dtype)
+    except Exception as error:  # whatever a configuration may make transformers raise
+        raise CheckpointError(
+            f"transformers can't make a causal model of {_origin(path)}: {reason(error)}"
         ) from error
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     model.tie_weights()
     return model
+
+
+def _origin(path: Path) -> Path:
+    """The file that a configuration is from."""
+    return path if path.is_file() else path / CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -179,7 +198,7 @@ def load_causal_lm(
             path, dtype=dtype or config_dtype(config), local_files_only=True
         )
     except Exception as error:  # whatever a model directory may make transformers raise
-        raise CheckpointError(f"transformers can't load {path}: {_reason(error)}") from error
+        raise CheckpointError(f"transformers can't load {path}: {reason(error)}") from error
     return model.to(device).eval()
 
 
@@ -194,11 +213,11 @@ def load_tokenizer(path: str | Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever a tokenizer's files may make transformers raise
         raise CheckpointError(
-            f"{path} has no tokenizer that transformers can read: {_reason(error)}"
+            f"{path} has no tokenizer that transformers can read: {reason(error)}"
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What another library says, on one line and not too long."""
     text = " ".join(str(error).split())
     return (text[:_REASON] + " ..." if len(text) > _REASON else text).rstrip(".") or type(error).__name__

@@ -1,4 +1,8 @@
-"""The gguf package, or the sentence that says how to get it. Its constants are all that reading and writing need."""
+"""The gguf package, or the sentence that says how to get it.
+
+Reading and writing files need no more than its constants; what describes a Hugging Face directory in metadata is its
+GGUFWriter (whose keys are taken, nothing is written), Metadata and SpecialVocab.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,11 @@ try:
     from gguf import GGMLQuantizationType as GGMLQuantizationType
     from gguf import GGUFValue as GGUFValue
     from gguf import GGUFValueType as GGUFValueType
+    from gguf import GGUFWriter as GGUFWriter
+    from gguf import LlamaFileType as LlamaFileType
+    from gguf import Metadata as Metadata
+    from gguf import SpecialVocab as SpecialVocab
+    from gguf import TokenType as TokenType
 except ImportError:
     raise MissingExtraError("GGUF files need the package gguf: run pip install 'bitfold[gguf]'") from None
 
