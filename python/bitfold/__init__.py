@@ -16,14 +16,15 @@ from bitfold.recipes import RECIPES, Recipe, Rule
 
 if TYPE_CHECKING:
     from bitfold.budget import plan_checkpoint
-    from bitfold.checkpoint import load, save
+    from bitfold.checkpoint import save
     from bitfold.evaluate import compare, perplexity
+    from bitfold.hub import load
     from bitfold.pipeline import quantize_checkpoint
 
 # Names whose modules are imported at first use (PEP 562): they reach for transformers.
 _LAZY = {
     "compare": "evaluate",
-    "load": "checkpoint",
+    "load": "hub",
     "perplexity": "evaluate",
     "plan_checkpoint": "budget",
     "quantize_checkpoint": "pipeline",

@@ -29,12 +29,10 @@ from rich.progress import (
 from rich.table import Table
 from torch import nn
 
-from bitfold import hf
-from bitfold.checkpoint import load
+from bitfold import hf, hub
 from bitfold.text import estimate as estimate  # the commands take these three from here
 from bitfold.text import natural as natural
 from bitfold.text import size as size
-from bitfold.writer import is_bitfold_checkpoint
 
 _PIPE_WIDTH = 200  # columns where stdout is no terminal
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
@@ -119,9 +117,9 @@ def parse_device(text: str) -> torch.device:
 
 
 def load_model(path: Path, device: str, dtype: str) -> nn.Module:
-    """A quantized or an unquantized model, whichever the directory holds."""
+    """A quantized or an unquantized model, whichever a directory holds, or a GGUF file."""
     quiet_transformers()
-    load_one = load if is_bitfold_checkpoint(path) else hf.load_causal_lm
+    load_one = hub.load if hub.is_quantized(path) else hf.load_causal_lm
     with err.status(f"loading {path}"):
         return load_one(path, device=parse_device(device), dtype=parse_dtype(dtype))
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from bitfold import hf
+from bitfold import hub
 from bitfold.cli.console import Device, Dtype, Json, estimate, load_model, out, print_json, progress
 from bitfold.evaluate import Comparison, Perplexity, compare, compute_dtype, cut, default_context, perplexity
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Directory of a model, quantized or not.")],
+    model: Annotated[Path, typer.Argument(help="Directory of a model, quantized or not, or a GGUF file.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text to measure on.")],
     base: Annotated[Path | None, typer.Option(help="The unquantized model to compare with.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a window; 0: the model's, at most 2048.")] = 0,
@@ -29,7 +29,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and bits per byte; with --base also KL divergence and top-1 agreement."""
     data = read_text(text)
-    tokenizer = hf.load_tokenizer(base if base is not None else model)
+    tokenizer = hub.load_tokenizer(base if base is not None else model)
     subject = load_model(model, device, dtype)
     reference = load_model(base, device, dtype) if base is not None else None
     windows = cut(

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from bitfold import hf
+from bitfold import hub
 from bitfold.cli.console import Device, Dtype, Json, load_model, print_json, say
 from bitfold.generate import generate as generate_text
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="Directory of a model, quantized or not.")],
+    model: Annotated[Path, typer.Argument(help="Directory of a model, quantized or not, or a GGUF file.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
@@ -24,7 +24,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue a prompt, showing the text as it comes; the speed is told at the end."""
-    tokenizer = hf.load_tokenizer(model)
+    tokenizer = hub.load_tokenizer(model)
     loaded = load_model(model, device, dtype)
     shown: list[str] = []
 

@@ -1,0 +1,63 @@
+"""A quantized model wherever it lies: in a checkpoint directory of bitfold's or in a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold import checkpoint, hf
+from bitfold.writer import is_bitfold_checkpoint
+
+
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a quantized model; the weights stay quantized and, on the CPU, memory-mapped.
+
+    Args:
+        path: a checkpoint directory that bitfold wrote, or a GGUF file (of a split one the first). It must not change
+            while the model lives.
+        model: the unquantized model to load a checkpoint into (its own weights are dropped; the meta device will do).
+            None: a transformers causal language model is built from the configuration.
+        device: where the model goes.
+        dtype: compute in this dtype; norms, biases and plain weights are cast to it. None: as they are stored (of a
+            GGUF file: the dtype of its matrices where none is packed, else float32).
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: files are missing, truncated or contradict each other, a newer bitfold wrote them, or bitfold
+            doesn't run the architecture of a GGUF file.
+        MissingExtraError: transformers or gguf is needed and not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return checkpoint.load(path, model=model, device=device, dtype=dtype)
+    if model is not None:
+        raise ValueError("model was given, but a GGUF file makes its own: it must be None")
+    from bitfold.gguf.load import load as load_gguf
+
+    return load_gguf(path, device=device, dtype=dtype)
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether `load` reads it: a file, or a directory that bitfold wrote."""
+    return path.is_file() or is_bitfold_checkpoint(path)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model directory or a GGUF file. Raises CheckpointError where there is none to be read."""
+    path = Path(path)
+    if not path.is_file():
+        return hf.load_tokenizer(path)
+    from bitfold.gguf.load import load_tokenizer as load_gguf_tokenizer
+
+    return load_gguf_tokenizer(path)
