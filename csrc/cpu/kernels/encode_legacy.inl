@@ -1,9 +1,221 @@
 // Blocks whose scale follows from their range: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4.
+//
+// As many blocks as there are lanes are under way: their ranges are found one by one, all their scales at once, and
+// then their codes one by one again, while the numbers are still in the first cache. An extreme does not depend on the
+// order in which it is sought, but its sign does, also a zero's: where that counts, the first number that equals it is
+// taken.
 #include "cpu/isa.hpp"
 #include "formats/blocks.hpp"
 
 namespace bitfold::cpu {
+namespace {
 
-void BITFOLD_ISA(encode_legacy)(Kernels&) {}
+constexpr int kValues = 32;
+constexpr int kVectors = kValues / kLanes;  // of a block
+
+// The first of a block's numbers that equals `value`, which is one of them up to the sign that `view` takes off.
+template <class View>
+BITFOLD_SIMD float first_equal(const float* w, float value, View view) {
+  uint32_t found = 0;
+  for (int v = 0; v < kVectors; ++v) found |= bits(equal(view(load(w + v * kLanes)), splat(value))) << v * kLanes;
+  return w[__builtin_ctz(found)];
+}
+
+BITFOLD_SIMD float largest_magnitude(const float* w) {
+  F largest = abs(load(w));
+  for (int v = 1; v < kVectors; ++v) largest = max(abs(load(w + v * kLanes)), largest);
+  return reduce_max(largest);
+}
+
+// The first number of the largest magnitude, 0 where all are zeros of any sign.
+BITFOLD_SIMD float furthest(const float* w) {
+  const float largest = largest_magnitude(w);
+  return largest == 0.0f ? 0.0f : first_equal(w, largest, [](F lanes) { return abs(lanes); });
+}
+
+// One entry for each block under way; those that are not there are zero.
+struct Lane {
+  float entries[kLanes] = {};
+  BITFOLD_SIMD F all() const { return load(entries); }
+};
+
+// codes = trunc((w - low) inverse + half). Where the inverse overflows, the codes are 0, and so are inverse and half.
+struct Steps {
+  float inverse[kLanes], half[kLanes];
+  uint16_t scale[kLanes];
+
+  BITFOLD_SIMD Steps(F step, float to_nearest) {
+    const F exact = div(splat(1.0f), step);
+    const Mask zero = equal(step, splat(0.0f));
+    const Mask infinite = greater(abs(exact), splat(3.4028234664e38f));
+    store(inverse, select(either(zero, infinite), splat(0.0f), exact));
+    store(half, select(both(infinite, opposite(zero)), splat(0.0f), splat(to_nearest)));
+    store_half(scale, step);
+  }
+};
+
+// The numbers of one block to integers, kLanes at a time.
+template <class Code>
+BITFOLD_SIMD void block_codes(const float* w, I (&codes)[kVectors], Code code) {
+  for (int v = 0; v < kVectors; ++v) codes[v] = code(load(w + v * kLanes));
+}
+
+BITFOLD_SIMD void put_half(Half& to, uint16_t from) { std::memcpy(&to, &from, sizeof(from)); }
+
+// Codes of 4 bits, the second half of the block in the high nibbles.
+BITFOLD_SIMD void put_nibbles(uint8_t* qs, const I (&codes)[kVectors]) {
+  for (int v = 0; v < kVectors / 2; ++v) {
+    store_bytes(qs + v * kLanes, bit_or(codes[v], shift_left<4>(codes[v + kVectors / 2])));
+  }
+}
+// Codes of 5 bits: the highest of each apart.
+BITFOLD_SIMD void put_fives(uint8_t* qh, uint8_t* qs, I (&codes)[kVectors]) {
+  uint32_t high = 0;
+  for (int v = 0; v < kVectors; ++v) {
+    high |= bits(greater(codes[v], splat(15))) << v * kLanes;
+    codes[v] = bit_and(codes[v], splat(15));
+  }
+  std::memcpy(qh, &high, sizeof(high));
+  put_nibbles(qs, codes);
+}
+
+// each(w, blocks, count) for so many blocks at a time.
+template <int Row, class Each>
+BITFOLD_SIMD void each_chunk(const EncodeBlocksArgs& a, Each each) {
+  const int64_t blocks = a.rows * (a.k / kValues);
+  for (int64_t b = 0; b < blocks; b += kLanes) {
+    each(a.w + b * kValues, reinterpret_cast<Block<Row>*>(a.blocks) + b, static_cast<int>(smaller(kLanes, blocks - b)));
+  }
+}
+
+// Q4_0 and Q5_0: the furthest number has code 0, and 0 the code H.
+template <int Row, int H>
+void encode_centred(const EncodeBlocksArgs& a) {
+  each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
+    Lane extremes;
+    for (int b = 0; b < count; ++b) extremes.entries[b] = furthest(w + b * kValues);
+    const Steps steps(div(extremes.all(), splat(-static_cast<float>(H))), H + 0.5f);
+    for (int b = 0; b < count; ++b) {
+      const F inverse = splat(steps.inverse[b]), half = splat(steps.half[b]), top = splat(2 * H - 0.5f);
+      I codes[kVectors];
+      block_codes(w + b * kValues, codes, [&](F x) { return to_int(min(add(mul(x, inverse), half), top)); });
+      put_half(blocks[b].d, steps.scale[b]);
+      if constexpr (Row == kQ4_0) put_nibbles(blocks[b].qs, codes);
+      else put_fives(blocks[b].qh, blocks[b].qs, codes);
+    }
+  });
+}
+
+// Q4_1 and Q5_1: codes 0 .. M from the smallest number to the largest.
+template <int Row, int M>
+void encode_ranged(const EncodeBlocksArgs& a) {
+  each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
+    Lane lows, highs;
+    for (int b = 0; b < count; ++b) {
+      const float* x = w + b * kValues;
+      F low = load(x), high = low;
+      for (int v = 1; v < kVectors; ++v) {
+        low = min(load(x + v * kLanes), low);
+        high = max(load(x + v * kLanes), high);
+      }
+      lows.entries[b] = first_equal(x, reduce_min(low), [](F lanes) { return lanes; });
+      highs.entries[b] = reduce_max(high);
+    }
+    // A zero's sign is lost by the sum: a block of one number has the step +0.
+    const F range = add(sub(highs.all(), lows.all()), splat(0.0f));
+    const Steps steps(div(range, splat(static_cast<float>(M))), 0.5f);
+    uint16_t minima[kLanes];
+    store_half(minima, lows.all());
+    for (int b = 0; b < count; ++b) {
+      const F low = splat(lows.entries[b]), inverse = splat(steps.inverse[b]), half = splat(steps.half[b]);
+      I codes[kVectors];
+      block_codes(w + b * kValues, codes, [&](F x) {  // a range beyond binary32 gives NaN, whose code is 0
+        const F place = add(mul(sub(x, low), inverse), half);
+        return to_int(min(max(place, splat(0.0f)), splat(M + 0.5f)));
+      });
+      put_half(blocks[b].d, steps.scale[b]);
+      put_half(blocks[b].m, minima[b]);
+      if constexpr (Row == kQ4_1) put_nibbles(blocks[b].qs, codes);
+      else put_fives(blocks[b].qh, blocks[b].qs, codes);
+    }
+  });
+}
+
+// The nearest integer, ties away from zero, of |x| < 2^22: the largest number below a half, with x's sign, carries
+// exactly what is a half and more beyond the next integer.
+BITFOLD_SIMD I round_away(F x) {
+  const I sign = bit_and(as_int(x), splat(INT32_MIN));
+  return to_int(add(x, as_float(bit_or(sign, as_int(splat(0.49999997f))))));
+}
+
+void encode_q8_0(const EncodeBlocksArgs& a) {
+  each_chunk<kQ8_0>(a, [](const float* w, Block<kQ8_0>* blocks, int count) {
+    Lane extremes;
+    for (int b = 0; b < count; ++b) extremes.entries[b] = largest_magnitude(w + b * kValues);
+    const Steps steps(div(extremes.all(), splat(127.0f)), 0.0f);
+    for (int b = 0; b < count; ++b) {
+      const F inverse = splat(steps.inverse[b]);
+      I codes[kVectors];
+      block_codes(w + b * kValues, codes, [&](F x) { return bit_and(round_away(mul(x, inverse)), splat(255)); });
+      put_half(blocks[b].d, steps.scale[b]);
+      for (int v = 0; v < kVectors; ++v) store_bytes(reinterpret_cast<uint8_t*>(blocks[b].qs) + v * kLanes, codes[v]);
+    }
+  });
+}
+
+// The stored exponent of MXFP4: floor(log2f(largest)) - 2 + 127, modulo 256. log2f rounds: just below a power of two,
+// by up to a unit in the last place of its result, it gives the integer above.
+BITFOLD_SIMD uint8_t mxfp4_exponent(float largest) {
+  if (largest == 0.0f) return 0;
+  uint32_t mantissa = std::bit_cast<uint32_t>(largest) & 0x7fffffu;
+  int exponent = static_cast<int>(std::bit_cast<uint32_t>(largest) >> 23) - 127, shift = 0;
+  if (exponent == -127) {  // sub-normal: one shift makes the highest bit the implicit one
+    shift = __builtin_clz(mantissa) - 8;
+    exponent = -126 - shift;
+    mantissa = mantissa << shift & 0x7fffffu;
+  }
+  const uint32_t magnitude = static_cast<uint32_t>(exponent >= 0 ? exponent : -exponent - 1);
+  const int digits = magnitude < 2 ? 0 : 31 - __builtin_clz(magnitude);
+  // ln(2) 2^digits mantissas: half a unit of a logarithm of so many binary digits before the point.
+  const uint32_t rounded_up = digits == 0 ? 0u : static_cast<uint32_t>(0.6931f * static_cast<float>(1 << digits));
+  if (mantissa >= 0x800000u - rounded_up) ++exponent;
+  return static_cast<uint8_t>(exponent - 2 + 127);
+}
+
+void encode_mxfp4(const EncodeBlocksArgs& a) {
+  each_chunk<kMxfp4>(a, [](const float* w, Block<kMxfp4>* blocks, int count) {
+    for (int b = 0; b < count; ++b) {
+      const float* x = w + b * kValues;
+      blocks[b].e = mxfp4_exponent(largest_magnitude(x));
+      // A code counts the midpoints below the magnitude; a tie belongs to the smaller one. Distances to the two
+      // neighbours that decide are exact. Where eight steps are beyond binary32, no number is nearer to them.
+      const F step = splat(mxfp4_step(blocks[b].e));
+      F midpoints[7];
+      for (size_t i = 0; i < 7; ++i) {
+        midpoints[i] = mul(splat(0.5f * static_cast<float>(kMxfp4Values[i] + kMxfp4Values[i + 1])), step);
+      }
+      midpoints[5] = select(greater(step, splat(0x1p124f)), splat(__builtin_inff()), midpoints[5]);
+      I codes[kVectors];
+      block_codes(x, codes, [&](F lanes) {
+        I code = splat(0);
+        for (const F midpoint : midpoints) code = count_if(greater(abs(lanes), midpoint), code);
+        const I sign = bit_and(shift_right<28>(as_int(lanes)), splat(8));
+        return select(greater(code, splat(0)), bit_or(code, sign), code);
+      });
+      put_nibbles(blocks[b].qs, codes);
+    }
+  });
+}
+
+}  // namespace
+
+void BITFOLD_ISA(encode_legacy)(Kernels& kernels) {
+  kernels.encode_blocks[kQ4_0] = encode_centred<kQ4_0, 8>;
+  kernels.encode_blocks[kQ4_1] = encode_ranged<kQ4_1, 15>;
+  kernels.encode_blocks[kQ5_0] = encode_centred<kQ5_0, 16>;
+  kernels.encode_blocks[kQ5_1] = encode_ranged<kQ5_1, 31>;
+  kernels.encode_blocks[kQ8_0] = encode_q8_0;
+  kernels.encode_blocks[kMxfp4] = encode_mxfp4;
+}
 
 }  // namespace bitfold::cpu

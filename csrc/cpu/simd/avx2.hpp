@@ -101,6 +101,7 @@ BITFOLD_SIMD Mask both(Mask a, Mask b) { return {_mm256_and_si256(a.v, b.v)}; }
 BITFOLD_SIMD Mask either(Mask a, Mask b) { return {_mm256_or_si256(a.v, b.v)}; }
 BITFOLD_SIMD Mask opposite(Mask a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi32(-1))}; }
 BITFOLD_SIMD bool any(Mask a) { return _mm256_testz_si256(a.v, a.v) == 0; }
+BITFOLD_SIMD uint32_t bits(Mask a) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a.v))); }
 BITFOLD_SIMD F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m.v)); }
 BITFOLD_SIMD I select(Mask m, I a, I b) { return {_mm256_blendv_epi8(b.v, a.v, m.v)}; }
 BITFOLD_SIMD I count_if(Mask m, I count) { return {_mm256_sub_epi32(count.v, m.v)}; }

@@ -109,6 +109,7 @@ BITFOLD_SIMD Mask both(Mask a, Mask b) { return {static_cast<__mmask16>(a.v & b.
 BITFOLD_SIMD Mask either(Mask a, Mask b) { return {static_cast<__mmask16>(a.v | b.v)}; }
 BITFOLD_SIMD Mask opposite(Mask a) { return {static_cast<__mmask16>(~a.v)}; }
 BITFOLD_SIMD bool any(Mask a) { return a.v != 0; }
+BITFOLD_SIMD uint32_t bits(Mask a) { return a.v; }
 BITFOLD_SIMD F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m.v, b, a); }
 BITFOLD_SIMD I select(Mask m, I a, I b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
 BITFOLD_SIMD I count_if(Mask m, I count) {

@@ -80,6 +80,10 @@ BITFOLD_SIMD Mask both(Mask a, Mask b) { return {vandq_u32(a.low, b.low), vandq_
 BITFOLD_SIMD Mask either(Mask a, Mask b) { return {vorrq_u32(a.low, b.low), vorrq_u32(a.high, b.high)}; }
 BITFOLD_SIMD Mask opposite(Mask a) { return {vmvnq_u32(a.low), vmvnq_u32(a.high)}; }
 BITFOLD_SIMD bool any(Mask a) { return vmaxvq_u32(vorrq_u32(a.low, a.high)) != 0; }
+BITFOLD_SIMD uint32_t bits(Mask a) {
+  constexpr uint32_t kPlaces[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  return vaddvq_u32(vorrq_u32(vandq_u32(a.low, vld1q_u32(kPlaces)), vandq_u32(a.high, vld1q_u32(kPlaces + 4))));
+}
 BITFOLD_SIMD F select(Mask m, F a, F b) { return {vbslq_f32(m.low, a.low, b.low), vbslq_f32(m.high, a.high, b.high)}; }
 BITFOLD_SIMD I select(Mask m, I a, I b) { return {vbslq_s32(m.low, a.low, b.low), vbslq_s32(m.high, a.high, b.high)}; }
 // Of two that do not compare, the second, as everywhere: NEON's own minimum gives NaN.

@@ -172,6 +172,12 @@ BITFOLD_SIMD bool any(Mask a) {
   for (int i = 0; i < kLanes; ++i) found = found || a.v[i];
   return found;
 }
+// Bit i for lane i.
+BITFOLD_SIMD uint32_t bits(Mask a) {
+  uint32_t out = 0;
+  for (int i = 0; i < kLanes; ++i) out |= static_cast<uint32_t>(a.v[i]) << i;
+  return out;
+}
 BITFOLD_SIMD F select(Mask m, F a, F b) {
   return each<F>([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
 }
