@@ -1,10 +1,300 @@
 // Blocks with a scale and a minimum for each sub-block, found by a search over both: Q2_K, Q4_K, Q5_K, and with
-// importance Q4_1 and Q5_1.
-#include "cpu/isa.hpp"
+// importance Q4_1 and Q5_1. A super-block's scales and minima have a scale each; the codes are chosen again with what
+// these leave of them.
+#include "cpu/kernels/search_affine.inl"
+#include "cpu/kernels/search_positive.inl"
 #include "formats/blocks.hpp"
 
 namespace bitfold::cpu {
+namespace {
 
-void BITFOLD_ISA(encode_affine)(Kernels&) {}
+constexpr int kSuper = 256;  // columns of a super-block
+constexpr int kVectors = 2;  // of sub-blocks, under way together
+
+// The searches, without and with importance.
+template <int Row, bool Weighted>
+inline constexpr AffineLaw kLaw = {};
+template <>
+inline constexpr AffineLaw kLaw<kQ2K, false> = {16, 3, -0.5f, 0.1f, 16, true};
+template <>
+inline constexpr AffineLaw kLaw<kQ4K, false> = {32, 15, -1.0f, 0.1f, 21, false};
+template <>
+inline constexpr AffineLaw kLaw<kQ5K, false> = {32, 31, -0.5f, 0.1f, 16, false};
+template <>
+inline constexpr AffineLaw kLaw<kQ2K, true> = {16, 3, -0.9f, 0.05f, 37, false};
+template <>
+inline constexpr AffineLaw kLaw<kQ4K, true> = {32, 15, -0.9f, 0.05f, 37, false};
+template <>
+inline constexpr AffineLaw kLaw<kQ5K, true> = {32, 31, -0.9f, 0.05f, 37, false};
+template <>
+inline constexpr AffineLaw kLaw<kQ4_1, true> = {32, 15, -0.9f, 0.05f, 37, false};
+template <>
+inline constexpr AffineLaw kLaw<kQ5_1, true> = {32, 31, -0.9f, 0.05f, 37, false};
+
+// What was found for `Count` sub-blocks.
+template <int Count>
+struct Found {
+  float scale[Count], low[Count], inverse[Count], origin[Count], sum_w[Count];
+};
+
+// Searches `count` <= Count sub-blocks that start at x; weigh(lanes, place) weighs those of the sub-blocks place(lane).
+template <AffineLaw law, int Count, class Weigh>
+BITFOLD_SIMD void search_all(const float* x, int64_t count, Weigh weigh, Found<Count>& found) {
+  static_assert(Count % (kVectors * kLanes) == 0);
+  AffineLanes<law> lanes[kVectors];
+  for (int64_t first = 0; first < count; first += kVectors * kLanes) {
+    for (int v = 0; v < kVectors; ++v) {  // where there are no more, the last once again
+      const auto place = [&](int lane) { return smaller(first + v * kLanes + lane, count - 1); };
+      load_lanes([&](int lane) { return x + law.values * place(lane); }, lanes[v].x);
+      weigh(lanes[v], place);
+    }
+    search(lanes);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = first + v * kLanes;
+      store(found.scale + at, lanes[v].scale);
+      store(found.low + at, lanes[v].low);
+      store(found.inverse + at, lanes[v].inverse);
+      store(found.origin + at, lanes[v].origin);
+      store(found.sum_w + at, lanes[v].sum_w);
+    }
+  }
+}
+
+// w = q sqrt(sigma2 + x^2), q and sigma2 of the place that a lane has.
+template <AffineLaw law, class Place, class Importance, class Sigma>
+BITFOLD_SIMD void weigh_by_importance(AffineLanes<law>& l, Place place, Importance importance, Sigma sigma2) {
+  float sigmas[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) sigmas[lane] = sigma2(place(lane));
+  const F sigma = load(sigmas);
+  load_lanes([&](int lane) { return importance(place(lane)); }, l.w);
+  for (int i = 0; i < law.values; ++i) l.w[i] = mul(l.w[i], sqrt(add(sigma, mul(l.x[i], l.x[i]))));
+}
+
+template <AffineLaw law>
+BITFOLD_SIMD void weigh_by_size(AffineLanes<law>& l) {
+  if constexpr (law.absolute) {
+    for (int i = 0; i < law.values; ++i) l.w[i] = abs(l.x[i]);
+  } else {
+    F sum = splat(0.0f);
+    for (int i = 0; i < law.values; ++i) sum = add(sum, mul(l.x[i], l.x[i]));
+    const F typical = sqrt(div(sum, splat(static_cast<float>(law.values))));
+    for (int i = 0; i < law.values; ++i) l.w[i] = add(typical, abs(l.x[i]));
+  }
+}
+
+// Scales and minima of up to kLanes super-blocks as bytes, and the scales of these.
+template <int Subs>
+struct Levels {
+  int32_t scales[Subs][kLanes], mins[Subs][kLanes];
+  float d[kLanes], dmin[kLanes];
+};
+
+// Sub-block `sub` of every super-block.
+template <int Subs>
+BITFOLD_SIMD F across(const float* found, int sub) {
+  int32_t places[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) places[lane] = lane * Subs + sub;
+  return gather(found, load_int(places));
+}
+
+// Without importance, the largest gets the largest level.
+template <int Top, int Subs>
+BITFOLD_SIMD void level_by_largest(const F (&x)[Subs], int32_t (&levels)[Subs][kLanes], float* scale) {
+  const F zero = splat(0.0f), top = splat(static_cast<float>(Top));
+  F largest = zero;
+  for (int i = 0; i < Subs; ++i) largest = max(x[i], largest);
+  const F inverse = select(greater(largest, zero), div(top, largest), zero);
+  for (int i = 0; i < Subs; ++i) store_int(levels[i], bit_and(nearest_int(mul(inverse, x[i])), splat(255)));
+  store(scale, div(largest, top));
+}
+
+template <int Top, bool Weighted, int Subs, int Count>
+BITFOLD_SIMD void choose_levels(const Found<Count>& found, Levels<Subs>& levels) {
+  PositiveLanes<Subs> p[2];
+  for (int i = 0; i < Subs; ++i) {
+    p[0].x[i] = across<Subs>(found.scale, i);
+    p[1].x[i] = as_float(bit_xor(as_int(across<Subs>(found.low, i)), as_int(splat(-0.0f))));
+    p[0].w[i] = p[1].w[i] = across<Subs>(found.sum_w, i);
+  }
+  if constexpr (Weighted) {
+    positive_search<Top>(p);
+    for (int i = 0; i < Subs; ++i) {
+      store_int(levels.scales[i], to_int(p[0].levels[i]));
+      store_int(levels.mins[i], to_int(p[1].levels[i]));
+    }
+    store(levels.d, p[0].scale);
+    store(levels.dmin, p[1].scale);
+  } else {
+    level_by_largest<Top>(p[0].x, levels.scales, levels.d);
+    level_by_largest<Top>(p[1].x, levels.mins, levels.dmin);
+  }
+}
+
+// (x + least) / step, or where the step is zero the codes that the search had.
+template <int Top, int Values>
+BITFOLD_SIMD void final_codes(const float* x, float step, float least, float inverse, float origin, uint8_t* codes) {
+  for (int i = 0; i < Values; i += kLanes) {
+    const F place = step == 0.0f ? mul(sub(load(x + i), splat(origin)), splat(inverse))
+                                 : div(add(load(x + i), splat(least)), splat(step));
+    store_bytes(codes + i, to_int(code_of<Top, Reach::Far>(place)));
+  }
+}
+
+// ---- The blocks ----
+
+BITFOLD_SIMD void put_levels(Block<kQ2K>& b, const Levels<16>& levels, int lane) {
+  for (int j = 0; j < 16; ++j) b.scales[j] = static_cast<uint8_t>(levels.scales[j][lane] | levels.mins[j][lane] << 4);
+}
+BITFOLD_SIMD ScaleMin get_levels(const Block<kQ2K>& b, int j) { return {b.scales[j] & 15, b.scales[j] >> 4}; }
+BITFOLD_SIMD void put_codes(Block<kQ2K>& b, const uint8_t* codes) {
+  for (int h = 0; h < 2; ++h) {
+    const uint8_t* c = codes + 128 * h;
+    for (int l = 0; l < 32; ++l) {
+      b.qs[32 * h + l] = static_cast<uint8_t>(c[l] | c[32 + l] << 2 | c[64 + l] << 4 | c[96 + l] << 6);
+    }
+  }
+}
+
+template <int Row>
+BITFOLD_SIMD void put_levels(Block<Row>& b, const Levels<8>& levels, int lane) {  // scale_and_min reads them
+  for (int j = 0; j < 4; ++j) {
+    const int scale = levels.scales[j][lane], min = levels.mins[j][lane];
+    const int later_scale = levels.scales[j + 4][lane], later_min = levels.mins[j + 4][lane];
+    b.scales[j] = static_cast<uint8_t>(scale | later_scale >> 4 << 6);
+    b.scales[j + 4] = static_cast<uint8_t>(min | later_min >> 4 << 6);
+    b.scales[j + 8] = static_cast<uint8_t>((later_scale & 15) | (later_min & 15) << 4);
+  }
+}
+template <int Row>
+BITFOLD_SIMD ScaleMin get_levels(const Block<Row>& b, int j) {
+  return scale_and_min(b.scales, j);
+}
+BITFOLD_SIMD void put_nibbles(uint8_t* qs, const uint8_t* codes) {
+  for (int g = 0; g < 4; ++g) {
+    const uint8_t* c = codes + 64 * g;
+    for (int l = 0; l < 32; ++l) qs[32 * g + l] = static_cast<uint8_t>((c[l] & 15) | c[32 + l] << 4);
+  }
+}
+BITFOLD_SIMD void put_codes(Block<kQ4K>& b, const uint8_t* codes) { put_nibbles(b.qs, codes); }
+BITFOLD_SIMD void put_codes(Block<kQ5K>& b, const uint8_t* codes) {
+  put_nibbles(b.qs, codes);
+  for (int l = 0; l < 32; ++l) {
+    int high = 0;
+    for (int j = 0; j < 8; ++j) high |= codes[32 * j + l] >> 4 << j;
+    b.qh[l] = static_cast<uint8_t>(high);
+  }
+}
+
+template <int Row, bool Weighted>
+void encode_super(const EncodeBlocksArgs& a) {
+  constexpr AffineLaw law = kLaw<Row, Weighted>;
+  constexpr int kSubs = kSuper / law.values, kCount = kSubs * kLanes;
+  constexpr int kTopLevel = Row == kQ2K ? 15 : 63;
+  const int64_t row_blocks = a.k / kSuper, blocks = a.rows * row_blocks;
+  for (int64_t first = 0; first < blocks; first += kLanes) {
+    const float* x = a.w + first * kSuper;
+    const int64_t count = smaller(kLanes, blocks - first);
+    Found<kCount> found;
+    if constexpr (Weighted) {
+      const F sum = sum_of_squares([&](int lane) { return x + kSuper * smaller(lane, count - 1); }, kSuper);
+      float sigma2[kLanes];
+      store(sigma2, div(Row == kQ2K ? sum : mul(splat(2.0f), sum), splat(static_cast<float>(kSuper))));
+      const float* importance[kLanes];
+      for (int64_t i = 0; i < count; ++i) importance[i] = a.importance + (first + i) % row_blocks * kSuper;
+      const auto weigh = [&](AffineLanes<law>& l, auto place) {
+        weigh_by_importance(
+            l, place, [&](int64_t sub) { return importance[sub / kSubs] + sub % kSubs * law.values; },
+            [&](int64_t sub) { return sigma2[sub / kSubs]; });
+      };
+      search_all<law>(x, count * kSubs, weigh, found);
+    } else {
+      search_all<law>(x, count * kSubs, [&](AffineLanes<law>& l, auto) { weigh_by_size(l); }, found);
+    }
+    Levels<kSubs> levels;
+    choose_levels<kTopLevel, Weighted>(found, levels);
+    if constexpr (Row == kQ5K || (Row == kQ4K && !Weighted)) {
+      for (int j = 0; j < kSubs; ++j) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          levels.scales[j][lane] = levels.scales[j][lane] < 63 ? levels.scales[j][lane] : 63;
+          levels.mins[j][lane] = levels.mins[j][lane] < 63 ? levels.mins[j][lane] : 63;
+        }
+      }
+    }
+    for (int lane = 0; lane < count; ++lane) {
+      Block<Row> b;
+      b.d.set(levels.d[lane]);
+      b.dmin.set(levels.dmin[lane]);
+      put_levels(b, levels, lane);
+      const float d = b.d.value(), dmin = b.dmin.value();
+      uint8_t codes[kSuper];
+      for (int j = 0; j < kSubs; ++j) {
+        const ScaleMin level = get_levels(b, j);
+        const int sub = lane * kSubs + j;
+        final_codes<law.top, law.values>(x + sub * law.values, d * static_cast<float>(level.scale),
+                                         dmin * static_cast<float>(level.min), found.inverse[sub], found.origin[sub],
+                                         codes + j * law.values);
+      }
+      put_codes(b, codes);
+      std::memcpy(a.blocks + (first + lane) * static_cast<int64_t>(sizeof(b)), &b, sizeof(b));
+    }
+  }
+}
+
+// Q4_1 and Q5_1 with importance.
+template <int Row>
+void encode_weighted(const EncodeBlocksArgs& a) {
+  constexpr AffineLaw law = kLaw<Row, true>;
+  constexpr int kCount = kVectors * kLanes;
+  float sigma2[kEncodeRows];
+  static_assert(kEncodeRows % kLanes == 0);
+  for (int64_t first = 0; first < a.rows; first += kLanes) {
+    const F sum = sum_of_squares([&](int lane) { return a.w + a.k * smaller(first + lane, a.rows - 1); }, a.k);
+    store(sigma2 + first, div(sum, splat(static_cast<float>(a.k))));
+  }
+  const int64_t row_blocks = a.k / law.values, blocks = a.rows * row_blocks;
+  for (int64_t first = 0; first < blocks; first += kCount) {
+    const float* x = a.w + first * law.values;
+    const int64_t count = smaller(kCount, blocks - first);
+    int64_t row[kCount];
+    const float* importance[kCount];
+    for (int64_t i = 0; i < count; ++i) {
+      row[i] = (first + i) / row_blocks;
+      importance[i] = a.importance + (first + i - row[i] * row_blocks) * law.values;
+    }
+    Found<kCount> found;
+    const auto weigh = [&](AffineLanes<law>& l, auto place) {
+      weigh_by_importance(
+          l, place, [&](int64_t i) { return importance[i]; }, [&](int64_t i) { return sigma2[row[i]]; });
+    };
+    search_all<law>(x, count, weigh, found);
+    for (int i = 0; i < count; ++i) {
+      Block<Row> b;
+      b.d.set(found.scale[i]);
+      b.m.set(found.low[i]);
+      uint8_t codes[law.values];
+      final_codes<law.top, law.values>(x + i * law.values, 0.0f, 0.0f, found.inverse[i], found.origin[i], codes);
+      for (int j = 0; j < 16; ++j) b.qs[j] = static_cast<uint8_t>((codes[j] & 15) | codes[16 + j] << 4);
+      if constexpr (Row == kQ5_1) {
+        uint32_t high = 0;
+        for (int j = 0; j < 32; ++j) high |= static_cast<uint32_t>(codes[j] >> 4) << j;
+        std::memcpy(b.qh, &high, sizeof(high));
+      }
+      std::memcpy(a.blocks + (first + i) * static_cast<int64_t>(sizeof(b)), &b, sizeof(b));
+    }
+  }
+}
+
+}  // namespace
+
+void BITFOLD_ISA(encode_affine)(Kernels& kernels) {
+  kernels.encode_blocks[kQ2K] = encode_super<kQ2K, false>;
+  kernels.encode_blocks[kQ4K] = encode_super<kQ4K, false>;
+  kernels.encode_blocks[kQ5K] = encode_super<kQ5K, false>;
+  kernels.encode_blocks_weighted[kQ2K] = encode_super<kQ2K, true>;
+  kernels.encode_blocks_weighted[kQ4K] = encode_super<kQ4K, true>;
+  kernels.encode_blocks_weighted[kQ5K] = encode_super<kQ5K, true>;
+  kernels.encode_blocks_weighted[kQ4_1] = encode_weighted<kQ4_1>;
+  kernels.encode_blocks_weighted[kQ5_1] = encode_weighted<kQ5_1>;
+}
 
 }  // namespace bitfold::cpu

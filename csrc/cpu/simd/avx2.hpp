@@ -15,6 +15,7 @@ namespace {
 inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 3;  // 12 sums, 3 + 1 operands: all 16 registers
 inline constexpr bool kOneLookup = false;
+inline constexpr int kLookupTop = 0;
 
 using F = __m256;
 struct I {
@@ -118,6 +119,7 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {
 }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+BITFOLD_SIMD void store_int(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 BITFOLD_SIMD F gather(const float* p, I index) { return _mm256_i32gather_ps(p, index.v, 4); }
 BITFOLD_SIMD F spread(const float* p, I index) { return _mm256_permutevar8x32_ps(load(p), index.v); }
 
@@ -151,6 +153,26 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
 BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
+  F pairs[kLanes];  // of rows, in each half: columns 0 and 1, or 2 and 3
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  F fours[kLanes];  // column i % 4 of rows i / 4 * 4 .. + 4, in each half
+  for (int i = 0; i < kLanes; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = _mm256_castps_pd(pairs[i + j]), b = _mm256_castps_pd(pairs[i + j + 2]);
+      fours[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      fours[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
 }
 
 BITFOLD_SIMD float reduce_add(F a) {

@@ -20,6 +20,7 @@ namespace {
 inline constexpr int kLanes = 16;
 inline constexpr int kTileX = 6;  // 24 sums, 6 + 1 operands of 32 registers
 inline constexpr bool kOneLookup = true;
+inline constexpr int kLookupTop = 15;
 
 using F = __m512;
 struct I {
@@ -123,6 +124,7 @@ BITFOLD_SIMD Table16 load_table(const float* values) { return {load(values)}; }
 BITFOLD_SIMD F lookup(Table16 table, I index) { return _mm512_permutexvar_ps(index.v, table.values); }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+BITFOLD_SIMD void store_int(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 BITFOLD_SIMD F gather(const float* p, I index) { return _mm512_i32gather_ps(index.v, p, 4); }
 BITFOLD_SIMD F spread(const float* p, I index) { return _mm512_permutexvar_ps(index.v, load(p)); }
 
@@ -158,6 +160,45 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
 }
 BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+
+BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
+  F pairs[kLanes];  // of rows, in each quarter: columns 0 and 1, or 2 and 3
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  F fours[kLanes];  // column i % 4 of rows i / 4 * 4 .. + 4, in each quarter
+  for (int i = 0; i < kLanes; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + j + 2]);
+      fours[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      fours[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // quarter q of fours[i] is column 4 q + i
+    const F low_even = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+    const F low_odd = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
+    const F high_even = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+    const F high_odd = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
+    rows[i] = _mm512_shuffle_f32x4(low_even, high_even, 0x88);
+    rows[i + 4] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(low_even, high_even, 0xdd);
+    rows[i + 12] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+  }
+}
+
+template <int Top>
+BITFOLD_SIMD F lookup_code(F biased) {  // by the lowest bits; what stands for negative numbers is 0
+  if constexpr (Top == 3) {
+    const F codes = _mm512_setr_ps(0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(_mm512_castps_si512(biased), codes);
+  } else {
+    static_assert(Top == 15);
+    const F low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const F high = _mm512_setr_ps(15, 15, 15, 15, 15, 15, 15, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutex2var_ps(low, _mm512_castps_si512(biased), high);
+  }
 }
 
 BITFOLD_SIMD __m256 upper_half(F a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }

@@ -15,6 +15,7 @@ namespace {
 inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 3;  // 12 sums of two registers, 3 + 1 operands: all 32 registers
 inline constexpr bool kOneLookup = false;
+inline constexpr int kLookupTop = 0;
 
 struct F {
   float32x4_t low, high;
@@ -138,6 +139,10 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {
 }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }
+BITFOLD_SIMD void store_int(int32_t* p, I a) {
+  vst1q_s32(p, a.low);
+  vst1q_s32(p + 4, a.high);
+}
 BITFOLD_SIMD F gather(const float* p, I index) {
   int32_t at[8];
   vst1q_s32(at, index.low);
@@ -178,6 +183,26 @@ BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
   const uint16x8_t words =
       vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.low)), vmovn_u32(vreinterpretq_u32_s32(a.high)));
   vst1_u8(p, vmovn_u16(words));
+}
+
+BITFOLD_SIMD void transpose_four(float32x4_t& a, float32x4_t& b, float32x4_t& c, float32x4_t& d) {
+  const float64x2_t ab_even = vreinterpretq_f64_f32(vtrn1q_f32(a, b)), ab_odd = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+  const float64x2_t cd_even = vreinterpretq_f64_f32(vtrn1q_f32(c, d)), cd_odd = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+  a = vreinterpretq_f32_f64(vtrn1q_f64(ab_even, cd_even));
+  b = vreinterpretq_f32_f64(vtrn1q_f64(ab_odd, cd_odd));
+  c = vreinterpretq_f32_f64(vtrn2q_f64(ab_even, cd_even));
+  d = vreinterpretq_f32_f64(vtrn2q_f64(ab_odd, cd_odd));
+}
+BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; i += 4) {
+    transpose_four(rows[i].low, rows[i + 1].low, rows[i + 2].low, rows[i + 3].low);
+    transpose_four(rows[i].high, rows[i + 1].high, rows[i + 2].high, rows[i + 3].high);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const float32x4_t above = rows[i].high;
+    rows[i].high = rows[i + 4].low;
+    rows[i + 4].low = above;
+  }
 }
 
 BITFOLD_SIMD float reduce_add(F a) {

@@ -15,6 +15,9 @@ inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 2;
 // Whether a lookup costs no more than the arithmetic that it could replace.
 inline constexpr bool kOneLookup = true;
+// The largest code that lookup_code gives: it takes whole numbers that were added to kWholes, no further than kNear
+// from the codes 0 .. Top, and clamps them.
+inline constexpr int kLookupTop = 0;
 
 struct F {
   float v[kLanes];
@@ -200,6 +203,7 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {  // the low four bits of each in
 BITFOLD_SIMD I load_int(const int32_t* p) {
   return each<I>([&](int i) { return p[i]; });
 }
+BITFOLD_SIMD void store_int(int32_t* p, I a) { std::memcpy(p, a.v, sizeof(a.v)); }
 BITFOLD_SIMD F gather(const float* p, I index) {
   return each<F>([&](int i) { return p[index.v[i]]; });
 }
@@ -226,6 +230,17 @@ BITFOLD_SIMD I unpack(const uint8_t* p) {
 }
 BITFOLD_SIMD void store_bytes(uint8_t* p, I a) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
+// Lane j of row i <-> lane i of row j.
+BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float above = rows[j].v[i];
+      rows[j].v[i] = rows[i].v[j];
+      rows[i].v[j] = above;
+    }
+  }
 }
 
 // Sums and extremes over the lanes, in one fixed order.
