@@ -19,6 +19,7 @@ from bitfold.cli.eval import evaluate
 from bitfold.cli.explain import explain
 from bitfold.cli.explore import explore
 from bitfold.cli.generate import generate
+from bitfold.cli.imatrix import imatrix
 from bitfold.cli.inspect import inspect
 from bitfold.cli.plan import plan
 from bitfold.cli.quantize import quantize
@@ -41,6 +42,7 @@ app.command("recipes")(recipes)
 app.command("explain", context_settings={"ignore_unknown_options": True})(explain)
 app.command("plan")(plan)
 app.command("quantize")(quantize)
+app.command("imatrix")(imatrix)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("report")(report)
