@@ -1,4 +1,4 @@
-"""`bitfold quantize MODEL OUT`: fold a model directory into another."""
+"""`bitfold quantize MODEL OUT`: fold a model directory into another, or a model into a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,36 +12,89 @@ import typer
 
 from bitfold.budget import Entry, plan_checkpoint
 from bitfold.cli.console import Json, out, paragraph, print_json, progress, quiet_transformers, table
+from bitfold.cli.quantize_gguf import DEFAULT_MIX, Options, quantize_to_gguf
+from bitfold.gguf import mixes
 from bitfold.pipeline import quantize_checkpoint, report
 from bitfold.quantize import QuantizationSummary
 from bitfold.recipes import RECIPES
 from bitfold.text import natural, size
 from bitfold.writer import SHARD_BYTES, check_target
 
+DEFAULT_RECIPE = "int4-g128"
+
 
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Directory with config.json, safetensors and tokenizer.")],
-    output: Annotated[Path | None, typer.Argument(metavar="OUT", help="Directory to make.")] = None,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory with config.json, safetensors and tokenizer; for a GGUF file also a GGUF file."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Directory to make, or a GGUF file: OUT.gguf.")
+    ] = None,
     recipe: Annotated[
         str,
         typer.Option(
-            help=f"A preset ({', '.join(RECIPES)}), a format for all linear layers, or a .toml file."
+            help=f"A preset ({', '.join(RECIPES)}), a format for all linear layers, or a .toml file; for OUT.gguf a "
+            f"file type ({', '.join(mixes.MIXES).lower()}). Default: {DEFAULT_RECIPE}, for OUT.gguf {DEFAULT_MIX}."
         ),
-    ] = "int4-g128",
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a checkpoint or GGUF file that is there.")
+    ] = False,
     clamp: Annotated[
         bool, typer.Option("--clamp", help="With fp16 and bf16: clamp values out of range.")
     ] = False,
     shard_size: Annotated[float, typer.Option(help="Largest size of a file, in GB.")] = SHARD_BYTES / 1e9,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what each layer would get, and write nothing.")
+        bool, typer.Option("--dry-run", help="Print what each tensor would get, and write nothing.")
     ] = False,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="GGUF: importance of columns, as 'bitfold imatrix' writes it.")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GGUF: PATTERN=TYPE, for names in which the regular expression is found; may be repeated."
+        ),
+    ] = None,
+    token_embedding_type: Annotated[str, typer.Option(help="GGUF: a type for the token embedding.")] = "",
+    output_tensor_type: Annotated[str, typer.Option(help="GGUF: a type for the output head.")] = "",
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", help="GGUF: keep the output head as it is.")
+    ] = False,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: one type for all tensors.")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="GGUF: quantize again what is quantized already.")
+    ] = False,
+    errors: Annotated[bool, typer.Option("--errors", help="GGUF: measure the error of each tensor.")] = False,
     json: Json = False,
 ) -> None:
-    """Quantize a Hugging Face model directory into a new one, streaming: memory holds one weight."""
+    """Quantize a model into a new directory or a GGUF file, streaming: memory holds a weight at most."""
     if shard_size <= 0:
         raise ValueError(f"--shard-size is {shard_size}, it must be positive")
     quiet_transformers()
+    options = Options(
+        imatrix=imatrix,
+        tensor_types=tuple(tensor_type or ()),
+        token_embedding_type=token_embedding_type,
+        output_tensor_type=output_tensor_type,
+        leave_output_tensor=leave_output_tensor,
+        pure=pure,
+        allow_requantize=allow_requantize,
+        errors=errors,
+    )
+    if _means_gguf(model, output, recipe):
+        if clamp or shard_size != SHARD_BYTES / 1e9:
+            raise ValueError(
+                f"{'--clamp' if clamp else '--shard-size'} is given; a GGUF file has no use for it"
+            )
+        quantize_to_gguf(model, output, recipe, options, force=force, dry_run=dry_run, json=json)
+        return
+    if options.given():
+        raise ValueError(f"{options.given()[0]} is given, which is for GGUF files: name the output OUT.gguf")
+    recipe = recipe or DEFAULT_RECIPE
     if dry_run:
         _dry_run(model, output, recipe, force, json)
         return
@@ -61,6 +114,26 @@ def quantize(
         print_json({"output": output, **report(summary)})
     else:
         _show(summary, output)
+
+
+def _means_gguf(model: Path, output: Path | None, recipe: str) -> bool:
+    """Whether a GGUF file is to be made: the output's name says so; without one, a model or a recipe that means nothing
+    else.
+
+    Raises ValueError where they contradict each other.
+    """
+    only_mix = mixes.is_mix_alone(recipe)
+    if output is None:
+        return only_mix or model.is_file()
+    if output.suffix.lower() == ".gguf":
+        return True
+    if only_mix:
+        raise ValueError(f"{recipe} is a file type of GGUF: name the output {output}.gguf, not {output}")
+    if model.is_file():
+        raise ValueError(
+            f"{model} is a file: it can be made another GGUF file, if the output is named {output}.gguf"
+        )
+    return False
 
 
 def _dry_run(model: Path, output: Path | None, recipe: str, force: bool, json: bool) -> None:

@@ -211,12 +211,12 @@ class _Deciding:
         for rule in mixes.RULES:
             if rule.reaches(role, self.mix.name) and rule.when.holds(case):
                 if rule.type is not mixes.DEFAULT:
-                    kind, reason = rule.type, f"{self.mix.name}: {label}"
+                    kind, reason = rule.type, label
                     reason += f" {rule.when.text}" if rule.when is not ALWAYS else ""
                 break
         for lift in mixes.LIFTS:
             if role == lift.role and kind in lift.types and lift.when.holds(case):
-                kind, reason = lift.type, f"{self.mix.name}: {label} {lift.when.text}"
+                kind, reason = lift.type, f"{label} {lift.when.text}"
         return kind, reason
 
     def case(self, item: Item, role: str) -> Case:
@@ -254,3 +254,16 @@ def fallback_of(wanted: str, columns: int) -> tuple[str, str]:
     if columns % block_values(kind):
         kind = mixes.LAST_RESORT
     return kind, f"{wanted} has blocks of {block_values(wanted)}, which rows of {columns} are no multiple of"
+
+
+def fallback_notes(choices: Iterable[Choice]) -> list[str]:
+    """A sentence for each kind of fallback: which tensors get another type than the rules give them, and why."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for choice in choices:
+        if choice.fallback:
+            groups.setdefault((choice.wanted, choice.after, choice.fallback), []).append(choice.name)
+    return [
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''} wanted as {wanted} {'are' if len(names) > 1 else 'is'} "
+        f"{after}: {why} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for (wanted, after, why), names in groups.items()
+    ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bitfold.formats import FORMATS, parse, stored_bytes
+from bitfold.recipes import RECIPES
 
 # ---- types of tensors ----
 
@@ -89,7 +90,11 @@ MIXES: dict[str, Mix] = {
 }
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
-"""llama-quantize takes the first three too."""
+"""llama-quantize takes the first three too.
+
+In lower case they are formats of bitfold as well ("q4_k" for all linear layers of a directory); of a GGUF file they
+mean the file types.
+"""
 
 
 def find(text: str) -> Mix | None:
@@ -105,6 +110,11 @@ def get(text: str) -> Mix:
         names = ", ".join(name.lower() for name in MIXES)
         raise ValueError(f"{text!r} is no file type of GGUF; it must be one of {names}")
     return mix
+
+
+def is_mix_alone(text: str) -> bool:
+    """Whether the name means a file type and no recipe and no format: "q4_k_m" does, "q4_k" doesn't."""
+    return find(text) is not None and text not in (*RECIPES, *FORMATS)
 
 
 def find_in_file_name(path: str) -> Mix | None:

@@ -21,6 +21,7 @@ from bitfold.gguf.layout import Layout, TensorInfo, lay_out
 from bitfold.gguf.library import GGMLQuantizationType, GGUFValue, GGUFValueType
 from bitfold.gguf.mixes import EMBEDDING, FLOATS, HEAD, Mix
 from bitfold.gguf.model import GgufModel, GgufTensor
+from bitfold.gguf.reader import read_gguf
 from bitfold.gguf.scan import row_bytes
 from bitfold.gguf.writer import GgufWriter, check_target_file
 from bitfold.qtensor import QTensor, encode
@@ -118,8 +119,18 @@ def facts_of(metadata: Mapping[str, GGUFValue]) -> Facts:
     )
 
 
+def read_model(path: str | Path) -> GgufModel:
+    """The model in a GGUF file, or in a Hugging Face directory. Raises CheckpointError where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        return read_gguf(path)
+    from bitfold.gguf.export import read_directory
+
+    return read_directory(path)
+
+
 def plan_gguf(
-    source: GgufModel,
+    source: GgufModel | str | Path,
     mix: str | Mix,
     overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
     *,
@@ -127,6 +138,7 @@ def plan_gguf(
     allow_requantize: bool = False,
 ) -> Plan:
     """What quantizing will write, to the byte; reads no weight. Arguments and errors as `quantize_gguf`."""
+    source = source if isinstance(source, GgufModel) else read_model(source)
     mix = mixes.get(mix) if isinstance(mix, str) else mix
     items = [Item(tensor.name, tensor.shape, tensor.type.name) for tensor in source.tensors.values()]
     choices = tuple(
@@ -146,7 +158,7 @@ def plan_gguf(
 
 
 def quantize_gguf(
-    source: GgufModel,
+    source: GgufModel | str | Path,
     target: str | Path,
     mix: str | Mix,
     overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
@@ -160,7 +172,7 @@ def quantize_gguf(
     """Quantize a model into a GGUF file.
 
     Args:
-        source: the model, from a GGUF file (`read_gguf`) or a Hugging Face directory.
+        source: a GGUF file (the first of a split one), a Hugging Face directory, or what `read_model` made of them.
         target: the file to make. It appears as a whole at the end, or not at all.
         mix: a file type, such as "q4_k_m".
         overrides: what is wanted otherwise.
@@ -179,6 +191,7 @@ def quantize_gguf(
         OSError: the target can't be written.
     """
     target = check_target_file(Path(target), force=force)
+    source = source if isinstance(source, GgufModel) else read_model(source)
     if target in (file.resolve() for file in source.files):
         raise CheckpointError(f"{target} is the model to quantize; choose another output")
     plan = plan_gguf(source, mix, overrides, importance=importance, allow_requantize=allow_requantize)
