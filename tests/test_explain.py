@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 import struct
 
 import numpy as np
@@ -14,6 +16,8 @@ from bitfold.explain import gguf
 from bitfold.explain.names import explain_name
 from bitfold.explain.number import explain_number
 from bitfold.explain.walk import walk
+from bitfold.gguf import example, mixes
+from bitfold.gguf.assign import assign
 from command import call, call_json
 
 NUMBERS = [3.14159265, -0.73, 1.0, 0.0, 1e-3, -300.0, 448.0, 65504.0, 2.0**-149]
@@ -262,7 +266,15 @@ def test_format_facts():
 def test_gguf_names(text, name):
     (meaning,) = explain_name(text)
     assert (meaning.kind, meaning.name) == ("GGUF", name)
-    assert "yet" in dict(meaning.facts)["bitfold"]
+    assert dict(meaning.facts)["bitfold"].endswith(f"--recipe {name.lower()}")
+
+
+@pytest.mark.parametrize("text", ["q4_k", "q8_0", "iq4_xs"])
+def test_a_format_and_the_file_type_of_its_name(text):
+    assert [(meaning.kind, meaning.name) for meaning in explain_name(text)] == [
+        ("format", text),
+        ("GGUF", {"q4_k": "Q4_K_M"}.get(text, text.upper())),
+    ]
 
 
 def test_gguf_is_not_mistaken_for_a_preset():
@@ -271,63 +283,19 @@ def test_gguf_is_not_mistaken_for_a_preset():
     assert gguf.find("qwen-q4.gguf") is None
 
 
-def more(i: int, n: int) -> bool:
-    """The layers that M mixes treat better, from the rules of llama-quantize."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+@pytest.mark.parametrize("mix", mixes.MIXES.values(), ids=lambda mix: mix.name)
+def test_gguf_exceptions_are_those_of_the_rules(mix):
+    """Whatever type a tensor of some model gets beside the file type's own is named, with its role."""
+    text = "; ".join(gguf.exceptions(mix))
+    for facts in (example.FACTS, dataclasses.replace(example.FACTS, kv_heads=8, experts=8)):
+        for choice in assign(mix, facts, example.items()):
+            if choice.quantized and choice.after != mix.default and mix.name != "MXFP4_MOE":
+                role = mixes.role_of(choice.name)
+                assert re.search(rf"{role}\b[^;]* {choice.after}\b", text), (choice.name, choice.after, text)
 
 
-def llama_7b_types(mix: str, layers: int = 32) -> dict[str, list[str]]:
-    """The types of Llama-2-7B's tensors by role, spelled out from llama-quantize's rules (gqa 1, no importance)."""
-    base = {"S": mix[:-2], "M": mix[:-2], "L": mix[:-2]}.get(mix[-1], mix) if mix[:2] != "IQ" else mix
-    types = {role: [base] * layers for role in ("v", "down", "o", "q", "k", "gate", "up")}
-    for i in range(layers):
-        if mix in ("Q4_K_M", "Q5_K_M") and more(i, layers):
-            types["v"][i] = types["down"][i] = "Q6_K"
-        if mix == "Q4_K_S":
-            types["v"][i] = "Q5_K" if i < 4 else base
-            types["down"][i] = "Q5_K" if i < layers // 8 else base
-        if mix == "Q3_K_M":
-            types["v"][i] = "Q5_K" if i < 2 else "Q4_K"
-            types["down"][i] = "Q5_K" if i < layers // 16 else "Q4_K"
-            types["o"][i] = "Q4_K"
-        if mix == "Q3_K_L":
-            types["v"][i] = types["down"][i] = types["o"][i] = "Q5_K"
-        if mix == "Q2_K":
-            types["v"][i] = types["down"][i] = types["o"][i] = "Q3_K"
-        if mix == "Q2_K_S":
-            types["down"][i] = "Q4_K" if i < layers // 8 else base
-        if mix in ("IQ4_NL", "IQ4_XS"):
-            types["down"][i] = "Q5_K" if i < layers // 8 else base
-    return types
-
-
-@pytest.mark.parametrize("mix", gguf.MIXES)
-def test_gguf_sizes_of_llama_2_7b(mix):
-    """Added up tensor by tensor; norms are in 32 bits."""
-    hidden, ffn, vocab = 4096, 11008, 32000
-    sizes = {"v": hidden**2, "o": hidden**2, "q": hidden**2, "k": hidden**2}
-    sizes |= {"down": hidden * ffn, "gate": hidden * ffn, "up": hidden * ffn}
-    entry = gguf.MIXES[mix]
-    if mix == "MXFP4_MOE":  # a dense model has no experts
-        types = {role: ["Q8_0"] * 32 for role in sizes}
-        embedding = "Q8_0"
-    else:
-        types, embedding = llama_7b_types(mix), entry.block
-    block = {name: (one.nbytes, one.values) for name, one in gguf.BLOCKS.items()}
-
-    def nbytes(weights: int, name: str) -> int:
-        return weights // block[name][1] * block[name][0]
-
-    total = nbytes(hidden * vocab, embedding) + nbytes(hidden * vocab, entry.head) + 4 * 65 * hidden
-    total += sum(nbytes(sizes[role], name) for role, names in types.items() for name in names)
-    assert entry.llama_2_7b == total
-
-
-def test_gguf_blocks_are_those_of_the_gguf_library():
-    constants = pytest.importorskip("gguf", reason="gguf is not installed")
-    for name, block in gguf.BLOCKS.items():
-        kind = constants.GGMLQuantizationType[name]
-        assert constants.GGML_QUANT_SIZES[kind] == (block.values, block.nbytes)
+def test_gguf_blocks_are_described():
+    assert list(gguf.STRUCTURES) == [*mixes.BLOCKS, *mixes.FLOATS]
 
 
 def test_command_on_names(capsys):

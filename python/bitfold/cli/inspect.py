@@ -1,12 +1,12 @@
-"""`bitfold inspect FILE|DIR`: what is in a checkpoint, from its headers alone."""
+"""`bitfold inspect FILE|DIR`: what is in a checkpoint or a GGUF file, from headers alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +14,14 @@ from bitfold import hf
 from bitfold.checkpoint import QuantizationConfig, read_quantization
 from bitfold.cli.console import Json, natural, out, print_json, size, table
 from bitfold.formats import parse, plane_shapes
+from bitfold.gguf import mixes
+from bitfold.gguf.magic import is_gguf
 from bitfold.pipeline import REPORT_FILE
 from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, read_directory, read_header, read_json
 from bitfold.writer import is_bitfold_checkpoint
+
+if TYPE_CHECKING:
+    from bitfold.gguf.library import GGUFValue
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,13 @@ class Row:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A safetensors file or a model directory.")],
+    path: Annotated[Path, typer.Argument(help="A safetensors file, a GGUF file or a model directory.")],
     json: Json = False,
 ) -> None:
-    """List tensors, formats, sizes and, where they were noted, errors of a checkpoint."""
+    """List tensors, formats, sizes and, where they were noted, errors of a checkpoint; of a GGUF file its metadata."""
+    if path.is_file() and (path.suffix.lower() == ".gguf" or is_gguf(path)):
+        _inspect_gguf(path, json)
+        return
     heading: dict[str, object] = {"path": path}
     if path.is_dir():
         tensors = read_directory(path)
@@ -59,14 +67,68 @@ def inspect(
         return
     for key, value in heading.items():
         out.print(f"{key:<16} {value}")
-    shown = table("name", "format", "shape", "size", "bits/weight", "error")
+    _show(rows, total)
+
+
+def _show(rows: Sequence[Row], total: int) -> None:
+    with_errors = any(row.relative_rmse is not None for row in rows)
+    shown = table("name", "format", "shape", "size", "bits/weight", *(["error"] if with_errors else []))
     for row in rows:
         error = "" if row.relative_rmse is None else f"{row.relative_rmse:.3%}"
         shape = " x ".join(map(str, row.shape))
-        shown.add_row(row.name, row.format, shape, size(row.nbytes), f"{row.bits_per_weight:.3f}", error)
+        cells = (row.name, row.format, shape, size(row.nbytes), f"{row.bits_per_weight:.3f}")
+        shown.add_row(*cells, *([error] if with_errors else []))
     out.print(shown)
     weights = sum(math.prod(row.shape) for row in rows)
     out.print(f"{len(rows)} entries, {weights:,} numbers, {size(total)}")
+
+
+def _inspect_gguf(path: Path, json: bool) -> None:
+    from bitfold.gguf.layout import TensorInfo
+    from bitfold.gguf.reader import read_gguf
+
+    model = read_gguf(path)
+    infos = [TensorInfo(tensor.name, tensor.shape, tensor.type) for tensor in model.tensors.values()]
+    rows = [Row(info.name, info.type.name, info.shape, info.nbytes) for info in infos]
+    total = sum(row.nbytes for row in rows)
+    number = model.metadata.get("general.file_type")
+    mix = next(
+        (mix.name for mix in mixes.MIXES.values() if number is not None and mix.number == number.value), None
+    )
+    heading = {"files": [str(file) for file in model.files], "file_type": mix}
+    if json:
+        metadata = {key: _value_json(value) for key, value in model.metadata.items()}
+        entries = [{**vars(row), "bits_per_weight": row.bits_per_weight} for row in rows]
+        print_json({**heading, "bytes": total, "metadata": metadata, "entries": entries})
+        return
+    for key, value in model.metadata.items():
+        out.print(f"{key:<42} {_value_text(value)}", markup=False)
+    if mix is not None:
+        out.print(f"(file type {mix})")
+    out.print()
+    _show(rows, total)
+
+
+_SHOWN = 4  # elements of an array
+_LONGEST = 80  # characters of a text
+
+
+def _value_json(value: GGUFValue) -> object:
+    """A value of the metadata; of an array its type, its length and the first elements."""
+    if not isinstance(value.value, list):
+        return value.value
+    kind = value.sub_type.name if value.sub_type is not None else None
+    return {"array_of": kind, "count": len(value.value), "first": value.value[:_SHOWN]}
+
+
+def _value_text(value: GGUFValue) -> str:
+    if not isinstance(value.value, list):
+        text = repr(value.value)
+        return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    first = ", ".join(repr(element)[:_LONGEST] for element in value.value[:_SHOWN])
+    rest = ", ..." if len(value.value) > _SHOWN else ""
+    kind = value.sub_type.name if value.sub_type is not None else "?"
+    return f"{len(value.value)} of {kind}: [{first}{rest}]"
 
 
 def _rows(

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitfold.cli.console import err, out, paragraph, print_json, progress, table
+from bitfold.cli.console import err, out, paragraph, print_json, progress, say, table
 from bitfold.gguf import mixes
 from bitfold.gguf.assign import Choice, Overrides, fallback_notes
 from bitfold.text import natural, size
 
 if TYPE_CHECKING:
-    from bitfold.gguf.importance import Importance
     from bitfold.gguf.quantize import Plan, Summary
 
 DEFAULT_MIX = "q4_k_m"
@@ -63,35 +62,39 @@ def quantize_to_gguf(
     """Plan and, unless it is a dry run, write the file."""
     mix = mixes.get(recipe or DEFAULT_MIX)
     overrides = options.overrides()
+    from bitfold.gguf.imatrix_file import read_importance
     from bitfold.gguf.quantize import plan_gguf, quantize_gguf, read_model
     from bitfold.gguf.writer import check_target_file
 
     if output is not None:
         check_target_file(output, force=force)
-    importance = None if options.imatrix is None else _read_importance(options.imatrix)
+    importance = None if options.imatrix is None else read_importance(options.imatrix)
     with err.status(f"reading {model}"):
-        source = read_model(model)
-    chosen = {"importance": importance, "allow_requantize": options.allow_requantize}
+        source = read_model(model, remark=say)
     if dry_run:
-        plan = plan_gguf(source, mix, overrides, **chosen)
+        plan = plan_gguf(
+            source, mix, overrides, importance=importance, allow_requantize=options.allow_requantize
+        )
         print_json(plan_json(plan)) if json else show_plan(plan)
         return
     if output is None:
         raise ValueError("OUT is missing; name the file to make, or add --dry-run")
     with progress("quantizing") as update:
         summary = quantize_gguf(
-            source, output, mix, overrides, **chosen, measure=options.errors, force=force, progress=update
+            source,
+            output,
+            mix,
+            overrides,
+            importance=importance,
+            allow_requantize=options.allow_requantize,
+            measure=options.errors,
+            force=force,
+            progress=update,
         )
     if json:
         print_json({"output": output, **summary_json(summary)})
     else:
         show_summary(summary, output)
-
-
-def _read_importance(path: Path) -> Importance:
-    from bitfold.imatrix import read_imatrix
-
-    return read_imatrix(path)
 
 
 # ---- as JSON ----

@@ -1,16 +1,19 @@
-"""`bitfold recipes`: the presets, what they are for, and what they cost on the demo model."""
+"""`bitfold recipes`: the presets and what they cost on the demo model; the file types of GGUF; what they are for."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from bitfold.cli.console import Json, out, paragraph, print_json, table
+from bitfold.explain.gguf import exceptions
 from bitfold.figures import demo_figures
+from bitfold.gguf import example, mixes
 from bitfold.recipes import RECIPES
 
 
 def recipes(json: Json = False) -> None:
-    """List the presets with their bits, what they are for, and their measured KL on the demo model."""
+    """List the presets with their bits, what they are for, and their measured KL on the demo model; the file types of
+    GGUF with their sizes."""
     figures = demo_figures()
     if json:
         source = dataclasses.asdict(figures)
@@ -24,7 +27,7 @@ def recipes(json: Json = False) -> None:
             }
             for name, recipe in RECIPES.items()
         }
-        print_json({"measured": source, "recipes": presets})
+        print_json({"measured": source, "recipes": presets, "gguf": _gguf_json()})
         return
     shown = table("recipe", "bits/weight", "KL", "+-", "same top token")
     for name in RECIPES:
@@ -57,3 +60,38 @@ def recipes(json: Json = False) -> None:
     out.print()
     for name, recipe in RECIPES.items():
         out.print(paragraph(f"{name:<15} {recipe.description}: {recipe.use}", indent=" " * 16), markup=False)
+    out.print()
+    _show_gguf()
+
+
+def _gguf_json() -> dict[str, object]:
+    sizes = {mix.name: example.size(mix) for mix in mixes.MIXES.values()}
+    return {
+        mix.name.lower(): {
+            "file_type": mix.number,
+            "most_tensors": mix.default,
+            "use": mix.use,
+            "exceptions": exceptions(mix),
+            "example": example.NAME,
+            "bytes": sizes[mix.name][0],
+            "bits_per_weight": sizes[mix.name][1],
+        }
+        for mix in mixes.MIXES.values()
+    }
+
+
+def _show_gguf() -> None:
+    shown = table("for OUT.gguf", "most tensors", f"{example.NAME}, GB", "bits/weight")
+    for mix in mixes.MIXES.values():
+        nbytes, bits = example.size(mix)
+        shown.add_row(mix.name.lower(), mix.default, f"{nbytes / 1e9:.2f}", f"{bits:.2f}")
+    out.print(shown)
+    out.print(
+        paragraph(
+            "The file types of llama.cpp, with its rules for which tensor gets which type ('bitfold explain q4_k_m'); "
+            "bits/weight: of all tensors."
+        )
+    )
+    out.print()
+    for mix in mixes.MIXES.values():
+        out.print(paragraph(f"{mix.name.lower():<15} {mix.use}", indent=" " * 16), markup=False)

@@ -9,6 +9,8 @@ from bitfold import recipes
 from bitfold.explain import gguf
 from bitfold.figures import demo_figures
 from bitfold.formats import FORMATS, Format, parse, stored_bytes
+from bitfold.gguf import example, mixes
+from bitfold.gguf.mixes import Mix
 from bitfold.recipes import RECIPES, Recipe
 
 SIZE = 4096  # rows and columns of the matrix that bits per weight are quoted for
@@ -60,16 +62,16 @@ class Meaning:
 
 def explain_name(text: str) -> list[Meaning]:
     """What a preset, a recipe's TOML file, a format string, a GGUF type or the name of a GGUF file means. A recipe
-    is followed by its formats.
+    is followed by its formats, a format by the file type of that name.
 
     Raises ValueError, with near matches, for a name that is none of them.
     """
     mix = gguf.find(text)
-    if mix is not None and (text not in RECIPES):
-        return [_gguf(gguf.MIXES[mix])]
+    if mix is not None and text not in RECIPES:
+        return [*([_format(parse(text))] if text in FORMATS else []), _gguf(mix)]
     if text.lower().endswith(".gguf"):
         raise ValueError(
-            f"{text!r} has no type in its name that bitfold knows; these are {', '.join(gguf.MIXES)}"
+            f"{text!r} has no type in its name that bitfold knows; these are {', '.join(mixes.MIXES)}"
         )
     if text in RECIPES or text.endswith(".toml"):
         recipe = recipes.get(text)
@@ -84,7 +86,7 @@ def explain_name(text: str) -> list[Meaning]:
 def _unknown(text: str, error: ValueError) -> str:
     if text.partition("-")[0] in {family.partition("-")[0] for family in FORMATS}:
         return str(error)
-    known = dict.fromkeys([*RECIPES, *FORMATS, *(name.lower() for name in gguf.MIXES)])
+    known = dict.fromkeys([*RECIPES, *FORMATS, *(name.lower() for name in mixes.MIXES)])
     near = difflib.get_close_matches(text.lower(), known)
     hint = f"did you mean {' or '.join(near)}?" if near else "give numbers, a recipe, a format or a GGUF type"
     return f"{text!r} is no number and no name that bitfold knows: {hint}"
@@ -122,7 +124,7 @@ def _format(format: Format) -> Meaning:
             ("levels", f"{levels}; {'an extra code a group' if format.asymmetric else 'symmetric about 0'}")
         )
     if format.grid == "block":
-        facts.append(("a block", f"{format.group} weights: {gguf.BLOCKS[format.family.upper()].structure}"))
+        facts.append(("a block", f"{format.group} weights: {gguf.STRUCTURES[format.family.upper()]}"))
     elif format.grid != "cast":
         facts.append(("scale", f"one in {_scale_dtype(format)} for {_granularity(format)}"))
     size = f"{bits:.4g} bits per weight"
@@ -148,16 +150,16 @@ def _granularity(format: Format) -> str:
     return "each row" if format.group < 0 else f"{format.group} consecutive weights of a row"
 
 
-def _gguf(mix: gguf.Mix) -> Meaning:
-    block, head = gguf.BLOCKS[mix.block], gguf.BLOCKS[mix.head]
-    bits = 8 * mix.llama_2_7b / gguf.LLAMA_2_7B_PARAMETERS
+def _gguf(mix: Mix) -> Meaning:
+    kind, (total, bits) = mix.default, example.size(mix)
+    block = mixes.block_values(kind)
+    count, nbytes = f"{block} weights in " if block > 1 else "", mixes.row_bytes(kind, block)
     facts = [
-        ("most tensors", f"{block.name}, {block.bits_per_weight:g} bits per weight"),
-        ("a block", f"{block.values} weights in {block.nbytes} bytes: {block.structure}"),
-        ("output head", f"{head.name}, {head.bits_per_weight:g} bits per weight"),
-        *(("mix", text) for text in mix.exceptions),
-        ("size", f"Llama-2-7B: {mix.llama_2_7b / 1e9:.2f} GB, {bits:.2f} bits per weight"),
+        ("most tensors", f"{kind}, {mixes.bits_per_weight(kind):g} bits per weight"),
+        ("a block" if block > 1 else "a weight", f"{count}{nbytes} bytes: {gguf.STRUCTURES[kind]}"),
+        *(("mix", text) for text in gguf.exceptions(mix)),
+        ("size", f"{example.NAME}: {total / 1e9:.2f} GB, {bits:.2f} bits per weight"),
         ("use", mix.use),
-        ("bitfold", "doesn't read or write GGUF yet; llama.cpp does"),
+        ("bitfold", f"bitfold quantize MODEL out.gguf --recipe {mix.name.lower()}"),
     ]
     return Meaning(mix.name, "GGUF", tuple(facts), bits)

@@ -20,7 +20,8 @@ from bitfold.gguf.library import (
     GGUFValue,
     GGUFValueType,
 )
-from bitfold.gguf.scan import ALIGNMENT_KEY, MAGIC, NUMBERS, TEXT, row_bytes
+from bitfold.gguf.magic import MAGIC
+from bitfold.gguf.scan import ALIGNMENT_KEY, NUMBERS, TEXT, row_bytes
 from bitfold.shards import CheckpointError
 
 MAX_NAME = 63  # bytes of a tensor's name; llama.cpp refuses files with longer ones

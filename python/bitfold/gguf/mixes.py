@@ -181,10 +181,11 @@ class Case:
 
 @dataclass(frozen=True)
 class When:
-    """A condition, and how to say it."""
+    """A condition, and how to say it. usual: whether it may hold in models that people still run."""
 
     text: str
     holds: Callable[[Case], bool]
+    usual: bool = True
 
 
 def _more(place: int, of: int) -> bool:
@@ -213,14 +214,15 @@ STACKED = When(
     ),
 )
 ODD_ROWS = When("where rows are no whole blocks", lambda case: case.shape[-1] % case.block != 0)
-FALCON = When("in Falcon", lambda case: case.architecture == "falcon")
-OTHERS = When("in all models but Falcon", lambda case: case.architecture != "falcon")
+FALCON = When("in Falcon", lambda case: case.architecture == "falcon", usual=False)
+OTHERS = When("", lambda case: case.architecture != "falcon")
 WITH = When("with an importance file", lambda case: case.has_importance)
 WITHOUT = When("without an importance file", lambda case: not case.has_importance)
 
 
 def both(one: When, other: When) -> When:
-    return When(f"{one.text}, {other.text}", lambda case: one.holds(case) and other.holds(case))
+    text = ", ".join(filter(None, (one.text, other.text)))
+    return When(text, lambda case: one.holds(case) and other.holds(case), one.usual and other.usual)
 
 
 # ---- rules ----
@@ -242,7 +244,7 @@ class Rule:
         return (not self.roles or role in self.roles) and (not self.mixes or mix in self.mixes)
 
 
-_NOT_8_BIT = tuple(mix.name for mix in MIXES.values() if mix.default != "Q8_0")
+_NOT_8_BIT = tuple(mix.name for mix in MIXES.values() if mix.default not in ("Q8_0", "MXFP4"))
 _2_BIT = ("Q2_K", "Q2_K_2023")
 _IQ4 = ("IQ4_NL", "IQ4_XS")
 

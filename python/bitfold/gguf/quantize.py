@@ -119,14 +119,17 @@ def facts_of(metadata: Mapping[str, GGUFValue]) -> Facts:
     )
 
 
-def read_model(path: str | Path) -> GgufModel:
-    """The model in a GGUF file, or in a Hugging Face directory. Raises CheckpointError where there is none."""
+def read_model(path: str | Path, *, remark: Callable[[str], None] | None = None) -> GgufModel:
+    """The model in a GGUF file, or in a Hugging Face directory. remark: told what of it a GGUF file doesn't say.
+
+    Raises CheckpointError where there is none.
+    """
     path = Path(path)
     if not path.is_dir():
         return read_gguf(path)
     from bitfold.gguf.export import read_directory
 
-    return read_directory(path)
+    return read_directory(path, remark=remark)
 
 
 def plan_gguf(

@@ -32,9 +32,10 @@ from bitfold.gguf.library import (
     GGUFValue,
     GGUFValueType,
 )
+from bitfold.gguf.magic import MAGIC
+from bitfold.gguf.magic import is_gguf as is_gguf
 from bitfold.shards import CheckpointError
 
-MAGIC = b"GGUF"
 VERSIONS = (2, GGUF_VERSION)
 ALIGNMENT_KEY = "general.alignment"
 MAX_HEADER = 128 << 20  # bytes; a vocabulary of 262,144 tokens with its merges takes some 16 MB
@@ -86,12 +87,6 @@ class Header:
     version: int
     metadata: dict[str, GGUFValue]
     tensors: dict[str, StoredInfo]
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether the file begins as GGUF files do."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:

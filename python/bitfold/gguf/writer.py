@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitfold.gguf.layout import Layout
-from bitfold.gguf.scan import is_gguf
+from bitfold.gguf.magic import is_gguf
 from bitfold.shards import CheckpointError, reserve, write_at
 from bitfold.writer import check_room, hidden, lock, remove_abandoned, sync
 
