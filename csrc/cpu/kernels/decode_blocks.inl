@@ -1,20 +1,53 @@
-// Columns of a row of GGUF's blocks, to fp32.
-#include "cpu/isa.hpp"
-#include "formats/blocks.hpp"
+// Columns of a row of GGUF's blocks, to fp32, with the floor's operations in the floor's order (block_value).
+#include "cpu/kernels/spans.hpp"
 
 namespace bitfold::cpu {
 namespace {
 
+// All columns of a span.
+template <int Row>
+BITFOLD_SIMD void decode_whole(Place<Row> at, float* out) {
+  using S = Span<Row>;
+  I v[kVectors];
+  S::codes(at, v);
+  alignas(64) uint8_t codes[kSpan];
+  for (int i = 0; i < kVectors; ++i) {
+    int groups[kQuarters];
+    for (int q = 0; q < kQuarters; ++q) groups[q] = S::group(i, q);
+    store_quarters(codes, groups, v[i]);
+  }
+  F step_lanes, min_lanes;
+  S::scales(at, &step_lanes, &min_lanes);
+  alignas(64) float steps[kLanes], mins[kLanes];
+  store(steps, step_lanes);
+  if constexpr (S::kMin) store(mins, min_lanes);
+  for (int g = 0; g < kGroups; ++g) {
+    const F step = splat(steps[g * 16 / S::kSub]);
+    for (int c = 16 * g; c < 16 * g + 16; c += kLanes) {
+      F value = to_float(unpack<8, false>(codes + c));
+      if constexpr (S::kZero != 0) value = sub(value, splat(static_cast<float>(S::kZero)));
+      value = mul(step, value);
+      if constexpr (S::kMin) value = sub(value, splat(mins[g * 16 / S::kSub]));
+      store(out + c, value);
+    }
+  }
+}
+
 template <int Row>
 void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out) {
-  constexpr int64_t kValues = kFormats[Row].group;
-  const uint8_t* blocks = static_cast<const uint8_t*>(w.codes) + row * (w.k / kValues) * sizeof(Block<Row>);
+  const int64_t bytes = blocks_row_bytes<Row>(w.k);
+  const uint8_t* blocks = static_cast<const uint8_t*>(w.codes) + row * bytes;
   for (int64_t i = begin; i < end;) {
-    Block<Row> block;
-    std::memcpy(&block, blocks + i / kValues * sizeof(block), sizeof(block));
-    for (const int64_t stop = smaller(end, (i / kValues + 1) * kValues); i < stop; ++i) {
-      out[i - begin] = block_value(block, static_cast<int>(i % kValues));
+    const int64_t span = i / kSpan, first = span * kSpan, stop = smaller(end, first + kSpan);
+    if (i == first && stop == first + kSpan) {
+      decode_whole(span_at<Row>(blocks, span), out + (i - begin));
+    } else {  // a part: all of it, aside
+      float all[kSpan];
+      SpanCopy<Row> copy;
+      decode_whole(copy.span_in(blocks, w.k, span), all);
+      std::memcpy(out + (i - begin), all + (i - first), static_cast<size_t>(stop - i) * sizeof(float));
     }
+    i = stop;
   }
 }
 

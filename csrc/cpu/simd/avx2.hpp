@@ -196,5 +196,38 @@ BITFOLD_SIMD float reduce_min(F a) {
   return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
 }
 
+BITFOLD_SIMD I load_halves(const uint8_t* p, int64_t) { return load_words<8>(p); }
+BITFOLD_SIMD I load_quarters(const uint8_t* p, int64_t stride) {
+  return {_mm256_inserti128_si256(_mm256_castsi128_si256(load16(p)), load16(p + stride), 1)};
+}
+BITFOLD_SIMD void store_quarters(uint8_t* to, const int (&at)[2], I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * at[0]), _mm256_castsi256_si128(a.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * at[1]), _mm256_extracti128_si256(a.v, 1));
+}
+BITFOLD_SIMD I shift_right(I a, I counts) { return {_mm256_srlv_epi32(a.v, counts.v)}; }
+
+struct Bytes16 {
+  __m256i values;
+};
+BITFOLD_SIMD Bytes16 load_bytes16(const uint8_t* values) { return {_mm256_broadcastsi128_si256(load16(values))}; }
+BITFOLD_SIMD I lookup_bytes(Bytes16 table, I index) { return {_mm256_shuffle_epi8(table.values, index.v)}; }
+BITFOLD_SIMD I spread_bits(uint64_t bits) {
+  const __m256i word = _mm256_set1_epi32(static_cast<int32_t>(bits));
+  const __m256i bytes =
+      _mm256_shuffle_epi8(word, _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+  const __m256i wanted = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, wanted), wanted);
+  return {_mm256_and_si256(set, _mm256_set1_epi8(16))};
+}
+
+BITFOLD_SIMD F permute(F a, I index) { return _mm256_permutevar8x32_ps(a, index.v); }
+BITFOLD_SIMD I widen_bytes(uint64_t low, uint64_t) {
+  return {_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(low)))};
+}
+BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t) {
+  return _mm256_cvtph_ps(_mm_cvtsi64_si128(static_cast<int64_t>(low)));
+}
+BITFOLD_SIMD F splat_half(uint16_t bits) { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(bits))); }
+
 }  // namespace
 }  // namespace bitfold::cpu

@@ -230,5 +230,39 @@ BITFOLD_SIMD float reduce_min(F a) {
   return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
 }
 
+BITFOLD_SIMD I load_halves(const uint8_t* p, int64_t stride) {
+  return {_mm512_inserti64x4(_mm512_castsi256_si512(load32(p)), load32(p + stride), 1)};
+}
+BITFOLD_SIMD I load_quarters(const uint8_t* p, int64_t stride) {
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p)), load16(p + stride), 1);
+  const __m256i high =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p + 2 * stride)), load16(p + 3 * stride), 1);
+  return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
+}
+BITFOLD_SIMD void store_quarters(uint8_t* to, const int (&at)[4], I a) {
+  const __m256i low = _mm512_castsi512_si256(a.v), high = _mm512_extracti64x4_epi64(a.v, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * at[0]), _mm256_castsi256_si128(low));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * at[1]), _mm256_extracti128_si256(low, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * at[2]), _mm256_castsi256_si128(high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * at[3]), _mm256_extracti128_si256(high, 1));
+}
+BITFOLD_SIMD I shift_right(I a, I counts) { return {_mm512_srlv_epi32(a.v, counts.v)}; }
+
+struct Bytes16 {
+  __m512i values;
+};
+BITFOLD_SIMD Bytes16 load_bytes16(const uint8_t* values) { return {_mm512_broadcast_i32x4(load16(values))}; }
+BITFOLD_SIMD I lookup_bytes(Bytes16 table, I index) { return {_mm512_shuffle_epi8(table.values, index.v)}; }
+BITFOLD_SIMD I spread_bits(uint64_t bits) { return {_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(16))}; }
+
+BITFOLD_SIMD F permute(F a, I index) { return _mm512_permutexvar_ps(index.v, a); }
+BITFOLD_SIMD I widen_bytes(uint64_t low, uint64_t high) {
+  return {_mm512_cvtepu8_epi32(_mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low)))};
+}
+BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t high) {
+  return _mm512_cvtph_ps(_mm256_set_epi64x(0, 0, static_cast<int64_t>(high), static_cast<int64_t>(low)));
+}
+BITFOLD_SIMD F splat_half(uint16_t bits) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(bits))); }
+
 }  // namespace
 }  // namespace bitfold::cpu

@@ -216,5 +216,50 @@ BITFOLD_SIMD void add_reduced(const F (&sums)[4], float* to) {
 BITFOLD_SIMD float reduce_max(F a) { return vmaxvq_f32(vmaxq_f32(a.low, a.high)); }
 BITFOLD_SIMD float reduce_min(F a) { return vminvq_f32(vminq_f32(a.low, a.high)); }
 
+BITFOLD_SIMD uint8x16_t as_bytes(int32x4_t a) { return vreinterpretq_u8_s32(a); }
+BITFOLD_SIMD int32x4_t as_lanes(uint8x16_t a) { return vreinterpretq_s32_u8(a); }
+
+BITFOLD_SIMD I load_halves(const uint8_t* p, int64_t) { return load_words<8>(p); }
+BITFOLD_SIMD I load_quarters(const uint8_t* p, int64_t stride) {
+  return {as_lanes(vld1q_u8(p)), as_lanes(vld1q_u8(p + stride))};
+}
+BITFOLD_SIMD void store_quarters(uint8_t* to, const int (&at)[2], I a) {
+  vst1q_u8(to + 16 * at[0], as_bytes(a.low));
+  vst1q_u8(to + 16 * at[1], as_bytes(a.high));
+}
+BITFOLD_SIMD I shift_right(I a, I counts) {
+  return {vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.low), vnegq_s32(counts.low))),
+          vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.high), vnegq_s32(counts.high)))};
+}
+
+struct Bytes16 {
+  uint8x16_t values;
+};
+BITFOLD_SIMD Bytes16 load_bytes16(const uint8_t* values) { return {vld1q_u8(values)}; }
+BITFOLD_SIMD I lookup_bytes(Bytes16 table, I index) {
+  return {as_lanes(vqtbl1q_u8(table.values, as_bytes(index.low))),
+          as_lanes(vqtbl1q_u8(table.values, as_bytes(index.high)))};
+}
+BITFOLD_SIMD int32x4_t spread_sixteen(uint64_t bits) {
+  const auto low = vdup_n_u8(static_cast<uint8_t>(bits)), high = vdup_n_u8(static_cast<uint8_t>(bits >> 8));
+  const uint8x16_t wanted = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+  return as_lanes(vandq_u8(vtstq_u8(vcombine_u8(low, high), wanted), vdupq_n_u8(16)));
+}
+BITFOLD_SIMD I spread_bits(uint64_t bits) { return {spread_sixteen(bits), spread_sixteen(bits >> 16)}; }
+
+BITFOLD_SIMD F permute(F a, I index) {
+  float lanes[8];
+  store(lanes, a);
+  return gather(lanes, index);
+}
+BITFOLD_SIMD I widen_bytes(uint64_t low, uint64_t) {
+  const uint16x8_t words = vmovl_u8(vcreate_u8(low));
+  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(words))), vreinterpretq_s32_u32(vmovl_high_u16(words))};
+}
+BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t) {
+  return {vcvt_f32_f16(vreinterpret_f16_u64(vcreate_u64(low))), vdupq_n_f32(0.0f)};
+}
+BITFOLD_SIMD F splat_half(uint16_t bits) { return halves_to_float(vdupq_n_u16(bits)); }
+
 }  // namespace
 }  // namespace bitfold::cpu

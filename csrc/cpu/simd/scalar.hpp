@@ -263,5 +263,53 @@ BITFOLD_SIMD float reduce_min(F a) {
   return out;
 }
 
+// ---- bytes: an I as four codes in each lane, the lowest first; four lanes are a quarter ----
+
+// 32 bytes for every 8 lanes, and 16 for every quarter, each of them `stride` bytes after the one before.
+BITFOLD_SIMD I load_halves(const uint8_t* p, int64_t) { return load_words<8>(p); }
+BITFOLD_SIMD I load_quarters(const uint8_t* p, int64_t stride) {
+  I out;
+  for (int q = 0; q < kLanes / 4; ++q) std::memcpy(out.v + 4 * q, p + q * stride, 16);
+  return out;
+}
+// Quarter q goes to `to` + 16 at[q].
+BITFOLD_SIMD void store_quarters(uint8_t* to, const int (&at)[kLanes / 4], I a) {
+  for (int q = 0; q < kLanes / 4; ++q) std::memcpy(to + 16 * at[q], a.v + 4 * q, 16);
+}
+BITFOLD_SIMD I shift_right(I a, I counts) {
+  return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> counts.v[i]); });
+}
+
+struct Bytes16 {
+  const uint8_t* values;
+};
+BITFOLD_SIMD Bytes16 load_bytes16(const uint8_t* values) { return {values}; }
+BITFOLD_SIMD I lookup_bytes(Bytes16 table, I index) {  // all index bytes are below 16
+  uint8_t bytes[4 * kLanes];
+  std::memcpy(bytes, index.v, sizeof(bytes));
+  for (uint8_t& byte : bytes) byte = table.values[byte];
+  return load_words<8>(bytes);
+}
+// 16 in every byte whose bit is set: bit b is that of byte b.
+BITFOLD_SIMD I spread_bits(uint64_t bits) {
+  uint8_t bytes[4 * kLanes];
+  for (int b = 0; b < 4 * kLanes; ++b) bytes[b] = static_cast<uint8_t>((bits >> b & 1) << 4);
+  return load_words<8>(bytes);
+}
+
+// Lane i is a[index[i]].
+BITFOLD_SIMD F permute(F a, I index) {
+  return each<F>([&](int i) { return a.v[index.v[i]]; });
+}
+// The bytes of `low`, then those of `high`, one in each lane; the eight lanes of some sets hold only the first.
+BITFOLD_SIMD I widen_bytes(uint64_t low, uint64_t) {
+  return each<I>([&](int i) { return static_cast<int32_t>(low >> 8 * i & 255); });
+}
+// The halves of `low`, then those of `high`, in the first kLanes / 2 lanes; zeros follow.
+BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t) {
+  return each<F>([&](int i) { return i < 4 ? half_to_float(static_cast<uint16_t>(low >> 16 * i)) : 0.0f; });
+}
+BITFOLD_SIMD F splat_half(uint16_t bits) { return splat(half_to_float(bits)); }
+
 }  // namespace
 }  // namespace bitfold::cpu
