@@ -15,6 +15,7 @@ namespace {
 inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 3;  // 12 sums, 3 + 1 operands: all 16 registers
 inline constexpr bool kOneLookup = false;
+inline constexpr bool kOneWideLookup = false;
 inline constexpr int kLookupTop = 0;
 
 using F = __m256;
@@ -116,6 +117,15 @@ BITFOLD_SIMD F lookup(Table16 table, I index) {
   const F low = _mm256_permutevar8x32_ps(table.low, index.v);
   const F high = _mm256_permutevar8x32_ps(table.high, index.v);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)));  // bit 3 decides
+}
+
+struct Table32 {
+  Table16 low, high;
+};
+BITFOLD_SIMD Table32 load_table32(const float* values) { return {load_table(values), load_table(values + 16)}; }
+BITFOLD_SIMD F lookup(Table32 table, I index) {
+  const __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 27));  // bit 4 decides
+  return _mm256_blendv_ps(lookup(table.low, index), lookup(table.high, index), high);
 }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }

@@ -20,6 +20,7 @@ namespace {
 inline constexpr int kLanes = 16;
 inline constexpr int kTileX = 6;  // 24 sums, 6 + 1 operands of 32 registers
 inline constexpr bool kOneLookup = true;
+inline constexpr bool kOneWideLookup = true;
 inline constexpr int kLookupTop = 15;
 
 using F = __m512;
@@ -122,6 +123,12 @@ struct Table16 {
 };
 BITFOLD_SIMD Table16 load_table(const float* values) { return {load(values)}; }
 BITFOLD_SIMD F lookup(Table16 table, I index) { return _mm512_permutexvar_ps(index.v, table.values); }
+
+struct Table32 {
+  F low, high;
+};
+BITFOLD_SIMD Table32 load_table32(const float* values) { return {load(values), load(values + 16)}; }
+BITFOLD_SIMD F lookup(Table32 table, I index) { return _mm512_permutex2var_ps(table.low, index.v, table.high); }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 BITFOLD_SIMD void store_int(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }

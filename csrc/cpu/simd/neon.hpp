@@ -15,6 +15,7 @@ namespace {
 inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 3;  // 12 sums of two registers, 3 + 1 operands: all 32 registers
 inline constexpr bool kOneLookup = false;
+inline constexpr bool kOneWideLookup = false;
 inline constexpr int kLookupTop = 0;
 
 struct F {
@@ -136,6 +137,16 @@ BITFOLD_SIMD float32x4_t lookup_four(Table16 table, int32x4_t index) {
 }
 BITFOLD_SIMD F lookup(Table16 table, I index) {
   return {lookup_four(table, index.low), lookup_four(table, index.high)};
+}
+
+struct Table32 {
+  Table16 low, high;
+};
+BITFOLD_SIMD Table32 load_table32(const float* values) { return {load_table(values), load_table(values + 16)}; }
+BITFOLD_SIMD F lookup(Table32 table, I index) {
+  const int32x4_t high = vdupq_n_s32(16);
+  return select({vtstq_s32(index.low, high), vtstq_s32(index.high, high)}, lookup(table.high, index),
+                lookup(table.low, index));
 }
 
 BITFOLD_SIMD I load_int(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }

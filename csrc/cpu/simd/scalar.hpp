@@ -15,6 +15,8 @@ inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 2;
 // Whether a lookup costs no more than the arithmetic that it could replace.
 inline constexpr bool kOneLookup = true;
+// The same of a table of 32.
+inline constexpr bool kOneWideLookup = true;
 // The largest code that lookup_code gives: it takes whole numbers that were added to kWholes, no further than kNear
 // from the codes 0 .. Top, and clamps them.
 inline constexpr int kLookupTop = 0;
@@ -198,6 +200,14 @@ struct Table16 {
 BITFOLD_SIMD Table16 load_table(const float* values) { return {values}; }
 BITFOLD_SIMD F lookup(Table16 table, I index) {  // the low four bits of each index count
   return each<F>([&](int i) { return table.values[index.v[i] & 15]; });
+}
+
+struct Table32 {
+  const float* values;
+};
+BITFOLD_SIMD Table32 load_table32(const float* values) { return {values}; }
+BITFOLD_SIMD F lookup(Table32 table, I index) {  // the low five bits of each index count
+  return each<F>([&](int i) { return table.values[index.v[i] & 31]; });
 }
 
 BITFOLD_SIMD I load_int(const int32_t* p) {
