@@ -194,9 +194,9 @@ def _budget(source: Source, name: str, assignments: Mapping[str, Assignment], ru
     memory = Memory(
         weights=sum(entry.nbytes for entry in entries),
         repacked=REPACKED_BYTES,
-        kv_cache=_kv_cache(source, run),
-        activation=_activation(source.infos, run),
-        workspace=max((_workspace(format, info, run) for format, info in quantized.values()), default=0),
+        kv_cache=kv_cache(source, run),
+        activation=activation(source.infos, run),
+        workspace=max((workspace(format, info, run) for format, info in quantized.values()), default=0),
     )
     return Budget(name, entries, memory, tuple(_notes(source, assignments, entries, run)))
 
@@ -247,15 +247,16 @@ def nominal_bytes(parameters: float) -> dict[str, float]:
 REPACKED_BYTES = 0
 
 
-def _kv_cache(source: Source, run: Run) -> int | None:
+def kv_cache(source: Source, run: Run) -> int | None:
+    """Bytes of the KV cache; None where it can't be told, which `run_notes` says."""
     try:
         shape = hf.cache_shape(source.model_config)
     except ValueError:
-        return None  # told by _notes
+        return None
     return round(shape.numbers(run.context) * run.batch * KV_FORMATS[run.kv_format])
 
 
-def _activation(infos: Mapping[str, ModuleInfo], run: Run) -> int:
+def activation(infos: Mapping[str, ModuleInfo], run: Run) -> int:
     """Bytes of the largest block's input and outputs: linear layers of one parent are one block. An estimate: what
     a model holds at once is its code's affair."""
     hidden = max((info.shape[1] for info in infos.values() if info.kind == "embedding"), default=0)
@@ -271,7 +272,8 @@ def _activation(infos: Mapping[str, ModuleInfo], run: Run) -> int:
     return largest
 
 
-def _workspace(format: str, info: ModuleInfo, run: Run) -> int:
+def workspace(format: str, info: ModuleInfo, run: Run) -> int:
+    """Bytes of workspace of one linear layer, of a prompt and of a token at a time."""
     n, k = info.shape
     rows = run.batch * (1 if info.is_head else run.context)
     # Both are run: the prompt at once, then a token at a time.
@@ -308,19 +310,24 @@ def workspace_bytes(format: str, m: int, n: int, k: int, dtype: torch.dtype, thr
 def _notes(
     source: Source, assignments: Mapping[str, Assignment], entries: tuple[Entry, ...], run: Run
 ) -> Iterable[str]:
-    for reason, names in _grouped((entry.reason, entry.name) for entry in entries if not entry.quantized):
+    for reason, names in grouped((entry.reason, entry.name) for entry in entries if not entry.quantized):
         kept = next(entry.format for entry in entries if entry.name == names[0])
-        yield f"{_listed(names)} {'stays' if len(names) == 1 else 'stay'} {kept}: {reason}"
+        yield f"{listed(names)} {'stays' if len(names) == 1 else 'stay'} {kept}: {reason}"
     for name, info in source.infos.items():
         if info.tied_to is not None:
             yield f"{name} shares the weight of {info.tied_to}, which is counted once"
-    for text, names in _grouped(_ragged(entries)):
-        yield f"{text} in {_listed(names)}"
+    for text, names in grouped(_ragged(entries)):
+        yield f"{text} in {listed(names)}"
     chosen = {item.format for name, item in assignments.items() if source.infos[name].kind == "linear"}
     for format in sorted(filter(None, chosen)):
         plan = plan_linear(format, 1, 1, 1, run.dtype)
         if plan.regime != "fused":
             yield f"{format}: one row at a time goes through the {plan.regime} kernel: {plan.reason}"
+    yield from run_notes(source, run)
+
+
+def run_notes(source: Source, run: Run) -> Iterable[str]:
+    """What must be said of the run, whatever the recipe."""
     try:
         hf.cache_shape(source.model_config)
     except ValueError as error:
@@ -337,7 +344,7 @@ def _ragged(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
             yield f"{entry.format}: the last group of a row has fewer than {group} columns", entry.name
 
 
-def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """Names by what is said of them."""
     groups: dict[str, list[str]] = {}
     for text, name in pairs:
@@ -345,5 +352,6 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     return list(groups.items())
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

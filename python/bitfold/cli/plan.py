@@ -1,9 +1,10 @@
-"""`bitfold plan MODEL`: what every recipe would cost, before anything is computed."""
+"""`bitfold plan MODEL`: what every recipe and every file type of GGUF would cost, before anything is computed."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,9 @@ from bitfold.budget import (
     unquantized,
 )
 from bitfold.cli.console import Json, out, paragraph, print_json, quiet_transformers, table
+from bitfold.gguf import mixes
+from bitfold.gguf.budget import gguf_budget
+from bitfold.gguf.mixes import Mix
 from bitfold.layout import Source
 from bitfold.recipes import RECIPES, Recipe
 from bitfold.text import size
@@ -36,7 +40,9 @@ def plan(
     ] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="Only this recipe (again for more): a preset, a format or a .toml file."),
+        typer.Option(
+            help="Only this recipe (again for more): a preset, a format, a .toml file, or a file type of GGUF (Q8_0)."
+        ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of a sequence; 0: the model's, at most 4096.")] = 0,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
@@ -63,9 +69,10 @@ def plan(
     source = layout.read_source(model, config_suffices=True)
     run = run_of(source, context or None, batch, kv_format or None)
     if recipe:
-        budgets, refused = _plan_all(source, [recipes.get(name) for name in recipe], run)
+        budgets, refused = _plan_all(source, [_get(name) for name in recipe], run)
     else:
-        budgets, refused = _plan_all(source, list(RECIPES.values()), run)
+        quantized = [mix for mix in mixes.MIXES.values() if mix.is_quantized]
+        budgets, refused = _plan_all(source, [*RECIPES.values(), *quantized], run)
         budgets = {UNQUANTIZED: unquantized(source, run), **budgets}
     if json:
         print_json(_to_json(model, source, run, budgets, refused, limit, count))
@@ -92,12 +99,21 @@ def _parse_count(text: str) -> float:
     return count
 
 
-def _plan_all(source: Source, chosen: list[Recipe], run: Run) -> tuple[dict[str, Budget], dict[str, str]]:
+def _get(name: str) -> Recipe | Mix:
+    """A recipe, or a file type of GGUF: in capitals where its name is a format's too ("Q8_0")."""
+    mix = mixes.find(name)
+    return mix if mix is not None and mixes.is_mix_alone(name) else recipes.get(name)
+
+
+def _plan_all(
+    source: Source, chosen: Sequence[Recipe | Mix], run: Run
+) -> tuple[dict[str, Budget], dict[str, str]]:
     """Budgets by recipe, and for recipes that don't fit the model why; one recipe alone raises its error."""
     budgets, refused = {}, {}
     for recipe in chosen:
         try:
-            budgets[recipe.name] = budget(source, recipe, run)
+            plan_one = gguf_budget if isinstance(recipe, Mix) else budget
+            budgets[recipe.name] = plan_one(source, recipe, run)  # type: ignore[arg-type]
         except ValueError as error:
             if len(chosen) == 1:
                 raise
@@ -274,6 +290,9 @@ def _show_notes(budgets: dict[str, Budget]) -> None:
         for note in one.notes:
             concerned.setdefault(note, []).append(name)
     out.print("Exceptions, and why")
+    of_gguf = [name for name in chosen if name in mixes.MIXES]
+    shared = {tuple(chosen): "", tuple(of_gguf): "GGUF: "}
+    shared |= {tuple(name for name in chosen if name not in of_gguf): "recipes: "} if of_gguf else {}
     for note, names in concerned.items():
-        prefix = "" if len(names) == len(chosen) else f"{', '.join(names)}: "
+        prefix = shared.get(tuple(names), f"{', '.join(names)}: ")
         out.print(paragraph(f"- {prefix}{note}", indent="  "), markup=False)

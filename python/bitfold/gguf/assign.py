@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bitfold.gguf import mixes
-from bitfold.gguf.mixes import ALWAYS, DOWN, EMBEDDING, GATE, HEAD, UP, Case, Mix, V, block_values
+from bitfold.gguf.mixes import ALWAYS, DOWN, EMBEDDING, GATE, HEAD, UP, Case, Mix, V, block_values, row_bytes
 from bitfold.shards import CheckpointError
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -254,6 +254,11 @@ def fallback_of(wanted: str, columns: int) -> tuple[str, str]:
     if columns % block_values(kind):
         kind = mixes.LAST_RESORT
     return kind, f"{wanted} has blocks of {block_values(wanted)}, which rows of {columns} are no multiple of"
+
+
+def tensor_bytes(choice: Choice) -> int:
+    """Bytes of a tensor after."""
+    return choice.parameters // choice.shape[-1] * row_bytes(choice.after, choice.shape[-1])
 
 
 def fallback_notes(choices: Iterable[Choice]) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from bitfold.gguf.assign import Choice, Facts, Item, assign
-from bitfold.gguf.mixes import Mix, row_bytes
+from bitfold.gguf.assign import Choice, Facts, Item, assign, tensor_bytes
+from bitfold.gguf.mixes import Mix
 
 NAME = "Llama-2-7B"
 FACTS = Facts("llama", layers=32, heads=32, kv_heads=32)
@@ -32,16 +30,8 @@ def choices(mix: Mix, *, has_importance: bool = False) -> list[Choice]:
     return assign(mix, FACTS, items(), has_importance=has_importance or mix.name == "Q2_K_S")
 
 
-def nbytes(chosen: Iterable[Choice]) -> int:
-    """Bytes of tensor data."""
-    return sum(
-        row_bytes(choice.after, choice.shape[-1]) * (choice.parameters // choice.shape[-1])
-        for choice in chosen
-    )
-
-
 def size(mix: Mix, *, has_importance: bool = False) -> tuple[int, float]:
     """Bytes of its tensor data and bits per weight."""
     chosen = choices(mix, has_importance=has_importance)
-    total = nbytes(chosen)
+    total = sum(map(tensor_bytes, chosen))
     return total, 8 * total / sum(choice.parameters for choice in chosen)
