@@ -18,6 +18,7 @@ namespace bitfold::cpu {
   void fill_words_##name(Kernels&);            \
   void fill_tiled_##name(Kernels&);            \
   void fill_decode_blocks_##name(Kernels&);    \
+  void fill_blocks_##name(Kernels&);           \
   void fill_encode_affine_##name(Kernels&);    \
   void fill_encode_symmetric_##name(Kernels&); \
   void fill_encode_iq4_##name(Kernels&);       \
@@ -32,6 +33,7 @@ namespace bitfold::cpu {
     fill_words_##name(kernels);            \
     fill_tiled_##name(kernels);            \
     fill_decode_blocks_##name(kernels);    \
+    fill_blocks_##name(kernels);           \
     fill_encode_affine_##name(kernels);    \
     fill_encode_symmetric_##name(kernels); \
     fill_encode_iq4_##name(kernels);       \

@@ -21,7 +21,6 @@ constexpr int64_t fused_group_multiple(const Format& format) {
   return format.info().grid == Grid::Minifloat ? kAlign : 16;
 }
 constexpr bool fused_supports(const Format& format) {
-  if (format.is_block()) return false;
   return format.group < 1 || format.group % fused_group_multiple(format) == 0;
 }
 
@@ -29,7 +28,6 @@ constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m,
   if (activations == DType::F64) return {Regime::Floor, "float64 is computed in float64"};
   if (layout == Layout::Flat) return {Regime::Floor, "blocks straddle rows"};
   if (m > kFusedRows) return {Regime::Tiled, "a batch of more than 8 rows shares each decoded tile"};
-  if (format.is_block()) return {Regime::Tiled, "blocks have no kernel of their own for small batches"};
   if (!fused_supports(format)) return {Regime::Tiled, "the group is no multiple of 16 columns (fp8: 32)"};
   return {Regime::Fused, "a batch of at most 8 rows is multiplied in registers"};
 }

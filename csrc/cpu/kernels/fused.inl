@@ -140,16 +140,9 @@ void fill(Kernels& kernels) {
   kernels.linear[Row] = {fused<Row>, arrange, nullptr, kAlign, kAlign};
 }
 
-template <int Row = kQ4_0>
-void fill_blocks(Kernels& kernels) {
-  kernels.linear[Row] = {nullptr, arrange, nullptr, kAlign, kAlign};
-  if constexpr (Row + 1 < kRowCount) fill_blocks<Row + 1>(kernels);
-}
-
 }  // namespace
 
 void BITFOLD_ISA(fused)(Kernels& kernels) {
-  fill_blocks(kernels);
   fill<kFp16>(kernels);
   fill<kBf16>(kernels);
   fill<kE4m3>(kernels);
