@@ -318,6 +318,8 @@ def decode(data: np.ndarray, name: str) -> np.ndarray:
     layout = LAYOUTS[name]
     n, size = data.shape
     k = size // layout.bytes * layout.values
+    if data.size == 0:
+        return np.zeros((n, k), F32)
     with np.errstate(all="ignore"):
         values = layout.mean(layout.unpack(data.reshape(-1, layout.bytes)))
     assert values.dtype == F32

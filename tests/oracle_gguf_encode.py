@@ -252,6 +252,8 @@ def encode(x: np.ndarray, name: str, importance: np.ndarray | None = None) -> np
     """binary32 [n, k] -> uint8 [n, bytes of a row]; importance: binary32 [k]. Infinite scales are stored as such."""
     layout = LAYOUTS[name]
     n, k = x.shape
+    if x.size == 0:
+        return np.zeros((n, k // layout.values * layout.bytes), np.uint8)
     blocks = x.reshape(-1, layout.values)
     with np.errstate(all="ignore"):
         if name in PLAIN and importance is None:
