@@ -6,22 +6,27 @@ import struct
 from pathlib import Path
 
 import bitfold
+import gguf
+import gguf_models
 import numpy as np
+import oracle_gguf
 import pytest
 import tiny
 import torch
+from bitfold import hf
 from bitfold.gguf.imatrix import Entry, Imatrix
+from bitfold.gguf.imatrix_file import read_imatrix, read_importance, write_imatrix
+from bitfold.gguf.quantize import read_model
+from bitfold.gguf.reader import read_gguf
 from bitfold.imatrix import chunks_of, measure
 from bitfold.shards import CheckpointError
 from cases import refusal
 from command import call, call_json
 from numpy_llama import Inputs, forward
+from oracle_gguf_encode import encode as oracle_encode
 from test_bad_input import check_sentence, listing
 from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
-
-pytest.importorskip("gguf")
-from bitfold.gguf.imatrix_file import read_imatrix, read_importance, write_imatrix
 
 DATA = Path(__file__).parent / "data" / "gguf"
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
@@ -369,8 +374,6 @@ def test_no_file(tmp_path):
 
 def write_gguf(path: Path, metadata: dict | None = None, tensors: dict | None = None) -> None:
     """A GGUF file made by the gguf package. metadata: what differs from an importance file's, None to leave it out."""
-    import gguf
-
     fields = {
         "general.type": "imatrix",
         "imatrix.datasets": ["t"],
@@ -533,3 +536,80 @@ def test_the_command_replaces_nothing_unasked(folder, tmp_path, capsys):
     assert target.read_bytes() == before
     call_json(capsys, *arguments, "--max-chunks", 1, "--force")
     assert target.read_bytes() != before
+
+
+# ---- what quantizing makes of it ----
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """A model whose rows are whole blocks of 256, and its importance in both forms."""
+    path = tmp_path_factory.mktemp("wide")
+    gguf_models.write_directory(path / "model", "llama", hidden_size=256, intermediate_size=256)
+    model, tokenizer = hf.load_causal_lm(path / "model"), hf.load_tokenizer(path / "model")
+    chunks = chunks_of(tiny.TEXT, tokenizer, chunk_size=60, max_chunks=3)
+    imatrix = measure(model, chunks, dataset="fox")
+    for form in FORMS:
+        write_imatrix(path / f"imatrix{form}", imatrix)
+    return path
+
+
+@pytest.mark.parametrize("recipe", ["q4_k_m", "q3_k_m", "iq4_xs", "q4_0", "q5_1"])
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_files_weigh_by_it(wide, form, recipe, tmp_path, capsys):
+    """Every tensor has the bytes that the oracle finds with the mean squares of the file."""
+    importance = wide / f"imatrix{form}"
+    call_json(
+        capsys, "quantize", wide / "model", tmp_path / "a.gguf", "--recipe", recipe, "--imatrix", importance
+    )
+    source, made = read_model(wide / "model"), read_gguf(tmp_path / "a.gguf")
+    means = read_importance(importance).means
+    weighed = 0
+    for name, tensor in made.tensors.items():
+        kind = tensor.type.name.lower()
+        if kind not in oracle_gguf.LAYOUTS:
+            continue
+        w = source.tensors[name].read(0, tensor.rows).float().numpy()
+        q = means[name].reshape(-1).numpy() if name in means else None
+        assert (tensor.read(0, tensor.rows).numpy() == oracle_encode(w, kind, q)).all(), f"{name} in {kind}"
+        weighed += q is not None
+    assert weighed == 14
+    values = {key: value.value for key, value in made.metadata.items()}
+    assert values["quantize.imatrix.file"] == str(importance)[:127]
+    assert values["quantize.imatrix.dataset"] == "fox"
+    assert values["quantize.imatrix.entries_count"] == 14
+    assert values["quantize.imatrix.chunks_count"] == 3
+
+
+def refuse_to_quantize(wide: Path, importance: Path, tmp_path: Path, capsys, *parts: str) -> None:
+    before = listing(tmp_path)
+    code, out, err = call(
+        capsys, "quantize", wide / "model", tmp_path / "a.gguf", "--recipe", "q4_k_m", "--imatrix", importance
+    )
+    assert (code, out) == (2, "")
+    check_sentence(err, *parts)
+    assert listing(tmp_path) == before
+
+
+def test_importance_of_another_model(wide, tmp_path, capsys):
+    tensor = "blk.0.attn_q.weight"
+    other = Imatrix({tensor: Entry(torch.ones(1, 64), torch.tensor([5]))}, ("t",), 1, 8)
+    write_imatrix(tmp_path / "narrow.gguf", other)
+    refuse_to_quantize(wide, tmp_path / "narrow.gguf", tmp_path, capsys, "another model", tensor, "64", "256")
+    write_imatrix(
+        tmp_path / "names.dat", Imatrix({"encoder.0.q": Entry(torch.ones(1, 256), torch.tensor([5]))})
+    )
+    refuse_to_quantize(wide, tmp_path / "names.dat", tmp_path, capsys, "another model", "encoder.0.q")
+
+
+def test_bad_importance_stops_quantizing(wide, tmp_path, capsys):
+    name = "blk.0.attn_q.weight"
+    for what, value in [("zero importance", 0.0), ("nan", float("nan")), ("inf", float("inf"))]:
+        sums = torch.full((1, 256), value)
+        write_imatrix(
+            tmp_path / "bad.gguf", Imatrix({name: Entry(sums, torch.tensor([5]))}, ("t",)), force=False
+        )
+        refuse_to_quantize(wide, tmp_path / "bad.gguf", tmp_path, capsys, "bad.gguf", name, what)
+        (tmp_path / "bad.gguf").unlink()
+    refuse_to_quantize(wide, tmp_path / "none.gguf", tmp_path, capsys, "none.gguf", "missing")
+    refuse_to_quantize(wide, wide / "model" / "config.json", tmp_path, capsys, "config.json", "no importance")

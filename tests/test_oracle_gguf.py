@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import oracle_gguf as oracle
 import pytest
@@ -38,7 +39,6 @@ def test_parts_are_packed_as_they_were(name, rng):
 
 @every_type
 def test_any_bytes_mean_what_the_gguf_package_says(name, rng):
-    gguf = pytest.importorskip("gguf")
     blocks = rng.integers(0, 256, (300, oracle.LAYOUTS[name].bytes)).astype(np.uint8)
     kind = gguf.GGMLQuantizationType[name.upper()]
     with np.errstate(all="ignore"):
@@ -49,7 +49,6 @@ def test_any_bytes_mean_what_the_gguf_package_says(name, rng):
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"])
 def test_the_gguf_package_encodes_alike(name, rng):
     """It has no others, and none with importance. In blocks of nothing but zeros these lose their signs there."""
-    gguf = pytest.importorskip("gguf")
     x = (rng.standard_normal((60, 320)) * 10.0 ** rng.uniform(-3, 3, (60, 1))).astype(np.float32)
     x[::7] = rng.integers(-8, 9, (9, 320))
     with np.errstate(all="ignore"):

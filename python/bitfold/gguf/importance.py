@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,14 @@ class Importance:
     means: Mapping[str, Tensor]
     dataset: str = ""
     chunks: int = 0
+
+    def check_model(self, names: Collection[str]) -> None:
+        """Raises CheckpointError where none of the file's weights is one of a model's, whose names are given."""
+        if self.means and not any(name in names for name in self.means):
+            raise CheckpointError(
+                f"{self.path} is of another model: none of its {len(self.means)} weights, such as "
+                f"{next(iter(self.means))!r}, is in this one"
+            )
 
     def of(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """For a weight of the shape [..., experts, rows, columns]: float32 [experts, columns], None where the file has

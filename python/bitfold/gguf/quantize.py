@@ -143,6 +143,8 @@ def plan_gguf(
     """What quantizing will write, to the byte; reads no weight. Arguments and errors as `quantize_gguf`."""
     source = source if isinstance(source, GgufModel) else read_model(source)
     mix = mixes.get(mix) if isinstance(mix, str) else mix
+    if importance is not None:
+        importance.check_model(source.tensors)
     items = [Item(tensor.name, tensor.shape, tensor.type.name) for tensor in source.tensors.values()]
     choices = tuple(
         assign(
