@@ -249,3 +249,11 @@ def where(row: Row) -> str:
     parts += [f"m={row['m']}"] if row.get("m") else []
     parts += [row["dtype"]] if row.get("dtype") else []
     return " ".join(parts)
+
+
+# Of bench/gguf_generate.py, over the faster of llama.cpp's two ways.
+GENERATE_BARS = (
+    Bar(
+        "generate from a GGUF over llama.cpp", "generate", ("bitfold fp32", "bitfold bf16"), "over_llama", 0.8
+    ),
+)
