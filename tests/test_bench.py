@@ -245,21 +245,6 @@ def test_a_wrong_result_ends_the_command(monkeypatch, capsys, small_rotation):
     assert error.startswith("error: nf4 at 32x128 m=1 bf16 is wrong")
 
 
-# ---- GGUF's blocks ----
-
-
-def test_absent_llama_cpp_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(ggml.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delenv(ggml.VARIABLE, raising=False)
-    ggml.library.cache_clear()
-    assert peers.absence("llama.cpp", 1) == f"llama_cpp is not installed, and {ggml.VARIABLE} names no folder"
-    monkeypatch.setenv(ggml.VARIABLE, str(tmp_path))
-    assert peers.absence("llama.cpp", 1).startswith("no libggml-base.")
-    for name in ("base", "cpu"):
-        (tmp_path / f"libggml-{name}.{ggml.SUFFIX}").write_text("no library")
-    assert peers.absence("llama.cpp", 1).startswith(f"the libraries in {tmp_path} can't be used")
-
-
 # ---- turns ----
 
 
