@@ -107,10 +107,12 @@ def time_linear(args: argparse.Namespace) -> None:
     check(turn(), exact_ours, TOLERANCE[args.dtype], "bitfold")
     for place in library.buffer_types():
         try:
-            theirs = [ggml.Matrix(blocks, args.type, k, args.threads, place) for _ in range(matrices(blocks))]
+            theirs = [ggml.Matrix(args.type, n, k, args.threads, place) for _ in range(matrices(blocks))]
         except ValueError as error:
             print(error)
             continue
+        for matrix in theirs:
+            matrix.fill(blocks)
         name = f"llama.cpp {place}"
         calls[name] = rotate([lambda w=w: w(x) for w in theirs])
         check(calls[name](), exact, TOLERANCE["int8"], name)
