@@ -4,26 +4,22 @@
 // then their codes one by one again, while the numbers are still in the first cache. An extreme does not depend on the
 // order in which it is sought, but its sign does, also a zero's: where that counts, the first number that equals it is
 // taken.
-#include "cpu/isa.hpp"
-#include "formats/blocks.hpp"
+#include "cpu/kernels/small_blocks.inl"
 
 namespace bitfold::cpu {
 namespace {
-
-constexpr int kValues = 32;
-constexpr int kVectors = kValues / kLanes;  // of a block
 
 // The first of a block's numbers that equals `value`, which is one of them up to the sign that `view` takes off.
 template <class View>
 BITFOLD_SIMD float first_equal(const float* w, float value, View view) {
   uint32_t found = 0;
-  for (int v = 0; v < kVectors; ++v) found |= bits(equal(view(load(w + v * kLanes)), splat(value))) << v * kLanes;
+  for (int v = 0; v < kSmallVectors; ++v) found |= bits(equal(view(load(w + v * kLanes)), splat(value))) << v * kLanes;
   return w[__builtin_ctz(found)];
 }
 
 BITFOLD_SIMD float largest_magnitude(const float* w) {
   F largest = abs(load(w));
-  for (int v = 1; v < kVectors; ++v) largest = max(abs(load(w + v * kLanes)), largest);
+  for (int v = 1; v < kSmallVectors; ++v) largest = max(abs(load(w + v * kLanes)), largest);
   return reduce_max(largest);
 }
 
@@ -54,37 +50,12 @@ struct Steps {
   }
 };
 
-// The numbers of one block to integers, kLanes at a time.
-template <class Code>
-BITFOLD_SIMD void block_codes(const float* w, I (&codes)[kVectors], Code code) {
-  for (int v = 0; v < kVectors; ++v) codes[v] = code(load(w + v * kLanes));
-}
-
-BITFOLD_SIMD void put_half(Half& to, uint16_t from) { std::memcpy(&to, &from, sizeof(from)); }
-
-// Codes of 4 bits, the second half of the block in the high nibbles.
-BITFOLD_SIMD void put_nibbles(uint8_t* qs, const I (&codes)[kVectors]) {
-  for (int v = 0; v < kVectors / 2; ++v) {
-    store_bytes(qs + v * kLanes, bit_or(codes[v], shift_left<4>(codes[v + kVectors / 2])));
-  }
-}
-// Codes of 5 bits: the highest of each apart.
-BITFOLD_SIMD void put_fives(uint8_t* qh, uint8_t* qs, I (&codes)[kVectors]) {
-  uint32_t high = 0;
-  for (int v = 0; v < kVectors; ++v) {
-    high |= bits(greater(codes[v], splat(15))) << v * kLanes;
-    codes[v] = bit_and(codes[v], splat(15));
-  }
-  std::memcpy(qh, &high, sizeof(high));
-  put_nibbles(qs, codes);
-}
-
 // each(w, blocks, count) for so many blocks at a time.
 template <int Row, class Each>
 BITFOLD_SIMD void each_chunk(const EncodeBlocksArgs& a, Each each) {
-  const int64_t blocks = a.rows * (a.k / kValues);
+  const int64_t blocks = a.rows * (a.k / kSmall);
   for (int64_t b = 0; b < blocks; b += kLanes) {
-    each(a.w + b * kValues, reinterpret_cast<Block<Row>*>(a.blocks) + b, static_cast<int>(smaller(kLanes, blocks - b)));
+    each(a.w + b * kSmall, reinterpret_cast<Block<Row>*>(a.blocks) + b, static_cast<int>(smaller(kLanes, blocks - b)));
   }
 }
 
@@ -93,12 +64,12 @@ template <int Row, int H>
 void encode_centred(const EncodeBlocksArgs& a) {
   each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
     Lane extremes;
-    for (int b = 0; b < count; ++b) extremes.entries[b] = furthest(w + b * kValues);
+    for (int b = 0; b < count; ++b) extremes.entries[b] = furthest(w + b * kSmall);
     const Steps steps(div(extremes.all(), splat(-static_cast<float>(H))), H + 0.5f);
     for (int b = 0; b < count; ++b) {
       const F inverse = splat(steps.inverse[b]), half = splat(steps.half[b]), top = splat(2 * H - 0.5f);
-      I codes[kVectors];
-      block_codes(w + b * kValues, codes, [&](F x) { return to_int(min(add(mul(x, inverse), half), top)); });
+      I codes[kSmallVectors];
+      block_codes(w + b * kSmall, codes, [&](F x) { return to_int(min(add(mul(x, inverse), half), top)); });
       put_half(blocks[b].d, steps.scale[b]);
       if constexpr (Row == kQ4_0) put_nibbles(blocks[b].qs, codes);
       else put_fives(blocks[b].qh, blocks[b].qs, codes);
@@ -112,9 +83,9 @@ void encode_ranged(const EncodeBlocksArgs& a) {
   each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
     Lane lows, highs;
     for (int b = 0; b < count; ++b) {
-      const float* x = w + b * kValues;
+      const float* x = w + b * kSmall;
       F low = load(x), high = low;
-      for (int v = 1; v < kVectors; ++v) {
+      for (int v = 1; v < kSmallVectors; ++v) {
         low = min(load(x + v * kLanes), low);
         high = max(load(x + v * kLanes), high);
       }
@@ -128,8 +99,8 @@ void encode_ranged(const EncodeBlocksArgs& a) {
     store_half(minima, lows.all());
     for (int b = 0; b < count; ++b) {
       const F low = splat(lows.entries[b]), inverse = splat(steps.inverse[b]), half = splat(steps.half[b]);
-      I codes[kVectors];
-      block_codes(w + b * kValues, codes, [&](F x) {  // a range beyond binary32 gives NaN, whose code is 0
+      I codes[kSmallVectors];
+      block_codes(w + b * kSmall, codes, [&](F x) {  // a range beyond binary32 gives NaN, whose code is 0
         const F place = add(mul(sub(x, low), inverse), half);
         return to_int(min(max(place, splat(0.0f)), splat(M + 0.5f)));
       });
@@ -151,14 +122,15 @@ BITFOLD_SIMD I round_away(F x) {
 void encode_q8_0(const EncodeBlocksArgs& a) {
   each_chunk<kQ8_0>(a, [](const float* w, Block<kQ8_0>* blocks, int count) {
     Lane extremes;
-    for (int b = 0; b < count; ++b) extremes.entries[b] = largest_magnitude(w + b * kValues);
+    for (int b = 0; b < count; ++b) extremes.entries[b] = largest_magnitude(w + b * kSmall);
     const Steps steps(div(extremes.all(), splat(127.0f)), 0.0f);
     for (int b = 0; b < count; ++b) {
       const F inverse = splat(steps.inverse[b]);
-      I codes[kVectors];
-      block_codes(w + b * kValues, codes, [&](F x) { return bit_and(round_away(mul(x, inverse)), splat(255)); });
+      I codes[kSmallVectors];
+      block_codes(w + b * kSmall, codes, [&](F x) { return bit_and(round_away(mul(x, inverse)), splat(255)); });
       put_half(blocks[b].d, steps.scale[b]);
-      for (int v = 0; v < kVectors; ++v) store_bytes(reinterpret_cast<uint8_t*>(blocks[b].qs) + v * kLanes, codes[v]);
+      for (int v = 0; v < kSmallVectors; ++v)
+        store_bytes(reinterpret_cast<uint8_t*>(blocks[b].qs) + v * kLanes, codes[v]);
     }
   });
 }
@@ -185,7 +157,7 @@ BITFOLD_SIMD uint8_t mxfp4_exponent(float largest) {
 void encode_mxfp4(const EncodeBlocksArgs& a) {
   each_chunk<kMxfp4>(a, [](const float* w, Block<kMxfp4>* blocks, int count) {
     for (int b = 0; b < count; ++b) {
-      const float* x = w + b * kValues;
+      const float* x = w + b * kSmall;
       blocks[b].e = mxfp4_exponent(largest_magnitude(x));
       // A code counts the midpoints below the magnitude; a tie belongs to the smaller one. Distances to the two
       // neighbours that decide are exact. Where eight steps are beyond binary32, no number is nearer to them.
@@ -195,7 +167,7 @@ void encode_mxfp4(const EncodeBlocksArgs& a) {
         midpoints[i] = mul(splat(0.5f * static_cast<float>(kMxfp4Values[i] + kMxfp4Values[i + 1])), step);
       }
       midpoints[5] = select(greater(step, splat(0x1p124f)), splat(__builtin_inff()), midpoints[5]);
-      I codes[kVectors];
+      I codes[kSmallVectors];
       block_codes(x, codes, [&](F lanes) {
         I code = splat(0);
         for (const F midpoint : midpoints) code = count_if(greater(abs(lanes), midpoint), code);

@@ -3,7 +3,7 @@
 // have a scale of their own, and the codes are chosen again with what it leaves of them.
 #include "cpu/kernels/search_descent.inl"
 #include "cpu/kernels/search_symmetric.inl"
-#include "formats/blocks.hpp"
+#include "cpu/kernels/small_blocks.inl"
 
 namespace bitfold::cpu {
 namespace {
@@ -14,21 +14,6 @@ BITFOLD_SIMD I shifted_code(F q) {
   const F low = splat(static_cast<float>(-N)), high = splat(static_cast<float>(N - 1));
   return to_int(sub(min(max(to_float(nearest_int(q)), low), high), low));
 }
-
-// The codes of a search.
-template <int N>
-BITFOLD_SIMD void searched_codes(const float* x, int count, float inverse, uint8_t* codes) {
-  if (inverse == 0.0f) std::memset(codes, 0, static_cast<size_t>(count));
-  for (int i = 0; i < count && inverse != 0.0f; i += kLanes) {
-    store_bytes(codes + i, shifted_code<N>(mul(splat(inverse), load(x + i))));
-  }
-}
-
-// Any NaN is stored as x86 makes them.
-BITFOLD_SIMD void store_scales(uint16_t* to, F scales) {
-  store_half(to, select(equal(scales, scales), scales, as_float(splat(static_cast<int32_t>(0xffc00000)))));
-}
-BITFOLD_SIMD void put_half(Half& to, uint16_t from) { std::memcpy(&to, &from, sizeof(from)); }
 
 // ---- Super-blocks ----
 
@@ -87,6 +72,15 @@ BITFOLD_SIMD void final_codes(const float* x, const Found& found, int lane, uint
   }
 }
 
+// The codes of a search.
+template <int N>
+BITFOLD_SIMD void searched_codes(const float* x, float inverse, uint8_t* codes) {
+  if (inverse == 0.0f) std::memset(codes, 0, kSub);
+  for (int i = 0; i < kSub && inverse != 0.0f; i += kLanes) {
+    store_bytes(codes + i, shifted_code<N>(mul(splat(inverse), load(x + i))));
+  }
+}
+
 BITFOLD_SIMD I signed_byte(I a) { return shift_right_signed<24>(shift_left<24>(a)); }
 
 // ---- Q6_K ----
@@ -132,7 +126,7 @@ void encode_q6_k(const EncodeBlocksArgs& a) {
       const float* x = batch.x(s);
       uint8_t codes[kSuper];
       final_codes<32>(x, found, s, codes,
-                      [&](int j, uint8_t* to) { searched_codes<32>(x + j * kSub, kSub, found.inverses[j][s], to); });
+                      [&](int j, uint8_t* to) { searched_codes<32>(x + j * kSub, found.inverses[j][s], to); });
       put_codes(b, codes);
       for (int j = 0; j < kSubs; ++j) b.scales[j] = static_cast<int8_t>(found.levels[j][s]);
       put_half(b.d, found.d[s]);
@@ -282,52 +276,29 @@ void encode_q3_k_weighted(const EncodeBlocksArgs& a) {
       store_int(found.levels[j], select(none, splat(-32), level));
     }
     found.set(levels.scale);
-    put_q3_k(batch, found, [&](int s, int j, uint8_t* to) {
-      searched_codes<4>(batch.x(s) + j * kSub, kSub, found.inverses[j][s], to);
-    });
+    put_q3_k(batch, found,
+             [&](int s, int j, uint8_t* to) { searched_codes<4>(batch.x(s) + j * kSub, found.inverses[j][s], to); });
   }
 }
 
 // ---- Q4_0 and Q5_0 with importance ----
 
-template <int Row>
-BITFOLD_SIMD void put_codes(Block<Row>& b, const uint8_t* codes) {
-  for (int l = 0; l < 16; ++l) b.qs[l] = static_cast<uint8_t>((codes[l] & 15) | codes[16 + l] << 4);
-  if constexpr (Row == kQ5_0) {
-    uint32_t high = 0;
-    for (int l = 0; l < 32; ++l) high |= static_cast<uint32_t>(codes[l] >> 4) << l;
-    std::memcpy(b.qh, &high, sizeof(high));
-  }
-}
-
 template <int Row, int N>
 void encode_weighted(const EncodeBlocksArgs& a) {
-  constexpr int kValues = 32;
   auto* out = reinterpret_cast<Block<Row>*>(a.blocks);
-  const int64_t row_blocks = a.k / kValues, blocks = a.rows * row_blocks;
   float means[kEncodeRows + kLanes];  // of a row's squares
   for (int64_t row = 0; row < a.rows; row += kLanes) {
     const F sum = sum_of_squares([&](int lane) { return a.w + smaller(row + lane, a.rows - 1) * a.k; }, a.k);
     store(means + row, div(sum, splat(static_cast<float>(a.k))));
   }
-  int64_t row = 0, column = 0;  // of the next block
-  for (int64_t first = 0; first < blocks; first += kLanes) {
-    const int64_t count = smaller(kLanes, blocks - first);
-    const float* x[kLanes];
-    const float* importance[kLanes];
+  each_small_blocks(a, [&](const SmallBlocks& b) {
+    SymmetricLanes<kSmall> lanes;
+    load_lanes([&](int lane) { return b.x[lane]; }, lanes.x);
+    load_lanes([&](int lane) { return b.importance[lane]; }, lanes.w);
     float sigma2[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {  // the lanes past the last block repeat it
-      x[lane] = a.w + (row * row_blocks + column) * kValues;
-      importance[lane] = a.importance + column * kValues;
-      sigma2[lane] = means[row];
-      if (lane + 1 >= count && lane + 1 < kLanes) continue;
-      if (++column == row_blocks) column = 0, ++row;
-    }
-    SymmetricLanes<kValues> lanes;
-    load_lanes([&](int lane) { return x[lane]; }, lanes.x);
-    load_lanes([&](int lane) { return importance[lane]; }, lanes.w);
+    for (int lane = 0; lane < kLanes; ++lane) sigma2[lane] = means[b.row[lane]];
     const F sigma = load(sigma2);
-    for (int i = 0; i < kValues; ++i) {
+    for (int i = 0; i < kSmall; ++i) {
       lanes.w[i] = mul(lanes.w[i], sqrt(add(sigma, mul(lanes.x[i], lanes.x[i]))));
     }
     symmetric_search<N, kCoding<N>>(lanes);
@@ -335,13 +306,16 @@ void encode_weighted(const EncodeBlocksArgs& a) {
     uint16_t scales[kLanes];
     store(inverses, lanes.inverse);
     store_scales(scales, lanes.scale);
-    for (int b = 0; b < count; ++b) {
-      uint8_t codes[kValues];
-      searched_codes<N>(x[b], kValues, inverses[b], codes);
-      put_half(out[first + b].d, scales[b]);
-      put_codes(out[first + b], codes);
+    for (int s = 0; s < b.count; ++s) {
+      Block<Row>& block = out[b.first + s];
+      const F inverse = splat(inverses[s]);
+      I codes[kSmallVectors] = {};
+      if (inverses[s] != 0.0f) block_codes(b.x[s], codes, [&](F x) { return shifted_code<N>(mul(inverse, x)); });
+      put_half(block.d, scales[s]);
+      if constexpr (Row == kQ4_0) put_nibbles(block.qs, codes);
+      else put_fives(block.qh, block.qs, codes);
     }
-  }
+  });
 }
 
 }  // namespace
