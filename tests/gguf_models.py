@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bitfold
 import gguf
 import torch
 import transformers
@@ -243,8 +244,12 @@ def write_directory(path: Path, kind: str, dtype: torch.dtype = torch.float32, *
     return path
 
 
-def write_file(model, path: Path) -> Path:
-    """A GgufModel as a file, by the gguf package's writer."""
+def write_file(model, path: Path, kind: str = "", decode: bool = False) -> Path:
+    """A GgufModel as a file, by the gguf package's writer.
+
+    kind: the type of the matrices (none: as they are), which the package encodes itself or, where it can't, bitfold;
+    decode: write the values of that type as F32.
+    """
     writer = gguf.GGUFWriter(path, model.metadata["general.architecture"].value)
     for key, value in model.metadata.items():
         if key != "general.architecture":
@@ -253,7 +258,21 @@ def write_file(model, path: Path) -> Path:
         values = tensor.read(0, tensor.rows).contiguous()
         packed = values.dtype in (torch.bfloat16, torch.uint8)
         array = values.view(torch.uint8).numpy() if packed else values.numpy()
-        writer.add_tensor(tensor.name, array.reshape(*tensor.shape[:-1], -1), raw_dtype=tensor.type)
+        type = tensor.type
+        if (
+            kind
+            and tensor.name.endswith(".weight")
+            and len(tensor.shape) == 2
+            and "gate_inp" not in tensor.name
+        ):
+            type = gguf.GGMLQuantizationType[kind.upper()]
+            try:
+                array = gguf.quants.quantize(array, type)
+            except NotImplementedError:
+                array = bitfold.encode(values, kind).planes["blocks"].numpy()
+            if decode:
+                array, type = gguf.quants.dequantize(array, type), gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, array.reshape(*tensor.shape[:-1], -1), raw_dtype=type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

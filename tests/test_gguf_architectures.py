@@ -47,8 +47,8 @@ def state_of(config) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biased"])
 def test_every_tensor_of_the_model_has_its_place(kind, fields):
-    if fields and kind.startswith(("gemma", "mistral")):
-        pytest.skip("llama.cpp's Gemma and transformers' Mistral have no biases")
+    if fields and kind.startswith(("gemma", "mistral", "qwen3")):
+        pytest.skip("llama.cpp's Gemma and Qwen 3 and transformers' Mistral have no biases")
     config = config_of(kind, **fields)
     state = state_of(config)
     rows = {

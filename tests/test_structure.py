@@ -38,7 +38,7 @@ MODULES = [
     "writer",
     "checkpoint",
 ]
-MODULES += ["layout", "pipeline", "budget", "gguf", "hub", "imatrix", "figures", "explain"]
+MODULES += ["layout", "pipeline", "budget", "gguf", "hub", "convert", "imatrix", "figures", "explain"]
 MODULES += ["evaluate", "generate", "text", "pages", "report", "explore", "bench", "cli"]
 
 pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not beside the tests")

@@ -17,6 +17,7 @@ from bitfold.recipes import RECIPES, Recipe, Rule
 if TYPE_CHECKING:
     from bitfold.budget import plan_checkpoint
     from bitfold.checkpoint import save
+    from bitfold.convert import convert_checkpoint
     from bitfold.evaluate import compare, perplexity
     from bitfold.hub import load
     from bitfold.pipeline import quantize_checkpoint
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Names whose modules are imported at first use (PEP 562): they reach for transformers.
 _LAZY = {
     "compare": "evaluate",
+    "convert_checkpoint": "convert",
     "load": "hub",
     "perplexity": "evaluate",
     "plan_checkpoint": "budget",
@@ -45,6 +47,7 @@ __all__ = [
     "Unpacked",
     "__version__",
     "compare",
+    "convert_checkpoint",
     "embedding",
     "encode",
     "linear",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bitfold import _C, hf
 from bitfold.formats import parse
-from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule
+from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule, embedding_scale
 from bitfold.shards import (
     CONFIG_FILE,
     CheckpointError,
@@ -305,6 +305,7 @@ def _swap(model: nn.Module, quantization: QuantizationConfig) -> None:
                 device="meta",
                 dtype=entry.dtype or torch.float32,
                 layout=entry.layout,
+                scale=embedding_scale(old),
             )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)

@@ -161,15 +161,23 @@ class QuantLinear(QuantModule):
 class QuantEmbedding(QuantModule):
     """nn.Embedding on a quantized weight: integer ids [...] -> [..., embedding_dim] of `dtype`.
 
-    qtensor: [num_embeddings, embedding_dim]; dtype: of the output, follows `.to(dtype)`. padding_idx is kept
-    for those who ask; the weight is frozen, so it has no effect here.
+    qtensor: [num_embeddings, embedding_dim]; dtype: of the output, follows `.to(dtype)`; scale: multiplies the output,
+    itself rounded to `dtype`, as Gemma's embeddings do. padding_idx is kept for those who ask; the weight is frozen, so
+    it has no effect here.
     """
 
-    def __init__(self, qtensor: QTensor, padding_idx: int | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        qtensor: QTensor,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+    ):
         super().__init__(qtensor)
         self.num_embeddings, self.embedding_dim = qtensor.shape
         self.padding_idx = padding_idx
         self.dtype = dtype
+        self.scale = scale
 
     @classmethod
     def empty(
@@ -181,9 +189,10 @@ class QuantEmbedding(QuantModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         layout: str = "rows",
+        scale: float = 1.0,
     ) -> QuantEmbedding:
         """One with uninitialised planes, to load into."""
-        return cls(empty_qtensor(format, n, k, device, layout), padding_idx, dtype)
+        return cls(empty_qtensor(format, n, k, device, layout), padding_idx, dtype, scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -191,7 +200,24 @@ class QuantEmbedding(QuantModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         n, k = self.shape
-        return torch.ops.bitfold.embedding(ids, self.planes(), self.format, n, k, self.dtype, self.layout)
+        rows = torch.ops.bitfold.embedding(ids, self.planes(), self.format, n, k, self.dtype, self.layout)
+        return (
+            rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, format={self.format}"
+
+
+def embedding_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its rows by: sqrt(hidden size) in transformers' Gemma, which has subclasses of
+    nn.Embedding for it, 1 elsewhere.
+
+    Raises ValueError for a subclass of nn.Embedding that does something else.
+    """
+    if isinstance(module, QuantEmbedding):
+        return module.scale
+    scale = getattr(module, "scalar_embed_scale", None)
+    if type(module) is not nn.Embedding and not isinstance(scale, float):
+        raise ValueError(f"it is a {type(module).__name__}, a subclass of nn.Embedding")
+    return 1.0 if scale is None else scale

@@ -14,6 +14,7 @@ import typer
 from bitfold import __version__
 from bitfold.cli.bench import bench
 from bitfold.cli.console import sentence
+from bitfold.cli.convert import convert
 from bitfold.cli.doctor import doctor
 from bitfold.cli.eval import evaluate
 from bitfold.cli.explain import explain
@@ -43,6 +44,7 @@ app.command("explain", context_settings={"ignore_unknown_options": True})(explai
 app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("imatrix")(imatrix)
+app.command("convert")(convert)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("report")(report)

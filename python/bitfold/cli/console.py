@@ -99,10 +99,10 @@ def paragraph(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 79, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def parse_dtype(text: str) -> torch.dtype | None:
+def parse_dtype(text: str, option: str = "--dtype") -> torch.dtype | None:
     """The dtype an option names, None for the default. Raises ValueError for another name."""
     if text and text not in DTYPES:
-        raise ValueError(f"--dtype is '{text}', it must be one of {', '.join(DTYPES)}")
+        raise ValueError(f"{option} is '{text}', it must be one of {', '.join(DTYPES)}")
     return DTYPES.get(text)
 
 

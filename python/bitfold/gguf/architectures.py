@@ -156,6 +156,7 @@ class Architecture:
 _SILU = {"hidden_act": "silu"}
 _GELU = {"hidden_act": "gelu_pytorch_tanh"}
 _GELU_TOO = {"hidden_activation": "gelu_pytorch_tanh"}
+_UNBIASED = {"attention_bias": False}
 _QWEN_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 ARCHITECTURES = (
@@ -201,32 +202,34 @@ ARCHITECTURES = (
     Architecture(
         "qwen3",
         ("qwen3",),
-        (*_NORMS, *_attention("attention_bias", "attention_bias"), *_HEAD_NORMS, *_mlp()),
+        (*_NORMS, *_attention(), *_HEAD_NORMS, *_mlp()),
         _KEYS,
-        _SILU,
+        _SILU | _UNBIASED,
     ),
     Architecture(
         "qwen3moe",
         ("qwen3_moe",),
-        (*_NORMS, *_attention("attention_bias", "attention_bias"), *_HEAD_NORMS, *_QWEN_EXPERTS),
+        (*_NORMS, *_attention(), *_HEAD_NORMS, *_QWEN_EXPERTS),
         _KEYS | _QWEN_MIXTURE,
-        _SILU | _QWEN_SPARSE | {"norm_topk_prob": True},
+        _SILU | _UNBIASED | _QWEN_SPARSE | {"norm_topk_prob": True},
     ),
-    Architecture("gemma", ("gemma",), (*_NORMS, *_attention(), *_mlp()), _KEYS, _GELU, shifted=True),
+    Architecture(
+        "gemma", ("gemma",), (*_NORMS, *_attention(), *_mlp()), _KEYS, _GELU | _UNBIASED, shifted=True
+    ),
     Architecture(
         "gemma2",
         ("gemma2",),
         (*_SANDWICH, *_attention(), *_mlp()),
         _KEYS | _CAPS | _WINDOW,
-        _GELU_TOO,
+        _GELU_TOO | _UNBIASED,
         shifted=True,
     ),
     Architecture(
         "gemma3",
         ("gemma3_text", "gemma3"),
         (*_SANDWICH, *_attention(), *_HEAD_NORMS, *_mlp()),
-        _KEYS | _WINDOW,
-        _GELU_TOO | {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
+        _KEYS | _WINDOW | {"final_logit_softcapping": "final_logit_softcapping"},
+        _GELU_TOO | _UNBIASED | {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
         shifted=True,
     ),
     Architecture(

@@ -36,8 +36,10 @@ def to_metadata(config: Any) -> tuple[dict[str, Scalar], dict[str, list[float]]]
             value = text.num_attention_heads
         if field == "sliding_window" and value is None:
             value = 0
-        if value is None and key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            raise CheckpointError(f"the configuration has no {field}, which GGUF's {architecture.name} needs")
+        if value is None and field in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if architecture.name == "gemma2":  # llama.cpp would take Gemma 2's own
+                raise CheckpointError(f"the configuration has no {field}, which GGUF's gemma2 needs")
+            continue
         assert value is not None, field
         found[key] = float(value) if field in _FLOATS else int(value)
     keys, factors = rope.to_metadata(text, head)
@@ -54,10 +56,9 @@ def remarks(config: Any) -> list[str]:
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or []
     uses = "sliding_attention" in kinds if kinds else bool(window)
-    if uses and window and "attention.sliding_window" not in architecture.keys:
+    if uses and window and window < text.max_position_embeddings and architecture.name not in _WINDOWED:
         return [
-            f"its layers look back {window} tokens, of which GGUF's {architecture.name} says nothing: longer texts are "
-            "read in full"
+            f"its layers look back {window} tokens; llama.cpp's {architecture.name} reads longer texts in full"
         ]
     return []
 

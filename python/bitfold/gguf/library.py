@@ -16,7 +16,6 @@ try:
     from gguf import GGUFValue as GGUFValue
     from gguf import GGUFValueType as GGUFValueType
     from gguf import GGUFWriter as GGUFWriter
-    from gguf import LlamaFileType as LlamaFileType
     from gguf import Metadata as Metadata
     from gguf import SpecialVocab as SpecialVocab
     from gguf import TokenType as TokenType

@@ -1,37 +1,29 @@
 """GGUF files as torch models: transformers' configuration and modules, made from the metadata, on the file's own bytes.
 
 Weights in block formats stay packed: they become the plane "blocks" of a QuantLinear or QuantEmbedding, mapped from the
-file. What export.py does to a model on its way into a file is undone: the rows of Llama's q and k go back into order
-(whole rows of blocks, so nothing is rounded), Gemma's norms lose the 1 they were given, stacks of experts get their
-halves together.
+file. restore.py undoes what export.py does to a model on its way into a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitfold import hf
-from bitfold.checkpoint import listed
-from bitfold.formats import FORMATS
 from bitfold.gguf import architectures, hyperparameters
-from bitfold.gguf.architectures import Placement
-from bitfold.gguf.export import interleaved
 from bitfold.gguf.library import GGMLQuantizationType
 from bitfold.gguf.model import GgufModel, GgufTensor
-from bitfold.gguf.reader import PLAIN, read_gguf
-from bitfold.gguf.rope import LLAMA3_FACTORS, LONG_FACTORS, SHORT_FACTORS
+from bitfold.gguf.reader import read_gguf
+from bitfold.gguf.restore import Restored, restored
+from bitfold.gguf.rope import ROTARY
 from bitfold.gguf.vocabulary import tokenizer_of
-from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule
+from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule, embedding_scale
 from bitfold.qtensor import QTensor
 from bitfold.shards import CheckpointError
-
-_ROTARY = (LLAMA3_FACTORS, LONG_FACTORS, SHORT_FACTORS)
-_COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load(
@@ -79,10 +71,12 @@ def build(
     """`load`, of a model that is read already; path: where it is from, for messages."""
     config = config_of(file)
     placements = architectures.placements(hf.typed_config(path, config))
-    _check(file, placements)
-    dtype = dtype or _default_dtype(file, placements)
+    tensors = restored(file, placements)
+    dtype = dtype or default_dtype(tensors.values())
     model = hf.empty_causal_lm(path, config, dtype)
-    _fill(model, file, placements, dtype)
+    _fill(model, tensors.values(), dtype)
+    if "output.weight" not in placements:
+        _tie(model)
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     assert not missing, missing
     if torch.device(device).type != "cpu":
@@ -97,7 +91,7 @@ def config_of(file: GgufModel) -> dict[str, Any]:
     """config.json of the model in a file. Raises CheckpointError for an architecture that bitfold doesn't run."""
     values = {key: value.value for key, value in file.metadata.items()}
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    factors = {name: _values(file.tensors[name]) for name in _ROTARY if name in file.tensors}
+    factors = {name: _values(file.tensors[name]) for name in ROTARY if name in file.tensors}
     return hyperparameters.to_config(values, shapes, factors)
 
 
@@ -109,93 +103,35 @@ def _values(tensor: GgufTensor) -> list[float]:
     return [hyperparameters.shortest(value) for value in tensor.read(0, 1).reshape(-1).tolist()]
 
 
-def _check(file: GgufModel, placements: Mapping[str, Placement]) -> None:
-    """Every tensor of the model is there, in the shape that the metadata makes, and of a type that can be computed
-    with."""
-    extra = [name for name in file.tensors if name not in placements and name not in _ROTARY]
-    if extra:
-        raise CheckpointError(f"the file holds {listed(extra)}, which the model of its metadata doesn't have")
-    missing = [name for name in placements if name not in file.tensors]
-    if missing:
-        raise CheckpointError(f"the file lacks {listed(missing)}, which its metadata asks for")
-    for name, placement in placements.items():
-        tensor = file.tensors[name]
-        if tensor.shape != placement.shape:
-            raise CheckpointError(
-                f"'{name}' has shape {list(tensor.shape)}, but the file's metadata makes it {list(placement.shape)}"
-            )
-        dtype = PLAIN.get(tensor.type)
-        if dtype is None and (tensor.type.name.lower() not in FORMATS or len(tensor.shape) != 2):
-            kind = "a stack of experts" if len(tensor.shape) == 3 else "a tensor"
-            raise CheckpointError(
-                f"'{name}' is {kind} in {tensor.type.name}, which bitfold can't compute with"
-            )
-        if dtype is not None and dtype not in _COMPUTED:
-            raise CheckpointError(f"'{name}' is {tensor.type.name}; bitfold computes with F32, F16 and BF16")
-
-
-def _default_dtype(file: GgufModel, placements: Mapping[str, Placement]) -> torch.dtype:
+def default_dtype(tensors: Iterable[Restored]) -> torch.dtype:
     """The dtype of the matrices where all are plain and alike, else float32."""
-    found = {PLAIN.get(file.tensors[name].type) for name, row in placements.items() if not row.keeps_f32}
-    return next(iter(found)) or torch.float32 if len(found) == 1 else torch.float32
+    found = {tensor.dtype for tensor in tensors if not all(place.keeps_f32 for _, place, _ in tensor.parts)}
+    return found.pop() if len(found) == 1 and torch.uint8 not in found else torch.float32
 
 
 # ---- values ----
 
 
-def _fill(model: nn.Module, file: GgufModel, placements: Mapping[str, Placement], dtype: torch.dtype) -> None:
-    """Put every tensor of the file where it belongs in the model, whose parameters have no values yet."""
-    runs: dict[str, list[tuple[int, Tensor]]] = {}  # by parameter: its rows from a first one on
-    for name, placement in placements.items():
-        tensor, spans = file.tensors[name], placement.sources[0]
-        if tensor.type not in PLAIN:
-            _put_packed(model, spans[0].source, _packed(tensor, placement), dtype)
+def _fill(model: nn.Module, tensors: Iterable[Restored], dtype: torch.dtype) -> None:
+    """Give the model its values; its parameters have none yet."""
+    for tensor in tensors:
+        home, _, leaf = tensor.name.rpartition(".")
+        if tensor.format is not None:
+            n, k = tensor.shape
+            _swap(model, home, QTensor(tensor.format, (n, k), {"blocks": tensor.read()}), dtype)
             continue
-        values, at = _plain(tensor, placement).to(dtype), 0
-        for span in spans:
-            runs.setdefault(span.source, []).append((span.begin, values[at : at + span.end - span.begin]))
-            at += span.end - span.begin
-    for target, pieces in runs.items():
-        in_order = [values for _, values in sorted(pieces, key=lambda piece: piece[0])]
-        values = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
-        home, _, leaf = target.rpartition(".")
-        parameters = model.get_submodule(home)._parameters
-        parameters[leaf] = nn.Parameter(values.view(parameters[leaf].shape), requires_grad=False)  # type: ignore[union-attr]
-    if "output.weight" not in placements:
-        _tie(model)
+        values = tensor.read()
+        values = (values - tensor.shift if tensor.shift else values).to(dtype)
+        model.get_submodule(home)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
 
 
-def _plain(tensor: GgufTensor, placement: Placement) -> Tensor:
-    """The values as transformers has them: [rows, columns]."""
-    values = tensor.read(0, tensor.rows)
-    if placement.heads:
-        order = _back(placement)
-        values = values[:, order] if len(placement.shape) == 1 else values[order]
-    return values - placement.shift if placement.shift else values
-
-
-def _packed(tensor: GgufTensor, placement: Placement) -> QTensor:
-    """The blocks as transformers has the rows; mapped, if these stay in order."""
-    blocks = tensor.read(0, tensor.rows)
-    if placement.heads:
-        blocks = blocks[_back(placement)]
-    n, k = tensor.shape
-    return QTensor(tensor.type.name.lower(), (n, k), {"blocks": blocks})
-
-
-def _back(placement: Placement) -> Tensor:
-    """For each row of a projection in transformers the row in the file."""
-    return interleaved(placement.shape[0], placement.heads).argsort()
-
-
-def _put_packed(model: nn.Module, name: str, qtensor: QTensor, dtype: torch.dtype) -> None:
-    """Swap the module of the weight `name` for one that holds it packed."""
-    path = name.removesuffix(".weight")
-    home, _, leaf = path.rpartition(".")
-    old: Any = model.get_submodule(path)
+def _swap(model: nn.Module, name: str, qtensor: QTensor, dtype: torch.dtype) -> None:
+    """Put a module that holds its weight packed in the place of the module `name`."""
+    home, _, leaf = name.rpartition(".")
+    old: Any = model.get_submodule(name)
     new: QuantModule
     if isinstance(old, nn.Embedding):
-        new = QuantEmbedding(qtensor, old.padding_idx, dtype)
+        new = QuantEmbedding(qtensor, old.padding_idx, dtype, embedding_scale(old))
     else:
         new = QuantLinear(qtensor, old.bias)
     setattr(model.get_submodule(home), leaf, new)

@@ -17,6 +17,7 @@ Scalar = bool | int | float | str
 
 LLAMA3_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+ROTARY = (LLAMA3_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 _LOW, _HIGH, _TRAINED = 1.0, 4.0, 8192  # of every model of Llama 3 so far
 _TOLERANCE = 1e-5  # of a factor that was rounded to float32
 
@@ -108,7 +109,7 @@ def _longrope(
     text: Any, full: Mapping[str, Any], head: int
 ) -> tuple[dict[str, Scalar], dict[str, list[float]]]:
     trained = int(full["original_max_position_embeddings"])
-    stretch = text.max_position_embeddings / trained
+    stretch = full.get("factor") or text.max_position_embeddings / trained
     factor = full.get("attention_factor")
     if factor is None:
         factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
@@ -181,6 +182,7 @@ def to_config(
             "long_factor": factors[LONG_FACTORS],
             "short_factor": factors[SHORT_FACTORS],
             "original_max_position_embeddings": int(keys["rope.scaling.original_context_length"]),
+            "factor": keys["context_length"] / keys["rope.scaling.original_context_length"],
         }
         if "rope.scaling.attn_factor" in keys:
             full["attention_factor"] = float(keys["rope.scaling.attn_factor"])

@@ -22,6 +22,7 @@ from bitfold.gguf.library import TokenType
 from bitfold.shards import CheckpointError
 
 SPACE = "\u2581"  # what stands for a space in pieces
+ADDED_SCORE, GAP_SCORE = -1000.0, -10000.0  # of tokens that no merge makes
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BPE = 2  # model_type
 
@@ -33,6 +34,11 @@ class Piece:
     text: str
     score: float
     type: TokenType
+
+
+def placeholder(id: int) -> Piece:
+    """What stands for a row of the embedding that has no token."""
+    return Piece(f"[PAD{id}]", GAP_SCORE, TokenType.UNUSED)
 
 
 @dataclass(frozen=True)
@@ -127,23 +133,23 @@ def derive(tokenizer: Mapping[str, Any]) -> Pieces:
     """
     model = tokenizer["model"]
     vocabulary: dict[str, int] = model["vocab"]
-    special = {token["content"] for token in tokenizer.get("added_tokens", ()) if token["special"]}
-    kinds = {text: _kind(text, model.get("unk_token"), special) for text in vocabulary}
+    added = {token["content"]: bool(token["special"]) for token in tokenizer.get("added_tokens") or ()}
+    kinds = {text: _kind(text, model.get("unk_token"), added) for text in vocabulary}
     merges = [
         tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
     ]
     scores = _scores(merges, kinds)
-    pieces = [Piece(f"[PAD{id}]", -10000.0, TokenType.UNUSED) for id in range(max(vocabulary.values()) + 1)]
+    pieces = [placeholder(id) for id in range(max(vocabulary.values()) + 1)]
     for text, id in vocabulary.items():
-        pieces[id] = Piece(text, scores.get(text, 0.0), kinds[text])
+        pieces[id] = Piece(text, scores.get(text, ADDED_SCORE if text in added else 0.0), kinds[text])
     return Pieces(pieces, _prefix(tokenizer))
 
 
-def _kind(text: str, unknown: str | None, special: set[str]) -> TokenType:
+def _kind(text: str, unknown: str | None, added: Mapping[str, bool]) -> TokenType:
     if text == unknown:
         return TokenType.UNKNOWN
-    if text in special:
-        return TokenType.CONTROL
+    if text in added:
+        return TokenType.CONTROL if added[text] else TokenType.USER_DEFINED
     return TokenType.BYTE if _BYTE.fullmatch(text) else TokenType.NORMAL
 
 

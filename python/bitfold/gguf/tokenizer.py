@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,9 @@ from typing import Any
 from bitfold.gguf import sentencepiece
 from bitfold.gguf.library import GGUFValue, GGUFWriter, SpecialVocab, TokenType
 from bitfold.gguf.pretokenizers import recognize
-from bitfold.gguf.sentencepiece import SPACE, Piece
+from bitfold.gguf.sentencepiece import ADDED_SCORE, SPACE, Piece, placeholder
 from bitfold.shards import CheckpointError, read_json
 
-_ADDED_SCORE, _GAP_SCORE = -1000.0, -10000.0
 _SPECIAL_LOOKS = re.compile(r"<\|.*\|>|<pad>|<mask>|<unused\d+>", re.DOTALL)
 
 
@@ -93,9 +93,9 @@ def _byte_level(path: Path, fast: Mapping[str, Any], rows: int) -> dict[str, GGU
     row = recognize(fast)
     pieces = _numbered(fast["model"]["vocab"], rows)
     for token in _added(path, fast):
-        _put(pieces, token.id, Piece(token.text, _ADDED_SCORE, token.type))
+        _put(pieces, token.id, Piece(token.text, ADDED_SCORE, token.type))
     writer = _common("gpt2", row.names[0], pieces)
-    special = SpecialVocab(path, load_merges=True, n_vocab=rows)
+    special = _special(path, rows, load_merges=True)
     if not special.merges:
         raise CheckpointError("its tokenizer.json has no merges")
     _add_special(writer, special, first=False)
@@ -104,7 +104,7 @@ def _byte_level(path: Path, fast: Mapping[str, Any], rows: int) -> dict[str, GGU
 
 def _numbered(vocabulary: Mapping[str, int], rows: int) -> list[Piece]:
     """A token for each row of the embedding, where the vocabulary has none a placeholder."""
-    pieces = [Piece(f"[PAD{id}]", _GAP_SCORE, TokenType.UNUSED) for id in range(rows)]
+    pieces = [placeholder(id) for id in range(rows)]
     for text, id in vocabulary.items():
         _put(pieces, id, Piece(text, 0.0, TokenType.NORMAL))
     return pieces
@@ -122,12 +122,12 @@ def _sentencepiece(
             own = vocabulary.pieces[token.id]
             if own.type in (TokenType.UNKNOWN, TokenType.BYTE) and own.text == token.text:
                 continue
-        score = pieces[token.id].score if token.id < len(vocabulary.pieces) else _ADDED_SCORE
+        score = pieces[token.id].score if token.id < len(vocabulary.pieces) else ADDED_SCORE
         _put(pieces, token.id, _spaced(Piece(token.text, score, token.type)))
     writer = _common("llama", "default", pieces)
     writer.add_token_scores([piece.score for piece in pieces])
     writer.add_add_space_prefix(vocabulary.prefix)
-    _add_special(writer, SpecialVocab(path, n_vocab=rows), first=not (path / "tokenizer.json").exists())
+    _add_special(writer, _special(path, rows), first=not (path / "tokenizer.json").exists())
     return _keys(writer)
 
 
@@ -165,11 +165,23 @@ def _common(model: str, pre: str, pieces: Sequence[Piece]) -> GGUFWriter:
     return writer
 
 
+def _special(path: Path, rows: int, *, load_merges: bool = False) -> SpecialVocab:
+    """Merges, special tokens and chat template, as the gguf package reads them; what it says of pairs of texts, which
+    GGUF has no word for, goes unheard."""
+    log = logging.getLogger("gguf.vocab")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return SpecialVocab(path, load_merges=load_merges, n_vocab=rows)
+    finally:
+        log.setLevel(level)
+
+
 def _add_special(writer: GGUFWriter, special: SpecialVocab, *, first: bool) -> None:
     """Ids of special tokens, whether text begins and ends with them (first: what holds of the beginning where no file
     says it) and the chat template."""
-    special.add_special_token.setdefault("bos", first)
-    special.add_special_token.setdefault("eos", False)
+    added = special.add_special_token
+    special.add_special_token = {"bos": added.get("bos", first), "eos": added.get("eos", False)}
     special.add_to_gguf(writer, quiet=True)
 
 

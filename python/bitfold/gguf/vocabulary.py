@@ -129,14 +129,17 @@ def _sentencepiece(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequen
     scores = keys.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise CheckpointError(f"the file has {len(tokens)} tokens, but not as many scores")
-    joined = (TokenType.NORMAL, TokenType.USER_DEFINED)
-    # Tokens found before anything else are written with spaces; among pieces they have the pieces' sign for it.
+    # Runs of spaces that are found before anything else are written so; pieces have a sign for it, which merges join.
     texts = [
         text.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else text
         for text, kind in zip(tokens, types, strict=True)
     ]
     vocabulary = _numbered(texts, types)
-    pieces = {text: -scores[id] for text, id in vocabulary.items() if types[id] in joined}
+    pieces = {
+        text: -scores[id]
+        for text, id in vocabulary.items()
+        if types[id] == TokenType.NORMAL or " " in tokens[id]
+    }
     merges = [
         (left, right)
         for text in sorted(pieces, key=pieces.__getitem__)

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 import gguf  # noqa: E402
 import gguf_models  # noqa: E402
 from bitfold.gguf import export, load, reader, vocabulary  # noqa: E402
+from bitfold.nn import QuantModule  # noqa: E402
 from gguf_models import KINDS, TRICKY  # noqa: E402
 from tiny import one_thread  # noqa: E402, F401
 
@@ -130,3 +131,42 @@ def test_halves_stay_what_they_are(kind, dtype, tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     ids = torch.randint(0, gguf_models.ROWS, (1, 40), generator=torch.Generator().manual_seed(1))
     assert torch.equal(logits(loaded, ids), logits(original, ids))
+
+
+# ---- packed weights ----
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4_1", "q4_k", "q6_k"])
+@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "gemma2", "phi3"])
+def test_packed_weights_compute_what_they_mean(kind, format, tmp_path):
+    """A file of blocks computes as one whose blocks were decoded by the gguf package; nothing is decoded on loading."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2 if kind != "gemma2" else 3}
+    directory = gguf_models.write_directory(tmp_path / "model", kind, **sizes)
+    model = export.read_directory(directory)
+    packed = load.load(gguf_models.write_file(model, tmp_path / "packed.gguf", format))
+    decoded = load.load(gguf_models.write_file(model, tmp_path / "decoded.gguf", format, decode=True))
+    linears = [module for module in packed.modules() if isinstance(module, torch.nn.Linear)]
+    assert not linears
+    quantized = [module for module in packed.modules() if isinstance(module, QuantModule)]
+    assert {module.format for module in quantized} == {format}
+    ids = torch.randint(0, gguf_models.ROWS, (2, 24), generator=torch.Generator().manual_seed(1))
+    wanted, found = logits(decoded, ids), logits(packed, ids)
+    assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    if packed.config.tie_word_embeddings:
+        assert packed.lm_head.blocks is packed.get_input_embeddings().blocks
+
+
+def test_blocks_are_mapped(tmp_path):
+    """Weights whose rows stay in order lie in the file; loading copies only Llama's q and k."""
+    directory = gguf_models.write_directory(tmp_path / "model", "llama")
+    file = gguf_models.write_file(export.read_directory(directory), tmp_path / "model.gguf", "q8_0")
+    packed = load.load(file)
+    source = reader.read_gguf(file)
+    owned = {
+        name
+        for name, plane in packed.named_parameters()
+        if name.endswith("blocks") and plane.untyped_storage().nbytes() == plane.nbytes
+    }
+    assert owned == {f"model.layers.{i}.self_attn.{p}_proj.blocks" for i in range(2) for p in "qk"}
+    blocks = packed.model.layers[1].mlp.down_proj.blocks
+    assert torch.equal(blocks, source.tensors["blk.1.ffn_down.weight"].read(0, blocks.shape[0]))
