@@ -16,7 +16,7 @@ from golden import golden
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle_gguf_encode import encode as oracle_encode
-from test_linear import assert_close, draw, exact, multiplied
+from test_linear import ROWS_AT_ONCE, assert_close, draw, exact, multiplied
 
 every_block = pytest.mark.parametrize("format", block_formats())
 BATCHES = (0, 1, 2, 3, 7, 8, 9, 16, 33)
@@ -459,6 +459,82 @@ def test_linear_same_bits_for_any_threads(format, rng, threads):
                 threads(count)
                 outputs.append(bitfold.linear(x, qtensor))
             assert all(torch.equal(outputs[0], other) for other in outputs[1:]), f"{format} m={m} {dtype}"
+
+
+@every_block
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_linear_of_long_sums(format, dtype, rng):
+    blocks = tame_blocks(rng, format, 9, 14336 // parse(format).group)
+    qtensor, w = of_blocks(blocks, format), oracle_gguf.decode(blocks, format).astype(np.float64)
+    for m in (1, 9):
+        x = draw(rng, m, 14336, dtype=dtype)
+        assert_close(bitfold.linear(x, qtensor), x, multiplied(w, format, x), None, f"{format} m={m}")
+
+
+def test_the_plan_names_the_regime():
+    for format in block_formats():
+        for m, regime in [
+            (1, "fused"),
+            (ROWS_AT_ONCE, "fused"),
+            (ROWS_AT_ONCE + 1, "tiled"),
+            (1000, "tiled"),
+        ]:
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == regime, format
+            assert bitfold.plan_linear(format, m, 64, 256, torch.float64).regime == "floor"
+
+
+@pytest.mark.isa
+@every_block
+def test_fused_rows_do_not_depend_on_each_other(format, rng):
+    qtensor = of_blocks(tame_blocks(rng, format, 37, 3), format)
+    for dtype in DTYPES.values():
+        x = draw(rng, ROWS_AT_ONCE, qtensor.shape[1], dtype=dtype)
+        alone = torch.cat([bitfold.linear(row[None], qtensor) for row in x])
+        for m in (2, 3, 5, 8):
+            assert torch.equal(bitfold.linear(x[-m:], qtensor), alone[-m:]), f"{format} {dtype} m={m}"
+
+
+@pytest.mark.isa
+@every_block
+def test_what_is_not_finite_stays_where_it_is(format, rng):
+    """A bad activation spoils the outputs of its row alone, a bad scale those of its column alone."""
+    layout = oracle_gguf.LAYOUTS[format]
+    blocks = tame_blocks(rng, format, 20, 3)
+    qtensor = of_blocks(blocks, format)
+    spoilt = blocks.copy()
+    for at in layout.halves:
+        spoilt[7, layout.bytes + at : layout.bytes + at + 2] = 0x7C, 0x7E  # a NaN
+    for dtype in DTYPES.values():
+        for m in (1, 3, 20):
+            x = draw(rng, m, qtensor.shape[1], dtype=dtype)
+            bad = x.clone()
+            bad[0, layout.values] = float("nan")
+            finite = torch.isfinite(bitfold.linear(bad, qtensor)).all(dim=1)
+            assert finite.tolist() == [False] + [True] * (m - 1), f"{format} {dtype} m={m}"
+            if layout.halves:
+                y = bitfold.linear(x, of_blocks(spoilt, format))
+                assert torch.isfinite(y).all(dim=0).tolist() == [row != 7 for row in range(20)]
+
+
+@every_block
+def test_neighbours_are_not_read_as_weights(format, rng):
+    """A plane inside a larger buffer of NaN scales gives what a plane of its own gives; the same for x."""
+    blocks = tame_blocks(rng, format, 3, 2)
+    buffer = torch.full((blocks.size + 256,), 0x7E, dtype=torch.uint8)
+    inside = buffer[128 : 128 + blocks.size].view(blocks.shape)
+    inside.copy_(torch.from_numpy(blocks))
+    alone, within = (
+        of_blocks(blocks, format),
+        bitfold.QTensor(format, (3, 2 * parse(format).group), {"blocks": inside}),
+    )
+    for m in (1, 8, 9):
+        x = draw(rng, m, alone.shape[1], dtype=torch.float32)
+        wide = torch.full((m * x.shape[1] + 64,), float("nan"))
+        view = wide[32 : 32 + x.numel()].view(x.shape)
+        view.copy_(x)
+        assert torch.equal(bitfold.linear(view, within), bitfold.linear(x, alone)), f"{format} m={m}"
+    assert torch.equal(within.decode(), alone.decode())
 
 
 @pytest.mark.isa

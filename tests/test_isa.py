@@ -107,7 +107,7 @@ def test_linear_agrees_on_every_set_within_rounding(results):
 @pytest.mark.parametrize("isa", [isa for isa in usable() if isa != _C.isa()])
 def test_conformance(isa):
     """The tests marked `isa` under a set that is not the default (the default runs them anyway)."""
-    files = ["test_encode_decode.py", "test_linear.py", "test_embedding.py"]
+    files = ["test_encode_decode.py", "test_linear.py", "test_embedding.py", "test_gguf_blocks.py"]
     done = run(isa, "-m", "pytest", "-q", "-x", "-m", "isa and not slow", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -307,9 +307,9 @@ planes = [torch.zeros(law.shape(n, k), dtype=law.dtype) for law in bitfold.forma
 dtype, layout = getattr(torch, sys.argv[2]), sys.argv[3]
 if layout == "flat":
     planes = [plane.reshape(1, -1) if plane.dim() == 2 else plane for plane in planes]
-small = bitfold.encode(torch.ones(64, 64), sys.argv[1])
+small = bitfold.encode(torch.ones(64, 256), sys.argv[1])
 for m in (1, 9):
-    bitfold.linear(torch.ones(m, 64, dtype=dtype), small)
+    bitfold.linear(torch.ones(m, 256, dtype=dtype), small)
     x = torch.ones(m, k, dtype=dtype)
     open("/proc/self/clear_refs", "w").write("5")
     before = peak()
@@ -323,6 +323,8 @@ BIG = [
     ("nf4-b64-dq", "float16", "rows"),
     ("int3-g16-asym", "float64", "rows"),
     ("nf4-b64", "bfloat16", "flat"),
+    ("q4_k", "float32", "rows"),
+    ("q8_0", "bfloat16", "rows"),
 ]
 
 
