@@ -23,9 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import gguf
@@ -34,7 +34,7 @@ import numpy as np
 SECONDS = 10  # for one file; the slowest sound one takes some hundredths
 MEMORY = 256 << 20  # bytes of address space beyond what the process has when it starts
 LONGEST_MESSAGE = 600
-ENOUGH = 10  # findings after which a campaign ends
+ENOUGH = 10  # kinds of findings after which nothing is started again
 ABSURD = (
     0,
     1,
@@ -333,57 +333,83 @@ def outcome(model: Files, folder: Path, number: int) -> str:
 # ---- many of them ----
 
 
+@dataclass
+class Tally:
+    """What came of files: outcomes, and findings by kind, each with its first file and how often it came."""
+
+    at: int = 0  # the file in work
+    counts: dict[str, int] = field(default_factory=dict)
+    findings: dict[str, tuple[str, int]] = field(default_factory=dict)
+    slowest: float = 0.0  # seconds
+    peak: int = 0  # bytes that the process took at most
+
+    def count(self, result: str) -> None:
+        self.counts[result] = self.counts.get(result, 0) + 1
+
+    def find(self, kind: str, text: str, times: int = 1) -> None:
+        first, before = self.findings.get(kind, (text, 0))
+        self.findings[kind] = (first, before + times)
+
+    def add(self, other: Tally) -> None:
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        for kind, (text, times) in other.findings.items():
+            self.find(kind, text, times)
+        self.slowest, self.peak = max(self.slowest, other.slowest), max(self.peak, other.peak)
+
+
 def work(first: int, last: int, seed: int, progress: Path) -> None:
-    """Files first to last - 1, in this process; `progress` is told the one in work, and at the end the outcomes."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """Files first to last - 1, in this process; `progress` holds the tally so far, the file in work among it."""
     import torch
 
     torch.set_num_threads(1)
     models = sound_models()
-    counts: Counter[str] = Counter()
-    slowest = 0.0
+    tally = Tally()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as text:
         outcome(models[0], Path(text), 0)  # imports what is needed, before the limit
         os.fsync = lambda fd: None  # the disk is not what is tried here
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        for number in range(first, last):
-            progress.write_text(json.dumps({"at": number, "counts": counts, "slowest": slowest}))
+        for tally.at in range(first, last):
+            progress.write_text(json.dumps(asdict(tally)))
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             start = time.perf_counter()
-            counts[outcome(damaged(models, number, seed), Path(text), number)] += 1
-            slowest = max(slowest, time.perf_counter() - start)
+            try:
+                tally.count(outcome(damaged(models, tally.at, seed), Path(text), tally.at))
+            except Exception as error:
+                place = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+                kind = f"{type(error).__name__} in {Path(place.filename).name}, {place.name}"
+                tally.find(kind, f"file {tally.at}: {''.join(traceback.format_exception(error))[-2000:]}")
+                for path in Path(text).iterdir():
+                    path.unlink()
+            tally.slowest = max(tally.slowest, time.perf_counter() - start)
             faulthandler.cancel_dump_traceback_later()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    progress.write_text(json.dumps({"at": last, "counts": counts, "slowest": slowest, "peak": peak}))
+    tally.at, tally.peak = last, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    progress.write_text(json.dumps(asdict(tally)))
 
 
-def campaign(first: int, files: int, seed: int, workers: int) -> tuple[Counter[str], list[str]]:
-    """Outcomes, and the findings: what a process said when it died, and at which file."""
+def campaign(first: int, files: int, seed: int, workers: int) -> Tally:
+    """The tally of processes that share the files; one that dies is a finding, and another goes on behind it."""
     step = -(-files // workers)
-    counts: Counter[str] = Counter()
-    findings: list[str] = []
+    total = Tally()
     with tempfile.TemporaryDirectory() as text:
-        shares = [(first + i * step, min(first + files, first + (i + 1) * step)) for i in range(workers)]
-        waiting = [_Share(begin, end, seed, Path(text) / f"{begin}") for begin, end in shares if begin < end]
-        for share in waiting:
+        shares = [(begin, min(begin + step, first + files)) for begin in range(first, first + files, step)]
+        running = [_Share(begin, end, seed, Path(text) / f"{begin}") for begin, end in shares]
+        for share in running:
             share.start()
-        while waiting:
-            share = waiting.pop(0)
-            said = share.wait()
-            state = (
-                json.loads(share.progress.read_text()) if share.progress.is_file() else {"at": share.begin}
-            )
-            counts.update(state.get("counts", {}))
-            print(f"to {state['at']}: {state}", file=sys.stderr)
-            if said is not None:
-                findings.append(f"file {state['at']}:\n{said}")
-                share.begin = state["at"] + 1
-                if share.begin < share.end and len(findings) < ENOUGH:
+        while running:
+            share = running.pop(0)
+            died = share.wait()
+            tally = Tally(**json.loads(share.progress.read_text()))
+            total.add(tally)
+            if died is not None:
+                total.find(died[0], f"file {tally.at}: {died[1]}")
+                share.begin = tally.at + 1
+                if share.begin < share.end and len(total.findings) < ENOUGH:
                     share.start()
-                    waiting.append(share)
-    return counts, findings
+                    running.append(share)
+    return total
 
 
 @dataclass
@@ -394,6 +420,7 @@ class _Share:
     progress: Path
 
     def start(self) -> None:
+        self.progress.write_text(json.dumps(asdict(Tally(self.begin))))
         numbers = [str(self.begin), str(self.end), str(self.seed)]
         self._child = subprocess.Popen(
             [sys.executable, __file__, "--work", *numbers, str(self.progress)],
@@ -402,10 +429,11 @@ class _Share:
             text=True,
         )
 
-    def wait(self) -> str | None:
-        """What it said, if it ended badly."""
+    def wait(self) -> tuple[str, str] | None:
+        """How it died and what it said, if it did."""
         said, _ = self._child.communicate()
-        return f"exit {self._child.returncode}\n{said[-2000:]}" if self._child.returncode else None
+        code = self._child.returncode
+        return (f"died with exit code {code}", said[-2000:]) if code else None
 
 
 def all_of(models: list[Files], files: int, seed: int) -> Iterator[tuple[int, Files]]:
@@ -423,11 +451,15 @@ def main() -> None:
     if args.work:
         first, last, seed = (int(text) for text in args.work[:3])
         return work(first, last, seed, Path(args.work[3]))
-    counts, findings = campaign(args.first, args.files, args.seed, args.workers)
-    for finding in findings:
-        print(finding)
-    print(f"{args.files} files, seed {args.seed}: {dict(counts)}, {len(findings)} findings")
-    return sys.exit(1 if findings else 0)
+    tally = campaign(args.first, args.files, args.seed, args.workers)
+    for kind, (text, times) in tally.findings.items():
+        print(f"{kind}, {times} times, first in {text}\n")
+    print(
+        f"files {args.first} to {args.first + args.files - 1} of seed {args.seed}: {tally.counts}, "
+        f"{len(tally.findings)} kinds of findings; the slowest took {tally.slowest:.3f} s, the largest process "
+        f"{tally.peak / 1e6:.0f} MB"
+    )
+    return sys.exit(1 if tally.findings else 0)
 
 
 if __name__ == "__main__":
