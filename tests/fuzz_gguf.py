@@ -54,7 +54,7 @@ ABSURD = (
     1 << 60,
 )
 ABSURD += ((1 << 63) - 1, 1 << 63, (1 << 64) - 1)
-MIXES = ("q4_k_m", "q8_0", "q2_k", "q5_1", "q3_k_s")
+MIXES = ("q4_k_m", "q8_0", "q2_k", "q5_1", "q3_k_s", "iq4_xs", "q4_0")
 
 Files = dict[str, bytes]  # of one model, by name; the first is the one to read
 

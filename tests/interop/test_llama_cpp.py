@@ -28,7 +28,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo"
 MODEL = DEMO / "model"
 CONTEXT = 256  # tokens of a window whose perplexity is measured
 WINDOWS = 6
-MIXES = ("q8_0", "q4_k_m", "q2_k", "q3_k_m", "q5_k_s", "q6_k", "q4_0", "q5_1")
+MIXES = ("q8_0", "q4_k_m", "q2_k", "q3_k_m", "q5_k_s", "q6_k", "q4_0", "q5_1", "iq4_nl", "iq4_xs")
 PROMPT = "Once upon a time"
 
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the demo is not beside the tests")
