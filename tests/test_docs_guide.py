@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 GUIDE = sorted(
     path.name
     for path in DOCS.glob("*.md")
-    if path.name not in ("formats.md", "architecture.md", "benchmarks.md")
+    if path.name not in ("formats.md", "gguf-blocks.md", "architecture.md", "benchmarks.md")
 )
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not beside the tests")

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from bitfold.checkpoint import save
     from bitfold.convert import convert_checkpoint
     from bitfold.evaluate import compare, perplexity
-    from bitfold.hub import load
+    from bitfold.gguf.quantize import quantize_gguf
+    from bitfold.hub import load, load_tokenizer
     from bitfold.pipeline import quantize_checkpoint
 
 # Names whose modules are imported at first use (PEP 562): they reach for transformers.
@@ -27,9 +28,11 @@ _LAZY = {
     "compare": "evaluate",
     "convert_checkpoint": "convert",
     "load": "hub",
+    "load_tokenizer": "hub",
     "perplexity": "evaluate",
     "plan_checkpoint": "budget",
     "quantize_checkpoint": "pipeline",
+    "quantize_gguf": "gguf.quantize",
     "save": "checkpoint",
 }
 
@@ -52,12 +55,14 @@ __all__ = [
     "encode",
     "linear",
     "load",
+    "load_tokenizer",
     "pack",
     "perplexity",
     "plan_checkpoint",
     "plan_linear",
     "quantize",
     "quantize_checkpoint",
+    "quantize_gguf",
     "save",
 ]
 
