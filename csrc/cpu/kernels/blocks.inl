@@ -2,15 +2,14 @@
 // large ones.
 //
 // Codes are multiplied as they come out of a block (spans.hpp), four to a lane, so x is arranged likewise, once for all
-// rows of the weight. A mask leaves one code of every lane, and what it is too large by (256 or 65536 times, where its
-// byte lies) x is too small by, which is exact. Products with codes and products with the step are apart:
+// rows of the weight. A mask leaves one code of every lane where it lies, a power of two too large; x is as many times
+// too small, which is exact. Products with codes and products with the step are apart:
 //
 //   sum of x w = step * (sum of x code - centre * sum of x) - (min - centre * step) * sum of x
 //
 // in which the first sum of x is over the columns of a lane, so that what cancels does so early, and the second over
-// those of a step. `centre` is the types' zero point, or the middle of their codes where they have a minimum. The sum
-// of one output runs over its vectors in order, lane by lane; the lanes are added up last. Other rows of x don't
-// matter.
+// those of a step. `centre` is the type's zero point, or the middle of its codes where it has a minimum. The sum of one
+// output runs over its vectors in order, lane by lane; the lanes are added up last. Other rows of x don't matter.
 #include "cpu/kernels/spans.hpp"
 
 namespace bitfold::cpu {
@@ -19,20 +18,26 @@ namespace {
 template <int Row>
 inline constexpr float kCentre = static_cast<float>(Span<Row>::kMin ? 1 << (kFormats[Row].bits - 1) : Span<Row>::kZero);
 
-// Step `step` of a vector: what a lane's code is multiplied by where it lies.
-constexpr float unit(int step) { return step == 1 ? 256.0f : step == 2 ? 65536.0f : 1.0f; }
-template <int Step>
-BITFOLD_SIMD F code_at(I v) {
-  if constexpr (Step == 3) return to_float(shift_right<24>(v));
-  else return to_float(bit_and(v, splat(int32_t{255 << 8 * Step})));
+// x is kLift times itself, so that what a code is too large by makes it neither too large nor too small.
+inline constexpr float kLift = 0x1p14f;
+// fn.operator()<0>(), then <1>, and so on.
+template <int Count, int First = 0, class Fn>
+BITFOLD_SIMD void unroll(Fn fn) {
+  if constexpr (First < Count) {
+    fn.template operator()<First>();
+    unroll<Count, First + 1>(fn);
+  }
 }
-// step.operator()<0>() to step.operator()<3>().
-template <class Step>
-BITFOLD_SIMD void each_step(Step step) {
-  step.template operator()<0>();
-  step.template operator()<1>();
-  step.template operator()<2>();
-  step.template operator()<3>();
+// Whether code `Step` of a lane, the bits `mask` of its byte, is brought down: as a number it would be negative.
+constexpr bool comes_down(int mask, int step) { return step == 3 && mask >= 128; }
+// What it is too large by.
+constexpr float unit(int mask, int step) {
+  return comes_down(mask, step) ? 1.0f : static_cast<float>(int64_t{1} << (8 * step + lowest_bit(mask)));
+}
+template <int Mask, int Step>
+BITFOLD_SIMD F code_at(I v) {
+  if constexpr (comes_down(Mask, Step)) return to_float(shift_right<24 + lowest_bit(Mask)>(v));
+  else return to_float(bit_and(v, splat(int32_t{Mask << 8 * Step})));
 }
 
 // Of each span, in vectors: x, a vector for each step of each vector of codes; and sums, -centre times those of a
@@ -65,15 +70,15 @@ void arrange(const float* x, int64_t k, int j, int rows, float* panel, float* su
       F sum = splat(0.0f);
       for (int step = 0; step < 4; ++step) {
         const F lanes = gather(from + step, columns[i]);
-        store(to, mul(lanes, splat(1.0f / unit(step))));
+        store(to, mul(lanes, splat(kLift / unit(S::mask(i), step))));
         to += rows * kLanes;
         sum = add(sum, lanes);
       }
-      store(sums, mul(sum, splat(-kCentre<Row>)));
+      store(sums, mul(sum, splat(-kLift * kCentre<Row>)));
       sums += rows * kLanes;
     }
     float of_steps[kLanes] = {};
-    for (int64_t i = 0; i < kSpan; ++i) of_steps[i / S::kSub] -= from[i];
+    for (int64_t i = 0; i < kSpan; ++i) of_steps[i / S::kSub] -= kLift * from[i];
     store(sums, load(of_steps));
     sums += rows * kLanes;
   }
@@ -85,74 +90,104 @@ inline constexpr int64_t kBlockColumns = 4096 / M;
 // Blocks are asked for whole rows ahead, at least so many bytes.
 inline constexpr int64_t kAheadBytes = 12288;
 
-// Spans [first, first + count) of a row times M rows of x, added to totals[j].
-template <int Row, int M>
-[[gnu::noinline]] void multiply_spans(const uint8_t* row, int64_t first, int64_t count, int64_t ahead, const float* x,
-                                      const float* x_sums, float* totals) {
+// Rows of the weight that share what is loaded of x: as many as there are registers for.
+template <int M>
+inline constexpr int kRowsAtOnce = kLanes == 16 && M > 1 ? 2 : 1;
+
+// Spans [first, first + count) of R rows times M rows of x, added to totals[r][j].
+template <int Row, int M, int R>
+[[gnu::noinline]] void multiply_spans(const uint8_t* const (&rows)[R], int64_t first, int64_t count, int64_t ahead,
+                                      const float* x, const float* x_sums, float* totals) {
   using S = Span<Row>;
   constexpr int64_t kBytes = kFormats[Row].block_bytes * kSpan / kFormats[Row].group;
   const Places<Row> places;
-  F total[M];
-  for (int j = 0; j < M; ++j) total[j] = load(totals + j * kLanes);
+  F total[R][M];
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < M; ++j) total[r][j] = load(totals + (r * M + j) * kLanes);
+  }
   for (int64_t span = first; span < first + count; ++span) {
-    const Place<Row> at = span_at<Row>(row, span);
-    for (int64_t byte = 0; byte < kBytes; byte += 64) prefetch(row + span * kBytes + ahead + byte);
-    I v[kVectors];
-    F steps, mins;
-    S::codes(at, v);
-    S::scales(at, &steps, &mins);
-    for (int i = 0; i < kVectors; ++i) {
-      F sum[M];
-      for (int j = 0; j < M; ++j) sum[j] = load(x_sums + j * kLanes);
-      each_step([&]<int Step>() {
-        const F code = code_at<Step>(v[i]);
-        for (int j = 0; j < M; ++j) sum[j] = fma(code, load(x + (Step * M + j) * kLanes), sum[j]);
-      });
-      const F step = permute(steps, places.at[i]);
-      for (int j = 0; j < M; ++j) total[j] = fma(sum[j], step, total[j]);
-      x += 4 * M * kLanes;
-      x_sums += M * kLanes;
+    I v[R][kVectors];
+    F steps[R], mins[R];
+    for (int r = 0; r < R; ++r) {
+      for (int64_t byte = 0; byte < kBytes; byte += 64) prefetch(rows[r] + span * kBytes + ahead + byte);
+      const Place<Row> at = span_at<Row>(rows[r], span);
+      S::bytes(at, v[r]);
+      S::scales(at, &steps[r], &mins[r]);
     }
+    unroll<kVectors>([&]<int Vector>() {
+      F sum[R][M];
+      for (int j = 0; j < M; ++j) {
+        for (int r = 0; r < R; ++r) sum[r][j] = load(x_sums + j * kLanes);
+      }
+      unroll<4>([&]<int Step>() {
+        F code[R];
+        for (int r = 0; r < R; ++r) code[r] = code_at<S::mask(Vector), Step>(v[r][Vector]);
+        for (int j = 0; j < M; ++j) {
+          const F x_step = load(x + j * kLanes);
+          for (int r = 0; r < R; ++r) sum[r][j] = fma(code[r], x_step, sum[r][j]);
+        }
+        x += M * kLanes;
+      });
+      for (int r = 0; r < R; ++r) {
+        const F step = permute(steps[r], places.at[Vector]);
+        for (int j = 0; j < M; ++j) total[r][j] = fma(sum[r][j], step, total[r][j]);
+      }
+      x_sums += M * kLanes;
+    });
     if constexpr (S::kMin) {
-      const F rest = fma(steps, splat(-kCentre<Row>), mins);
-      for (int j = 0; j < M; ++j) total[j] = fma(rest, load(x_sums + j * kLanes), total[j]);
+      for (int r = 0; r < R; ++r) {
+        const F rest = fma(steps[r], splat(-kCentre<Row>), mins[r]);
+        for (int j = 0; j < M; ++j) total[r][j] = fma(rest, load(x_sums + j * kLanes), total[r][j]);
+      }
     }
     x_sums += M * kLanes;
   }
-  for (int j = 0; j < M; ++j) store(totals + j * kLanes, total[j]);
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < M; ++j) store(totals + (r * M + j) * kLanes, total[r][j]);
+  }
 }
 
 template <int Row, int M>
 void multiply(const FusedArgs& a) {
-  static_assert(kBlockColumns<M> % kSpan == 0);
+  constexpr int R = kRowsAtOnce<M>;
   constexpr int64_t kBlockSpans = kBlockColumns<M> / kSpan;
+  static_assert(kBlockColumns<M> % kSpan == 0 && kFusedBlock % R == 0);
   const Weight& w = *a.w;
   const int64_t bytes = blocks_row_bytes<Row>(w.k), spans = w.k / kSpan;
   const int64_t ahead = ceil_div(kAheadBytes, bytes > 0 ? bytes : 1) * bytes;
-  const auto* blocks = static_cast<const uint8_t*>(w.codes);
   const auto x_at = [&](int64_t span) { return a.x + span * kXVectors * M * kLanes; };
   const auto sums_at = [&](int64_t span) { return a.x_sums + span * kSumVectors * M * kLanes; };
   for (int64_t top = a.row_begin; top < a.row_end; top += kFusedBlock) {
     const int64_t rows = smaller(a.row_end - top, kFusedBlock);
     alignas(64) float totals[kFusedBlock * M * kLanes];
     std::memset(totals, 0, sizeof(totals));
+    // The last row is taken again where a block has no R rows left; what comes of that is not used.
+    const auto row_blocks = [&](int64_t row) {
+      return static_cast<const uint8_t*>(w.codes) + smaller(top + row, a.row_end - 1) * bytes;
+    };
     for (int64_t span = 0; span < spans; span += kBlockSpans) {
-      for (int64_t row = 0; row < rows; ++row) {
-        multiply_spans<Row, M>(blocks + (top + row) * bytes, span, smaller(spans - span, kBlockSpans), ahead,
-                               x_at(span), sums_at(span), totals + row * M * kLanes);
+      for (int64_t row = 0; row < rows; row += R) {
+        const uint8_t* blocks[R];
+        for (int r = 0; r < R; ++r) blocks[r] = row_blocks(row + r);
+        multiply_spans<Row, M, R>(blocks, span, smaller(spans - span, kBlockSpans), ahead, x_at(span), sums_at(span),
+                                  totals + row * M * kLanes);
       }
     }
     if (spans * kSpan < w.k) {
-      for (int64_t row = 0; row < rows; ++row) {
-        SpanCopy<Row> copy;
-        const auto* part =
-            reinterpret_cast<const uint8_t*>(copy.span_in(blocks + (top + row) * bytes, w.k, spans).block);
-        multiply_spans<Row, M>(part, 0, 1, 0, x_at(spans), sums_at(spans), totals + row * M * kLanes);
+      for (int64_t row = 0; row < rows; row += R) {
+        SpanCopy<Row> copies[R];
+        const uint8_t* blocks[R];
+        for (int r = 0; r < R; ++r) {
+          const Place<Row> part = copies[r].span_in(row_blocks(row + r), w.k, spans);
+          blocks[r] = reinterpret_cast<const uint8_t*>(part.block);
+        }
+        multiply_spans<Row, M, R>(blocks, 0, 1, 0, x_at(spans), sums_at(spans), totals + row * M * kLanes);
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
       for (int j = 0; j < a.m; ++j) {
-        a.y[j * a.y_stride + top + row - a.row_begin] = reduce_add(load(totals + (row * M + j) * kLanes));
+        const float sum = reduce_add(load(totals + (row * M + j) * kLanes));
+        a.y[j * a.y_stride + top + row - a.row_begin] = sum * (1.0f / kLift);
       }
     }
   }
@@ -166,7 +201,7 @@ void fused(const FusedArgs& a) {
   return multiply<Row, 8>(a);
 }
 
-// The floor's weights, those of steps 1 and 2 as many times larger as x is smaller there.
+// The floor's weights, as many times larger or smaller as x is the other.
 template <int Row>
 void decode_tile(const Weight& w, int64_t first, int rows, int64_t begin, int64_t end, float* tile, float*) {
   using S = Span<Row>;
@@ -186,21 +221,24 @@ void decode_tile(const Weight& w, int64_t first, int rows, int64_t begin, int64_
       }
       I v[kVectors];
       F steps, mins;
-      S::codes(at, v);
+      S::bytes(at, v);
       S::scales(at, &steps, &mins);
-      for (int i = 0; i < kVectors; ++i) {
-        const F step = permute(steps, places.at[i]);
+      steps = mul(steps, splat(1.0f / kLift));
+      if constexpr (S::kMin) mins = mul(mins, splat(1.0f / kLift));
+      unroll<kVectors>([&]<int Vector>() {
+        const F step = permute(steps, places.at[Vector]);
         F min = splat(0.0f);
-        if constexpr (S::kMin) min = permute(mins, places.at[i]);
-        each_step([&]<int Step>() {
-          F value = code_at<Step>(v[i]);
-          if constexpr (S::kZero != 0) value = sub(value, splat(unit(Step) * static_cast<float>(S::kZero)));
+        if constexpr (S::kMin) min = permute(mins, places.at[Vector]);
+        unroll<4>([&]<int Step>() {
+          constexpr float kUnit = unit(S::mask(Vector), Step);
+          F value = code_at<S::mask(Vector), Step>(v[Vector]);
+          if constexpr (S::kZero != 0) value = sub(value, splat(kUnit * static_cast<float>(S::kZero)));
           value = mul(step, value);
-          if constexpr (S::kMin) value = sub(value, mul(min, splat(unit(Step))));
+          if constexpr (S::kMin) value = sub(value, mul(min, splat(kUnit)));
           store(out, value);
           out += kTileRows * kLanes;
         });
-      }
+      });
     }
   }
 }

@@ -9,7 +9,7 @@ template <int Row>
 BITFOLD_SIMD void decode_whole(Place<Row> at, float* out) {
   using S = Span<Row>;
   I v[kVectors];
-  S::codes(at, v);
+  codes_of(at, v);
   alignas(64) uint8_t codes[kSpan];
   for (int i = 0; i < kVectors; ++i) {
     int groups[kQuarters];

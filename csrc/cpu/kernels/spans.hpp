@@ -1,10 +1,10 @@
 // Spans of GGUF's blocks, from packed bytes to vectors: what decoding and multiplying share.
 //
 // A span is 16 columns for each lane: a block of 256 or half of one, or kLanes / 2 blocks of 32. Its codes become four
-// vectors of unsigned bytes, four codes to a lane, in the order in which they come out of the block most cheaply. Only
-// this is fixed: a quarter of a vector (four lanes, 16 bytes) holds 16 consecutive columns, one group, in order. All
-// types are alike from there on: a weight is step * (code - kZero) - min, with a step (and, where kMin, a min) for
-// every kSub columns.
+// vectors of bytes, four codes to a lane, in the order in which they come out of the block most cheaply. Only this is
+// fixed: a quarter of a vector (four lanes, 16 bytes) holds 16 consecutive columns, one group, in order. A code is
+// those bits of its byte that mask(i) has, for vector i; what the others hold is not said. All types are alike from
+// there on: a weight is step * (code - kZero) - min, with a step (and, where kMin, a min) for every kSub columns.
 #pragma once
 
 #include "cpu/isa.hpp"
@@ -59,6 +59,7 @@ struct InOrder {
 // ---- bytes ----
 
 BITFOLD_SIMD I splat_byte(int value) { return splat(static_cast<int32_t>(0x01010101u * static_cast<uint32_t>(value))); }
+constexpr int lowest_bit(int mask) { return mask % 2 != 0 ? 0 : 1 + lowest_bit(mask / 2); }
 BITFOLD_SIMD I low_nibbles(I bytes) { return bit_and(bytes, splat_byte(15)); }
 BITFOLD_SIMD I high_nibbles(I bytes) { return bit_and(shift_right<4>(bytes), splat_byte(15)); }
 // Bits From .. of every byte moved to bits To .., and all others cleared; Mask has them where they arrive.
@@ -97,26 +98,34 @@ BITFOLD_SIMD F block_half(const Block<Row>* block, Half Block<Row>::* field) {
   return splat_half((block->*field).bits());
 }
 
-// The nibbles of 128 bytes, or of the half of them that is a span's.
+// Nibbles: every other vector has the low ones of its bytes, and the next the high ones of the same.
+struct Nibbles {
+  static constexpr int mask(int i) { return i % 2 == 0 ? 0x0f : 0xf0; }
+};
+template <int Mask>
+struct Masked {
+  static constexpr int mask(int) { return Mask; }
+};
+// Those of 128 bytes, or of the half of them that is a span's.
 BITFOLD_SIMD void nibbles_of(const uint8_t* qs, int half, I (&v)[kVectors]) {
   for (int pair = 0; pair < 2; ++pair) {
-    const I bytes = load_words<8>(qs + 64 * half + 4 * kLanes * pair);
-    v[2 * pair] = low_nibbles(bytes);
-    v[2 * pair + 1] = high_nibbles(bytes);
+    v[2 * pair] = v[2 * pair + 1] = load_words<8>(qs + 64 * half + 4 * kLanes * pair);
   }
 }
-// The nibbles of a span's blocks of 32 columns.
+// Those of a span's blocks of 32 columns.
 template <int Row>
 BITFOLD_SIMD void block_nibbles(const Block<Row>* blocks, I (&v)[kVectors]) {
   for (int pair = 0; pair < 2; ++pair) {
-    const I bytes = load_quarters(blocks[kQuarters * pair].qs, sizeof(Block<Row>));
-    v[2 * pair] = low_nibbles(bytes);
-    v[2 * pair + 1] = high_nibbles(bytes);
+    v[2 * pair] = v[2 * pair + 1] = load_quarters(blocks[kQuarters * pair].qs, sizeof(Block<Row>));
   }
 }
-// Their fifth bits, at bit 4.
+BITFOLD_SIMD void move_nibbles_down(I (&v)[kVectors]) {
+  for (int i = 0; i < kVectors; ++i) v[i] = i % 2 == 0 ? low_nibbles(v[i]) : high_nibbles(v[i]);
+}
+// With their fifth bits, at bit 4.
 template <int Row>
 BITFOLD_SIMD void add_fifth_bits(const Block<Row>* blocks, I (&v)[kVectors]) {
+  move_nibbles_down(v);
   for (int pair = 0; pair < 2; ++pair) {
     uint64_t low = 0, high = 0;
     for (int q = 0; q < kQuarters; ++q) {
@@ -129,16 +138,18 @@ BITFOLD_SIMD void add_fifth_bits(const Block<Row>* blocks, I (&v)[kVectors]) {
   }
 }
 
-// A codebook of signed bytes, moved up by 128.
+// A codebook of signed bytes, moved up by `zero`.
 struct Raised {
   alignas(16) uint8_t values[16];
-  constexpr explicit Raised(const std::array<int8_t, 16>& codebook) : values{} {
-    for (size_t i = 0; i < 16; ++i) values[i] = static_cast<uint8_t>(codebook[i] + 128);
+  int zero;
+  constexpr Raised(const std::array<int8_t, 16>& codebook, int up) : values{}, zero(up) {
+    for (size_t i = 0; i < 16; ++i) values[i] = static_cast<uint8_t>(codebook[i] + up);
   }
 };
-inline constexpr Raised kRaisedIq4(kIq4Values), kRaisedMxfp4(kMxfp4Values);
+inline constexpr Raised kRaisedIq4(kIq4Values, 128), kRaisedMxfp4(kMxfp4Values, 12);
 BITFOLD_SIMD void look_up(const Raised& raised, I (&v)[kVectors]) {
   const Bytes16 table = load_bytes16(raised.values);
+  move_nibbles_down(v);
   for (I& codes : v) codes = lookup_bytes(table, codes);
 }
 
@@ -169,15 +180,16 @@ struct KNibbles : ByNibble {  // Q4_K, and what Q5_K has of it
   }
 };
 template <>
-struct Span<kQ4K> : KNibbles<kQ4K> {
+struct Span<kQ4K> : KNibbles<kQ4K>, Nibbles {
   static constexpr int kZero = 0;
-  BITFOLD_SIMD static void codes(Place<kQ4K> at, I (&v)[kVectors]) { nibbles_of(at.block->qs, at.half, v); }
+  BITFOLD_SIMD static void bytes(Place<kQ4K> at, I (&v)[kVectors]) { nibbles_of(at.block->qs, at.half, v); }
 };
 template <>
-struct Span<kQ5K> : KNibbles<kQ5K> {
+struct Span<kQ5K> : KNibbles<kQ5K>, Masked<0x1f> {
   static constexpr int kZero = 0;
-  BITFOLD_SIMD static void codes(Place<kQ5K> at, I (&v)[kVectors]) {
+  BITFOLD_SIMD static void bytes(Place<kQ5K> at, I (&v)[kVectors]) {
     nibbles_of(at.block->qs, at.half, v);
+    move_nibbles_down(v);
     constexpr int kNext = kLanes / 4;  // bits from a pair of vectors to the next
     const I high = load_shared(at.block->qh, at.half, kWhole ? 2 : 4);
     v[0] = bit_or(v[0], move_bits<0, 4, 16>(high));
@@ -187,18 +199,15 @@ struct Span<kQ5K> : KNibbles<kQ5K> {
   }
 };
 
-BITFOLD_SIMD void two_bit_plane(const uint8_t* qs, int half, I (&v)[kVectors]) {
-  const I bytes = load_halves(qs + 32 * half, 32);
-  v[0] = move_bits<0, 0, 3>(bytes);
-  v[1] = move_bits<2, 0, 3>(bytes);
-  v[2] = move_bits<4, 0, 3>(bytes);
-  v[3] = move_bits<6, 0, 3>(bytes);
-}
+BITFOLD_SIMD I two_bit_plane(const uint8_t* qs, int half) { return load_halves(qs + 32 * half, 32); }
 template <>
 struct Span<kQ2K> : ByPlane {
   static constexpr int kSub = 16, kZero = 0;
   static constexpr bool kMin = true;
-  BITFOLD_SIMD static void codes(Place<kQ2K> at, I (&v)[kVectors]) { two_bit_plane(at.block->qs, at.half, v); }
+  static constexpr int mask(int i) { return 3 << 2 * i; }
+  BITFOLD_SIMD static void bytes(Place<kQ2K> at, I (&v)[kVectors]) {
+    for (I& bytes : v) bytes = two_bit_plane(at.block->qs, at.half);
+  }
   BITFOLD_SIMD static void scales(Place<kQ2K> at, F* steps, F* mins) {
     const I both = unpack<8, false>(at.block->scales + 8 * at.half);
     *steps = mul(block_half(at.block, &Block<kQ2K>::d), to_float(bit_and(both, splat(int32_t{15}))));
@@ -206,16 +215,15 @@ struct Span<kQ2K> : ByPlane {
   }
 };
 template <>
-struct Span<kQ3K> : ByPlane {
+struct Span<kQ3K> : ByPlane, Masked<0x07> {
   static constexpr int kSub = 16, kZero = 4;
   static constexpr bool kMin = false;
-  BITFOLD_SIMD static void codes(Place<kQ3K> at, I (&v)[kVectors]) {
-    two_bit_plane(at.block->qs, at.half, v);
-    const I high = load_shared(at.block->hmask, at.half, 4);
-    v[0] = bit_or(v[0], move_bits<0, 2, 4>(high));
-    v[1] = bit_or(v[1], move_bits<1, 2, 4>(high));
-    v[2] = bit_or(v[2], move_bits<2, 2, 4>(high));
-    v[3] = bit_or(v[3], move_bits<3, 2, 4>(high));
+  BITFOLD_SIMD static void bytes(Place<kQ3K> at, I (&v)[kVectors]) {
+    const I low = two_bit_plane(at.block->qs, at.half), high = load_shared(at.block->hmask, at.half, 4);
+    v[0] = bit_or(move_bits<0, 0, 3>(low), move_bits<0, 2, 4>(high));
+    v[1] = bit_or(move_bits<2, 0, 3>(low), move_bits<1, 2, 4>(high));
+    v[2] = bit_or(move_bits<4, 0, 3>(low), move_bits<2, 2, 4>(high));
+    v[3] = bit_or(move_bits<6, 0, 3>(low), move_bits<3, 2, 4>(high));
   }
   BITFOLD_SIMD static void scales(Place<kQ3K> at, F* steps, F*) {
     const uint8_t* s = at.block->scales;
@@ -231,10 +239,10 @@ struct Span<kQ3K> : ByPlane {
   }
 };
 template <>
-struct Span<kQ6K> : ByPlane {
+struct Span<kQ6K> : ByPlane, Masked<0x3f> {
   static constexpr int kSub = 16, kZero = 32;
   static constexpr bool kMin = false;
-  BITFOLD_SIMD static void codes(Place<kQ6K> at, I (&v)[kVectors]) {
+  BITFOLD_SIMD static void bytes(Place<kQ6K> at, I (&v)[kVectors]) {
     const uint8_t* low = at.block->ql + 64 * at.half;
     const I a = load_halves(low, 64), b = load_halves(low + 32, 64);
     const I high = load_halves(at.block->qh + 32 * at.half, 32);
@@ -250,10 +258,10 @@ struct Span<kQ6K> : ByPlane {
   }
 };
 template <>
-struct Span<kIq4Xs> : ByHalf {
-  static constexpr int kSub = 32, kZero = 128;
+struct Span<kIq4Xs> : ByHalf, Masked<0xff> {
+  static constexpr int kSub = 32, kZero = kRaisedIq4.zero;
   static constexpr bool kMin = false;
-  BITFOLD_SIMD static void codes(Place<kIq4Xs> at, I (&v)[kVectors]) {
+  BITFOLD_SIMD static void bytes(Place<kIq4Xs> at, I (&v)[kVectors]) {
     nibbles_of(at.block->qs, at.half, v);
     look_up(kRaisedIq4, v);
   }
@@ -287,35 +295,35 @@ struct SmallMin {
   }
 };
 template <>
-struct Span<kQ4_0> : Small<kQ4_0>, ByHalf {
+struct Span<kQ4_0> : Small<kQ4_0>, ByHalf, Nibbles {
   static constexpr int kZero = 8;
-  BITFOLD_SIMD static void codes(Place<kQ4_0> at, I (&v)[kVectors]) { block_nibbles(at.block, v); }
+  BITFOLD_SIMD static void bytes(Place<kQ4_0> at, I (&v)[kVectors]) { block_nibbles(at.block, v); }
 };
 template <>
-struct Span<kQ4_1> : SmallMin<kQ4_1>, ByHalf {
+struct Span<kQ4_1> : SmallMin<kQ4_1>, ByHalf, Nibbles {
   static constexpr int kZero = 0;
-  BITFOLD_SIMD static void codes(Place<kQ4_1> at, I (&v)[kVectors]) { block_nibbles(at.block, v); }
+  BITFOLD_SIMD static void bytes(Place<kQ4_1> at, I (&v)[kVectors]) { block_nibbles(at.block, v); }
 };
 template <>
-struct Span<kQ5_0> : Small<kQ5_0>, ByHalf {
+struct Span<kQ5_0> : Small<kQ5_0>, ByHalf, Masked<0x1f> {
   static constexpr int kZero = 16;
-  BITFOLD_SIMD static void codes(Place<kQ5_0> at, I (&v)[kVectors]) {
+  BITFOLD_SIMD static void bytes(Place<kQ5_0> at, I (&v)[kVectors]) {
     block_nibbles(at.block, v);
     add_fifth_bits(at.block, v);
   }
 };
 template <>
-struct Span<kQ5_1> : SmallMin<kQ5_1>, ByHalf {
+struct Span<kQ5_1> : SmallMin<kQ5_1>, ByHalf, Masked<0x1f> {
   static constexpr int kZero = 0;
-  BITFOLD_SIMD static void codes(Place<kQ5_1> at, I (&v)[kVectors]) {
+  BITFOLD_SIMD static void bytes(Place<kQ5_1> at, I (&v)[kVectors]) {
     block_nibbles(at.block, v);
     add_fifth_bits(at.block, v);
   }
 };
 template <>
-struct Span<kQ8_0> : Small<kQ8_0>, InOrder {
+struct Span<kQ8_0> : Small<kQ8_0>, InOrder, Masked<0xff> {
   static constexpr int kZero = 128;
-  BITFOLD_SIMD static void codes(Place<kQ8_0> at, I (&v)[kVectors]) {
+  BITFOLD_SIMD static void bytes(Place<kQ8_0> at, I (&v)[kVectors]) {
     constexpr int kEach = kLanes / 8;  // blocks of a vector
     for (int i = 0; i < kVectors; ++i) {
       const auto* bytes = reinterpret_cast<const uint8_t*>(at.block[kEach * i].qs);
@@ -324,18 +332,18 @@ struct Span<kQ8_0> : Small<kQ8_0>, InOrder {
   }
 };
 template <>
-struct Span<kIq4Nl> : Small<kIq4Nl>, ByHalf {
-  static constexpr int kZero = 128;
-  BITFOLD_SIMD static void codes(Place<kIq4Nl> at, I (&v)[kVectors]) {
+struct Span<kIq4Nl> : Small<kIq4Nl>, ByHalf, Masked<0xff> {
+  static constexpr int kZero = kRaisedIq4.zero;
+  BITFOLD_SIMD static void bytes(Place<kIq4Nl> at, I (&v)[kVectors]) {
     block_nibbles(at.block, v);
     look_up(kRaisedIq4, v);
   }
 };
 template <>
-struct Span<kMxfp4> : ByHalf {
-  static constexpr int kSub = 32, kZero = 128;
+struct Span<kMxfp4> : ByHalf, Masked<0x1f> {
+  static constexpr int kSub = 32, kZero = kRaisedMxfp4.zero;
   static constexpr bool kMin = false;
-  BITFOLD_SIMD static void codes(Place<kMxfp4> at, I (&v)[kVectors]) {
+  BITFOLD_SIMD static void bytes(Place<kMxfp4> at, I (&v)[kVectors]) {
     block_nibbles(at.block, v);
     look_up(kRaisedMxfp4, v);
   }
@@ -348,6 +356,23 @@ struct Span<kMxfp4> : ByHalf {
     *steps = as_float(select(greater(splat(int32_t{2}), e), subnormal, normal));
   }
 };
+
+// A span's codes alone in their bytes.
+template <int Mask>
+BITFOLD_SIMD I alone(I bytes) {
+  constexpr int kDown = lowest_bit(Mask), kMask = Mask >> kDown;
+  if constexpr (kMask == 0xff) return bytes;
+  else return bit_and(shift_right<kDown>(bytes), splat_byte(kMask));
+}
+template <int Row>
+BITFOLD_SIMD void codes_of(Place<Row> at, I (&v)[kVectors]) {
+  using S = Span<Row>;
+  S::bytes(at, v);
+  v[0] = alone<S::mask(0)>(v[0]);
+  v[1] = alone<S::mask(1)>(v[1]);
+  v[2] = alone<S::mask(2)>(v[2]);
+  v[3] = alone<S::mask(3)>(v[3]);
+}
 
 // The last span of a row may lack blocks: it is then copied to where they are zero.
 template <int Row>
