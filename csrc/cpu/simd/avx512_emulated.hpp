@@ -86,9 +86,22 @@ inline __m512 emulated_i32gather_ps(__m512i index, const float* p, int) {
   return join<__m512>(_mm256_i32gather_ps(p, h.low, 4), _mm256_i32gather_ps(p, h.high, 4));
 }
 
+// Quarters imm[1:0] and imm[3:2] of a, then imm[5:4] and imm[7:6] of b.
+inline __m512 emulated_shuffle_f32x4(__m512 a, __m512 b, int imm) {
+  float from[2][16], to[16];
+  __builtin_memcpy(from[0], &a, sizeof(a));
+  __builtin_memcpy(from[1], &b, sizeof(b));
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + 4 * i, from[i / 2] + 4 * (imm >> 2 * i & 3), 4 * sizeof(float));
+  __m512 out;
+  __builtin_memcpy(&out, to, sizeof(out));
+  return out;
+}
+
 }  // namespace
 }  // namespace bitfold::cpu
 
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 emulated_shuffle_f32x4
 #undef _mm512_maskz_loadu_epi32
 #define _mm512_maskz_loadu_epi32 emulated_maskz_loadu_epi32
 #undef _mm512_srai_epi32
