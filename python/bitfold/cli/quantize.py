@@ -74,7 +74,8 @@ def quantize(
     """Quantize a model into a new directory or a GGUF file, streaming: memory holds a weight at most."""
     if shard_size <= 0:
         raise ValueError(f"--shard-size is {shard_size}, it must be positive")
-    quiet_transformers()
+    if model.is_dir():  # a GGUF file needs no transformers, whose import takes a second
+        quiet_transformers()
     options = Options(
         imatrix=imatrix,
         tensor_types=tuple(tensor_type or ()),
