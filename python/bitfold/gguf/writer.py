@@ -22,7 +22,7 @@ from bitfold.gguf.magic import is_gguf
 from bitfold.shards import CheckpointError, reserve, write_at
 from bitfold.writer import check_room, hidden, lock, remove_abandoned, sync
 
-_WAITING = 4  # pieces handed to the writing thread that are not yet written, at most
+_WAITING = 2  # pieces handed to the writing thread that are not yet written, at most
 
 
 class GgufWriter:
