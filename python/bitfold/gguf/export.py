@@ -84,7 +84,7 @@ def open_directory(
         tensors[name] = GgufTensor(name, placement.shape, kind, rows[name].read)
     number = _file_type(dtype, tensors, quantization)
     metadata = _metadata(path, architectures.of_config(typed).name, keys, number, tensors)
-    metadata |= read_tokenizer(path, placements["token_embd.weight"].shape[0])
+    metadata |= read_tokenizer(path, placements["token_embd.weight"].shape[0], remark)
     metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)
     files = tuple(dict.fromkeys(weight.tensor.path for weight in stored.values()))
     return GgufModel(metadata, tensors, files), rows

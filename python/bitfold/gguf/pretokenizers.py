@@ -66,8 +66,16 @@ def by_name(name: str) -> PreTokenizer:
 
 
 def recognize(tokenizer: Mapping[str, Any]) -> PreTokenizer:
-    """The row that does what a byte-level tokenizer.json does. Raises CheckpointError where none does."""
+    """The row that does what a byte-level tokenizer.json does. Raises CheckpointError where none does.
+
+    Whether text is composed first (NFC) is not compared: no file says it, and llama.cpp never does it.
+    """
     pattern, digits = _cutting(tokenizer)
+    normalizer = tokenizer.get("normalizer")
+    if normalizer is not None and normalizer.get("type") != "NFC":
+        raise CheckpointError(
+            f"its tokenizer.json changes text by {_short(normalizer)}, which GGUF has no name for"
+        )
     whole = bool(tokenizer["model"].get("ignore_merges"))
     for row in PRE_TOKENIZERS:
         if (row.pattern, row.digits, row.whole) == (pattern, digits, whole):

@@ -5,7 +5,7 @@ neighbours whose union is the piece of the highest score, the leftmost of equals
 scores of a GGUF file ("llama" in `tokenizer.ggml.model`). A fast tokenizer (tokenizer.json) has merges instead.
 
 tokenizer.model is a protocol buffer, sentencepiece.ModelProto: pieces (1: text 1, score 2, type 3), trainer_spec (2:
-model_type 3) and normalizer_spec (3: add_dummy_prefix 3)
+model_type 3, ids of unknown, begin, end and padding 40 to 43) and normalizer_spec (3: add_dummy_prefix 3)
 (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
 """
 
@@ -25,6 +25,7 @@ SPACE = "\u2581"  # what stands for a space in pieces
 ADDED_SCORE, GAP_SCORE = -1000.0, -10000.0  # of tokens that no merge makes
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BPE = 2  # model_type
+_SPECIAL = {40: "unk", 41: "bos", 42: "eos", 43: "pad"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,13 @@ def placeholder(id: int) -> Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A vocabulary by id. prefix: a space is put in front of text."""
+    """A vocabulary by id. prefix: a space is put in front of text; special: ids by what they are for, as far as known:
+    unk, bos, eos, pad.
+    """
 
     pieces: list[Piece]
     prefix: bool
+    special: dict[str, int]
 
 
 # ---- tokenizer.model ----
@@ -55,24 +59,29 @@ class Pieces:
 def read_model(path: Path) -> Pieces:
     """The vocabulary of a tokenizer.model. Raises CheckpointError for one that is damaged or no BPE model."""
     pieces: list[Piece] = []
-    model_type, prefix = 1, True  # what the format says of fields that aren't there
+    trainer: dict[int, Any] = {3: 1, 40: 0, 41: 1, 42: 2}  # what the format says of fields that aren't there
+    prefix = True
     try:
         for field, value in _fields(path.read_bytes()):
             if field == 1:
                 pieces.append(_piece(value))
             elif field == 2:
-                model_type = dict(_fields(value)).get(3, model_type)
+                trainer |= dict(_fields(value))
             elif field == 3:
                 prefix = bool(dict(_fields(value)).get(3, prefix))
-    except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise CheckpointError(f"{path} is no SentencePiece model ({error})") from None
+        count = len(pieces)  # -1 is a huge number in a varint
+        special = {
+            name: trainer[field] for field, name in _SPECIAL.items() if trainer.get(field, count) < count
+        }
+    except (LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path} is no SentencePiece model ({type(error).__name__}: {error})") from None
     if not pieces:
         raise CheckpointError(f"{path} is no SentencePiece model: it has no pieces")
-    if model_type != _BPE:
+    if trainer[3] != _BPE:
         raise CheckpointError(
-            f"{path} is a SentencePiece model of the type {model_type}; bitfold knows BPE, type {_BPE}"
+            f"{path} is a SentencePiece model of the type {trainer[3]}; bitfold knows BPE, type {_BPE}"
         )
-    return Pieces(pieces, prefix)
+    return Pieces(pieces, prefix, special)
 
 
 def _piece(raw: Any) -> Piece:
@@ -142,7 +151,8 @@ def derive(tokenizer: Mapping[str, Any]) -> Pieces:
     pieces = [placeholder(id) for id in range(max(vocabulary.values()) + 1)]
     for text, id in vocabulary.items():
         pieces[id] = Piece(text, scores.get(text, ADDED_SCORE if text in added else 0.0), kinds[text])
-    return Pieces(pieces, _prefix(tokenizer))
+    unknown = vocabulary.get(model.get("unk_token"))
+    return Pieces(pieces, _prefix(tokenizer), {} if unknown is None else {"unk": unknown})
 
 
 def _kind(text: str, unknown: str | None, added: Mapping[str, bool]) -> TokenType:

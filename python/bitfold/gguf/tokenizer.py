@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from bitfold.shards import CheckpointError, read_json
 _SPECIAL_LOOKS = re.compile(r"<\|.*\|>|<pad>|<mask>|<unused\d+>", re.DOTALL)
 
 
-def read_tokenizer(path: Path, rows: int) -> dict[str, GGUFValue]:
-    """All tokenizer.* keys of a model whose embedding has so many rows.
+def read_tokenizer(
+    path: Path, rows: int, remark: Callable[[str], None] | None = None
+) -> dict[str, GGUFValue]:
+    """All tokenizer.* keys of a model whose embedding has so many rows; remark: told what they don't say.
 
     Raises CheckpointError where there is no tokenizer, or one that GGUF or llama.cpp has no word for.
     """
@@ -27,7 +29,7 @@ def read_tokenizer(path: Path, rows: int) -> dict[str, GGUFValue]:
     slow = path / "tokenizer.model"
     try:
         if fast is not None and _is_byte_level(fast):
-            return _byte_level(path, fast, rows)
+            return _byte_level(path, fast, rows, remark)
         if slow.exists():
             return _sentencepiece(path, sentencepiece.read_model(slow), _added(path, fast), rows)
         if fast is not None and sentencepiece.is_sentencepiece(fast):
@@ -88,9 +90,16 @@ def _added(path: Path, fast: Mapping[str, Any] | None) -> list[_Added]:
 # ---- the two kinds of vocabulary ----
 
 
-def _byte_level(path: Path, fast: Mapping[str, Any], rows: int) -> dict[str, GGUFValue]:
+def _byte_level(
+    path: Path, fast: Mapping[str, Any], rows: int, remark: Callable[[str], None] | None
+) -> dict[str, GGUFValue]:
     """BPE on bytes: "gpt2". The texts of added tokens are plain, those of all others are bytes spelled as letters."""
     row = recognize(fast)
+    if remark is not None and (fast.get("normalizer") is not None) != row.composed:
+        does = "doesn't put" if row.composed else "puts"
+        remark(
+            f"its tokenizer {does} text into Unicode's NFC, unlike other models with {row.names[0]} in their files"
+        )
     pieces = _numbered(fast["model"]["vocab"], rows)
     for token in _added(path, fast):
         _put(pieces, token.id, Piece(token.text, ADDED_SCORE, token.type))
@@ -127,7 +136,9 @@ def _sentencepiece(
     writer = _common("llama", "default", pieces)
     writer.add_token_scores([piece.score for piece in pieces])
     writer.add_add_space_prefix(vocabulary.prefix)
-    _add_special(writer, _special(path, rows), first=not (path / "tokenizer.json").exists())
+    special = _special(path, rows)
+    special.special_token_ids = vocabulary.special | special.special_token_ids
+    _add_special(writer, special, first=not (path / "tokenizer.json").exists())
     return _keys(writer)
 
 

@@ -22,7 +22,18 @@ _SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-_WHOLE_WORDS_BEGIN = ("llama-bpe", "tekken")  # llama.cpp begins text with BOS where such files don't say
+# What llama.cpp takes where a file says nothing.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"pre": "default", "add_eos_token": False},
+    "llama": {
+        "add_space_prefix": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    },
+}
 
 
 def tokenizer_of(file: GgufModel) -> Any:
@@ -44,11 +55,13 @@ def tokenizer_of(file: GgufModel) -> Any:
             if kind is not None
             else "the file has no tokenizer"
         )
+    keys = _DEFAULTS[kind] | keys
     tokens, types = _tokens(keys)
-    backend, first = _KINDS[kind](keys, tokens, types)
+    backend = _KINDS[kind](keys, tokens, types)
     _add_tokens(backend, tokens, types)
     named = {name: tokens[id] for name, key in _SPECIAL.items() if (id := _id(keys, key, tokens)) is not None}
-    ends = {"bos_token": keys.get("add_bos_token", first), "eos_token": keys.get("add_eos_token", False)}
+    begins = keys.get("add_bos_token", kind == "gpt2" and by_name(keys["pre"]).whole)
+    ends = {"bos_token": begins, "eos_token": keys["add_eos_token"]}
     _set_ends(backend, [named[name] if wanted and name in named else None for name, wanted in ends.items()])
     template = file.metadata.get("tokenizer.chat_template")
     architecture = file.metadata.get("general.architecture")
@@ -88,11 +101,11 @@ def _id(keys: Mapping[str, Any], key: str, tokens: Sequence[str]) -> int | None:
 # ---- the two kinds of vocabulary ----
 
 
-def _byte_level(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
-    """BPE on bytes; and whether text begins with BOS by default."""
+def _byte_level(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Any:
+    """BPE on bytes. Where a file doesn't say, llama.cpp begins text with BOS if whole words are taken."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    row = by_name(keys.get("pre", "default"))
+    row = by_name(keys["pre"])
     merges = keys.get("merges")
     if not isinstance(merges, list):
         raise CheckpointError("the file has a byte-level tokenizer without merges")
@@ -108,7 +121,7 @@ def _byte_level(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _cutter(row)
     backend.decoder = decoders.ByteLevel()
-    return backend, row.names[0] in _WHOLE_WORDS_BEGIN
+    return backend
 
 
 def _cutter(row: PreTokenizer) -> Any:
@@ -122,24 +135,15 @@ def _cutter(row: PreTokenizer) -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(row.pattern), "isolated"), level])
 
 
-def _sentencepiece(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
+def _sentencepiece(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Any:
     """SentencePiece's BPE: every way to cut a piece in two pieces is a merge, in the order of the scores."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = keys.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise CheckpointError(f"the file has {len(tokens)} tokens, but not as many scores")
-    # Runs of spaces that are found before anything else are written so; pieces have a sign for it, which merges join.
-    texts = [
-        text.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else text
-        for text, kind in zip(tokens, types, strict=True)
-    ]
-    vocabulary = _numbered(texts, types)
-    pieces = {
-        text: -scores[id]
-        for text, id in vocabulary.items()
-        if types[id] == TokenType.NORMAL or " " in tokens[id]
-    }
+    vocabulary = _numbered(tokens, types)
+    pieces = {text: -scores[id] for text, id in vocabulary.items() if types[id] == TokenType.NORMAL}
     merges = [
         (left, right)
         for text in sorted(pieces, key=pieces.__getitem__)
@@ -153,15 +157,15 @@ def _sentencepiece(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequen
             merges=merges,
             byte_fallback=True,
             fuse_unk=True,
-            unk_token=None if unknown is None else texts[unknown],
+            unk_token=None if unknown is None else tokens[unknown],
         )
     )
     spaces = normalizers.Replace(" ", SPACE)
-    prefix = keys.get("add_space_prefix", True)
+    prefix = keys["add_space_prefix"]
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return backend, True
+    return backend
 
 
 _KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -187,7 +191,7 @@ def _add_tokens(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> No
     for text, kind in zip(tokens, types, strict=True):
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
             special.append(AddedToken(text, special=True, normalized=False))
-        elif kind == TokenType.USER_DEFINED and " " not in text:
+        elif kind == TokenType.USER_DEFINED:
             plain.append(AddedToken(text, special=False, normalized=False))
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
