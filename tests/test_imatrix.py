@@ -547,7 +547,7 @@ def wide(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("wide")
     gguf_models.write_directory(path / "model", "llama", hidden_size=256, intermediate_size=256)
     model, tokenizer = hf.load_causal_lm(path / "model"), hf.load_tokenizer(path / "model")
-    chunks = chunks_of(tiny.TEXT, tokenizer, chunk_size=60, max_chunks=3)
+    chunks = chunks_of(tiny.TEXT, tokenizer, chunk_size=30, max_chunks=3)
     imatrix = measure(model, chunks, dataset="fox")
     for form in FORMS:
         write_imatrix(path / f"imatrix{form}", imatrix)
