@@ -14,30 +14,30 @@
 namespace bitfold::cpu {
 namespace {
 
-using OverflowFn = bool (*)(const uint8_t* block);
+// The first of `count` blocks whose scale did not fit, or count.
+using OverflowFn = int64_t (*)(const uint8_t* blocks, int64_t count);
 
 template <int Row>
-bool overflows(const uint8_t* block) {
-  Block<Row> b;
-  std::memcpy(&b, block, sizeof(b));
-  return block_overflows(b);
+int64_t first_overflow(const uint8_t* blocks, int64_t count) {
+  const auto* b = reinterpret_cast<const Block<Row>*>(blocks);
+  int64_t i = 0;
+  while (i < count && !block_overflows(b[i])) ++i;
+  return i;
 }
 template <int... Rows>
 constexpr std::array<OverflowFn, sizeof...(Rows)> overflow_table(std::integer_sequence<int, Rows...>) {
-  return {overflows<kQ4_0 + Rows>...};
+  return {first_overflow<kQ4_0 + Rows>...};
 }
-constexpr auto kOverflows = overflow_table(std::make_integer_sequence<int, kRowCount - kQ4_0>());
+constexpr auto kFirstOverflow = overflow_table(std::make_integer_sequence<int, kRowCount - kQ4_0>());
 
-// The first block of a row whose scale did not fit.
+// Of the blocks of a row.
 EncodeStatus scale_overflow(const Format& format, const uint8_t* blocks, const float* w, int64_t k, int64_t row) {
-  const OverflowFn overflow = kOverflows[static_cast<size_t>(format.row - kQ4_0)];
-  for (int64_t b = 0; b < k / format.group; ++b) {
-    if (!overflow(blocks + b * format.info().block_bytes)) continue;
-    float largest = 0.0f;
-    for (int64_t i = 0; i < format.group; ++i) largest = std::max(largest, std::abs(w[b * format.group + i]));
-    return {EncodeFault::ScaleOverflow, row, b * format.group, largest, 0};
-  }
-  return {};
+  const int64_t count = k / format.group;
+  const int64_t first = kFirstOverflow[static_cast<size_t>(format.row - kQ4_0)](blocks, count);
+  if (first == count) return {};
+  float largest = 0.0f;
+  for (int64_t i = 0; i < format.group; ++i) largest = std::max(largest, std::abs(w[first * format.group + i]));
+  return {EncodeFault::ScaleOverflow, row, first * format.group, largest, 0};
 }
 
 }  // namespace

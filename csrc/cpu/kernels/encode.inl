@@ -18,6 +18,9 @@ BITFOLD_SIMD void each_code(const float* w, int64_t count, uint8_t* codes, Step 
   std::memcpy(codes + i, bytes, static_cast<size_t>(count - i));
 }
 
+// Floats that are asked for ahead: the weight is read here for the first time.
+constexpr int64_t kAhead = 3072;
+
 GroupRange group_range(const float* w, int64_t count) {
   F low = splat(0.0f), high = splat(0.0f);
   I odd = splat(0);  // lanes that met a NaN or an infinity
@@ -28,7 +31,10 @@ GroupRange group_range(const float* w, int64_t count) {
     high = max(lanes, high);
     odd = count_if(greater(bit_and(as_int(lanes), splat(int32_t{0x7fffffff})), largest), odd);
   };
-  for (; i + kLanes <= count; i += kLanes) step(load(w + i));
+  for (; i + kLanes <= count; i += kLanes) {
+    prefetch(w + i + kAhead);
+    step(load(w + i));
+  }
   if (i < count) {
     float lanes[kLanes] = {};
     std::memcpy(lanes, w + i, static_cast<size_t>(count - i) * sizeof(float));

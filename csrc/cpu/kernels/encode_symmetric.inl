@@ -270,7 +270,8 @@ void encode_q3_k_weighted(const EncodeBlocksArgs& a) {
     });
     for (int j = 0; j < kSubs; ++j) levels.x[j] = found.scales[j];
     symmetric_search<32, Coding::OddMagnitude>(levels);
-    const Mask none = equal(levels.inverse, splat(0.0f));
+    // The inverse is 0 where there is nothing to scale, but also where a scale is infinite.
+    const Mask none = greater(splat(kTiny), furthest_of(levels.x).magnitude);
     for (int j = 0; j < kSubs; ++j) {
       const I level = sub(shifted_code<32>(mul(levels.inverse, levels.x[j])), splat(32));
       store_int(found.levels[j], select(none, splat(-32), level));
