@@ -1,9 +1,9 @@
 // Blocks with a scale and a minimum for each sub-block, found by a search over both: Q2_K, Q4_K, Q5_K, and with
 // importance Q4_1 and Q5_1. A super-block's scales and minima have a scale each; the codes are chosen again with what
 // these leave of them.
+#include "cpu/kernels/put_codes.inl"
 #include "cpu/kernels/search_affine.inl"
 #include "cpu/kernels/search_positive.inl"
-#include "formats/blocks.hpp"
 
 namespace bitfold::cpu {
 namespace {
@@ -86,7 +86,7 @@ BITFOLD_SIMD void weigh_by_size(AffineLanes<law>& l) {
 template <int Subs>
 struct Levels {
   int32_t scales[Subs][kLanes], mins[Subs][kLanes];
-  float d[kLanes], dmin[kLanes];
+  uint16_t d[kLanes], dmin[kLanes];
 };
 
 // Sub-block `sub` of every super-block.
@@ -99,13 +99,13 @@ BITFOLD_SIMD F across(const float* found, int sub) {
 
 // Without importance, the largest gets the largest level.
 template <int Top, int Subs>
-BITFOLD_SIMD void level_by_largest(const F (&x)[Subs], int32_t (&levels)[Subs][kLanes], float* scale) {
+BITFOLD_SIMD void level_by_largest(const F (&x)[Subs], int32_t (&levels)[Subs][kLanes], uint16_t* scale) {
   const F zero = splat(0.0f), top = splat(static_cast<float>(Top));
   F largest = zero;
   for (int i = 0; i < Subs; ++i) largest = max(x[i], largest);
   const F inverse = select(greater(largest, zero), div(top, largest), zero);
   for (int i = 0; i < Subs; ++i) store_int(levels[i], bit_and(nearest_int(mul(inverse, x[i])), splat(255)));
-  store(scale, div(largest, top));
+  store_scales(scale, div(largest, top));
 }
 
 template <int Top, bool Weighted, int Subs, int Count>
@@ -113,7 +113,7 @@ BITFOLD_SIMD void choose_levels(const Found<Count>& found, Levels<Subs>& levels)
   PositiveLanes<Subs> p[2];
   for (int i = 0; i < Subs; ++i) {
     p[0].x[i] = across<Subs>(found.scale, i);
-    p[1].x[i] = as_float(bit_xor(as_int(across<Subs>(found.low, i)), as_int(splat(-0.0f))));
+    p[1].x[i] = as_float(bit_xor(as_int(across<Subs>(found.low, i)), splat(INT32_MIN)));
     p[0].w[i] = p[1].w[i] = across<Subs>(found.sum_w, i);
   }
   if constexpr (Weighted) {
@@ -122,39 +122,33 @@ BITFOLD_SIMD void choose_levels(const Found<Count>& found, Levels<Subs>& levels)
       store_int(levels.scales[i], to_int(p[0].levels[i]));
       store_int(levels.mins[i], to_int(p[1].levels[i]));
     }
-    store(levels.d, p[0].scale);
-    store(levels.dmin, p[1].scale);
+    store_scales(levels.d, p[0].scale);
+    store_scales(levels.dmin, p[1].scale);
   } else {
     level_by_largest<Top>(p[0].x, levels.scales, levels.d);
     level_by_largest<Top>(p[1].x, levels.mins, levels.dmin);
   }
 }
 
-// (x + least) / step, or where the step is zero the codes that the search had.
-template <int Top, int Values>
-BITFOLD_SIMD void final_codes(const float* x, float step, float least, float inverse, float origin, uint8_t* codes) {
-  for (int i = 0; i < Values; i += kLanes) {
-    const F place = step == 0.0f ? mul(sub(load(x + i), splat(origin)), splat(inverse))
-                                 : div(add(load(x + i), splat(least)), splat(step));
-    store_bytes(codes + i, to_int(code_of<Top, Reach::Far>(place)));
-  }
-}
-
-// ---- The blocks ----
+// ---- The super-blocks: their levels as bytes, and codes(i), those of columns i .. i + kLanes ----
 
 BITFOLD_SIMD void put_levels(Block<kQ2K>& b, const Levels<16>& levels, int lane) {
   for (int j = 0; j < 16; ++j) b.scales[j] = static_cast<uint8_t>(levels.scales[j][lane] | levels.mins[j][lane] << 4);
 }
 BITFOLD_SIMD ScaleMin get_levels(const Block<kQ2K>& b, int j) { return {b.scales[j] & 15, b.scales[j] >> 4}; }
-BITFOLD_SIMD void put_codes(Block<kQ2K>& b, const uint8_t* codes) {
+template <class Codes>
+BITFOLD_SIMD void put_codes(Block<kQ2K>& b, Codes codes) {
   for (int h = 0; h < 2; ++h) {
-    const uint8_t* c = codes + 128 * h;
-    for (int l = 0; l < 32; ++l) {
-      b.qs[32 * h + l] = static_cast<uint8_t>(c[l] | c[32 + l] << 2 | c[64 + l] << 4 | c[96 + l] << 6);
+    for (int l = 0; l < 32; l += kLanes) {
+      const int i = 128 * h + l;
+      const I low = bit_or(codes(i), shift_left<2>(codes(i + 32)));
+      const I high = bit_or(shift_left<4>(codes(i + 64)), shift_left<6>(codes(i + 96)));
+      store_bytes(b.qs + 32 * h + l, bit_or(low, high));
     }
   }
 }
 
+// Levels beyond six bits, which negative numbers have become, spill over their neighbours.
 template <int Row>
 BITFOLD_SIMD void put_levels(Block<Row>& b, const Levels<8>& levels, int lane) {  // scale_and_min reads them
   for (int j = 0; j < 4; ++j) {
@@ -169,32 +163,74 @@ template <int Row>
 BITFOLD_SIMD ScaleMin get_levels(const Block<Row>& b, int j) {
   return scale_and_min(b.scales, j);
 }
-BITFOLD_SIMD void put_nibbles(uint8_t* qs, const uint8_t* codes) {
+template <class Codes>
+BITFOLD_SIMD void put_codes(Block<kQ4K>& b, Codes codes) {
   for (int g = 0; g < 4; ++g) {
-    const uint8_t* c = codes + 64 * g;
-    for (int l = 0; l < 32; ++l) qs[32 * g + l] = static_cast<uint8_t>((c[l] & 15) | c[32 + l] << 4);
+    for (int l = 0; l < 32; l += kLanes) {
+      const int i = 64 * g + l;
+      store_bytes(b.qs + 32 * g + l, bit_or(codes(i), shift_left<4>(codes(i + 32))));
+    }
   }
 }
-BITFOLD_SIMD void put_codes(Block<kQ4K>& b, const uint8_t* codes) { put_nibbles(b.qs, codes); }
-BITFOLD_SIMD void put_codes(Block<kQ5K>& b, const uint8_t* codes) {
-  put_nibbles(b.qs, codes);
-  for (int l = 0; l < 32; ++l) {
-    int high = 0;
-    for (int j = 0; j < 8; ++j) high |= codes[32 * j + l] >> 4 << j;
-    b.qh[l] = static_cast<uint8_t>(high);
+template <class Codes>
+BITFOLD_SIMD void put_codes(Block<kQ5K>& b, Codes codes) {
+  for (int l = 0; l < 32; l += kLanes) {
+    const I low = splat(15), fifth = splat(16);
+    I high = splat(0);  // a sub-block's bits come in from above
+    for (int g = 0; g < 4; ++g) {
+      const I even = codes(64 * g + l), odd = codes(64 * g + 32 + l);
+      store_bytes(b.qs + 32 * g + l, bit_or(bit_and(even, low), shift_left<4>(bit_and(odd, low))));
+      const I pair = bit_or(shift_left<2>(bit_and(even, fifth)), shift_left<3>(bit_and(odd, fifth)));
+      high = bit_or(shift_right<2>(high), pair);
+    }
+    store_bytes(b.qh + l, high);
+  }
+}
+
+// The code of a number of any size.
+template <int Top>
+BITFOLD_SIMD I final_code(F a) {
+  return to_int(code_of<Top, Reach::Far>(a));
+}
+
+// Super-blocks first .. first + count of the matrix, whose lanes hold what was found and chosen.
+template <int Row, AffineLaw law, int Subs, int Count>
+BITFOLD_SIMD void put_super(const EncodeBlocksArgs& a, int64_t first, int64_t count, const Found<Count>& found,
+                            const Levels<Subs>& levels) {
+  float d[kLanes], dmin[kLanes];
+  store(d, load_half(levels.d));
+  store(dmin, load_half(levels.dmin));
+  for (int lane = 0; lane < count; ++lane) {
+    const float* x = a.w + (first + lane) * kSuper;
+    Block<Row>& b = reinterpret_cast<Block<Row>*>(a.blocks)[first + lane];
+    put_half(b.d, levels.d[lane]);
+    put_half(b.dmin, levels.dmin[lane]);
+    put_levels(b, levels, lane);
+    float steps[Subs], least[Subs];
+    for (int j = 0; j < Subs; ++j) {
+      const ScaleMin level = get_levels(b, j);
+      steps[j] = d[lane] * static_cast<float>(level.scale);
+      least[j] = dmin[lane] * static_cast<float>(level.min);
+    }
+    put_codes(b, [&](int i) {
+      const int j = i / law.values, at = lane * Subs + j;
+      if (steps[j] == 0.0f) {  // nothing to divide by: the codes of the search
+        return final_code<law.top>(mul(sub(load(x + i), splat(found.origin[at])), splat(found.inverse[at])));
+      }
+      return final_code<law.top>(div(add(load(x + i), splat(least[j])), splat(steps[j])));
+    });
   }
 }
 
 template <int Row, bool Weighted>
 void encode_super(const EncodeBlocksArgs& a) {
   constexpr AffineLaw law = kLaw<Row, Weighted>;
-  constexpr int kSubs = kSuper / law.values, kCount = kSubs * kLanes;
-  constexpr int kTopLevel = Row == kQ2K ? 15 : 63;
+  constexpr int kSubs = kSuper / law.values;
   const int64_t row_blocks = a.k / kSuper, blocks = a.rows * row_blocks;
   for (int64_t first = 0; first < blocks; first += kLanes) {
     const float* x = a.w + first * kSuper;
     const int64_t count = smaller(kLanes, blocks - first);
-    Found<kCount> found;
+    Found<kSubs * kLanes> found;
     if constexpr (Weighted) {
       const F sum = sum_of_squares([&](int lane) { return x + kSuper * smaller(lane, count - 1); }, kSuper);
       float sigma2[kLanes];
@@ -203,44 +239,27 @@ void encode_super(const EncodeBlocksArgs& a) {
       for (int64_t i = 0; i < count; ++i) importance[i] = a.importance + (first + i) % row_blocks * kSuper;
       const auto weigh = [&](AffineLanes<law>& l, auto place) {
         weigh_by_importance(
-            l, place, [&](int64_t sub) { return importance[sub / kSubs] + sub % kSubs * law.values; },
-            [&](int64_t sub) { return sigma2[sub / kSubs]; });
+            l, place, [&](int64_t i) { return importance[i / kSubs] + i % kSubs * law.values; },
+            [&](int64_t i) { return sigma2[i / kSubs]; });
       };
       search_all<law>(x, count * kSubs, weigh, found);
     } else {
       search_all<law>(x, count * kSubs, [&](AffineLanes<law>& l, auto) { weigh_by_size(l); }, found);
     }
     Levels<kSubs> levels;
-    choose_levels<kTopLevel, Weighted>(found, levels);
-    if constexpr (Row == kQ5K || (Row == kQ4K && !Weighted)) {
+    choose_levels<Row == kQ2K ? 15 : 63, Weighted>(found, levels);
+    if constexpr (Row == kQ5K || (Row == kQ4K && !Weighted)) {  // what wrapped is the largest
       for (int j = 0; j < kSubs; ++j) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          levels.scales[j][lane] = levels.scales[j][lane] < 63 ? levels.scales[j][lane] : 63;
-          levels.mins[j][lane] = levels.mins[j][lane] < 63 ? levels.mins[j][lane] : 63;
-        }
+        for (int32_t& level : levels.scales[j]) level = level < 63 ? level : 63;
+        for (int32_t& level : levels.mins[j]) level = level < 63 ? level : 63;
       }
     }
-    for (int lane = 0; lane < count; ++lane) {
-      Block<Row> b;
-      b.d.set(levels.d[lane]);
-      b.dmin.set(levels.dmin[lane]);
-      put_levels(b, levels, lane);
-      const float d = b.d.value(), dmin = b.dmin.value();
-      uint8_t codes[kSuper];
-      for (int j = 0; j < kSubs; ++j) {
-        const ScaleMin level = get_levels(b, j);
-        const int sub = lane * kSubs + j;
-        final_codes<law.top, law.values>(x + sub * law.values, d * static_cast<float>(level.scale),
-                                         dmin * static_cast<float>(level.min), found.inverse[sub], found.origin[sub],
-                                         codes + j * law.values);
-      }
-      put_codes(b, codes);
-      std::memcpy(a.blocks + (first + lane) * static_cast<int64_t>(sizeof(b)), &b, sizeof(b));
-    }
+    put_super<Row, law>(a, first, count, found, levels);
   }
 }
 
-// Q4_1 and Q5_1 with importance.
+// ---- Q4_1 and Q5_1 with importance ----
+
 template <int Row>
 void encode_weighted(const EncodeBlocksArgs& a) {
   constexpr AffineLaw law = kLaw<Row, true>;
@@ -255,31 +274,34 @@ void encode_weighted(const EncodeBlocksArgs& a) {
   for (int64_t first = 0; first < blocks; first += kCount) {
     const float* x = a.w + first * law.values;
     const int64_t count = smaller(kCount, blocks - first);
-    int64_t row[kCount];
+    float sigmas[kCount];
     const float* importance[kCount];
-    for (int64_t i = 0; i < count; ++i) {
-      row[i] = (first + i) / row_blocks;
-      importance[i] = a.importance + (first + i - row[i] * row_blocks) * law.values;
+    for (int64_t i = 0, row = first / row_blocks, column = first % row_blocks; i < count; ++i) {
+      sigmas[i] = sigma2[row];
+      importance[i] = a.importance + column * law.values;
+      if (++column == row_blocks) column = 0, ++row;
     }
     Found<kCount> found;
     const auto weigh = [&](AffineLanes<law>& l, auto place) {
-      weigh_by_importance(
-          l, place, [&](int64_t i) { return importance[i]; }, [&](int64_t i) { return sigma2[row[i]]; });
+      weigh_by_importance(l, place, [&](int64_t i) { return importance[i]; }, [&](int64_t i) { return sigmas[i]; });
     };
     search_all<law>(x, count, weigh, found);
+    uint16_t d[kCount], m[kCount];
+    for (int i = 0; i < kCount; i += kLanes) {
+      store_scales(d + i, load(found.scale + i));
+      store_scales(m + i, load(found.low + i));
+    }
     for (int i = 0; i < count; ++i) {
-      Block<Row> b;
-      b.d.set(found.scale[i]);
-      b.m.set(found.low[i]);
-      uint8_t codes[law.values];
-      final_codes<law.top, law.values>(x + i * law.values, 0.0f, 0.0f, found.inverse[i], found.origin[i], codes);
-      for (int j = 0; j < 16; ++j) b.qs[j] = static_cast<uint8_t>((codes[j] & 15) | codes[16 + j] << 4);
-      if constexpr (Row == kQ5_1) {
-        uint32_t high = 0;
-        for (int j = 0; j < 32; ++j) high |= static_cast<uint32_t>(codes[j] >> 4) << j;
-        std::memcpy(b.qh, &high, sizeof(high));
+      Block<Row>& b = reinterpret_cast<Block<Row>*>(a.blocks)[first + i];
+      put_half(b.d, d[i]);
+      put_half(b.m, m[i]);
+      const F origin = splat(found.origin[i]), inverse = splat(found.inverse[i]);
+      I codes[law.values / kLanes];
+      for (int v = 0; v < law.values / kLanes; ++v) {
+        codes[v] = final_code<law.top>(mul(sub(load(x + i * law.values + v * kLanes), origin), inverse));
       }
-      std::memcpy(a.blocks + (first + i) * static_cast<int64_t>(sizeof(b)), &b, sizeof(b));
+      if constexpr (Row == kQ4_1) put_nibbles(b.qs, codes);
+      else put_fives(b.qh, b.qs, codes);
     }
   }
 }

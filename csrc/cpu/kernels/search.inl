@@ -7,23 +7,11 @@
 namespace bitfold::cpu {
 namespace {
 
-// a is no further than kNear from the codes 0 .. Top: the nearest of them, ties to even.
-template <int Top>
-BITFOLD_SIMD F nearest_code(F a) {
-  const F biased = add(a, splat(kWholes));
-  if constexpr (Top <= kLookupTop) {
-    return lookup_code<Top>(biased);
-  } else {
-    return min(max(sub(biased, splat(kWholes)), splat(0.0f)), splat(static_cast<float>(Top)));
-  }
-}
-
 // The nearest whole number, ties to even, for |a| < 2^22; for larger numbers, infinities and NaN what the reference's
 // bits give: -2^22 for an infinity, 0 for NaN.
 BITFOLD_SIMD I nearest_int(F a) {
   return sub(bit_and(as_int(add(a, splat(kWholes))), splat(0x7fffff)), splat(0x400000));
 }
-BITFOLD_SIMD int32_t nearest_int(float a) { return (std::bit_cast<int32_t>(a + kWholes) & 0x7fffff) - 0x400000; }
 
 // Lane j of out[i] is value i of the `Values` at from(j), for every lane.
 template <int Values, class From>

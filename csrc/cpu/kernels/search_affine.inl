@@ -44,27 +44,48 @@ struct AffineLanes {
   Mask better;
 };
 
-// How far the numbers that become codes may lie from 0 .. top.
-enum class Reach { Within, Near, Far };
+// The codes 0 .. Top by the lowest bits of a whole number that is no further from them than kNear, one that was added
+// to kWholes too.
+inline constexpr int kNear = 6;
+template <int Top>
+constexpr std::array<float, 32> clamped_codes() {
+  static_assert(kNear + Top + kNear < 32);
+  std::array<float, 32> codes{};
+  for (int i = 0; i < 32 - kNear; ++i) codes[static_cast<size_t>(i)] = static_cast<float>(i < Top ? i : Top);
+  return codes;
+}
 
+// How far the numbers that become codes may lie from 0 .. top: so that they need no clamping, no further than kNear, or
+// anywhere. A table clamps those that lie near, and then makes codes of the others as well.
+enum class Reach { Within, Near, Far };
+template <int Top>
+inline constexpr bool kByTable = kOneWideLookup && Top < 16;
+
+// Of numbers between a and b.
 template <int Top>
 BITFOLD_SIMD Reach reach_of(F a, F b) {
   const auto all_between = [&](float from, float to) {
     const Mask above = both(greater(a, splat(from)), greater(b, splat(from)));
     return !any(opposite(both(above, both(greater(splat(to), a), greater(splat(to), b)))));
   };
-  if (Top > kLookupTop && all_between(-0.5f, Top + 0.5f)) return Reach::Within;
+  if (!kByTable<Top> && all_between(-0.5f, Top + 0.5f)) return Reach::Within;
   return all_between(-kNear, Top + kNear) ? Reach::Near : Reach::Far;
 }
 
 template <int Top, Reach reach>
 BITFOLD_SIMD F code_of(F a) {
-  if constexpr (reach == Reach::Within) {
-    return sub(add(a, splat(kWholes)), splat(kWholes));
-  } else if constexpr (reach == Reach::Near) {
-    return nearest_code<Top>(a);
-  } else {
+  if constexpr (reach == Reach::Far) {
     return min(max(to_float(nearest_int(a)), splat(0.0f)), splat(static_cast<float>(Top)));
+  } else {
+    const F biased = add(a, splat(kWholes));
+    if constexpr (kByTable<Top>) {
+      static constexpr auto kCodes = clamped_codes<Top>();
+      return lookup(load_table32(&kCodes[0]), as_int(biased));
+    } else {
+      const F whole = sub(biased, splat(kWholes));
+      if constexpr (reach == Reach::Within) return whole;
+      else return min(max(whole, splat(0.0f)), splat(static_cast<float>(Top)));
+    }
   }
 }
 
@@ -117,13 +138,15 @@ void begin_search(AffineLanes<law>& l) {
   l.best = select(live, error, zero);  // nothing is better
 }
 
-// Codes for one step, and the scale and minimum that fit them best.
+// Codes for one step, and the scale and minimum that fit them best. The loop stays one: unrolled, GCC sums one after
+// the other, and each sum waits for its last addition.
 template <AffineLaw law>
 void fit(AffineLanes<law>& l, float count) {
   const F low = l.low, range = sub(l.largest, low), zero = splat(0.0f);
   const F inverse = select(greater(l.best, zero), div(splat(count), range), zero);
   F sum_l = zero, sum_ll = zero, sum_xl = zero;
   by_reach<law.top>(mul(inverse, sub(l.least, low)), mul(inverse, range), [&]<Reach reach>() {
+#pragma GCC unroll 1
     for (int i = 0; i < law.values; ++i) {
       const F code = code_of<law.top, reach>(mul(inverse, sub(l.x[i], low)));
       l.codes[i] = code;

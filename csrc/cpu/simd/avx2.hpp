@@ -16,7 +16,6 @@ inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 3;  // 12 sums, 3 + 1 operands: all 16 registers
 inline constexpr bool kOneLookup = false;
 inline constexpr bool kOneWideLookup = false;
-inline constexpr int kLookupTop = 0;
 
 using F = __m256;
 struct I {

@@ -21,7 +21,6 @@ inline constexpr int kLanes = 16;
 inline constexpr int kTileX = 6;  // 24 sums, 6 + 1 operands of 32 registers
 inline constexpr bool kOneLookup = true;
 inline constexpr bool kOneWideLookup = true;
-inline constexpr int kLookupTop = 15;
 
 using F = __m512;
 struct I {
@@ -192,19 +191,6 @@ BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
     rows[i + 4] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
     rows[i + 8] = _mm512_shuffle_f32x4(low_even, high_even, 0xdd);
     rows[i + 12] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
-  }
-}
-
-template <int Top>
-BITFOLD_SIMD F lookup_code(F biased) {  // by the lowest bits; what stands for negative numbers is 0
-  if constexpr (Top == 3) {
-    const F codes = _mm512_setr_ps(0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0, 0);
-    return _mm512_permutexvar_ps(_mm512_castps_si512(biased), codes);
-  } else {
-    static_assert(Top == 15);
-    const F low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const F high = _mm512_setr_ps(15, 15, 15, 15, 15, 15, 15, 15, 0, 0, 0, 0, 0, 0, 0, 0);
-    return _mm512_permutex2var_ps(low, _mm512_castps_si512(biased), high);
   }
 }
 

@@ -12,7 +12,6 @@ namespace {
 
 // Added to a small number, it leaves the nearest whole one, ties to even, in the lowest bits: 1.5 * 2^23.
 inline constexpr float kWholes = 12582912.0f;
-inline constexpr float kNear = 6.0f;
 
 // Eight codes of Bits bits: the next Bits bytes as one word. (Three bytes are put together in registers: a copy through
 // memory of another width stalls.)

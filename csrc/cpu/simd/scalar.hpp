@@ -17,9 +17,6 @@ inline constexpr int kTileX = 2;
 inline constexpr bool kOneLookup = true;
 // The same of a table of 32.
 inline constexpr bool kOneWideLookup = true;
-// The largest code that lookup_code gives: it takes whole numbers that were added to kWholes, no further than kNear
-// from the codes 0 .. Top, and clamps them.
-inline constexpr int kLookupTop = 0;
 
 struct F {
   float v[kLanes];
