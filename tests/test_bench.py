@@ -250,11 +250,18 @@ def test_a_wrong_result_ends_the_command(monkeypatch, capsys, small_rotation):
 
 def test_contestants_take_turns():
     calls: list[str] = []
-    spreads = take_turns({name: lambda n=name: calls.append(n) for name in "ab"}, 0, threads=1, min_rounds=2)
-    first = [name for name in "ab" for _ in range(2)]  # one that warms up, one that finds how long a turn is
-    turns = [name for _ in range(2) for name in "ab" for _ in range(CALLS_PER_TURN)]
-    assert calls == first + turns
-    assert spreads["a"].samples == 2 * (CALLS_PER_TURN - 1)
+    rounds, names = 8, "abc"
+    contestants = {name: lambda n=name: calls.append(n) for name in names}
+    spreads = take_turns(contestants, 0, threads=1, min_rounds=rounds)
+    first = [name for name in names for _ in range(2)]  # one that warms up, one that finds how long a turn is
+    assert calls[: len(first)] == first
+    turns = calls[len(first) :][::CALLS_PER_TURN]
+    assert calls[len(first) :] == [name for name in turns for _ in range(CALLS_PER_TURN)]
+    orders = ["".join(turns[i : i + len(names)]) for i in range(0, len(turns), len(names))]
+    assert len(orders) == rounds
+    assert {"".join(sorted(order)) for order in orders} == {names}
+    assert len(set(orders)) > 2, "another order in each round"
+    assert spreads["a"].samples == rounds * (CALLS_PER_TURN - 1)
 
 
 def test_spread():

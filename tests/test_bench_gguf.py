@@ -56,6 +56,12 @@ def test_other_bytes_or_floats_of_a_block_are_an_error(reader):
         list(decode_cases(32, 128, [right, other], ["fp32"], reader, TIMING))
 
 
+def test_every_block_format_has_its_limit_of_rounding(reader):
+    coders = [contestants.bitfold_coder(type) for type in ggml.BLOCK_TYPES]
+    ((_, rows),) = encode_cases(4, 256, coders, ["fp32"], reader, TIMING)
+    assert {row["name"] for row in rows if row["kind"] == "bitfold"} == set(ggml.BLOCK_TYPES)
+
+
 def test_the_speed_over_peers_of_the_same_format(reader):
     right = contestants.bitfold_coder("q4_0")
     other = dataclasses.replace(right, name="other", kind="peer")

@@ -509,7 +509,7 @@ def test_options_of_the_command(llama, tmp_path, capsys):
             "'int4-g128' is no file type of GGUF; it must be one of q2_k",
         ),
         (("{s}", "{t}/q", "--recipe", "q4_k_m"), "q4_k_m is a file type of GGUF: name the output {t}/q.gguf"),
-        (("{s}", "{t}/q"), "{s} is a file: it can be made another GGUF file"),
+        (("{s}", "{t}/q"), "{s} is no directory of a model; of a GGUF file another can be made"),
         (("{s}", "--recipe", "q8_0"), "OUT is missing; name the file to make"),
         (("{s}", "{s}", "--recipe", "q8_0", "--force"), "is the model to quantize"),
         (("{t}/none.gguf", "{t}/q.gguf"), "{t}/none.gguf is missing"),

@@ -114,7 +114,7 @@ def encode_cases(
         case = Case(op, n, k, None, dtype)
         first = torch.randn(n, k).to(DTYPES[dtype])
         packed = {coder.name: coder.encode(first) for coder in coders}
-        errors = {coder.name: check_encoding(coder, first) for coder in coders}
+        errors = {coder.name: check_encoding(coder, first, packed[coder.name]) for coder in coders}
         check_agreement(coders, packed)
         source = _ring(first, -(-reader.nbytes // first.nbytes))  # shared: nobody's are in the cache
         runs: dict[str, Callable[[], object]] = {

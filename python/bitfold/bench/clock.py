@@ -1,13 +1,15 @@
 """Timing: contestants take turns, and a turn starts with the caches and threads of its own library.
 
-A machine that slows down for a second then slows all contestants alike. Libraries bring OpenMP pools of
-their own, whose threads spin for a while after their work: with more than one thread a turn first waits until
-the others' sleep, and the first call of a short one, which wakes its own, isn't counted.
+A machine that slows down for a second then slows all contestants alike. Their order is drawn anew for each round,
+the same in every run: what one leaves in the caches and the heap is found by another one each time. Libraries bring
+OpenMP pools of their own, whose threads spin for a while after their work: with more than one thread a turn first waits
+until the others' sleep, and the first call of a short one, which wakes its own, isn't counted.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -59,10 +61,12 @@ def take_turns(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        start, rounds = time.perf_counter(), 0
+        start, rounds, order = time.perf_counter(), 0, list(contestants)
+        draw = random.Random(0)
         while rounds < min_rounds or time.perf_counter() - start < seconds:
-            for name, run in contestants.items():
-                samples = _turn(run, turns[name], settle=threads > 1)
+            draw.shuffle(order)
+            for name in order:
+                samples = _turn(contestants[name], turns[name], settle=threads > 1)
                 times[name].extend(samples)
             rounds += 1
     finally:

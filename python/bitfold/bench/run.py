@@ -110,6 +110,7 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
             if peer.library in settings.peers
             and peer.library not in absent
             and (peer.beside is None or peer.beside in formats)
+            and (peer.coder is not None or "linear" in settings.ops)
         ]
         refused: list[dict[str, Any]] = []
         for n, k in settings.shapes:

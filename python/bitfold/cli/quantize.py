@@ -132,7 +132,8 @@ def _means_gguf(model: Path, output: Path | None, recipe: str) -> bool:
         raise ValueError(f"{recipe} is a file type of GGUF: name the output {output}.gguf, not {output}")
     if model.is_file():
         raise ValueError(
-            f"{model} is a file: it can be made another GGUF file, if the output is named {output}.gguf"
+            f"{model} is no directory of a model; of a GGUF file another can be made, if the output is named "
+            f"{output}.gguf"
         )
     return False
 
