@@ -302,7 +302,7 @@ def test_bad_files_are_one_sentence(case, tmp_path, peak):
 def test_not_even_a_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"x.gguf is missing"):
         read_gguf(tmp_path / "x.gguf")
-    with pytest.raises(CheckpointError, match="is a directory"):
+    with pytest.raises(CheckpointError, match="is no file; it must be a GGUF file"):
         read_gguf(tmp_path)
 
 

@@ -203,12 +203,12 @@ def test_facts_of_layers_that_differ():
     ("change", "words"),
     [
         ({"general.architecture": None}, "has no general.architecture"),
-        ({"llama.block_count": None}, "has no llama.block_count"),
+        ({"llama.block_count": None}, "has no 'llama.block_count'"),
         (
             {"llama.block_count": value("two", "STRING")},
             "'llama.block_count' .* is no whole number but 'two'",
         ),
-        ({"llama.attention.head_count": value(1.5, "FLOAT32")}, "is no whole number but 1.5"),
+        ({"llama.attention.head_count": value(1.5, "FLOAT32")}, "is no whole number but '1.5'"),
     ],
 )
 def test_metadata_that_does_not_say_enough(change, words, llama):

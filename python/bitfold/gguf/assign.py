@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 from bitfold.gguf import mixes
 from bitfold.gguf.mixes import ALWAYS, DOWN, EMBEDDING, GATE, HEAD, UP, Case, Mix, V, block_values, row_bytes
+from bitfold.gguf.words import quoted
 from bitfold.shards import CheckpointError
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -241,7 +242,8 @@ class _Deciding:
         match = _BLOCK.match(name)
         if match is None or int(match[1]) >= self.facts.layers:
             raise CheckpointError(
-                f"the tensor '{name}' is in none of the {self.facts.layers} layers, as the rules for experts need it"
+                f"the tensor {quoted(name)} is in none of the {self.facts.layers} layers, as the rules for experts "
+                "need it"
             )
         return int(match[1])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfold.gguf.mixes import EMBEDDING, role_of
+from bitfold.gguf.words import quoted
 from bitfold.shards import CheckpointError
 
 
@@ -50,9 +51,9 @@ class Importance:
                 return None
             stack = f" for each of {experts} experts" if experts > 1 else ""
             raise CheckpointError(
-                f"{self.path} has {means.numel()} numbers for '{name}', which has {columns} columns{stack}: it is of "
-                "another model"
+                f"{self.path} has {means.numel()} numbers for {quoted(name)}, which has {columns} columns{stack}: it "
+                "is of another model"
             )
         if not torch.isfinite(means).all():
-            raise CheckpointError(f"{self.path} has a number for '{name}' that is not finite")
+            raise CheckpointError(f"{self.path} has a number for {quoted(name)} that is not finite")
         return means.to(torch.float32).reshape(experts, columns)

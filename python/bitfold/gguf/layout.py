@@ -22,6 +22,7 @@ from bitfold.gguf.library import (
 )
 from bitfold.gguf.magic import MAGIC
 from bitfold.gguf.scan import ALIGNMENT_KEY, NUMBERS, TEXT, row_bytes
+from bitfold.gguf.words import quoted
 from bitfold.shards import CheckpointError
 
 MAX_NAME = 63  # bytes of a tensor's name; llama.cpp refuses files with longer ones
@@ -64,7 +65,7 @@ def lay_out(metadata: Mapping[str, GGUFValue], infos: Iterable[TensorInfo]) -> L
         name = info.name.encode(*TEXT)
         if len(name) > MAX_NAME:
             raise CheckpointError(
-                f"the tensor '{info.name}' has a name of {len(name)} bytes; GGUF allows {MAX_NAME}"
+                f"the tensor {quoted(info.name)} has a name of {len(name)} bytes; GGUF allows {MAX_NAME}"
             )
         dimensions = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape[::-1])
         described.append(_string(info.name) + dimensions + struct.pack("<IQ", info.type, at))
@@ -96,7 +97,7 @@ def _typed(key: str, value: GGUFValue) -> bytes:
     except (struct.error, OverflowError, TypeError, AttributeError) as error:
         shown = repr(value.value)
         shown = shown if len(shown) <= 80 else shown[:80] + " ..."
-        raise ValueError(f"the value of '{key}' is no {value.type.name}: {shown} ({error})") from error
+        raise ValueError(f"the value of {quoted(key)} is no {value.type.name}: {shown} ({error})") from error
 
 
 def _value(value: GGUFValue) -> bytes:

@@ -23,6 +23,7 @@ from bitfold.gguf.mixes import EMBEDDING, FLOATS, HEAD, Mix
 from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.reader import read_gguf
 from bitfold.gguf.scan import row_bytes
+from bitfold.gguf.words import quoted
 from bitfold.gguf.writer import GgufWriter, check_target_file
 from bitfold.qtensor import QTensor, encode
 from bitfold.shards import CheckpointError
@@ -104,11 +105,14 @@ def facts_of(metadata: Mapping[str, GGUFValue]) -> Facts:
             return default
         first = value.value[0] if isinstance(value.value, list) and value.value else value.value
         if not isinstance(first, int):
-            raise CheckpointError(f"'{architecture}.{key}' of the metadata is no whole number but {first!r}")
+            shown = quoted(str(first))
+            raise CheckpointError(
+                f"{quoted(f'{architecture}.{key}')} of the metadata is no whole number but {shown}"
+            )
         return first
 
     if f"{architecture}.block_count" not in metadata:
-        raise CheckpointError(f"the model's metadata has no {architecture}.block_count")
+        raise CheckpointError(f"the model's metadata has no {quoted(f'{architecture}.block_count')}")
     heads = number("attention.head_count", 0)
     return Facts(
         architecture,
@@ -233,12 +237,12 @@ def _check_source(choice: Choice, allow_requantize: bool) -> None:
         return
     if choice.before not in mixes.BLOCKS:
         raise CheckpointError(
-            f"'{choice.name}' is {choice.before}, which bitfold can't decode to make it {choice.after}"
+            f"{quoted(choice.name)} is {choice.before}, which bitfold can't decode to make it {choice.after}"
         )
     if not allow_requantize:
         raise CheckpointError(
-            f"'{choice.name}' is {choice.before} already; start from an unquantized file, or pass --allow-requantize "
-            "(allow_requantize=True), which loses more"
+            f"{quoted(choice.name)} is {choice.before} already; start from an unquantized file, or pass "
+            "--allow-requantize (allow_requantize=True), which loses more"
         )
 
 
@@ -248,7 +252,8 @@ def _check_importance(choice: Choice, mix: Mix, importance: Importance | None) -
     needs_one = mix.name == "Q2_K_S" and choice.after == "Q2_K" and choice.before != "Q2_K"
     if needs_one and not has_one and mixes.role_of(choice.name) not in (HEAD, EMBEDDING):
         raise CheckpointError(
-            f"{mix.name} needs importance (--imatrix) for every tensor in Q2_K, and there is none for '{choice.name}'"
+            f"{mix.name} needs importance (--imatrix) for every tensor in Q2_K, and there is none for "
+            f"{quoted(choice.name)}"
         )
 
 
@@ -330,7 +335,7 @@ def _convert(choice: Choice, piece: _Piece) -> Tensor:
     except ValueError as error:
         _check_finite(choice, piece.begin, floats, "")
         place = f"rows {piece.begin} to {piece.begin + len(rows) - 1}"
-        raise ValueError(f"'{choice.name}', {place}, can't be {choice.after}: {error}") from error
+        raise ValueError(f"{quoted(choice.name)}, {place}, can't be {choice.after}: {error}") from error
 
 
 def _decode(kind: str, rows: Tensor, columns: int) -> Tensor:
@@ -344,8 +349,8 @@ def _check_finite(choice: Choice, begin: int, rows: Tensor, what: str) -> None:
         return
     row, column = (int(i) for i in (~torch.isfinite(rows)).nonzero()[0])
     raise ValueError(
-        f"'{choice.name}' holds {rows[row, column].item()}{what} in row {begin + row}, column {column}; it must be "
-        "finite"
+        f"{quoted(choice.name)} holds {rows[row, column].item()}{what} in row {begin + row}, column {column}; it must "
+        "be finite"
     )
 
 

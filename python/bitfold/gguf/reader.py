@@ -15,6 +15,7 @@ from torch import Tensor
 from bitfold.gguf.library import GGMLQuantizationType, GGUFValue
 from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.scan import Header, StoredInfo, read_header, row_bytes
+from bitfold.gguf.words import quoted
 from bitfold.shards import CheckpointError
 
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -51,7 +52,9 @@ def read_gguf(path: str | Path) -> GgufModel:
             _check_part(file, number, len(files))
         for name in file.header.tensors:
             if name in tensors:
-                raise CheckpointError(f"{file.path} has the tensor '{name}', which an earlier part has too")
+                raise CheckpointError(
+                    f"{file.path} has the tensor {quoted(name)}, which an earlier part has too"
+                )
             tensors[name] = file.tensor(name)
     total = _number(first.header, SPLIT_TENSORS)
     if total is not None and total != len(tensors):
@@ -106,14 +109,13 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            reason = "is missing" if isinstance(error, FileNotFoundError) else "is a directory, no GGUF file"
-            raise CheckpointError(f"{path} {reason}") from None
-        except ValueError:  # of mmap
-            raise CheckpointError(f"{path} is empty, no GGUF file") from None
+        if not path.is_file():
+            what = "is no file" if path.exists() else "is missing"
+            raise CheckpointError(f"{path} {what}; it must be a GGUF file")
+        if not path.stat().st_size:
+            raise CheckpointError(f"{path} is empty, no GGUF file")
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.header = read_header(path, self._map)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
@@ -132,7 +134,7 @@ class _File:
 
         def read(begin: int, end: int) -> Tensor:
             if not 0 <= begin <= end <= rows:
-                raise IndexError(f"rows {begin} to {end} of '{info.name}', which has {rows}")
+                raise IndexError(f"rows {begin} to {end} of {quoted(info.name)}, which has {rows}")
             raw = self._slice(info.start + begin * stride, (end - begin) * stride)
             if dtype is None:
                 return raw.view(end - begin, stride)

@@ -34,12 +34,14 @@ from bitfold.gguf.library import (
 )
 from bitfold.gguf.magic import MAGIC
 from bitfold.gguf.magic import is_gguf as is_gguf
+from bitfold.gguf.words import quoted
 from bitfold.shards import CheckpointError
 
 VERSIONS = (2, GGUF_VERSION)
 ALIGNMENT_KEY = "general.alignment"
 MAX_HEADER = 128 << 20  # bytes; a vocabulary of 262,144 tokens with its merges takes some 16 MB
 MAX_DIMENSIONS = 4
+MAX_ALIGNMENT = 1 << 16  # bytes, the largest page of a processor; files have 32
 MAX_NESTING, MAX_NESTED = 4, 1 << 16  # arrays in arrays, how deep and how many at a level; no model has any
 
 NUMBERS = {
@@ -93,11 +95,6 @@ def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
     """Bytes of a row; columns is a multiple of the type's block."""
     values, nbytes = GGML_QUANT_SIZES[kind]
     return columns // values * nbytes
-
-
-def quoted(name: str) -> str:
-    """A name out of a file, fit for a sentence whatever is in it."""
-    return repr(name if len(name) <= 64 else name[:64] + "...")
 
 
 def read_header(path: Path, data: mmap.mmap | bytes) -> Header:
@@ -278,8 +275,10 @@ class _Scanner:
         given = metadata.get(ALIGNMENT_KEY, GGUFValue(GGUF_DEFAULT_ALIGNMENT, GGUFValueType.UINT32))
         if given.type != GGUFValueType.UINT32:
             raise self.error(f"'{ALIGNMENT_KEY}' has the type {given.type.name}; it must be UINT32")
-        if given.value < 1 or given.value & (given.value - 1):
-            raise self.error(f"'{ALIGNMENT_KEY}' is {given.value}; it must be a power of two")
+        if not 1 <= given.value <= MAX_ALIGNMENT or given.value & (given.value - 1):
+            raise self.error(
+                f"'{ALIGNMENT_KEY}' is {given.value}; it must be a power of two, at most {MAX_ALIGNMENT}"
+            )
         return given.value
 
     def placed(
