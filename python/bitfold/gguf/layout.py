@@ -91,6 +91,15 @@ def _string(text: str | bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
+def _strings(texts: Iterable[str | bytes]) -> bytes:
+    """`_string`, many times: vocabularies have hundreds of thousands."""
+    pack, parts = struct.Struct("<Q").pack, []
+    for text in texts:
+        raw = text if isinstance(text, bytes) else text.encode(*TEXT)
+        parts += (pack(len(raw)), raw)
+    return b"".join(parts)
+
+
 def _typed(key: str, value: GGUFValue) -> bytes:
     try:
         return struct.pack("<I", value.type) + _value(value)
@@ -118,7 +127,7 @@ def _array(value: GGUFValue) -> bytes:
         kind = GGUFValueType.UINT8 if isinstance(elements, bytes) else GGUFValueType.get_type(elements[0])
     head = struct.pack("<IQ", kind, len(elements))
     if kind == GGUFValueType.STRING:
-        return head + b"".join(map(_string, elements))
+        return head + _strings(elements)
     if kind == GGUFValueType.ARRAY:
         return head + b"".join(map(_array, elements))
     if kind == GGUFValueType.BOOL:
