@@ -280,3 +280,11 @@ def test_rules_hold_canonical_formats():
     for preset in bitfold.RECIPES.values():
         for rule in preset.rules:
             assert formats.parse(rule.format).canonical == rule.format
+
+
+def test_rows_that_are_no_whole_blocks_are_told_before_anything_changes():
+    modules = {"layers.0.up": ModuleInfo("linear", (8, 200)), "layers.0.down": ModuleInfo("linear", (8, 256))}
+    with pytest.raises(ValueError, match=r"layers\.0\.up can't .* rule '\*': k is 200; .* multiple of 256"):
+        recipes.assign(Recipe("blocks", "", (Rule("*", "q4_k"),)), modules)
+    kept = Recipe("blocks", "", (Rule("*.up"), Rule("*", "q4_k")))
+    assert [item.format for item in recipes.assign(kept, modules).values()] == [None, "q4_k"]

@@ -320,18 +320,22 @@ def _assign_one(recipe: Recipe, name: str, module: ModuleInfo) -> Assignment:
             f"quantized, {module.obstacle}: put a rule that keeps it first "
             f"(match = {name!r}, format = 'keep')"
         )
-    if format is not None:
-        try:
-            parse(format).check_columns(module.shape[-1])
-        except ValueError as error:
-            raise ValueError(f"module {name} can't be quantized by rule {rule.pattern!r}: {error}") from None
     if rule is not None:
+        if format is not None:
+            _check_columns(name, module, rule, format)
         return Assignment(format, rule, f"rule {rule.pattern!r}")
     if module.is_default_kept:
         return Assignment(
             None, None, f"the {'output head' if module.is_head else 'embedding'} is kept by default"
         )
     return Assignment(None, None, "no rule matches")
+
+
+def _check_columns(name: str, module: ModuleInfo, rule: Rule, format: str) -> None:
+    try:
+        parse(format).check_columns(module.shape[-1])
+    except ValueError as error:
+        raise ValueError(f"module {name} can't be quantized by rule {rule.pattern!r}: {error}") from None
 
 
 def _check_rules_used(
