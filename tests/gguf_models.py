@@ -244,11 +244,11 @@ def write_directory(path: Path, kind: str, dtype: torch.dtype = torch.float32, *
     return path
 
 
-def write_file(model, path: Path, kind: str = "", decode: bool = False) -> Path:
+def write_file(model, path: Path, kind: str = "", decode: bool = False, stacks: bool = False) -> Path:
     """A GgufModel as a file, by the gguf package's writer.
 
     kind: the type of the matrices (none: as they are), which the package encodes itself or, where it can't, bitfold;
-    decode: write the values of that type as F32.
+    decode: write the values of that type as F32; stacks: of experts get the type too.
     """
     writer = gguf.GGUFWriter(path, model.metadata["general.architecture"].value)
     for key, value in model.metadata.items():
@@ -262,7 +262,7 @@ def write_file(model, path: Path, kind: str = "", decode: bool = False) -> Path:
         if (
             kind
             and tensor.name.endswith(".weight")
-            and len(tensor.shape) == 2
+            and (len(tensor.shape) == 2 or (stacks and len(tensor.shape) == 3))
             and "gate_inp" not in tensor.name
         ):
             type = gguf.GGMLQuantizationType[kind.upper()]

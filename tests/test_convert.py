@@ -94,6 +94,19 @@ def test_decoded_weights_are_those_of_the_blocks(kind, tmp_path):
     ]
 
 
+def test_stacks_of_experts_are_decoded(tmp_path):
+    """Packed experts fit no module; their values fit a directory of plain weights."""
+    source = gguf_models.write_directory(tmp_path / "source", "mixtral", **SIZES)
+    model = export.read_directory(source)
+    file = gguf_models.write_file(model, tmp_path / "packed.gguf", "q4_k", stacks=True)
+    plain = gguf_models.write_file(model, tmp_path / "plain.gguf", "q4_k", stacks=True, decode=True)
+    with pytest.raises(CheckpointError, match="--decode makes plain weights of it"):
+        convert_checkpoint(file, tmp_path / "packed")
+    assert convert_checkpoint(file, tmp_path / "decoded", decode=torch.float32).exact
+    decoded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoded").eval()
+    assert torch.equal(logits(decoded), logits(bitfold.load(plain)))
+
+
 def test_errors_are_measured(tmp_path):
     """F32 -> F16: the errors told are those that numbers of the two files show."""
     source = gguf_models.write_directory(tmp_path / "source", "qwen2")

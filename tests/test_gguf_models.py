@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +13,11 @@ transformers = pytest.importorskip("transformers")
 
 import gguf  # noqa: E402
 import gguf_models  # noqa: E402
+import tiny  # noqa: E402
 from bitfold.gguf import export, load, reader, vocabulary  # noqa: E402
+from bitfold.gguf.model import GgufModel  # noqa: E402
 from bitfold.nn import QuantModule  # noqa: E402
+from bitfold.shards import CheckpointError  # noqa: E402
 from gguf_models import KINDS, TRICKY  # noqa: E402
 from tiny import one_thread  # noqa: E402, F401
 
@@ -170,3 +176,164 @@ def test_blocks_are_mapped(tmp_path):
     assert owned == {f"model.layers.{i}.self_attn.{p}_proj.blocks" for i in range(2) for p in "qk"}
     blocks = packed.model.layers[1].mlp.down_proj.blocks
     assert torch.equal(blocks, source.tensors["blk.1.ffn_down.weight"].read(0, blocks.shape[0]))
+
+
+# ---- what can't be loaded ----
+
+
+def edited(model: GgufModel, metadata=None, tensors=None, drop=()) -> GgufModel:
+    """With other values (None: without the key), other tensors, or without some."""
+    values = {**model.metadata, **(metadata or {})}
+    kept = {name: tensor for name, tensor in (model.tensors | (tensors or {})).items() if name not in drop}
+    return GgufModel({key: value for key, value in values.items() if value is not None}, kept)
+
+
+def u32(value: int) -> gguf.GGUFValue:
+    return gguf.GGUFValue(value, gguf.GGUFValueType.UINT32)
+
+
+def text(value: str) -> gguf.GGUFValue:
+    return gguf.GGUFValue(value, gguf.GGUFValueType.STRING)
+
+
+def many(values: list[int]) -> gguf.GGUFValue:
+    return gguf.GGUFValue(values, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"metadata": {"general.architecture": text("mamba")}},
+            "is 'mamba', and bitfold runs those of llama",
+        ),
+        ({"metadata": {"llama.block_count": None}}, "has no llama.block_count"),
+        (
+            {"metadata": {"llama.attention.head_count_kv": many([2, 4])}},
+            "head_count_kv is [2, 4]; it must be",
+        ),
+        ({"metadata": {"llama.embedding_length": u32(64)}}, "has shape [640, 128], but"),
+        (
+            {"metadata": {"llama.attention.value_length": u32(32)}},
+            "keys of 64 numbers and values of",
+        ),
+        (
+            {"metadata": {"llama.rope.scaling.type": text("fractal")}},
+            "scales rotary frequencies by 'fractal'",
+        ),
+        ({"metadata": {"llama.block_count": u32(3)}}, "lacks 9 tensors ('blk.2.attn_norm.weight'"),
+        (
+            {"metadata": {"llama.expert_count": u32(4), "general.architecture": text("qwen3")}},
+            "no qwen3.block_count",
+        ),
+        ({"drop": ["blk.1.attn_q.weight"]}, "lacks 1 tensor ('blk.1.attn_q.weight')"),
+        ({"drop": ["token_embd.weight"]}, "lacks"),
+        ({"metadata": {"llama.attention.head_count": u32(3)}}, ""),
+        ({"metadata": {"llama.embedding_length": u32(0)}}, ""),
+    ],
+)
+def test_files_that_are_no_model_are_one_sentence(changes, words, tmp_path):
+    directory = gguf_models.write_directory(tmp_path / "model", "llama")
+    file = gguf_models.write_file(edited(export.read_directory(directory), **changes), tmp_path / "a.gguf")
+    with pytest.raises(CheckpointError) as caught:
+        load.load(file)
+    assert words in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_cannot_be_computed_with(tmp_path):
+    directory = gguf_models.write_directory(
+        tmp_path / "model", "mixtral", hidden_size=256, intermediate_size=256
+    )
+    model = export.read_directory(directory)
+    file = gguf_models.write_file(model, tmp_path / "packed.gguf", "q4_k", stacks=True)
+    with pytest.raises(CheckpointError, match="a stack of experts in Q4_K, with which bitfold can't compute"):
+        load.load(file)
+    norm = model.tensors["blk.0.attn_norm.weight"]
+    extra = {"blk.0.mystery.weight": replace(norm, name="blk.0.mystery.weight")}
+    file = gguf_models.write_file(edited(model, tensors=extra), tmp_path / "extra.gguf")
+    with pytest.raises(CheckpointError, match=r"holds 1 tensor \('blk.0.mystery.weight'\)"):
+        load.load(file)
+    ternary = gguf.GGMLQuantizationType.TQ2_0
+    row = gguf.quants.quantize(np.zeros((256, 256), np.float32), ternary)
+    odd = replace(
+        model.tensors["blk.0.attn_q.weight"],
+        type=ternary,
+        read=lambda begin, end: torch.from_numpy(row[begin:end]),
+    )
+    file = gguf_models.write_file(edited(model, tensors={odd.name: odd}), tmp_path / "odd.gguf")
+    with pytest.raises(CheckpointError, match="is TQ2_0, which bitfold can't compute with"):
+        load.load(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'; GGUF's llama can only say 'silu'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "by 'dynamic'",
+        ),
+        ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 100"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types are not those of gemma2"),
+        ("gemma2", {"attn_logit_softcapping": None}, "no attn_logit_softcapping"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False"),
+    ],
+)
+def test_configurations_without_a_word_in_gguf(kind, fields, words, tmp_path):
+    directory = gguf_models.write_directory(tmp_path / "model", kind)
+    tiny.rewrite_config(directory, **fields)
+    with pytest.raises(CheckpointError) as caught:
+        export.read_directory(directory)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(str(directory))
+
+
+def test_directories_that_contradict_themselves(tmp_path):
+    directory = gguf_models.write_directory(tmp_path / "model", "qwen2")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = tiny.tensors_of(directory)
+
+    def refusal(change) -> str:
+        tiny.rewrite(directory, change)
+        with pytest.raises(CheckpointError) as caught:
+            export.read_directory(directory)
+        tiny.rewrite(directory, lambda stored: stored.clear() or stored.update(tensors))
+        return str(caught.value)
+
+    assert f"lacks '{name}'" in refusal(lambda stored: stored.pop(name))
+    assert "has shape [5, 128]" in refusal(lambda stored: stored.update({name: tensors[name][:5].clone()}))
+    assert "is I32; GGUF wants weights" in refusal(lambda stored: stored.update({name: tensors[name].int()}))
+    assert "holds 1 tensor ('other')" in refusal(lambda stored: stored.update(other=torch.zeros(3)))
+    assert "matrices of torch.float32" in refusal(lambda stored: stored.update({name: tensors[name].half()}))
+    assert export.read_directory(directory).tensors
+    tiny.rewrite_config(directory, model_type="gpt2")
+    with pytest.raises(CheckpointError, match="models of the type 'gpt2' can't be made GGUF"):
+        export.read_directory(directory)
+
+
+ODD = [u32(0), u32(1), u32(2**31), u32(2**32 - 1), text("x"), text("\ud800"), many([]), many([1, 2]), None]
+ODD += [gguf.GGUFValue(number, gguf.GGUFValueType.FLOAT32) for number in (0.0, float("nan"), float("inf"))]
+ODD += [gguf.GGUFValue(-1, gguf.GGUFValueType.INT32), gguf.GGUFValue(True, gguf.GGUFValueType.BOOL)]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gemma3_text", "phi3-long"])
+def test_odd_metadata_is_loaded_or_refused(kind, tmp_path):
+    """Every key with every odd value: a model, or one sentence; nothing else, and nothing large on the way."""
+    model = export.read_directory(gguf_models.write_directory(tmp_path / "model", kind, num_hidden_layers=1))
+    path = tmp_path / "model.gguf"
+    messages = []
+    for key in model.metadata:
+        make = (
+            vocabulary.tokenizer_of if key.startswith("tokenizer.") else lambda file: load.build(file, path)
+        )
+        for value in ODD:
+            try:
+                make(edited(model, {key: value}))
+            except CheckpointError as error:
+                messages.append(str(error))
+    assert len(messages) > 100
+    assert not any("\n" in message for message in messages)

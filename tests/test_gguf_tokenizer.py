@@ -275,8 +275,8 @@ def test_damaged_models_are_one_sentence(tmp_path):
     whole = (DATA / "sentencepiece-llama.model").read_bytes()
     path = tmp_path / "tokenizer.model"
     draw = random.Random(3)
-    damaged = [whole[:end] for end in range(0, len(whole), 7)]
-    for _ in range(500):
+    damaged = [whole[:end] for end in range(0, len(whole), 29)]
+    for _ in range(200):
         raw = bytearray(whole)
         for _ in range(draw.randint(1, 4)):
             raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
@@ -306,9 +306,9 @@ def array(values: list, kind: GGUFValueType) -> GGUFValue:
         ({"model": None}, "has no tokenizer"),
         ({"model": text("rwkv")}, "tokenizer.ggml.model is 'rwkv'"),
         ({"pre": text("mystery")}, "tokenizer.ggml.pre is 'mystery'"),
-        ({"tokens": None}, "no list of tokens"),
-        ({"token_type": array([1], GGUFValueType.INT32)}, "not as many token types"),
-        ({"merges": None}, "without merges"),
+        ({"tokens": None}, "has no tokenizer.ggml.tokens"),
+        ({"token_type": array([1], GGUFValueType.INT32)}, "but 1 token types"),
+        ({"merges": None}, "has no tokenizer.ggml.merges"),
         ({"merges": array(["a b c"], GGUFValueType.STRING)}, "merge 'a b c'"),
         ({"merges": array(["a b"], GGUFValueType.STRING)}, "merge 'a b'"),
         ({"bos_token_id": GGUFValue(ROWS, GGUFValueType.UINT32)}, f"bos_token_id is {ROWS}"),
@@ -330,5 +330,5 @@ def test_files_whose_tokenizer_cannot_be_made(changed, words, tmp_path):
 def test_scores_must_be_as_many_as_tokens(tmp_path):
     keys = read_tokenizer(saved(tmp_path, gguf_models.sentencepiece()), ROWS)
     keys["tokenizer.ggml.scores"] = array([0.0], GGUFValueType.FLOAT32)
-    with pytest.raises(CheckpointError, match="not as many scores"):
+    with pytest.raises(CheckpointError, match="tokens, but 1 scores"):
         rebuilt(keys)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from bitfold.gguf import rope
 from bitfold.gguf.architectures import Architecture, dimensions, of_config, of_metadata
+from bitfold.gguf.keys import Keys
+from bitfold.gguf.library import GGUFValue
 from bitfold.gguf.rope import Scalar
 from bitfold.shards import CheckpointError
 
@@ -100,40 +99,24 @@ def score_scale(name: str, fields: Mapping[str, Any]) -> int:
 
 
 def to_config(
-    metadata: Mapping[str, Scalar], shapes: Mapping[str, tuple[int, ...]], factors: Mapping[str, list[float]]
+    metadata: Mapping[str, GGUFValue],
+    shapes: Mapping[str, tuple[int, ...]],
+    factors: Mapping[str, list[float]],
 ) -> dict[str, Any]:
     """The fields of config.json, model_type among them, of the model in a file.
 
-    metadata: values by their whole keys; shapes: of the file's tensors; factors: the values of its tensors of rotary
-    factors. Raises CheckpointError for an architecture that bitfold doesn't run, and for missing or odd keys.
+    shapes: of the file's tensors; factors: the values of its tensors of rotary factors. Raises CheckpointError for an
+    architecture that bitfold doesn't run, and for missing or odd keys.
     """
-    name = metadata.get("general.architecture")
-    if not isinstance(name, str):
-        raise CheckpointError("the file has no general.architecture")
-    prefix = f"{name}."
-    keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    architecture = of_metadata(name, bool(keys.get("expert_count")))
+    name = Keys(metadata, "general.").text("architecture")
+    keys = Keys(metadata, f"{name}.")
+    experts = keys.whole("expert_count", 0, least=0)
+    architecture = of_metadata(name, experts > 0)
     fields: dict[str, Any] = {"model_type": architecture.model_types[0]}
-    for key, field in architecture.keys.items():
-        value = keys.get(key)
-        if value is None:
-            continue
-        if isinstance(value, (list, str)):
-            raise CheckpointError(
-                f"the file's {prefix}{key} is {value!r}; bitfold runs models with one number there"
-            )
-        fields[field] = shortest(value) if isinstance(value, float) else value
-    for key, field in _NEEDED.items():
-        if field not in fields:
-            raise CheckpointError(f"the file has no {prefix}{key}")
-    heads = fields["num_attention_heads"]
-    fields.setdefault("num_key_value_heads", heads)
-    fields.setdefault("head_dim", fields["hidden_size"] // heads)
-    if keys.get("attention.key_length", fields["head_dim"]) != fields["head_dim"]:
-        raise CheckpointError(
-            f"the file's heads have keys and values of different lengths, which {name} can't"
-        )
-    fields["vocab_size"] = shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else 0
+    fields |= _numbers(architecture, keys, shapes)
+    head = fields["head_dim"]
+    if keys.whole("attention.value_length", head) != head:
+        raise CheckpointError(f"the file's heads have keys of {head} numbers and values of another length")
     fields["tie_word_embeddings"] = "output.weight" not in shapes
     biases = {
         "attention_bias": "blk.0.attn_q.bias",
@@ -143,14 +126,10 @@ def to_config(
     used = {weight.bias for weight in architecture.weights}
     fields |= {field: tensor in shapes for field, tensor in biases.items() if field in used}
     fields |= dict(architecture.fixed)
-    full, sliding = rope.to_config(
-        {key: shortest(value) if isinstance(value, float) else value for key, value in keys.items()},
-        factors,
-        fields["head_dim"],
-    )
-    fields["rope_parameters"] = (
-        full if sliding is None else {"full_attention": full, "sliding_attention": sliding}
-    )
+    full, sliding = rope.to_config(keys, factors, head)
+    fields["rope_parameters"] = full
+    if name == "gemma3":
+        fields["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
     if name in _WINDOWED:
         fields["layer_types"] = layer_types(name, fields["num_hidden_layers"])
         fields["query_pre_attn_scalar"] = score_scale(name, fields)
@@ -158,24 +137,39 @@ def to_config(
         fields["sliding_window"] = None
     if full["rope_type"] == "longrope":
         fields["original_max_position_embeddings"] = full["original_max_position_embeddings"]
-    return fields | {field: metadata.get(f"tokenizer.ggml.{key}") for field, key in _TOKENS.items()}
+    tokens, last = Keys(metadata, "tokenizer.ggml."), fields["vocab_size"] - 1
+    for field, key in _TOKENS.items():
+        fields[field] = tokens.whole(key, least=0, most=last) if key in tokens else None
+    return fields
 
 
-_NEEDED = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
+def _numbers(architecture: Architecture, keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields of _KEYS and its like; a file that says nothing of them means the usual."""
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError("the file lacks the tensor 'token_embd.weight'")
+    layers = keys.whole("block_count", most=len(shapes))  # each has tensors: a file can't have more
+    heads, hidden = keys.whole("attention.head_count"), keys.whole("embedding_length")
+    usual: dict[str, int | None] = {
+        "attention.head_count_kv": heads,
+        "attention.key_length": max(1, hidden // heads),
+        "vocab_size": shapes["token_embd.weight"][0],
+    }
+    fields: dict[str, Any] = {}
+    for key, field in architecture.keys.items():
+        if key == "attention.value_length":
+            continue
+        if field in _FLOATS:
+            if key in keys or field == "rms_norm_eps":
+                fields[field] = keys.real(key)
+        elif field != "sliding_window":
+            fields[field] = keys.whole(key, usual.get(key))
+        elif key in keys:
+            fields[field] = keys.whole(key, least=0)
+    return fields | {"num_hidden_layers": layers, "vocab_size": shapes["token_embd.weight"][0]}
+
+
 _TOKENS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
     "pad_token_id": "padding_token_id",
 }
-
-
-def shortest(value: float) -> float:
-    """A float32's value as the shortest decimal that rounds to it: 1e-06, not 9.999999974752427e-07."""
-    return float(str(np.float32(value))) if math.isfinite(value) else value

@@ -6,6 +6,7 @@ file. restore.py undoes what export.py does to a model on its way into a file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from bitfold import hf
 from bitfold.gguf import architectures, hyperparameters
+from bitfold.gguf.keys import shortest
 from bitfold.gguf.library import GGMLQuantizationType
 from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.reader import read_gguf
@@ -72,6 +74,8 @@ def build(
     config = config_of(file)
     placements = architectures.placements(hf.typed_config(path, config))
     tensors = restored(file, placements)
+    for tensor in tensors.values():
+        tensor.check_packable()
     dtype = dtype or default_dtype(tensors.values())
     model = hf.empty_causal_lm(path, config, dtype)
     _fill(model, tensors.values(), dtype)
@@ -89,10 +93,9 @@ def build(
 
 def config_of(file: GgufModel) -> dict[str, Any]:
     """config.json of the model in a file. Raises CheckpointError for an architecture that bitfold doesn't run."""
-    values = {key: value.value for key, value in file.metadata.items()}
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     factors = {name: _values(file.tensors[name]) for name in ROTARY if name in file.tensors}
-    return hyperparameters.to_config(values, shapes, factors)
+    return hyperparameters.to_config(file.metadata, shapes, factors)
 
 
 def _values(tensor: GgufTensor) -> list[float]:
@@ -100,7 +103,10 @@ def _values(tensor: GgufTensor) -> list[float]:
         raise CheckpointError(
             f"'{tensor.name}' is {tensor.type.name} {list(tensor.shape)}; it must be one row of F32"
         )
-    return [hyperparameters.shortest(value) for value in tensor.read(0, 1).reshape(-1).tolist()]
+    values = tensor.read(0, 1).reshape(-1).tolist()
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise CheckpointError(f"'{tensor.name}' holds values that are no factors; they must be positive")
+    return [shortest(value) for value in values]
 
 
 def default_dtype(tensors: Iterable[Restored]) -> torch.dtype:
@@ -117,8 +123,7 @@ def _fill(model: nn.Module, tensors: Iterable[Restored], dtype: torch.dtype) -> 
     for tensor in tensors:
         home, _, leaf = tensor.name.rpartition(".")
         if tensor.format is not None:
-            n, k = tensor.shape
-            _swap(model, home, QTensor(tensor.format, (n, k), {"blocks": tensor.read()}), dtype)
+            _swap(model, home, QTensor(tensor.format, tensor.matrix, {"blocks": tensor.read()}), dtype)
             continue
         values = tensor.read()
         values = (values - tensor.shift if tensor.shift else values).to(dtype)

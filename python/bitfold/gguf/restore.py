@@ -6,6 +6,7 @@ together. The 1 that Gemma's norms were given is left to the caller to take away
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,8 +50,20 @@ class Restored:
         """Of what `read` returns."""
         if self.format is None:
             return self.shape
-        n, k = self.shape
-        return plane_shapes(self.format, n, k)["blocks"]
+        return plane_shapes(self.format, *self.matrix)["blocks"]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns; of a stack of experts the rows of all."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    def check_packable(self) -> None:
+        """Raises CheckpointError where blocks are a stack of experts, which no module of bitfold's holds."""
+        if self.format is not None and len(self.shape) > 2:
+            raise CheckpointError(
+                f"'{self.parts[0][0].name}' is a stack of experts in {self.format.upper()}, with which bitfold can't "
+                "compute; bitfold convert --decode makes plain weights of it"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,8 +144,5 @@ def _check(tensor: GgufTensor, placement: Placement) -> None:
             raise CheckpointError(
                 f"'{tensor.name}' is {tensor.type.name}; bitfold computes with F32, F16 and BF16"
             )
-    elif tensor.type.name.lower() not in FORMATS or len(tensor.shape) != 2:
-        kind = "a stack of experts" if len(tensor.shape) == 3 else "a tensor"
-        raise CheckpointError(
-            f"'{tensor.name}' is {kind} in {tensor.type.name}, which bitfold can't compute with"
-        )
+    elif tensor.type.name.lower() not in FORMATS:
+        raise CheckpointError(f"'{tensor.name}' is {tensor.type.name}, which bitfold can't compute with")

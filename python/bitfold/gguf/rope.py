@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bitfold.gguf.keys import Keys
 from bitfold.shards import CheckpointError
 
 Scalar = bool | int | float | str
@@ -162,44 +163,42 @@ def llama3_factors(
 
 
 def to_config(
-    keys: Mapping[str, Any], factors: Mapping[str, list[float]], head: int
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    keys: Keys, factors: Mapping[str, list[float]], head: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `parameters` gave, from the keys behind "<architecture>." and the tensors of factors.
 
     Raises CheckpointError for a law that transformers has no word for.
     """
-    base = float(keys.get("rope.freq_base", 10000.0))
+    base = keys.real("rope.freq_base", 10000.0)
     full: dict[str, Any] = {"rope_theta": base, "rope_type": "default"}
-    count = int(keys.get("rope.dimension_count", head))
+    sliding = {"rope_theta": keys.real("rope.freq_base_swa", 10000.0), "rope_type": "default"}
+    count = keys.whole("rope.dimension_count", head, least=2, most=head)
     if count != head:
         full["partial_rotary_factor"] = count / head
-    law = keys.get("rope.scaling.type", "linear" if "rope.scaling.factor" in keys else "none")
+    law = keys.text("rope.scaling.type", "linear" if "rope.scaling.factor" in keys else "none")
     if LLAMA3_FACTORS in factors:
         full |= _llama3_law(factors[LLAMA3_FACTORS], count, base)
-    elif LONG_FACTORS in factors:
+    elif LONG_FACTORS in factors and SHORT_FACTORS in factors:
+        trained = keys.whole("rope.scaling.original_context_length")
         full |= {
             "rope_type": "longrope",
             "long_factor": factors[LONG_FACTORS],
             "short_factor": factors[SHORT_FACTORS],
-            "original_max_position_embeddings": int(keys["rope.scaling.original_context_length"]),
-            "factor": keys["context_length"] / keys["rope.scaling.original_context_length"],
+            "original_max_position_embeddings": trained,
+            "factor": keys.whole("context_length") / trained,
         }
         if "rope.scaling.attn_factor" in keys:
-            full["attention_factor"] = float(keys["rope.scaling.attn_factor"])
+            full["attention_factor"] = keys.real("rope.scaling.attn_factor")
     elif law == "linear":
-        full |= {"rope_type": "linear", "factor": float(keys["rope.scaling.factor"])}
+        full |= {"rope_type": "linear", "factor": keys.real("rope.scaling.factor")}
     elif law == "yarn":
-        trained = int(keys["rope.scaling.original_context_length"])
         full |= {
             "rope_type": "yarn",
-            "factor": float(keys["rope.scaling.factor"]),
-            "original_max_position_embeddings": trained,
+            "factor": keys.real("rope.scaling.factor"),
+            "original_max_position_embeddings": keys.whole("rope.scaling.original_context_length"),
         }
     elif law != "none":
         raise CheckpointError(f"the file scales rotary frequencies by '{law}', which bitfold can't run")
-    sliding = None
-    if "rope.freq_base_swa" in keys:
-        sliding = {"rope_theta": float(keys["rope.freq_base_swa"]), "rope_type": "default"}
     return full, sliding
 
 

@@ -6,10 +6,12 @@ together here to do what llama.cpp does; the library tokenizers runs them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitfold import hf
+from bitfold.gguf.keys import Keys
 from bitfold.gguf.library import TokenType
 from bitfold.gguf.model import GgufModel
 from bitfold.gguf.pretokenizers import PreTokenizer, by_name
@@ -22,18 +24,9 @@ _SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# What llama.cpp takes where a file says nothing.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {"pre": "default", "add_eos_token": False},
-    "llama": {
-        "add_space_prefix": True,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "unknown_token_id": 0,
-    },
-}
+_IDS = {
+    "llama": {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+}  # what llama.cpp takes where a file says nothing
 
 
 def tokenizer_of(file: GgufModel) -> Any:
@@ -42,80 +35,73 @@ def tokenizer_of(file: GgufModel) -> Any:
     Raises CheckpointError where it has none, or one that bitfold doesn't know.
     """
     transformers = hf.require_transformers()
-    prefix = "tokenizer.ggml."
-    keys = {
-        key.removeprefix(prefix): value.value
-        for key, value in file.metadata.items()
-        if key.startswith(prefix)
-    }
-    kind = keys.get("model")
+    keys, tokenizer = Keys(file.metadata, "tokenizer.ggml."), Keys(file.metadata, "tokenizer.")
+    if "model" not in keys:
+        raise CheckpointError("the file has no tokenizer")
+    kind = keys.text("model")
     if kind not in _KINDS:
         raise CheckpointError(
             f"the file's tokenizer.ggml.model is {kind!r}, and bitfold knows {', '.join(map(repr, _KINDS))}"
-            if kind is not None
-            else "the file has no tokenizer"
         )
-    keys = _DEFAULTS[kind] | keys
     tokens, types = _tokens(keys)
-    backend = _KINDS[kind](keys, tokens, types)
+    special = _special(keys, kind, tokens)
+    backend = _KINDS[kind](keys, tokens, types, special)
     _add_tokens(backend, tokens, types)
-    named = {name: tokens[id] for name, key in _SPECIAL.items() if (id := _id(keys, key, tokens)) is not None}
-    begins = keys.get("add_bos_token", kind == "gpt2" and by_name(keys["pre"]).whole)
-    ends = {"bos_token": begins, "eos_token": keys["add_eos_token"]}
-    _set_ends(backend, [named[name] if wanted and name in named else None for name, wanted in ends.items()])
-    template = file.metadata.get("tokenizer.chat_template")
-    architecture = file.metadata.get("general.architecture")
-    context = file.metadata.get(f"{architecture.value}.context_length") if architecture is not None else None
-    more: dict[str, Any] = {} if context is None else {"model_max_length": context.value}
+    whole = kind == "llama" or by_name(keys.text("pre", "default")).whole
+    begins, ends = keys.flag("add_bos_token", whole), keys.flag("add_eos_token", False)
+    _set_ends(
+        backend, special.get("bos_token") if begins else None, special.get("eos_token") if ends else None
+    )
+    name = Keys(file.metadata, "general.").text("architecture", "")
+    context = Keys(file.metadata, f"{name}.")
+    more: dict[str, Any] = {}
+    if "context_length" in context:
+        more["model_max_length"] = context.whole("context_length")
+    if "chat_template" in tokenizer:
+        more["chat_template"] = tokenizer.text("chat_template")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=None if template is None else template.value,
         clean_up_tokenization_spaces=False,
-        **dict.fromkeys(_SPECIAL) | named | more,
+        **dict.fromkeys(_SPECIAL) | special | more,
     )
 
 
-def _tokens(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    tokens, types = keys.get("tokens"), keys.get("token_type")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(text, str) for text in tokens):
-        raise CheckpointError("the file has no list of tokens")
-    if types is None:
-        types = [int(TokenType.NORMAL)] * len(tokens)
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise CheckpointError(f"the file has {len(tokens)} tokens, but not as many token types")
+def _tokens(keys: Keys) -> tuple[list[str], list[float]]:
+    """Texts and types by id."""
+    tokens = keys.texts("tokens")
+    types = keys.numbers("token_type", [TokenType.NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise CheckpointError(f"the file has {len(tokens)} tokens, but {len(types)} token types")
     if len(set(tokens)) < len(tokens):
-        seen: set[str] = set()
-        twice = next(text for text in tokens if text in seen or seen.add(text))  # type: ignore[func-returns-value]
+        (twice, _), *_ = Counter(tokens).most_common(1)
         raise CheckpointError(f"the file has the token {twice!r} twice")
     return tokens, types
 
 
-def _id(keys: Mapping[str, Any], key: str, tokens: Sequence[str]) -> int | None:
-    """The id that a key names, None where there is none."""
-    id = keys.get(key)
-    if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
-        raise CheckpointError(f"the file's tokenizer.ggml.{key} is {id!r}, but it has {len(tokens)} tokens")
-    return id
+def _special(keys: Keys, kind: str, tokens: Sequence[str]) -> dict[str, str]:
+    """The texts of special tokens, by what they are for."""
+    usual, last = _IDS.get(kind, {}), len(tokens) - 1
+    ids = {name: usual[name] for name in usual if usual[name] <= last}
+    ids |= {name: keys.whole(key, least=0, most=last) for name, key in _SPECIAL.items() if key in keys}
+    return {name: tokens[id] for name, id in ids.items()}
 
 
 # ---- the two kinds of vocabulary ----
 
 
-def _byte_level(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Any:
-    """BPE on bytes. Where a file doesn't say, llama.cpp begins text with BOS if whole words are taken."""
+def _byte_level(keys: Keys, tokens: Sequence[str], types: Sequence[float], special: Mapping[str, str]) -> Any:
+    """BPE on bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    row = by_name(keys["pre"])
-    merges = keys.get("merges")
-    if not isinstance(merges, list):
-        raise CheckpointError("the file has a byte-level tokenizer without merges")
+    row = by_name(keys.text("pre", "default"))
+    merges = keys.texts("merges")
     vocabulary = _numbered(tokens, types)
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    for pair in pairs:
-        if len(pair) != 2 or not all(part in vocabulary for part in (*pair, "".join(pair))):
-            raise CheckpointError(
-                f"the file's merge {' '.join(pair)!r} is none of two tokens that make a third"
-            )
+    pairs: list[tuple[str, str]] = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not all(part in vocabulary for part in (left, right, left + right)):
+            raise CheckpointError(f"the file's merge {merge!r} is none of two tokens that make a third")
+        pairs.append((left, right))
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=row.whole))
     if row.composed:
         backend.normalizer = normalizers.NFC()
@@ -135,13 +121,15 @@ def _cutter(row: PreTokenizer) -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(row.pattern), "isolated"), level])
 
 
-def _sentencepiece(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Any:
+def _sentencepiece(
+    keys: Keys, tokens: Sequence[str], types: Sequence[float], special: Mapping[str, str]
+) -> Any:
     """SentencePiece's BPE: every way to cut a piece in two pieces is a merge, in the order of the scores."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = keys.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise CheckpointError(f"the file has {len(tokens)} tokens, but not as many scores")
+    scores = keys.numbers("scores")
+    if len(scores) != len(tokens):
+        raise CheckpointError(f"the file has {len(tokens)} tokens, but {len(scores)} scores")
     vocabulary = _numbered(tokens, types)
     pieces = {text: -scores[id] for text, id in vocabulary.items() if types[id] == TokenType.NORMAL}
     merges = [
@@ -150,18 +138,17 @@ def _sentencepiece(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequen
         for left, right in splits(text)
         if left in pieces and right in pieces
     ]
-    unknown = _id(keys, "unknown_token_id", tokens)
     backend = Tokenizer(
         models.BPE(
             vocab=vocabulary,
             merges=merges,
             byte_fallback=True,
             fuse_unk=True,
-            unk_token=None if unknown is None else tokens[unknown],
+            unk_token=special.get("unk_token"),
         )
     )
     spaces = normalizers.Replace(" ", SPACE)
-    prefix = keys["add_space_prefix"]
+    prefix = keys.flag("add_space_prefix", True)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
@@ -174,7 +161,7 @@ _KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
 # ---- what they share ----
 
 
-def _numbered(texts: Sequence[str], types: Sequence[int]) -> dict[str, int]:
+def _numbered(texts: Sequence[str], types: Sequence[float]) -> dict[str, int]:
     """The tokens with their ids; rows of the embedding that have no token stay without one."""
     return {
         text: id
@@ -183,7 +170,7 @@ def _numbered(texts: Sequence[str], types: Sequence[int]) -> dict[str, int]:
     }
 
 
-def _add_tokens(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> None:
+def _add_tokens(backend: Any, tokens: Sequence[str], types: Sequence[float]) -> None:
     """Tokens that are found in text whole, before it is cut."""
     from tokenizers import AddedToken
 
@@ -197,14 +184,13 @@ def _add_tokens(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> No
     backend.add_tokens(plain)
 
 
-def _set_ends(backend: Any, ends: Sequence[str | None]) -> None:
+def _set_ends(backend: Any, begin: str | None, end: str | None) -> None:
     """Let text begin and end with these tokens (None: with no token)."""
     from tokenizers import processors
 
-    begin, end = ends
     one = [*([begin] if begin else []), "$A", *([end] if end else [])]
     two = [*one, *([f"{begin}:1"] if begin else []), "$B:1", *([f"{end}:1"] if end else [])]
-    ids = {token: backend.token_to_id(token) for token in ends if token}
+    ids = {token: backend.token_to_id(token) for token in (begin, end) if token}
     backend.post_processor = processors.TemplateProcessing(
         single=one, pair=two, special_tokens=list(ids.items())
     )
