@@ -1,39 +1,63 @@
 // Blocks whose scale follows from their range: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4.
 //
-// As many blocks as there are lanes are under way: their ranges are found one by one, all their scales at once, and
-// then their codes one by one again, while the numbers are still in the first cache. An extreme does not depend on the
-// order in which it is sought, but its sign does, also a zero's: where that counts, the first number that equals it is
-// taken.
+// As many blocks as there are lanes are under way: a lane holds the range and the scale of one, and then the codes of
+// one block after the other are chosen. An extreme does not depend on the order in which it is sought, but its sign
+// does, also a zero's: where that counts, the first number that equals it is taken.
 #include "cpu/kernels/small_blocks.inl"
 
 namespace bitfold::cpu {
 namespace {
 
-// The first of a block's numbers that equals `value`, which is one of them up to the sign that `view` takes off.
-template <class View>
-BITFOLD_SIMD float first_equal(const float* w, float value, View view) {
+// The first of a block's numbers that equals `value` in magnitude.
+BITFOLD_SIMD float first_equal(const float* w, float value) {
   uint32_t found = 0;
-  for (int v = 0; v < kSmallVectors; ++v) found |= bits(equal(view(load(w + v * kLanes)), splat(value))) << v * kLanes;
+  for (int v = 0; v < kSmallVectors; ++v) {
+    found |= bits(equal(abs(load(w + v * kLanes)), splat(__builtin_fabsf(value)))) << v * kLanes;
+  }
   return w[__builtin_ctz(found)];
 }
 
-BITFOLD_SIMD float largest_magnitude(const float* w) {
-  F largest = abs(load(w));
-  for (int v = 1; v < kSmallVectors; ++v) largest = max(abs(load(w + v * kLanes)), largest);
-  return reduce_max(largest);
+// Lane b: op over view(numbers) of block b. Lanes past the last block repeat it.
+template <class View, class Op>
+BITFOLD_SIMD F over_blocks(const float* w, int count, View view, Op op) {
+  F rows[kLanes];
+  for (int b = 0; b < kLanes; ++b) {
+    const float* x = w + smaller(b, count - 1) * kSmall;
+    rows[b] = view(load(x));
+    for (int v = 1; v < kSmallVectors; ++v) rows[b] = op(rows[b], view(load(x + v * kLanes)));
+  }
+  return across(rows, op);
+}
+BITFOLD_SIMD F largest_of_blocks(const float* w, int count) {
+  return over_blocks(w, count, [](F x) { return x; }, [](F a, F b) { return max(a, b); });
+}
+BITFOLD_SIMD F smallest_of_blocks(const float* w, int count) {
+  return over_blocks(w, count, [](F x) { return x; }, [](F a, F b) { return min(a, b); });
+}
+BITFOLD_SIMD F largest_magnitudes(const float* w, int count) {
+  return over_blocks(w, count, [](F x) { return abs(x); }, [](F a, F b) { return max(a, b); });
 }
 
-// The first number of the largest magnitude, 0 where all are zeros of any sign.
-BITFOLD_SIMD float furthest(const float* w) {
-  const float largest = largest_magnitude(w);
-  return largest == 0.0f ? 0.0f : first_equal(w, largest, [](F lanes) { return abs(lanes); });
+// Sets the lanes of `which` to the first number of their block that equals them in magnitude.
+BITFOLD_SIMD F settle(const float* w, int count, F values, Mask which) {
+  uint32_t open = bits(which);
+  if (open == 0) return values;
+  float lanes[kLanes];
+  store(lanes, values);
+  for (; open != 0; open &= open - 1) {
+    const int b = __builtin_ctz(open);
+    lanes[b] = first_equal(w + smaller(b, count - 1) * kSmall, lanes[b]);
+  }
+  return load(lanes);
 }
 
-// One entry for each block under way; those that are not there are zero.
-struct Lane {
-  float entries[kLanes] = {};
-  BITFOLD_SIMD F all() const { return load(entries); }
-};
+// The first number of the largest magnitude, +0 where all are zeros.
+BITFOLD_SIMD F furthest_of_blocks(const float* w, int count) {
+  const F zero = splat(0.0f), high = largest_of_blocks(w, count), low = smallest_of_blocks(w, count);
+  const F below = sub(zero, low);
+  const F further = add(select(greater(below, high), low, high), zero);
+  return settle(w, count, further, both(equal(below, high), greater(high, zero)));
+}
 
 // codes = trunc((w - low) inverse + half). Where the inverse overflows, the codes are 0, and so are inverse and half.
 struct Steps {
@@ -63,9 +87,7 @@ BITFOLD_SIMD void each_chunk(const EncodeBlocksArgs& a, Each each) {
 template <int Row, int H>
 void encode_centred(const EncodeBlocksArgs& a) {
   each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
-    Lane extremes;
-    for (int b = 0; b < count; ++b) extremes.entries[b] = furthest(w + b * kSmall);
-    const Steps steps(div(extremes.all(), splat(-static_cast<float>(H))), H + 0.5f);
+    const Steps steps(div(furthest_of_blocks(w, count), splat(-static_cast<float>(H))), H + 0.5f);
     for (int b = 0; b < count; ++b) {
       const F inverse = splat(steps.inverse[b]), half = splat(steps.half[b]), top = splat(2 * H - 0.5f);
       I codes[kSmallVectors];
@@ -81,24 +103,17 @@ void encode_centred(const EncodeBlocksArgs& a) {
 template <int Row, int M>
 void encode_ranged(const EncodeBlocksArgs& a) {
   each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
-    Lane lows, highs;
-    for (int b = 0; b < count; ++b) {
-      const float* x = w + b * kSmall;
-      F low = load(x), high = low;
-      for (int v = 1; v < kSmallVectors; ++v) {
-        low = min(load(x + v * kLanes), low);
-        high = max(load(x + v * kLanes), high);
-      }
-      lows.entries[b] = first_equal(x, reduce_min(low), [](F lanes) { return lanes; });
-      highs.entries[b] = reduce_max(high);
-    }
+    const F high = largest_of_blocks(w, count), smallest = smallest_of_blocks(w, count);
+    const F low = settle(w, count, smallest, equal(smallest, splat(0.0f)));
     // A zero's sign is lost by the sum: a block of one number has the step +0.
-    const F range = add(sub(highs.all(), lows.all()), splat(0.0f));
+    const F range = add(sub(high, low), splat(0.0f));
     const Steps steps(div(range, splat(static_cast<float>(M))), 0.5f);
     uint16_t minima[kLanes];
-    store_half(minima, lows.all());
+    store_half(minima, low);
+    float lows[kLanes];
+    store(lows, low);
     for (int b = 0; b < count; ++b) {
-      const F low = splat(lows.entries[b]), inverse = splat(steps.inverse[b]), half = splat(steps.half[b]);
+      const F low = splat(lows[b]), inverse = splat(steps.inverse[b]), half = splat(steps.half[b]);
       I codes[kSmallVectors];
       block_codes(w + b * kSmall, codes, [&](F x) {  // a range beyond binary32 gives NaN, whose code is 0
         const F place = add(mul(sub(x, low), inverse), half);
@@ -121,9 +136,7 @@ BITFOLD_SIMD I round_away(F x) {
 
 void encode_q8_0(const EncodeBlocksArgs& a) {
   each_chunk<kQ8_0>(a, [](const float* w, Block<kQ8_0>* blocks, int count) {
-    Lane extremes;
-    for (int b = 0; b < count; ++b) extremes.entries[b] = largest_magnitude(w + b * kSmall);
-    const Steps steps(div(extremes.all(), splat(127.0f)), 0.0f);
+    const Steps steps(div(largest_magnitudes(w, count), splat(127.0f)), 0.0f);
     for (int b = 0; b < count; ++b) {
       const F inverse = splat(steps.inverse[b]);
       I codes[kSmallVectors];
@@ -156,9 +169,10 @@ BITFOLD_SIMD uint8_t mxfp4_exponent(float largest) {
 
 void encode_mxfp4(const EncodeBlocksArgs& a) {
   each_chunk<kMxfp4>(a, [](const float* w, Block<kMxfp4>* blocks, int count) {
+    float largest[kLanes];
+    store(largest, largest_magnitudes(w, count));
     for (int b = 0; b < count; ++b) {
-      const float* x = w + b * kSmall;
-      blocks[b].e = mxfp4_exponent(largest_magnitude(x));
+      blocks[b].e = mxfp4_exponent(largest[b]);
       // A code counts the midpoints below the magnitude; a tie belongs to the smaller one. Distances to the two
       // neighbours that decide are exact. Where eight steps are beyond binary32, no number is nearer to them.
       const F step = splat(mxfp4_step(blocks[b].e));
@@ -168,7 +182,7 @@ void encode_mxfp4(const EncodeBlocksArgs& a) {
       }
       midpoints[5] = select(greater(step, splat(0x1p124f)), splat(__builtin_inff()), midpoints[5]);
       I codes[kSmallVectors];
-      block_codes(x, codes, [&](F lanes) {
+      block_codes(w + b * kSmall, codes, [&](F lanes) {
         I code = splat(0);
         for (const F midpoint : midpoints) code = count_if(greater(abs(lanes), midpoint), code);
         const I sign = bit_and(shift_right<28>(as_int(lanes)), splat(8));

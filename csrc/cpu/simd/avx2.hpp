@@ -184,6 +184,18 @@ BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
   }
 }
 
+template <class Op>
+BITFOLD_SIMD F across(const F (&rows)[kLanes], Op op) {
+  F fours[2];  // in each half what is left of rows 4 i .. 4 i + 3
+  for (int i = 0; i < 2; ++i) {
+    const F* r = rows + 4 * i;
+    const __m256d a = _mm256_castps_pd(op(_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1])));
+    const __m256d b = _mm256_castps_pd(op(_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3])));
+    fours[i] = op(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  return op(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+}
+
 BITFOLD_SIMD float reduce_add(F a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

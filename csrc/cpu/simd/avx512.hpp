@@ -194,6 +194,19 @@ BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
   }
 }
 
+template <class Op>
+BITFOLD_SIMD F across(const F (&rows)[kLanes], Op op) {
+  F fours[4];  // in each quarter what is left of rows 4 i .. 4 i + 3
+  for (int i = 0; i < 4; ++i) {
+    const F* r = rows + 4 * i;
+    const __m512d a = _mm512_castps_pd(op(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1])));
+    const __m512d b = _mm512_castps_pd(op(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3])));
+    fours[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto join = [&](F a, F b) { return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+  return join(join(fours[0], fours[1]), join(fours[2], fours[3]));
+}
+
 BITFOLD_SIMD __m256 upper_half(F a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
 BITFOLD_SIMD float reduce_add(F a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), upper_half(a));

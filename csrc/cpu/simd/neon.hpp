@@ -215,6 +215,17 @@ BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
   }
 }
 
+template <class Op>
+BITFOLD_SIMD F across(const F (&rows)[kLanes], Op op) {
+  F columns[kLanes];
+  for (int i = 0; i < kLanes; ++i) columns[i] = rows[i];
+  transpose(columns);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) columns[i] = op(columns[i], columns[i + half]);
+  }
+  return columns[0];
+}
+
 BITFOLD_SIMD float reduce_add(F a) {
   const float32x4_t four = vaddq_f32(a.low, a.high);
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));

@@ -250,6 +250,17 @@ BITFOLD_SIMD void transpose(F (&rows)[kLanes]) {
   }
 }
 
+// Lane i of the result is op over all lanes of rows[i], in any order.
+template <class Op>
+BITFOLD_SIMD F across(const F (&rows)[kLanes], Op op) {
+  F columns[kLanes];
+  std::memcpy(columns, rows, sizeof(columns));
+  transpose(columns);
+  F out = columns[0];
+  for (int i = 1; i < kLanes; ++i) out = op(out, columns[i]);
+  return out;
+}
+
 // Sums and extremes over the lanes, in one fixed order.
 BITFOLD_SIMD float reduce_add(F a) {
   const float s0 = a.v[0] + a.v[4], s1 = a.v[1] + a.v[5], s2 = a.v[2] + a.v[6], s3 = a.v[3] + a.v[7];
