@@ -99,7 +99,6 @@ template <int Row, int M, int R>
 [[gnu::noinline]] void multiply_spans(const uint8_t* const (&rows)[R], int64_t first, int64_t count, int64_t ahead,
                                       const float* x, const float* x_sums, float* totals) {
   using S = Span<Row>;
-  constexpr int64_t kBytes = kFormats[Row].block_bytes * kSpan / kFormats[Row].group;
   const Places<Row> places;
   F total[R][M];
   for (int r = 0; r < R; ++r) {
@@ -109,7 +108,7 @@ template <int Row, int M, int R>
     I v[R][kVectors];
     F steps[R], mins[R];
     for (int r = 0; r < R; ++r) {
-      for (int64_t byte = 0; byte < kBytes; byte += 64) prefetch(rows[r] + span * kBytes + ahead + byte);
+      prefetch_span<Row>(rows[r], span, ahead);
       const Place<Row> at = span_at<Row>(rows[r], span);
       S::bytes(at, v[r]);
       S::scales(at, &steps[r], &mins[r]);
@@ -215,10 +214,7 @@ void decode_tile(const Weight& w, int64_t first, int rows, int64_t begin, int64_
     for (int64_t c = begin; c < end; c += kSpan) {
       SpanCopy<Row> copy;
       const Place<Row> at = copy.span_in(row, w.k, c / kSpan);
-      const uint8_t* from = row + c / kFormats[Row].group * kFormats[Row].block_bytes;
-      for (int64_t byte = 0; byte < kFormats[Row].block_bytes * kSpan / kFormats[Row].group; byte += 64) {
-        prefetch(from + ahead + byte);
-      }
+      prefetch_span<Row>(row, c / kSpan, ahead);
       I v[kVectors];
       F steps, mins;
       S::bytes(at, v);

@@ -33,6 +33,9 @@ BITFOLD_SIMD void decode_whole(Place<Row> at, float* out) {
   }
 }
 
+// Blocks are asked for so many bytes ahead.
+inline constexpr int64_t kAheadBytes = 4096;
+
 template <int Row>
 void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out) {
   const int64_t bytes = blocks_row_bytes<Row>(w.k);
@@ -40,6 +43,7 @@ void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float
   for (int64_t i = begin; i < end;) {
     const int64_t span = i / kSpan, first = span * kSpan, stop = smaller(end, first + kSpan);
     if (i == first && stop == first + kSpan) {
+      prefetch_span<Row>(blocks, span, kAheadBytes);
       decode_whole(span_at<Row>(blocks, span), out + (i - begin));
     } else {  // a part: all of it, aside
       float all[kSpan];

@@ -24,6 +24,8 @@ inline constexpr bool kLarge = kFormats[Row].group == 256;
 template <int Row>
 inline constexpr int64_t kSpanBlocks = kLarge<Row> ? 1 : kSpan / 32;  // blocks that a span reaches into
 template <int Row>
+inline constexpr int64_t kSpanBytes = kFormats[Row].block_bytes * kSpan / kFormats[Row].group;
+template <int Row>
 constexpr int64_t blocks_row_bytes(int64_t k) {
   return k / kFormats[Row].group * kFormats[Row].block_bytes;
 }
@@ -39,6 +41,13 @@ BITFOLD_SIMD Place<Row> span_at(const uint8_t* row, int64_t span) {
   const auto* blocks = reinterpret_cast<const Block<Row>*>(row);
   if constexpr (kLarge<Row> && !kWhole) return {blocks + span / 2, static_cast<int>(span % 2)};
   else return {blocks + span * kSpanBlocks<Row>, 0};
+}
+
+// Asks for what lies `ahead` bytes after a span.
+template <int Row>
+BITFOLD_SIMD void prefetch_span(const uint8_t* row, int64_t span, int64_t ahead) {
+  const uint8_t* from = row + span * kSpanBytes<Row> + ahead;
+  for (int64_t byte = 0; byte < kSpanBytes<Row>; byte += 64) prefetch(from + byte);
 }
 
 // ---- orders: the group that quarter q of vector i holds ----
