@@ -24,9 +24,9 @@ struct QuantizeArgs {
   uint8_t* codes;
 };
 
-// `rows` rows of k columns, one after the other, to their blocks; k is whole blocks, all of w is finite. importance has
-// an entry for every column, or is null. Every operation is rounded to binary32, in the order that the type's search
-// has, with no fused multiply-add: lanes may hold different blocks, never parts of a sum.
+// `rows` <= kEncodeRows rows of k columns, one after the other, to their blocks; k is whole blocks, all of w is finite.
+// importance has an entry for every column, or is null. Every operation is rounded to binary32, in the order that the
+// type's search has, with no fused multiply-add: lanes may hold different blocks, never parts of a sum.
 struct EncodeBlocksArgs {
   const float* w;
   const float* importance;
