@@ -248,9 +248,9 @@ def _check_source(choice: Choice, allow_requantize: bool) -> None:
 
 def _check_importance(choice: Choice, mix: Mix, importance: Importance | None) -> None:
     """Q2_K_S is a file type for importance files alone: by itself its error is too large to be of use."""
-    has_one = importance is not None and importance.of(choice.name, choice.shape) is not None
+    vectors = _vectors(choice, importance)
     needs_one = mix.name == "Q2_K_S" and choice.after == "Q2_K" and choice.before != "Q2_K"
-    if needs_one and not has_one and mixes.role_of(choice.name) not in (HEAD, EMBEDDING):
+    if needs_one and vectors is None and mixes.role_of(choice.name) not in (HEAD, EMBEDDING):
         raise CheckpointError(
             f"{mix.name} needs importance (--imatrix) for every tensor in Q2_K, and there is none for "
             f"{quoted(choice.name)}"
@@ -292,6 +292,7 @@ class _Piece:
 
 
 def _vectors(choice: Choice, importance: Importance | None) -> Tensor | None:
+    """Float32 [experts, columns] where the tensor is encoded and there is importance for it."""
     if importance is None or choice.after == choice.before or choice.after in FLOATS:
         return None
     return importance.of(choice.name, choice.shape)
