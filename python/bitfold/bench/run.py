@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold.bench import ggml, llama
 from bitfold.bench.bars import BARS, BLOCK_BARS, Bar, verdicts
 from bitfold.bench.cases import Case, Rows, Timing, decode_cases, encode_cases, linear_cases
 from bitfold.bench.ceilings import Ceiling, fastest_reader, rotation_bytes
@@ -123,10 +124,11 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
         found = import_rows()
         rows += found
         on_case(Case("import", 0, 0, None, ""), found)
+    absence_of_llama = llama.LIBRARY in absent or llama.LIBRARY not in settings.peers
     return {
         "schema": SCHEMA,
         "machine": facts,
-        "versions": versions(),
+        "versions": {**versions(), **({} if absence_of_llama else {llama.LIBRARY: ggml.library().version})},
         "absent": absent,
         "refused": refused,
         "settings": {**asdict(settings), "threads": threads, "rotation": rotation},
