@@ -424,6 +424,7 @@ def test_memory_does_not_grow_with_the_model(mix, tmp_path):
 
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
 import bitfold.gguf.quantize as quantize
 from bitfold.cli import main
 convert = quantize._convert
