@@ -101,10 +101,11 @@ def time_linear(args: argparse.Namespace) -> None:
     ours = x.to(DTYPES[args.dtype])
     calls: dict[str, Callable[[], Tensor]] = {}
     copies = [bitfold.QTensor(args.type, (n, k), {"blocks": blocks.clone()}) for _ in range(matrices(blocks))]
-    turn = rotate([lambda w=w: bitfold.linear(ours, w) for w in copies])
-    calls[f"bitfold {args.dtype}"] = turn
     exact_ours = ours.double() @ weight.T
-    check(turn(), exact_ours, TOLERANCE[args.dtype], "bitfold")
+    for kind, tolerance in (("float", TOLERANCE[args.dtype]), ("int8", TOLERANCE["int8"])):
+        name = f"bitfold {args.dtype}" if kind == "float" else "bitfold int8"
+        calls[name] = rotate([lambda w=w, a=kind: bitfold.linear(ours, w, activations=a) for w in copies])
+        check(calls[name](), exact_ours, tolerance, name)
     for place in library.buffer_types():
         try:
             theirs = [ggml.Matrix(args.type, n, k, args.threads, place) for _ in range(matrices(blocks))]

@@ -19,6 +19,7 @@ namespace bitfold::cpu {
   void fill_tiled_##name(Kernels&);            \
   void fill_decode_blocks_##name(Kernels&);    \
   void fill_blocks_##name(Kernels&);           \
+  void fill_int8_##name(Kernels&);             \
   void fill_encode_affine_##name(Kernels&);    \
   void fill_encode_symmetric_##name(Kernels&); \
   void fill_encode_iq4_##name(Kernels&);       \
@@ -34,6 +35,7 @@ namespace bitfold::cpu {
     fill_tiled_##name(kernels);            \
     fill_decode_blocks_##name(kernels);    \
     fill_blocks_##name(kernels);           \
+    fill_int8_##name(kernels);             \
     fill_encode_affine_##name(kernels);    \
     fill_encode_symmetric_##name(kernels); \
     fill_encode_iq4_##name(kernels);       \
@@ -45,7 +47,8 @@ BITFOLD_DECLARE(scalar)
 BITFOLD_DECLARE(avx2)
 BITFOLD_DECLARE(avx512)
 #endif
-#if defined(BITFOLD_HAVE_AVX512_BF16)
+#if defined(BITFOLD_HAVE_AVX512_VNNI)
+void fill_int8_avx512_vnni(Kernels&);
 void fill_tiled_bf16_avx512_bf16(Kernels&);
 #endif
 #if defined(BITFOLD_HAVE_NEON)
@@ -73,14 +76,21 @@ std::vector<Isa> known_isas() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
-#if defined(BITFOLD_HAVE_AVX512_BF16)
+#if defined(BITFOLD_HAVE_AVX512_VNNI)
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   // Intel's cores multiply bf16 pairs more slowly than fp32 (compare BITFOLD_ISA=avx512 and avx512_bf16 at 128 rows),
   // so it is not their choice. AMD's are taken to be faster, by torch's figures for bf16 there; bitfold was not timed.
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   isas.push_back({"avx512_bf16", bf16, bf16 && __builtin_cpu_is("amd"), [](Kernels& kernels) {
                     BITFOLD_FILL(avx512)(kernels);
+                    fill_int8_avx512_vnni(kernels);
                     fill_tiled_bf16_avx512_bf16(kernels);
                     kernels.isa = "avx512_bf16";
+                  }});
+  isas.push_back({"avx512_vnni", vnni, true, [](Kernels& kernels) {
+                    BITFOLD_FILL(avx512)(kernels);
+                    fill_int8_avx512_vnni(kernels);
+                    kernels.isa = "avx512_vnni";
                   }});
 #endif
   isas.push_back({"avx512", avx512, true, BITFOLD_FILL(avx512)});

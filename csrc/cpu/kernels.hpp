@@ -89,6 +89,19 @@ struct AxpyArgs {
 
 inline constexpr int kAxpyRows = 4;
 
+// Rows [row_begin, row_end) of the weight times m rows of x, which `quantize` made whole numbers of; y[j * y_stride +
+// row - row_begin] receives the sums, and has room for rows up to a multiple of kInt8Rows.
+struct Int8Args {
+  const Weight* w;
+  const void* x;
+  int64_t m;
+  int64_t row_begin;
+  int64_t row_end;
+  float* y;
+  int64_t y_stride;
+};
+inline constexpr int64_t kInt8Rows = 32;
+
 using QuantizeFn = void (*)(const QuantizeArgs&);
 using EncodeBlocksFn = void (*)(const EncodeBlocksArgs&);
 // Columns [begin, end) of plane row `row`, decoded to fp32.
@@ -109,6 +122,15 @@ struct LinearKernel {
 };
 inline constexpr int64_t kTileColumns = 1024;
 
+// How a type of blocks is multiplied with activations of 8 bits.
+struct Int8Kernel {
+  // Row j of the m rows of x. Each block of each row becomes `block_bytes` bytes, the blocks of the m rows side by
+  // side.
+  void (*quantize)(const float* x, int64_t k, int64_t j, int64_t m, void* to);
+  void (*multiply)(const Int8Args&);
+  int64_t block_bytes;
+};
+
 struct Kernels {
   const char* isa;
   void (*to_float)(const void* from, DType dtype, int64_t count, float* to);
@@ -120,6 +142,7 @@ struct Kernels {
   EncodeBlocksFn encode_blocks_weighted[kRowCount];
   DecodeSpanFn decode_span[kRowCount];
   LinearKernel linear[kRowCount];
+  Int8Kernel int8[kRowCount];  // null for all but blocks
   int lanes;
   int tile_x;
   void (*tile)(const TileArgs<float>&);

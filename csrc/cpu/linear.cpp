@@ -4,6 +4,8 @@
 
 #include "cpu/buffer.hpp"
 #include "cpu/cpu.hpp"
+#include "cpu/epilogue.hpp"
+#include "cpu/linear_int8.hpp"
 #include "cpu/plan.hpp"
 
 namespace bitfold::cpu {
@@ -14,32 +16,6 @@ constexpr int64_t kBatchRows = 512;
 // Rows of the weight that are decoded at a time, in pieces of kTileColumns: 384 KB, for the second cache.
 constexpr int64_t kStripRows = 96;
 static_assert(kStripRows % kTileRows == 0 && kTileColumns % kAlign == 0);
-
-// Sums of weight rows [begin, end) and one row of x, plus bias, to row j of y.
-class Epilogue {
- public:
-  Epilogue(const Kernels& kernels, const LinearArgs& args, int64_t begin, int64_t end)
-      : kernels_(kernels), args_(args), begin_(begin), count_(end - begin), bias_(args.bias != nullptr ? count_ : 0) {
-    const int64_t size = dtype_bytes(args.x.dtype);
-    if (args.bias != nullptr) {
-      kernels.to_float(static_cast<const char*>(args.bias) + begin * size, args.x.dtype, count_, bias_.data());
-    }
-  }
-  void operator()(int64_t j, float* sums) {
-    if (args_.bias != nullptr) {
-      for (int64_t i = 0; i < count_; ++i) sums[i] += bias_[i];
-    }
-    const int64_t at = (j * args_.w.n + begin_) * dtype_bytes(args_.x.dtype);
-    kernels_.from_float(sums, count_, args_.x.dtype, static_cast<char*>(args_.y) + at);
-  }
-
- private:
-  const Kernels& kernels_;
-  const LinearArgs& args_;
-  int64_t begin_;
-  int64_t count_;
-  Buffer<float> bias_;
-};
 
 void linear_fused(const LinearArgs& args) {
   const Kernels& kernels = cpu::kernels();
@@ -266,6 +242,7 @@ void grad_x_floor(const LinearGradArgs& args) {
 
 void linear(const LinearArgs& args) {
   const Kernels& kernels = cpu::kernels();
+  if (args.activations == Activations::Int8) return linear_int8(args);
   const LinearPlan plan = plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype);
   switch (plan.regime) {
     case Regime::Fused: return linear_fused(args);

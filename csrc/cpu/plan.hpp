@@ -24,7 +24,9 @@ constexpr bool fused_supports(const Format& format) {
   return format.group < 1 || format.group % fused_group_multiple(format) == 0;
 }
 
-constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, DType activations) {
+constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, DType activations,
+                                 Activations kind = Activations::Float) {
+  if (kind == Activations::Int8) return {Regime::Tiled, "each tile of blocks is opened once for all rows"};
   if (activations == DType::F64) return {Regime::Floor, "float64 is computed in float64"};
   if (layout == Layout::Flat) return {Regime::Floor, "blocks straddle rows"};
   if (m > kFusedRows) return {Regime::Tiled, "a batch of more than 8 rows shares each decoded tile"};

@@ -46,6 +46,7 @@ struct LinearArgs {
   const void* bias;  // may be null
   void* y;
   ParallelFor parallel_for;
+  Activations activations = Activations::Float;  // Int8: w is of blocks
 };
 
 // dx[m, k] = dy[m, n] w[n, k]; dx is contiguous and has dy's dtype.

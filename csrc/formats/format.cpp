@@ -157,6 +157,18 @@ std::string to_string(const Format& format) {
   return text;
 }
 
+Activations parse_activations(std::string_view text, const Format& format) {
+  if (text == "float") return Activations::Float;
+  if (text != "int8") {
+    throw std::invalid_argument("activations is '" + std::string(text) + "'; it must be 'float' or 'int8'");
+  }
+  if (!format.is_block()) {
+    throw std::invalid_argument("activations is 'int8', which only GGUF's block formats have; for " +
+                                to_string(format) + " it must be 'float'");
+  }
+  return Activations::Int8;
+}
+
 Layout parse_layout(std::string_view text) {
   if (text == "rows") return Layout::Rows;
   if (text == "flat") return Layout::Flat;

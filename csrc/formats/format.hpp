@@ -19,6 +19,8 @@ enum class Scale : uint8_t { None, F16, BF16, F32, Nested };
 enum class Zero : uint8_t { None, Integer };
 // Rows: groups never cross rows. Flat: the matrix is one row of n * k columns (bitsandbytes' straddling blocks).
 enum class Layout : uint8_t { Rows, Flat };
+// What a product takes x as: the numbers that it holds, or whole numbers of 8 bits times a step for each block.
+enum class Activations : uint8_t { Float, Int8 };
 
 // Group sizes below 1 name the granularities that depend on the matrix.
 inline constexpr int64_t kPerTensor = 0;
@@ -127,6 +129,8 @@ struct Format {
 Format parse_format(std::string_view text);
 std::string to_string(const Format& format);
 Layout parse_layout(std::string_view text);
+// "float" or "int8". Throws where `format` has no products of the kind.
+Activations parse_activations(std::string_view text, const Format& format);
 
 // ---- sizes ----
 

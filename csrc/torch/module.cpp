@@ -80,13 +80,16 @@ py::dict format_info(const std::string& text) {
 }
 
 py::dict linear_plan(const std::string& format, const std::string& layout, int64_t m, int64_t n, int64_t k,
-                     const std::string& dtype) {
+                     const std::string& dtype, const std::string& activations) {
   if (m < 0 || n < 0 || k < 0) throw std::invalid_argument("m, n and k must not be negative");
-  const cpu::LinearPlan plan = cpu::plan_linear(parse_format(format), parse_layout(layout), m, parse_dtype(dtype));
+  const Format parsed = parse_format(format);
+  const Activations kind = parse_activations(activations, parsed);
+  const cpu::LinearPlan plan = cpu::plan_linear(parsed, parse_layout(layout), m, parse_dtype(dtype), kind);
   py::dict info;
   info["regime"] = cpu::to_string(plan.regime);
   info["reason"] = plan.reason;
-  info["operands"] = plan.regime == cpu::Regime::Floor                               ? "float64"
+  info["operands"] = kind == Activations::Int8                                       ? "int8"
+                     : plan.regime == cpu::Regime::Floor                             ? "float64"
                      : cpu::rounds_to_bf16(cpu::kernels(), plan, parse_dtype(dtype)) ? "bfloat16"
                                                                                      : "float32";
   info["isa"] = cpu::kernels().isa;
@@ -114,7 +117,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("parse_format", &format_info, py::arg("text"),
              "A format string, parsed: its parameters and the laws of its planes.");
   module.def("plan_linear", &linear_plan, py::arg("format"), py::arg("layout"), py::arg("m"), py::arg("n"),
-             py::arg("k"), py::arg("dtype"), "Which kernel multiplies m rows of activations.");
+             py::arg("k"), py::arg("dtype"), py::arg("activations"), "Which kernel multiplies m rows of activations.");
   module.def("cpu_features", &cpu_features, "Instruction sets that were built, and whether this CPU has them.");
   module.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
   module.def("build_info", &build_info, "How this module was built.");

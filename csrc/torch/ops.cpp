@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY(bitfold, library) {
   library.def("pack(Tensor codes, Tensor? scales, Tensor? zeros, str format, Tensor[] nested) -> Tensor[]");
   library.def("unpack(Tensor[] planes, str format, SymInt n, SymInt k, str layout=\"rows\") -> Tensor[]");
   library.def(
-      "linear(Tensor x, Tensor[] planes, str format, SymInt n, SymInt k, Tensor? bias=None, str layout=\"rows\") -> "
-      "Tensor");
+      "linear(Tensor x, Tensor[] planes, str format, SymInt n, SymInt k, Tensor? bias=None, str layout=\"rows\", "
+      "str activations=\"float\") -> Tensor");
   library.def(
       "linear_grad_x(Tensor grad, Tensor[] planes, str format, SymInt n, SymInt k, str layout=\"rows\") -> Tensor");
   library.def(
@@ -269,8 +269,9 @@ Tensor empty_rows(const Tensor& x, int64_t columns) {
 }
 
 Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::string& format, int64_t n, int64_t k,
-              std::optional<Tensor> bias, const std::string& layout) {
+              std::optional<Tensor> bias, const std::string& layout, const std::string& activations_text) {
   const Weight w = read_weight(planes, format, n, k, layout);
+  const Activations kind = parse_activations(activations_text, w.format);
   std::optional<Tensor> x_owner;
   const MatrixIn rows = activations(x, "x", "k", k, &x_owner);
   std::optional<Tensor> dense_bias;
@@ -285,7 +286,7 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
     dense_bias = torch::stable::contiguous(*bias);
   }
   Tensor y = empty_rows(x, n);
-  cpu::linear({w, rows, dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), parallel_for});
+  cpu::linear({w, rows, dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), parallel_for, kind});
   return y;
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bitfold import checkpoint, hf
+from bitfold.nn import set_activations
 from bitfold.writer import is_bitfold_checkpoint
 
 
@@ -18,6 +19,7 @@ def load(
     model: nn.Module | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    activations: str = "float",
 ) -> nn.Module:
     """Load a quantized model; the weights stay quantized and, on the CPU, memory-mapped.
 
@@ -29,6 +31,8 @@ def load(
         device: where the model goes.
         dtype: compute in this dtype; norms, biases and plain weights are cast to it. None: as they are stored (of a
             GGUF file: the dtype of its matrices where none is packed, else float32).
+        activations: "int8" lets all quantized linear layers, which must then be in GGUF's block formats, round their
+            inputs to 8 bits, as llama.cpp does (`bitfold.linear`); layers that aren't quantized compute as ever.
 
     Returns:
         The model, in eval mode.
@@ -36,9 +40,18 @@ def load(
     Raises:
         CheckpointError: files are missing, truncated or contradict each other, a newer bitfold wrote them, or bitfold
             doesn't run the architecture of a GGUF file.
+        ValueError: a quantized layer can't be multiplied with such activations, or there is none.
         MissingExtraError: transformers or gguf is needed and not installed.
     """
-    path = Path(path)
+    loaded = _load(Path(path), model, device, dtype)
+    if activations != "float":
+        set_activations(loaded, activations)
+    return loaded
+
+
+def _load(
+    path: Path, model: nn.Module | None, device: torch.device | str, dtype: torch.dtype | None
+) -> nn.Module:
     if not path.is_file():
         return checkpoint.load(path, model=model, device=device, dtype=dtype)
     if model is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitfold import ops
 from bitfold.formats import parse, plane_shapes
-from bitfold.qtensor import QTensor
+from bitfold.qtensor import QTensor, check_activations
 
 
 class QuantModule(nn.Module):
@@ -116,12 +116,16 @@ class QuantLinear(QuantModule):
 
     qtensor: [out_features, in_features]; bias: [out_features] or None, of the dtype of the inputs to come; a
     Parameter is kept as it is. Differentiable with respect to input and bias.
+
+    activations: "float" or "int8", as in `bitfold.linear`; may be set at any time. It is no part of the state dict.
     """
 
     bias: nn.Parameter | None
+    _activations = "float"
 
-    def __init__(self, qtensor: QTensor, bias: Tensor | None = None):
+    def __init__(self, qtensor: QTensor, bias: Tensor | None = None, activations: str = "float"):
         super().__init__(qtensor)
+        self.activations = activations
         self.out_features, self.in_features = qtensor.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{self.out_features}]")
@@ -144,18 +148,46 @@ class QuantLinear(QuantModule):
         values = torch.empty(n, device=device, dtype=dtype) if bias else None
         return cls(empty_qtensor(format, n, k, device, layout), values)
 
+    @property
+    def activations(self) -> str:
+        return self._activations
+
+    @activations.setter
+    def activations(self, activations: str) -> None:
+        check_activations(activations, self.format)
+        self._activations = activations
+
     def forward(self, x: Tensor) -> Tensor:
         # Parameters as attributes go through Module.__getattr__, which a model of 150 layers feels per token.
         parameters = self._parameters
         planes: list[Tensor] = [parameters[name] for name in self.plane_names]  # type: ignore[misc]
         n, k = self.shape
-        return ops.linear(x, planes, self.format, n, k, parameters["bias"], self.layout)
+        return ops.linear(x, planes, self.format, n, k, parameters["bias"], self.layout, self._activations)
 
     def extra_repr(self) -> str:
+        activations = "" if self._activations == "float" else f", activations={self._activations}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format}"
+            f"bias={self.bias is not None}, format={self.format}{activations}"
         )
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """Set `activations` of every QuantLinear of a model; layers that aren't quantized compute as they did.
+
+    Raises ValueError, and changes nothing, where one has a format that can't be multiplied so, or where there is none
+    to set.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    for name, layer in layers.items():
+        try:
+            check_activations(activations, layer.format)
+        except ValueError as error:
+            raise ValueError(f"layer '{name}': {error}") from None
+    if not layers and activations != "float":
+        raise ValueError(f"activations is '{activations}', but the model has no quantized linear layer")
+    for layer in layers.values():
+        layer.activations = activations
 
 
 class QuantEmbedding(QuantModule):

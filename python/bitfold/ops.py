@@ -75,6 +75,7 @@ def _(
     k: int,
     bias: Tensor | None = None,
     layout: str = "rows",
+    activations: str = "float",
 ) -> Tensor:
     _check_device(x, *planes, bias)
     return x.new_empty((*x.shape[:-1], n))
@@ -104,11 +105,12 @@ def _(
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, planes, ctx.format, ctx.n, ctx.k, _, ctx.layout = inputs
+    _, planes, ctx.format, ctx.n, ctx.k, _, ctx.layout, _ = inputs
     ctx.save_for_backward(*planes)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # Rounding x to 8 bits has the gradient 0 or none: what it rounds is taken for what it gives (straight through).
     planes, needed = list(ctx.saved_tensors), ctx.needs_input_grad
     grad_x = grad_bias = None
     if needed[0]:
@@ -116,7 +118,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if len(needed) > 5 and needed[5]:
         grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
     # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
-    return (grad_x, [None] * len(planes), None, None, None, grad_bias, None)[: len(needed)]
+    return (grad_x, [None] * len(planes), None, None, None, grad_bias, None, None)[: len(needed)]
 
 
 def _linear_grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -165,9 +167,11 @@ def _register_autocast(device_type: str, key: str) -> None:
         k: int,
         bias: Tensor | None = None,
         layout: str = "rows",
+        activations: str = "float",
     ) -> Tensor:
         with torch.autocast(device_type, enabled=False):
-            return _ops.linear(cast(x), planes, format, n, k, None if bias is None else cast(bias), layout)
+            offset = None if bias is None else cast(bias)
+            return _ops.linear(cast(x), planes, format, n, k, offset, layout, activations)
 
     _library.impl("linear", linear, key)
 
@@ -182,7 +186,14 @@ _linear = torch.ops.bitfold.linear.default
 
 
 def linear(
-    x: Tensor, planes: list[Tensor], format: str, n: int, k: int, bias: Tensor | None, layout: str
+    x: Tensor,
+    planes: list[Tensor],
+    format: str,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    layout: str,
+    activations: str = "float",
 ) -> Tensor:
     """torch.ops.bitfold.linear, past its autograd kernel where no gradient is wanted.
 
@@ -191,8 +202,8 @@ def linear(
     """
     # In this order: torch.compile can't trace the question for inference mode.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return _linear(x, planes, format, n, k, bias, layout)
+        return _linear(x, planes, format, n, k, bias, layout, activations)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _linear(x, planes, format, n, k, bias, layout)
+        return _linear(x, planes, format, n, k, bias, layout, activations)
     with torch._C._AutoDispatchBelowAutograd():
-        return _linear(x, planes, format, n, k, bias, layout)
+        return _linear(x, planes, format, n, k, bias, layout, activations)

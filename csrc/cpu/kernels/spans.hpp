@@ -348,6 +348,11 @@ struct Span<kIq4Nl> : Small<kIq4Nl>, ByHalf, Masked<0xff> {
     look_up(kRaisedIq4, v);
   }
 };
+BITFOLD_SIMD F fp4_steps(I e) {  // mxfp4_step in lanes
+  const I normal = shift_left<23>(sub(e, splat(int32_t{1})));
+  const I subnormal = shift_left<21>(add(e, splat(int32_t{1})));
+  return as_float(select(greater(splat(int32_t{2}), e), subnormal, normal));
+}
 template <>
 struct Span<kMxfp4> : ByHalf, Masked<0x1f> {
   static constexpr int kSub = 32, kZero = kRaisedMxfp4.zero;
@@ -356,13 +361,10 @@ struct Span<kMxfp4> : ByHalf, Masked<0x1f> {
     block_nibbles(at.block, v);
     look_up(kRaisedMxfp4, v);
   }
-  BITFOLD_SIMD static void scales(Place<kMxfp4> at, F* steps, F*) {  // mxfp4_step in lanes
+  BITFOLD_SIMD static void scales(Place<kMxfp4> at, F* steps, F*) {
     uint64_t exponents = 0;
     for (int b = 0; b < kLanes / 2; ++b) exponents |= uint64_t{at.block[b].e} << 8 * b;
-    const I e = widen_bytes(exponents, 0);
-    const I normal = shift_left<23>(sub(e, splat(int32_t{1})));
-    const I subnormal = shift_left<21>(add(e, splat(int32_t{1})));
-    *steps = as_float(select(greater(splat(int32_t{2}), e), subnormal, normal));
+    *steps = fp4_steps(widen_bytes(exponents, 0));
   }
 };
 

@@ -250,5 +250,33 @@ BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t) {
 }
 BITFOLD_SIMD F splat_half(uint16_t bits) { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(bits))); }
 
+BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
+  const __m256i a = _mm256_unpacklo_epi32(v[0].v, v[1].v), b = _mm256_unpackhi_epi32(v[0].v, v[1].v);
+  const __m256i c = _mm256_unpacklo_epi32(v[2].v, v[3].v), d = _mm256_unpackhi_epi32(v[2].v, v[3].v);
+  v[0].v = _mm256_unpacklo_epi64(a, c);
+  v[1].v = _mm256_unpackhi_epi64(a, c);
+  v[2].v = _mm256_unpacklo_epi64(b, d);
+  v[3].v = _mm256_unpackhi_epi64(b, d);
+}
+BITFOLD_SIMD F low_halves(I a) {
+  const __m256i low = _mm256_and_si256(a.v, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+// Pairs of products of bytes saturate at 16 bits: two of 127 x 127 fit, two of 255 x 127 don't.
+template <bool Wide>
+BITFOLD_SIMD I dot_bytes(I sum, I w, I x) {
+  if constexpr (Wide) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w.v, _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w.v, 8), _mm256_srai_epi16(x.v, 8));
+    return {_mm256_add_epi32(sum.v, _mm256_add_epi32(even, odd))};
+  } else {
+    const __m256i pairs = _mm256_maddubs_epi16(w.v, x.v);
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  }
+}
+BITFOLD_SIMD I dot_pairs(I sum, I a, I b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
+
 }  // namespace
 }  // namespace bitfold::cpu

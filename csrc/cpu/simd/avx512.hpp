@@ -270,5 +270,45 @@ BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t high) {
 }
 BITFOLD_SIMD F splat_half(uint16_t bits) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(bits))); }
 
+BITFOLD_SIMD F unpack_doubles_low(F a, F b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+BITFOLD_SIMD F unpack_doubles_high(F a, F b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
+  const F a = _mm512_unpacklo_ps(as_float(v[0]), as_float(v[1])),
+          b = _mm512_unpackhi_ps(as_float(v[0]), as_float(v[1]));
+  const F c = _mm512_unpacklo_ps(as_float(v[2]), as_float(v[3])),
+          d = _mm512_unpackhi_ps(as_float(v[2]), as_float(v[3]));
+  v[0] = as_int(unpack_doubles_low(a, c));
+  v[1] = as_int(unpack_doubles_high(a, c));
+  v[2] = as_int(unpack_doubles_low(b, d));
+  v[3] = as_int(unpack_doubles_high(b, d));
+}
+BITFOLD_SIMD F low_halves(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v)); }
+#ifdef __AVX512VNNI__  // avx512_vnni
+template <bool Wide>
+BITFOLD_SIMD I dot_bytes(I sum, I w, I x) {
+  return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)};
+}
+BITFOLD_SIMD I dot_pairs(I sum, I a, I b) { return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)}; }
+#else
+// Pairs of products of bytes saturate at 16 bits: two of 127 x 127 fit, two of 255 x 127 don't.
+template <bool Wide>
+BITFOLD_SIMD I dot_bytes(I sum, I w, I x) {
+  if constexpr (Wide) {
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w.v, _mm512_set1_epi32(0x00ff00ff)),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w.v, 8), _mm512_srai_epi16(x.v, 8));
+    return {_mm512_add_epi32(sum.v, _mm512_add_epi32(even, odd))};
+  } else {
+    const __m512i pairs = _mm512_maddubs_epi16(w.v, x.v);
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+  }
+}
+BITFOLD_SIMD I dot_pairs(I sum, I a, I b) { return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))}; }
+#endif
+
 }  // namespace
 }  // namespace bitfold::cpu

@@ -282,5 +282,38 @@ BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t) {
 }
 BITFOLD_SIMD F splat_half(uint16_t bits) { return halves_to_float(vdupq_n_u16(bits)); }
 
+BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
+  F f[4];
+  for (int i = 0; i < 4; ++i) f[i] = as_float(v[i]);
+  transpose_four(f[0].low, f[1].low, f[2].low, f[3].low);
+  transpose_four(f[0].high, f[1].high, f[2].high, f[3].high);
+  for (int i = 0; i < 4; ++i) v[i] = as_int(f[i]);
+}
+BITFOLD_SIMD F low_halves(I a) {
+  return halves_to_float(
+      vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.low)), vmovn_u32(vreinterpretq_u32_s32(a.high))));
+}
+BITFOLD_SIMD int32x4_t dot_sixteen(int32x4_t sum, int32x4_t w, int32x4_t x) {
+  const uint8x16_t codes = as_bytes(w);
+  const int8x16_t values = vreinterpretq_s8_s32(x);
+  const int16x8_t w_low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(codes))), x_low = vmovl_s8(vget_low_s8(values));
+  const int16x8_t w_high = vreinterpretq_s16_u16(vmovl_high_u8(codes)), x_high = vmovl_high_s8(values);
+  const int32x4_t low = vpaddq_s32(vmull_s16(vget_low_s16(w_low), vget_low_s16(x_low)), vmull_high_s16(w_low, x_low));
+  const int32x4_t high =
+      vpaddq_s32(vmull_s16(vget_low_s16(w_high), vget_low_s16(x_high)), vmull_high_s16(w_high, x_high));
+  return vaddq_s32(sum, vpaddq_s32(low, high));
+}
+template <bool Wide>
+BITFOLD_SIMD I dot_bytes(I sum, I w, I x) {
+  return {dot_sixteen(sum.low, w.low, x.low), dot_sixteen(sum.high, w.high, x.high)};
+}
+BITFOLD_SIMD int32x4_t dot_eight(int32x4_t sum, int32x4_t a, int32x4_t b) {
+  const int16x8_t p = vreinterpretq_s16_s32(a), q = vreinterpretq_s16_s32(b);
+  return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(p), vget_low_s16(q)), vmull_high_s16(p, q)));
+}
+BITFOLD_SIMD I dot_pairs(I sum, I a, I b) {
+  return {dot_eight(sum.low, a.low, b.low), dot_eight(sum.high, a.high, b.high)};
+}
+
 }  // namespace
 }  // namespace bitfold::cpu

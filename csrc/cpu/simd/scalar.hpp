@@ -329,5 +329,41 @@ BITFOLD_SIMD F widen_halves(uint64_t low, uint64_t) {
 }
 BITFOLD_SIMD F splat_half(uint16_t bits) { return splat(half_to_float(bits)); }
 
+// ---- rows in lanes, and products of bytes ----
+
+// In each quarter (four lanes), lane j of vector i <-> lane i of vector j.
+BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
+  for (int q = 0; q < kLanes; q += 4) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const int32_t above = v[j].v[q + i];
+        v[j].v[q + i] = v[i].v[q + j];
+        v[i].v[q + j] = above;
+      }
+    }
+  }
+}
+// The half in the lower 16 bits of each lane.
+BITFOLD_SIMD F low_halves(I a) {
+  return each<F>([&](int i) { return half_to_float(static_cast<uint16_t>(a.v[i])); });
+}
+// sum + the products of each lane's four unsigned bytes of w and four signed ones of x. Without Wide, the bytes of w
+// are below 128, and the products are cheaper on some sets.
+template <bool Wide>
+BITFOLD_SIMD I dot_bytes(I sum, I w, I x) {
+  return each<I>([&](int i) {
+    int32_t out = sum.v[i];
+    for (int b = 0; b < 32; b += 8) out += (w.v[i] >> b & 255) * static_cast<int8_t>(x.v[i] >> b);
+    return out;
+  });
+}
+// sum + the products of each lane's two signed halves of a and b.
+BITFOLD_SIMD I dot_pairs(I sum, I a, I b) {
+  return each<I>([&](int i) {
+    const int32_t low = static_cast<int16_t>(a.v[i]) * static_cast<int16_t>(b.v[i]);
+    return sum.v[i] + low + (a.v[i] >> 16) * (b.v[i] >> 16);
+  });
+}
+
 }  // namespace
 }  // namespace bitfold::cpu

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bitfold
 from bitfold.bench.ceilings import Ceiling, copies, rotate
 from bitfold.bench.clock import CALLS_PER_TURN, MIN_ROUNDS, Spread, take_turns
 from bitfold.bench.contestants import DTYPES, Coder, Multiplier
@@ -93,9 +92,8 @@ def linear_cases(
             row["error"] = errors[multiplier.name, m, dtype]
             row["bytes"] = multiplier.nbytes
             row["flop"] = 2 * m * n * k
-            if multiplier.kind == "bitfold":
-                plan = bitfold.plan_linear(multiplier.name, m, n, k, DTYPES[dtype])
-                row["plan"] = dataclasses.asdict(plan)
+            if multiplier.plan is not None:
+                row["plan"] = dataclasses.asdict(multiplier.plan(m, DTYPES[dtype]))
             rows.append(row)
         yield case, _with_ceilings(rows, spreads, [reader], f"torch {dtype}")
 

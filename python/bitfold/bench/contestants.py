@@ -18,6 +18,7 @@ from torch import Tensor
 import bitfold
 from bitfold.formats import parse
 from bitfold.nn import QuantLinear
+from bitfold.qtensor import LinearPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,7 +30,8 @@ class Multiplier:
     kind: "bitfold", "torch" or "peer"; nbytes: of one matrix as the product reads it; dtypes: of the
     cases it takes part in; weights: the float64 [n, k] that its matrix means; copy: puts one more
     matrix into memory and returns x [m, k] -> y [m, n]; tolerance: of the relative error, by dtype; takes: the
-    dtype of its x and y, where that isn't the case's; format: the format that it shares with others, to be compared.
+    dtype of its x and y, where that isn't the case's; format: the format that it shares with others, to be compared;
+    plan: what bitfold runs for m rows of a dtype.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Multiplier:
     tolerance: dict[str, float]
     takes: str | None = None
     format: str | None = None
+    plan: Callable[[int, torch.dtype], LinearPlan] | None = None
 
     def activations(self, x: Tensor) -> Tensor:
         """x of a case as this one takes it."""
@@ -90,27 +93,29 @@ class Peer:
 # Relative norm errors: docs/architecture.md has bitfold's own promises, torch's and the peers' are as seen
 # (aten's int4 1.7e-3, bitsandbytes 3.0e-3 through its bf16 scales), with room.
 BITFOLD_TOLERANCE = {"bf16": 4e-3, "fp16": 1e-3, "fp32": 5e-6}
+INT8_TOLERANCE = dict.fromkeys(DTYPES, 1.2e-2)
 TORCH_TOLERANCE = {"bf16": 4e-3, "fp16": 1e-3, "fp32": 5e-6}
 
 
-def bitfold_multiplier(weight: Tensor, format: str) -> Multiplier:
-    """bitfold's linear as a model runs it: a QuantLinear that is prepared."""
+def bitfold_multiplier(weight: Tensor, format: str, activations: str = "float") -> Multiplier:
+    """bitfold's linear as a model runs it: a prepared QuantLinear; "q4_k int8" is named after its activations."""
     qtensor = bitfold.encode(weight, format)
 
     def copy() -> Callable[[Tensor], Tensor]:
-        module = QuantLinear(clone(qtensor)).eval()
+        module = QuantLinear(clone(qtensor), activations=activations).eval()
         module.prepare()
         return module
 
     return Multiplier(
-        format,
+        format if activations == "float" else f"{format} {activations}",
         "bitfold",
         qtensor.nbytes,
         tuple(DTYPES),
         lambda: qtensor.decode(torch.float64),
         copy,
-        BITFOLD_TOLERANCE,
+        BITFOLD_TOLERANCE if activations == "float" else INT8_TOLERANCE,
         format=parse(format).canonical,
+        plan=lambda m, dtype: bitfold.plan_linear(format, m, *qtensor.shape, dtype, activations=activations),
     )
 
 

@@ -174,6 +174,7 @@ def _cases(
         makers: list[Callable[[Tensor], Multiplier]] = [
             *(lambda w, d=dtype: torch_multiplier(w, d) for dtype in dtypes),
             *(lambda w, f=format: bitfold_multiplier(w, f) for format in settings.formats),
+            *(lambda w, f=format: bitfold_multiplier(w, f, "int8") for format in _blocks(settings.formats)),
             *(peer.linear for peer in peers if peer.linear is not None),
         ]
         return linear_cases(n, k, makers, list(settings.batches), dtypes, reader, timing)

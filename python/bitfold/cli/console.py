@@ -43,6 +43,10 @@ Device = Annotated[str, typer.Option(help="Where to compute.")]
 Dtype = Annotated[
     str, typer.Option(help="Compute in float32, bfloat16 or float16; default: as the model is stored.")
 ]
+Activations = Annotated[
+    str,
+    typer.Option(help="float, or int8: layers in GGUF's block formats round their inputs to 8 bits, faster."),
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,12 +120,18 @@ def parse_device(text: str) -> torch.device:
     return device
 
 
-def load_model(path: Path, device: str, dtype: str) -> nn.Module:
+def load_model(path: Path, device: str, dtype: str, activations: str = "float") -> nn.Module:
     """A quantized or an unquantized model, whichever a directory holds, or a GGUF file."""
     quiet_transformers()
-    load_one = hub.load if hub.is_quantized(path) else hf.load_causal_lm
     with err.status(f"loading {path}"):
-        return load_one(path, device=parse_device(device), dtype=parse_dtype(dtype))
+        where, kind = parse_device(device), parse_dtype(dtype)
+        if hub.is_quantized(path):
+            return hub.load(path, device=where, dtype=kind, activations=activations)
+        if activations != "float":
+            raise ValueError(
+                f"--activations is '{activations}', but {path} is not quantized: it must be 'float'"
+            )
+        return hf.load_causal_lm(path, device=where, dtype=kind)
 
 
 def quiet_transformers() -> None:

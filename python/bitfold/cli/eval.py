@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from bitfold import hub
-from bitfold.cli.console import Device, Dtype, Json, estimate, load_model, out, print_json, progress
+from bitfold.cli.console import (
+    Activations,
+    Device,
+    Dtype,
+    Json,
+    estimate,
+    load_model,
+    out,
+    print_json,
+    progress,
+)
 from bitfold.evaluate import Comparison, Perplexity, compare, compute_dtype, cut, default_context, perplexity
 
 
@@ -24,13 +34,14 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Use the first tokens of the text only; 0: all.")] = 0,
     dtype: Dtype = "",
+    activations: Activations = "float",
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Measure perplexity and bits per byte; with --base also KL divergence and top-1 agreement."""
     data = read_text(text)
     tokenizer = hub.load_tokenizer(base if base is not None else model)
-    subject = load_model(model, device, dtype)
+    subject = load_model(model, device, dtype, activations)
     reference = load_model(base, device, dtype) if base is not None else None
     windows = cut(
         data,

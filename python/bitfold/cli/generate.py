@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitfold import hub
-from bitfold.cli.console import Device, Dtype, Json, load_model, print_json, say
+from bitfold.cli.console import Activations, Device, Dtype, Json, load_model, print_json, say
 from bitfold.generate import generate as generate_text
 
 
@@ -20,12 +20,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draw, with a temperature above 0.")] = 0,
     dtype: Dtype = "",
+    activations: Activations = "float",
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Continue a prompt, showing the text as it comes; the speed is told at the end."""
     tokenizer = hub.load_tokenizer(model)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, activations)
     shown: list[str] = []
 
     def show(text: str) -> None:
