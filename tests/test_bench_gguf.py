@@ -36,6 +36,7 @@ def test_blocks_are_encoded_with_importance_where_they_search():
     assert names == {
         *((op, name) for op in ("encode", "decode", "linear") for name in ("q4_0", "q8_0")),
         ("importance", "q4_0"),
+        *(("linear", f"{name} int8") for name in ("q4_0", "q8_0")),
     }
     assert [verdict["bar"] for verdict in found["bars"]] == [bar.text for bar in bars.BLOCK_BARS]
 

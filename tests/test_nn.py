@@ -61,7 +61,7 @@ def planes(module):
     return {
         name: plane.detach().clone()
         for name, plane in module.named_parameters()
-        if name.split(".")[-1] in ("codes", "scales", "zeros", "nested_scales", "nested_offset")
+        if name.split(".")[-1] in ("blocks", "codes", "scales", "zeros", "nested_scales", "nested_offset")
     }
 
 
@@ -131,7 +131,7 @@ def test_meta_planes_refuse_real_inputs():
 def test_share_memory(model):
     before = planes(model)
     model.share_memory()
-    assert model.linear.codes.is_shared()
+    assert model.linear.planes()[0].is_shared()
     assert_same(before, planes(model))
 
 
@@ -140,7 +140,7 @@ def test_copies(model):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(planes(model), planes(twin))
         assert torch.equal(twin(IDS), expected)
-        assert twin.linear.codes.data_ptr() != model.linear.codes.data_ptr()
+        assert twin.linear.planes()[0].data_ptr() != model.linear.planes()[0].data_ptr()
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
