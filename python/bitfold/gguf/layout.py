@@ -93,7 +93,8 @@ def _string(text: str | bytes) -> bytes:
 
 def _strings(texts: Iterable[str | bytes]) -> bytes:
     """`_string`, many times: vocabularies have hundreds of thousands."""
-    pack, parts = struct.Struct("<Q").pack, []
+    pack = struct.Struct("<Q").pack
+    parts: list[bytes] = []
     for text in texts:
         raw = text if isinstance(text, bytes) else text.encode(*TEXT)
         parts += (pack(len(raw)), raw)
