@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitfold.gguf import rope
 from bitfold.gguf.architectures import Architecture, dimensions, of_config, of_metadata
 from bitfold.gguf.keys import Keys
-from bitfold.gguf.library import GGUFValue
 from bitfold.gguf.rope import Scalar
 from bitfold.shards import CheckpointError
+
+if TYPE_CHECKING:  # the plan of a configuration needs no gguf package
+    from bitfold.gguf.library import GGUFValue
 
 # What llama.cpp takes for granted of an architecture, so that there is no key for it.
 _WINDOWED = {"gemma2": 2, "gemma3": 6}  # of so many layers in turn all but the last have a sliding window

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitfold.gguf.library import GGUFValue
 from bitfold.shards import CheckpointError
+
+if TYPE_CHECKING:  # the plan of a configuration needs no gguf package
+    from bitfold.gguf.library import GGUFValue
 
 _MOST = (1 << 31) - 1  # of a number that counts something
 
