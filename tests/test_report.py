@@ -92,7 +92,7 @@ def test_grids_are_those_of_the_specification(format, rng):
 
 def test_casts_have_no_grid():
     assert grids.grid("fp16") is None
-    with pytest.raises(ValueError, match="must be one with scales"):
+    with pytest.raises(ValueError, match="must be one with a plane of scales"):
         grids.scales(bitfold.encode(torch.ones(2, 2), "bf16"))
 
 
