@@ -1,6 +1,6 @@
 """Writes an F16 GGUF of a Llama with random weights, for the benchmarks of whole files.
 
-    python bench/gguf_model.py /tmp/model-f16.gguf [--layers 22]
+    python bench/gguf_model.py model-f16.gguf [--layers 22]
 
 The shape is TinyLlama's: 1.1 B parameters, 2.2 GB. The tokenizer is of llama.cpp's SentencePiece kind, with the byte
 tokens that it must have and made-up pieces for the rest.
