@@ -4,10 +4,18 @@
 #include <array>
 #include <cstdint>
 
+// A table that is indexed at run time, which on a GPU takes a place in its memory: nvcc compiles this room for both
+// sides.
+#if defined(__CUDACC__)
+#define BITFOLD_TABLE static __device__ constexpr
+#else
+#define BITFOLD_TABLE inline constexpr
+#endif
+
 namespace bitfold {
 
 // NF4: Dettmers et al. 2023, "QLoRA", appendix E. Sorted; the code is the index.
-inline constexpr std::array<float, 16> kNf4Values = {
+BITFOLD_TABLE std::array<float, 16> kNf4Values = {
     -1.0f,
     -0.6961928009986877f,
     -0.5250730514526367f,
@@ -28,18 +36,18 @@ inline constexpr std::array<float, 16> kNf4Values = {
 
 // FP4 as bitsandbytes stores it: bit 3 is the sign, and the magnitudes are not in the order of the codes. Code 8 is 0
 // and is never written.
-inline constexpr std::array<float, 16> kFp4Values = {
+BITFOLD_TABLE std::array<float, 16> kFp4Values = {
     0.0f, 0.005208333333f,  0.66666667f,  1.0f,  0.33333333f,  0.5f,  0.16666667f,  0.25f,
     0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f,
 };
 
 // IQ4_NL and IQ4_XS of GGUF; sorted.
-inline constexpr std::array<int8_t, 16> kIq4Values = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                                      1,    13,   25,  38,  53,  69,  89,  113};
+BITFOLD_TABLE std::array<int8_t, 16> kIq4Values = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                   1,    13,   25,  38,  53,  69,  89,  113};
 
 // MXFP4: twice the e2m1 values of the OCP Microscaling formats (2023), section 5.3.3; bit 3 is the sign. Code 8 is 0
 // and is never written.
-inline constexpr std::array<int8_t, 16> kMxfp4Values = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+BITFOLD_TABLE std::array<int8_t, 16> kMxfp4Values = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // A codebook sorted by value, with the midpoints that decide: a number above midpoint i belongs to entry i + 1 or
 // higher.
@@ -69,8 +77,8 @@ constexpr SortedCodebook<Count> sort_codebook(const std::array<float, Count>& va
   return sorted;
 }
 
-inline constexpr SortedCodebook<16> kNf4Sorted = sort_codebook<16>(kNf4Values);
-inline constexpr SortedCodebook<16> kFp4Sorted = sort_codebook<16>(kFp4Values);
+BITFOLD_TABLE SortedCodebook<16> kNf4Sorted = sort_codebook<16>(kNf4Values);
+BITFOLD_TABLE SortedCodebook<16> kFp4Sorted = sort_codebook<16>(kFp4Values);
 static_assert(kFp4Sorted.codes[7] == 0 && kFp4Sorted.codes[8] == 8 && kFp4Sorted.midpoints[7] == 0.0f);
 
 // The dynamic map of 8-bit optimizers (Dettmers 2016), rounded as docs/formats.md says; sorted, so the code is the
@@ -106,7 +114,7 @@ constexpr std::array<float, 256> make_dynamic_map() {
   return map;
 }
 
-inline constexpr std::array<float, 256> kDynamicMap = make_dynamic_map();
+BITFOLD_TABLE std::array<float, 256> kDynamicMap = make_dynamic_map();
 static_assert(kDynamicMap[127] == 0.0f && kDynamicMap[255] == 1.0f);
 
 constexpr std::array<float, 255> make_dynamic_midpoints() {
@@ -114,6 +122,6 @@ constexpr std::array<float, 255> make_dynamic_midpoints() {
   for (size_t i = 0; i < midpoints.size(); ++i) midpoints[i] = (kDynamicMap[i] + kDynamicMap[i + 1]) * 0.5f;
   return midpoints;
 }
-inline constexpr std::array<float, 255> kDynamicMidpoints = make_dynamic_midpoints();
+BITFOLD_TABLE std::array<float, 255> kDynamicMidpoints = make_dynamic_midpoints();
 
 }  // namespace bitfold

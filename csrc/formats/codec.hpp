@@ -34,8 +34,9 @@ BITFOLD_INLINE float group_scale(const Weight& w, int64_t row, int64_t group) {
 }
 
 // Zero point of a group; symmetric integers have theirs in the middle of the codes.
+template <int Row>
 BITFOLD_INLINE int group_zero(const Weight& w, int64_t row, int64_t group) {
-  const int bits = w.format.bits();
+  constexpr int bits = kFormats[Row].bits;
   if (w.format.zero == Zero::None) return 1 << (bits - 1);
   const int64_t groups = groups_in_row(w.format, w.plane_columns());
   const int64_t row_bytes = ceil_div(groups * bits, 8);

@@ -67,7 +67,7 @@ void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float
     const int64_t group = group_size > 0 ? i / group_size : 0;
     const int64_t stop = group_size > 0 ? smaller(end, (group + 1) * group_size) : end;
     const float scale = group_scale(w, row, group);
-    const int zero = group_zero(w, row, group);
+    const int zero = group_zero<Row>(w, row, group);
     values.set_zero(zero);
     const auto one = [&](int64_t at) {
       out[at - begin] = code_value<Row>(read_code(stream, at, kRow.bits, kRow.high_first), zero) * scale;

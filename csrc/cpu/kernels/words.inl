@@ -191,7 +191,7 @@ BITFOLD_SIMD void read_zeros(const Weight& w, int64_t row, const Entries<Row>& e
     const Tail<uint8_t> tail(from + i * kBits / 8, ceil_div((count - i) * kBits, 8));
     store(out + i, widen(tail.lanes));
   } else {
-    for (; i < count; ++i) out[i] = static_cast<float>(Words<Row>::kHalf - group_zero(w, row, first + i));
+    for (; i < count; ++i) out[i] = static_cast<float>(Words<Row>::kHalf - group_zero<Row>(w, row, first + i));
   }
   entries.spread_groups(out);
 }

@@ -1,0 +1,37 @@
+// Which kernel multiplies: a pure function of what is multiplied.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/format.hpp"
+
+namespace bitfold::cuda {
+
+enum class Regime : uint8_t { Rows, Tile, Matmul, Floor };
+
+struct LinearPlan {
+  Regime regime;
+  const char* reason;
+};
+
+// The largest batches of the two kernels that decode in registers.
+inline constexpr int64_t kRows = 8;
+inline constexpr int64_t kTile = 128;
+
+// x is taken as the numbers that it holds; products of 8-bit whole numbers are the CPU's alone.
+constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, DType activations) {
+  if (activations == DType::F64) return {Regime::Floor, "float64 is computed in float64"};
+  if (activations == DType::F32) return {Regime::Floor, "tensor cores would round float32 activations"};
+  if (layout == Layout::Flat) return {Regime::Floor, "blocks straddle rows"};
+  if (format.info().grid == Grid::Cast) return {Regime::Matmul, "weights of 16 bits are torch's own to multiply"};
+  if (m <= kRows) return {Regime::Rows, "a batch of at most 8 rows is bound by reading the weight"};
+  if (m <= kTile) return {Regime::Tile, "a batch of at most 128 rows shares each weight decoded in registers"};
+  return {Regime::Matmul, "a larger batch is bound by multiplying: decoded once, then torch's product"};
+}
+
+constexpr const char* to_string(Regime regime) {
+  constexpr const char* kNames[] = {"rows", "tile", "matmul", "floor"};
+  return kNames[static_cast<int>(regime)];
+}
+
+}  // namespace bitfold::cuda

@@ -1,0 +1,34 @@
+# The CUDA kernels' units: the one list of them. nvcc compiles them for GPUs (bitfold_cuda), the C++ compiler for the tests'
+# emulator (bitfold_cuda_emulated, which needs no CUDA).
+#
+# A unit is a file csrc/cuda/<name>.cu, or <name>/<PART>: that file with BITFOLD_PART defined as PART, for kernels that have
+# too many instances for one unit.
+set(BITFOLD_CUDA_UNITS)
+# Those that promise the CPU's bytes: nvcc must not contract a multiplication and an addition.
+set(BITFOLD_CUDA_EXACT_UNITS)
+set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/unwritten.cpp)
+set(BITFOLD_CUDA_EMULATOR)
+
+# The generated source of `unit`, which ends in `.extension`, into `out`.
+function(cuda_unit unit extension out)
+  string(REPLACE "/" ";" parts ${unit})
+  list(GET parts 0 name)
+  string(REPLACE "/" "_" flat ${unit})
+  set(text "#include \"cuda/${name}.cu\"\n")
+  list(LENGTH parts count)
+  if(count EQUAL 2)
+    list(GET parts 1 part)
+    set(text "#define BITFOLD_PART ${part}\n${text}")
+  endif()
+  set(path ${CMAKE_CURRENT_BINARY_DIR}/cuda/${flat}.${extension})
+  file(CONFIGURE OUTPUT ${path} CONTENT "${text}")
+  set(${out} ${path} PARENT_SCOPE)
+endfunction()
+
+add_library(bitfold_cuda_emulated STATIC EXCLUDE_FROM_ALL ${BITFOLD_CUDA_HOST} ${BITFOLD_CUDA_EMULATOR})
+target_link_libraries(bitfold_cuda_emulated PUBLIC bitfold_formats)
+target_compile_options(bitfold_cuda_emulated PRIVATE -Wno-unknown-pragmas)  # of nvcc: unroll
+foreach(unit IN LISTS BITFOLD_CUDA_UNITS BITFOLD_CUDA_EXACT_UNITS)
+  cuda_unit(${unit} cpp source)
+  target_sources(bitfold_cuda_emulated PRIVATE ${source})
+endforeach()

@@ -1,0 +1,22 @@
+// What has no kernel yet. Whoever writes one removes its line here; with the last line goes the file.
+#include <stdexcept>
+
+#include "cuda/kernels.hpp"
+
+namespace bitfold::cuda {
+
+#define BITFOLD_UNWRITTEN(result, name, ...) \
+  result name(__VA_ARGS__) { throw std::runtime_error(#name " has no CUDA kernel yet"); }
+
+BITFOLD_UNWRITTEN(EncodeStatus, encode, const EncodeArgs&, Stream)
+BITFOLD_UNWRITTEN(void, decode, const DecodeArgs&, Stream)
+BITFOLD_UNWRITTEN(void, pack, const PackArgs&, Stream)
+BITFOLD_UNWRITTEN(void, unpack, const PackArgs&, Stream)
+BITFOLD_UNWRITTEN(void, linear_floor, const LinearArgs&, Stream)
+BITFOLD_UNWRITTEN(int64_t, linear_rows_workspace, const LinearArgs&)
+BITFOLD_UNWRITTEN(void, linear_rows, const LinearArgs&, void*, Stream)
+BITFOLD_UNWRITTEN(int64_t, linear_tile_workspace, const LinearArgs&)
+BITFOLD_UNWRITTEN(void, linear_tile, const LinearArgs&, void*, Stream)
+BITFOLD_UNWRITTEN(void, linear_grad_x, const LinearGradArgs&, Stream)
+
+}  // namespace bitfold::cuda
