@@ -106,12 +106,14 @@ def test_csrc_torch_uses_the_stable_abi_alone():
                 assert stable, f"{path.relative_to(ROOT)} includes <{name}>"
 
 
-def test_intrinsics_live_in_simd_alone():
+def test_intrinsics_live_in_simd_and_ptx_alone():
+    """And the switch between the emulator's fibers is assembly."""
+    homes = (CSRC / "cpu" / "simd", CSRC / "cuda" / "gpu", CSRC / "cuda" / "emulator" / "fiber.cpp")
     pattern = (
         r"\b_mm\d*_\w+|\b__m\d+\w*|\bv(?:ld1|st1|dup|add|mul|fma)q?_\w+|\b(?:immintrin|arm_neon)\b|\basm\b"
     )
     for path in sources():
-        if path.relative_to(CSRC).parts[:2] != ("cpu", "simd"):
+        if not any(path.is_relative_to(home) for home in homes):
             found = re.findall(pattern, without_comments(path.read_text(encoding="utf-8")))
             assert not found, f"{path.relative_to(ROOT)} uses {found[0]}"
 

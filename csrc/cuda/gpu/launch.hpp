@@ -1,0 +1,72 @@
+// The host's side: starting kernels, and the few calls of CUDA's run time that launchers need. Twin:
+// emulator/launch.hpp. Every failure is a std::runtime_error of one sentence.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace bitfold::cuda {
+
+using Stream = void*;
+
+struct Launch {
+  dim3 grid;
+  dim3 block;  // of one dimension: lanes and warps are counted along x
+  int64_t shared_bytes;
+  const char* name;  // for errors
+  Stream stream;
+};
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that the next launch isn't blamed
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  constexpr int64_t kWithoutAsking = 48 * 1024;
+  if (how.shared_bytes > kWithoutAsking) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(how.shared_bytes)),
+          how.name);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), how.name);
+}
+
+// The current device: capability is 90 for 9.0; shared_bytes is what one block may have.
+inline void describe_device(int& capability, int& multiprocessors, int64_t& shared_bytes) {
+  int device, major, minor, shared;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  };
+  ask(major, cudaDevAttrComputeCapabilityMajor);
+  ask(minor, cudaDevAttrComputeCapabilityMinor);
+  ask(multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  capability = 10 * major + minor;
+  shared_bytes = shared;
+}
+
+// Bytes of device memory become zero, in the stream's order.
+inline void clear(void* device, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
+// Waits for the stream and copies device memory to the host.
+inline void read_back(void* host, const void* device, int64_t bytes, Stream stream) {
+  const auto native = static_cast<cudaStream_t>(stream);
+  check(cudaMemcpyAsync(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, native), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(native), "cudaStreamSynchronize");
+}
+
+}  // namespace bitfold::cuda

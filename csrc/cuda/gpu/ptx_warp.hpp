@@ -1,0 +1,59 @@
+// Lanes, warps and blocks together. The instructions of a warp are for all its lanes: each must come to the same one.
+// Twin: emulator/ptx_warp.hpp.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/gpu/device.hpp"
+
+namespace bitfold::cuda::ptx {
+
+BITFOLD_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
+BITFOLD_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
+
+// ---- a warp; T has 32 bits ----
+
+template <class T>
+BITFOLD_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+template <class T>
+BITFOLD_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+// The value of the lane `delta` above; the last lanes keep their own.
+template <class T>
+BITFOLD_DEVICE T shuffle_down(T value, int delta) {
+  return __shfl_down_sync(0xffffffffu, value, static_cast<unsigned>(delta));
+}
+// The value of the lane `delta` below; the first lanes keep their own.
+template <class T>
+BITFOLD_DEVICE T shuffle_up(T value, int delta) {
+  return __shfl_up_sync(0xffffffffu, value, static_cast<unsigned>(delta));
+}
+
+BITFOLD_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+BITFOLD_DEVICE bool any(bool value) { return __any_sync(0xffffffffu, value) != 0; }
+BITFOLD_DEVICE bool all(bool value) { return __all_sync(0xffffffffu, value) != 0; }
+
+// What the lanes wrote before, all of them see after; shuffles and votes promise nothing of the kind.
+BITFOLD_DEVICE void sync_warp() { __syncwarp(); }
+
+// ---- a block ----
+
+BITFOLD_DEVICE void sync_block() { __syncthreads(); }
+
+// Barriers 1 ... 15 for `threads` threads of the block, whole warps; bar_arrive doesn't wait.
+BITFOLD_DEVICE void bar_sync(int barrier, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+BITFOLD_DEVICE void bar_arrive(int barrier, int threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+[[noreturn]] BITFOLD_DEVICE void trap() {
+  asm volatile("trap;");
+  __builtin_unreachable();
+}
+
+}  // namespace bitfold::cuda::ptx
