@@ -1,0 +1,55 @@
+// The host's side. Device memory is the host's own, and a launch has happened when it returns. Twin: gpu/launch.hpp.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+
+#include "cuda/emulator/device.hpp"
+
+namespace bitfold::cuda {
+
+using Stream = void*;
+
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  int64_t shared_bytes;
+  const char* name;
+  Stream stream;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<std::remove_cv_t<Parameters>...> parameters;
+  } call{kernel, {arguments...}};
+  const emulator::Shape shape{.grid = how.grid,
+                              .block = how.block,
+                              .shared_bytes = how.shared_bytes,
+                              .parameter_bytes = (int64_t{0} + ... + int64_t{sizeof(Parameters)}),
+                              .name = how.name};
+  emulator::run(
+      shape,
+      [](void* context) {
+        const Call& c = *static_cast<const Call*>(context);
+        std::apply(c.kernel, c.parameters);
+      },
+      &call);
+}
+
+// The device that is emulated: by default as large as an H200.
+inline void describe_device(int& capability, int& multiprocessors, int64_t& shared_bytes) {
+  capability = emulator::config().capability;
+  multiprocessors = emulator::config().multiprocessors;
+  shared_bytes = emulator::kSharedBytes;
+}
+
+inline void clear(void* device, int64_t bytes, Stream) { std::memset(device, 0, static_cast<size_t>(bytes)); }
+
+inline void read_back(void* host, const void* device, int64_t bytes, Stream) {
+  std::memcpy(host, device, static_cast<size_t>(bytes));
+}
+
+}  // namespace bitfold::cuda

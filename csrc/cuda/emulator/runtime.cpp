@@ -1,0 +1,402 @@
+// Launches and the scheduler. A thread runs until it has to wait for others, and then goes straight to the next one.
+#include "cuda/emulator/runtime.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda/emulator/block.hpp"
+#include "cuda/emulator/sanitizers.hpp"
+
+namespace bitfold::cuda::emulator {
+
+Block* block;
+Thread* current;
+
+namespace {
+
+uint64_t random_state;
+
+std::string position(const dim3& at) {
+  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
+}
+
+std::string line(const Where& where) {
+  const char* file = where.file_name();
+  const char* slash = std::strrchr(file, '/');
+  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(where.line());
+}
+
+bool same(const Where& a, const Where& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+}
+
+// ---- the scheduler ----
+
+void swap_ranks(int a, int b) {
+  std::swap(block->order[a], block->order[b]);
+  const uint32_t ready_a = block->ready_ranks >> a & 1u;
+  const uint32_t ready_b = block->ready_ranks >> b & 1u;
+  block->ready_ranks &= ~(1u << a | 1u << b);
+  block->ready_ranks |= ready_b << a | ready_a << b;
+  block->warps[block->order[a]].rank = a;
+  block->warps[block->order[b]].rank = b;
+}
+
+// The thread to go on with, or null.
+Thread* pick() {
+  if (block->ready_ranks == 0) return nullptr;
+  uint64_t random = 0;
+  if (config().order == Order::Priority) {
+    random = random_bits();
+    if ((random >> 8 & 255) == 0) {
+      const auto warps = static_cast<unsigned>((block->threads.size() + 31) / 32);
+      swap_ranks(static_cast<int>((random >> 16 & 0xffff) % warps), static_cast<int>((random >> 32 & 0xffff) % warps));
+    }
+  }
+  const int rank = std::countr_zero(block->ready_ranks);
+  Warp& warp = block->warps[block->order[rank]];
+  const int turn = static_cast<int>(random & 31);
+  const int lane = (std::countr_zero(std::rotr(warp.ready, turn)) + turn) & 31;
+  warp.ready &= ~(1u << lane);
+  if (warp.ready == 0) block->ready_ranks &= ~(1u << rank);
+  return &block->threads[static_cast<size_t>(warp.first + lane)];
+}
+
+std::string deadlock() {
+  std::map<std::string, int> waiting;
+  int returned = 0;
+  for (const Thread& thread : block->threads) {
+    if (thread.returned) {
+      ++returned;
+    } else {
+      ++waiting[std::string(thread.waits_in) + " at " + line(thread.where)];
+    }
+  }
+  std::string text =
+      std::string(block->shape.name) + ", block " + position(block->threads[0].place.block) + ": deadlock: ";
+  for (const auto& [what, threads] : waiting) text += std::to_string(threads) + " threads wait in " + what + "; ";
+  return text + std::to_string(returned) + " have returned";
+}
+
+// To the next thread or, if there is none, to the host.
+Context& next_context() {
+  Thread* next = block->error ? nullptr : pick();
+  if (!next && !block->error && block->live > 0) {
+    block->error = std::make_exception_ptr(std::runtime_error(deadlock()));
+  }
+  current = next;
+  return next ? next->context : block->host;
+}
+
+// ---- barriers and the instructions of warps ----
+
+void complete(Warp& warp) {
+  const uint32_t present = std::exchange(warp.present, 0u);
+  if (warp.op->whole && present != 0xffffffffu) {
+    fail(std::string(warp.op->name) + " needs all 32 lanes, and some have returned", warp.where);
+  }
+  if (warp.op->orders_memory) ++warp.tokens.phase;
+  if (warp.op->compute) warp.op->compute(warp.arguments, present);
+  for (uint32_t lanes = present; lanes; lanes &= lanes - 1) {
+    Thread& thread = block->threads[static_cast<size_t>(warp.first + std::countr_zero(lanes))];
+    if (&thread != current) wake(thread);
+  }
+}
+
+void open(Barrier& barrier) {
+  ++barrier.tokens.phase;
+  barrier.present = 0;
+  for (Thread* thread : barrier.waiting) wake(*thread);
+  barrier.waiting.clear();
+}
+
+void come_to(Barrier& barrier, const char* name, int threads, bool stay, const Where& where) {
+  const bool first = barrier.present == 0;
+  if (first) {
+    barrier.where = where;
+    barrier.threads = threads;
+  }
+  unsigned char* token = &barrier.tokens.token[barrier.tokens.phase & 1];
+  release(token);
+  if (++barrier.present == barrier.threads) {
+    open(barrier);
+  } else if (stay) {
+    {
+      const Unseen unseen;
+      barrier.waiting.push_back(current);
+    }
+    wait(name, where);
+  }
+  if (stay) acquire(token);
+}
+
+// ---- a thread's life ----
+
+// The others no longer wait for this one.
+void take_leave(Thread& thread) {
+  Warp& warp = *thread.warp;
+  thread.returned = true;
+  warp.live &= ~thread.lane_bit;
+  --block->live;
+  if (warp.present && warp.present == warp.live) complete(warp);
+  Barrier& barrier = block->barriers[0];
+  barrier.threads = block->live;
+  if (barrier.present && barrier.present == barrier.threads) open(barrier);
+}
+
+void thread_body() {
+  Thread& self = *current;
+  arrive(self.context);
+  acquire(&block->start_token);
+  try {
+    block->body(block->context);
+    take_leave(self);
+  } catch (...) {
+    block->error = std::current_exception();
+  }
+  release(&block->end_token);
+  leave_for_good(self.context, next_context());
+}
+
+Stacks stacks;
+
+void set_up(Thread& thread, int index, const dim3& at) {
+  const dim3 size = block->shape.block;
+  const auto i = static_cast<unsigned>(index);
+  thread.place = {.thread = dim3(i, 0, 0), .block = at, .block_size = size, .grid_size = block->shape.grid};
+  thread.index = index;
+  thread.warp = &block->warps[index / 32];
+  thread.lane_bit = 1u << index % 32;
+  thread.returned = false;
+  thread.waits_in = nullptr;
+  thread.copies.clear();
+  thread.committed = thread.arrived = 0;
+  prepare(thread.context, stacks.at(static_cast<size_t>(index)), thread_body);
+  thread.warp->ready |= thread.lane_bit;
+  thread.warp->live |= thread.lane_bit;
+}
+
+struct Free {
+  void operator()(unsigned char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<unsigned char, Free>;
+
+Memory allocate(size_t alignment, size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, alignment, bytes) != 0) throw std::bad_alloc();
+  return Memory(static_cast<unsigned char*>(memory));
+}
+
+void run_block(const dim3& at) {
+  const int threads = static_cast<int>(block->shape.block.x);
+  const int warps = (threads + 31) / 32;
+  const auto shared_bytes = static_cast<size_t>(block->shape.shared_bytes);
+  Memory shared, tokens;
+  {
+    const Unseen unseen;
+    shared = allocate(1024, shared_bytes);
+    std::memset(shared.get(), config().poison, shared_bytes);
+    tokens = allocate(64, static_cast<size_t>(threads * kCopyTokens + 2 * (warps + 16)));
+  }
+  // Tokens are the block's own: those of another would bring its order along.
+  auto take_tokens = [next = tokens.get()](int count) mutable { return std::exchange(next, next + count); };
+  if (with_tsan()) stacks.renew();
+  block->shared = shared.get();
+  std::iota(block->order, block->order + warps, 0);
+  if (config().order == Order::Priority) {
+    for (int i = warps - 1; i > 0; --i)
+      std::swap(block->order[i], block->order[random_bits() % static_cast<unsigned>(i + 1)]);
+  }
+  for (int rank = 0; rank < warps; ++rank) {
+    const int w = block->order[rank];
+    block->warps[w] = Warp{};
+    block->warps[w].rank = rank;
+    block->warps[w].first = 32 * w;
+    block->warps[w].tokens.token = take_tokens(2);
+  }
+  for (Barrier& barrier : block->barriers) {
+    barrier.present = 0;
+    barrier.waiting.clear();
+    barrier.tokens = Tokens{.token = take_tokens(2)};
+  }
+  block->live = threads;
+  for (int i = 0; i < threads; ++i) {
+    Thread& thread = block->threads[static_cast<size_t>(i)];
+    set_up(thread, i, at);
+    thread.copy_tokens = take_tokens(kCopyTokens);
+    if (with_tsan()) thread.context.tsan = __tsan_create_fiber(0);
+  }
+  block->ready_ranks = warps == 32 ? 0xffffffffu : (1u << warps) - 1u;
+
+  go(block->host, next_context());
+  current = nullptr;
+
+  if (with_tsan()) {
+    for (Thread& thread : block->threads) {
+      __tsan_destroy_fiber(thread.context.tsan);
+      if (thread.tsan_copier) __tsan_destroy_fiber(std::exchange(thread.tsan_copier, nullptr));
+    }
+  }
+  const Unseen unseen;
+  shared.reset();
+  tokens.reset();
+  if (block->error) std::rethrow_exception(block->error);
+}
+
+void check(const Shape& shape) {
+  const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(shape.name) + ": " + why); };
+  const dim3 grid = shape.grid;
+  if (shape.block.x < 1 || shape.block.x > 1024 || shape.block.y != 1 || shape.block.z != 1) {
+    refuse("a block is 1 to 1024 threads of one dimension, got " + position(shape.block));
+  }
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    refuse("a grid is at least one block and at most (2^31 - 1, 65535, 65535), got " + position(grid));
+  }
+  if (shape.shared_bytes < 0 || shape.shared_bytes > kSharedBytes) {
+    refuse("a block has at most " + std::to_string(kSharedBytes) + " bytes of shared memory, asked for " +
+           std::to_string(shape.shared_bytes));
+  }
+  if (shape.parameter_bytes > 4096) {
+    refuse("a kernel takes at most 4096 bytes of parameters, got " + std::to_string(shape.parameter_bytes));
+  }
+}
+
+}  // namespace
+
+Config& config() {
+  static Config values;
+  return values;
+}
+
+uint64_t random_bits() {  // splitmix64
+  uint64_t z = (random_state += 0x9e3779b97f4a7c15u);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+void run(const Shape& shape, void (*body)(void*), void* context) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  check(shape);
+  Block running;
+  running.shape = shape;
+  running.body = body;
+  running.context = context;
+  running.threads.resize(shape.block.x);
+  if (with_tsan()) running.host.tsan = __tsan_get_current_fiber();
+  block = &running;
+  const struct Reset {
+    ~Reset() {
+      block = nullptr;
+      current = nullptr;
+    }
+  } reset;
+  random_state = config().seed;
+  const uint64_t blocks = uint64_t{shape.grid.x} * shape.grid.y * shape.grid.z;
+  std::vector<uint64_t> order(blocks);
+  std::iota(order.begin(), order.end(), uint64_t{0});
+  if (config().order == Order::Priority) {
+    for (uint64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[random_bits() % (i + 1)]);
+  }
+  release(&running.start_token);
+  for (const uint64_t i : order) {
+    run_block(dim3(static_cast<unsigned>(i % shape.grid.x), static_cast<unsigned>(i / shape.grid.x % shape.grid.y),
+                   static_cast<unsigned>(i / shape.grid.x / shape.grid.y)));
+  }
+  acquire(&running.end_token);
+}
+
+const Place& place() { return current->place; }
+
+void fail(const std::string& what, const Where& where) {
+  const Unseen unseen;
+  std::string text = block->shape.name;
+  if (current) text += ", block " + position(current->place.block) + ", thread " + std::to_string(current->index);
+  throw std::runtime_error(text + ": " + what + " at " + line(where));
+}
+
+void* shared_memory(size_t bytes, const Where& where) {
+  if (static_cast<int64_t>(bytes) > block->shape.shared_bytes) {
+    fail("shared() of " + std::to_string(bytes) + " bytes, launched with " + std::to_string(block->shape.shared_bytes),
+         where);
+  }
+  return block->shared;
+}
+
+void wait(const char* in, const Where& where) {
+  Thread& self = *current;
+  self.waits_in = in;
+  self.where = where;
+  go(self.context, next_context());
+}
+
+void wake(Thread& thread) {
+  thread.waits_in = nullptr;
+  thread.warp->ready |= thread.lane_bit;
+  block->ready_ranks |= 1u << thread.warp->rank;
+}
+
+void sync_block(const Where& where) {
+  Barrier& barrier = block->barriers[0];
+  if (barrier.present && !same(barrier.where, where)) {
+    fail("some threads of the block are in sync_block at " + line(barrier.where) + ", others in sync_block", where);
+  }
+  come_to(barrier, "sync_block", block->live, true, where);
+}
+
+namespace {
+
+void named_barrier(int number, const char* name, int threads, bool stay, const Where& where) {
+  if (number < 1 || number > 15) fail("barriers are 1 to 15, got " + std::to_string(number), where);
+  if (threads < 32 || threads % 32 != 0)
+    fail("a barrier is for whole warps, got " + std::to_string(threads) + " threads", where);
+  Barrier& barrier = block->barriers[number];
+  if (barrier.present && barrier.threads != threads) {
+    fail("barrier " + std::to_string(number) + " is for " + std::to_string(barrier.threads) + " threads at " +
+             line(barrier.where) + ", and for " + std::to_string(threads),
+         where);
+  }
+  come_to(barrier, name, threads, stay, where);
+}
+
+}  // namespace
+
+void bar_sync(int barrier, int threads, const Where& where) {
+  named_barrier(barrier, "bar_sync", threads, true, where);
+}
+void bar_arrive(int barrier, int threads, const Where& where) {
+  named_barrier(barrier, "bar_arrive", threads, false, where);
+}
+
+void collective(const WarpOp& op, void* arguments, const Where& where) {
+  Thread& self = *current;
+  Warp& warp = *self.warp;
+  if (warp.present == 0) {
+    warp.op = &op;
+    warp.where = where;
+  } else if (warp.op != &op || !same(warp.where, where)) {
+    fail(std::string("some lanes of the warp are in ") + warp.op->name + " at " + line(warp.where) + ", others in " +
+             op.name,
+         where);
+  }
+  warp.arguments[self.index % 32] = arguments;
+  warp.present |= self.lane_bit;
+  unsigned char* token = &warp.tokens.token[warp.tokens.phase & 1];
+  if (op.orders_memory) release(token);
+  if (warp.present == warp.live) {
+    complete(warp);
+  } else {
+    wait(op.name, where);
+  }
+  if (op.orders_memory) acquire(token);
+}
+
+}  // namespace bitfold::cuda::emulator

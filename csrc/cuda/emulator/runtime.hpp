@@ -1,0 +1,108 @@
+// What the emulator's headers ask of its run time (runtime.cpp, memory.cpp, mma.cpp), and what a test may choose.
+// Everything here is compiled once and without sanitizers' instrumentation, so that they see the kernel alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <string>
+
+namespace bitfold::cuda {
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace emulator {
+
+// ---- what a test chooses ----
+
+// Sequential: blocks, warps and lanes in order. Priority: blocks in random order, and always the warp that comes first
+// in a random order that seldom changes: unlike a fair choice it lets warps run far ahead of others.
+enum class Order : uint8_t { Sequential, Priority };
+
+// When the bytes of cp_async arrive: when waited for (before, the place holds poison), at once, or either.
+enum class Delivery : uint8_t { Late, Early, Random };
+
+struct Config {
+  uint64_t seed = 1;
+  Order order = Order::Sequential;
+  Delivery delivery = Delivery::Late;
+  uint8_t poison = 0xff;  // every byte of shared memory at the start: as floats NaN; 0x00 and others find integers
+  int multiprocessors = 132;
+  int capability = 90;
+};
+Config& config();
+
+// ---- a launch ----
+
+struct Shape {
+  dim3 grid;
+  dim3 block;
+  int64_t shared_bytes;
+  int64_t parameter_bytes;
+  const char* name;
+};
+inline constexpr int64_t kSharedBytes = 227 * 1024;  // what one block may have
+
+// Runs body(context) once for each thread of the grid, and throws what it throws or what it does wrong.
+void run(const Shape& shape, void (*body)(void* context), void* context);
+
+// ---- what a thread asks ----
+
+using Where = std::source_location;
+
+struct Place {
+  dim3 thread, block, block_size, grid_size;
+};
+const Place& place();
+
+// Ends the launch with a sentence that names the kernel, the block, the thread and the line.
+[[noreturn]] void fail(const std::string& what, const Where& where);
+
+void* shared_memory(size_t bytes, const Where& where);
+
+void sync_block(const Where& where);
+void bar_sync(int barrier, int threads, const Where& where);
+void bar_arrive(int barrier, int threads, const Where& where);
+
+// An instruction of all lanes of a warp. Each comes with its arguments, and the last one computes for all.
+struct WarpOp {
+  const char* name;
+  bool whole;  // no lane may have returned
+  bool orders_memory;
+  void (*compute)(void* const (&arguments)[32], uint32_t present);
+};
+void collective(const WarpOp& op, void* arguments, const Where& where);
+
+// The arguments of one lane.
+struct Exchange {
+  uint32_t value;  // becomes the result
+  int lane;        // which lane's value
+  const Where* where;
+};
+void shuffle(Exchange& exchange, const Where& where);
+
+enum class Vote : uint8_t { Ballot, Any, All };
+uint32_t vote(Vote kind, bool value, const Where& where);
+
+void sync_warp(const Where& where);
+
+// ---- memory ----
+
+void check_aligned(const void* address, int bytes, const Where& where);
+void check_shared(const void* address, int bytes, const char* what, const Where& where);
+void cp_async(void* shared, const void* global, int size, int bytes, const Where& where);
+void cp_async_commit();
+void cp_async_wait(int groups, const Where& where);
+
+// ---- matrices ----
+
+void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* shared, const Where& where);
+
+enum class Operands : uint8_t { F16, Bf16, S8 };
+void mma(Operands operands, void* d, const uint32_t* a, const uint32_t* b, bool zero, const Where& where);
+
+}  // namespace emulator
+}  // namespace bitfold::cuda

@@ -1,0 +1,195 @@
+// What the instructions of a warp compute: shuffles, votes, ldmatrix, mma. The layouts are in gpu/ptx_mma.hpp.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <string>
+
+#include "cuda/emulator/block.hpp"
+#include "cuda/emulator/runtime.hpp"
+#include "cuda/emulator/sanitizers.hpp"
+#include "formats/numeric.hpp"
+
+namespace bitfold::cuda::emulator {
+namespace {
+
+template <class T>
+T& argument(void* const (&arguments)[32], int lane) {
+  return *static_cast<T*>(arguments[lane]);
+}
+
+// ---- shuffles and votes ----
+
+void shuffle_lanes(void* const (&arguments)[32], uint32_t present) {
+  uint32_t values[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    if (present >> lane & 1u) values[lane] = argument<Exchange>(arguments, lane).value;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(present >> lane & 1u)) continue;
+    Exchange& exchange = argument<Exchange>(arguments, lane);
+    if (!(present >> exchange.lane & 1u)) {
+      fail("lane " + std::to_string(lane) + " shuffles from lane " + std::to_string(exchange.lane) +
+               ", which has returned",
+           *exchange.where);
+    }
+    exchange.value = values[exchange.lane];
+  }
+}
+constexpr WarpOp kShuffle{"shuffle", false, false, shuffle_lanes};
+
+struct Ballot {
+  bool value;
+  uint32_t lanes;  // with a true value
+  uint32_t present;
+};
+
+void count_votes(void* const (&arguments)[32], uint32_t present) {
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (present >> lane & 1u && argument<Ballot>(arguments, lane).value) lanes |= 1u << lane;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(present >> lane & 1u)) continue;
+    argument<Ballot>(arguments, lane).lanes = lanes;
+    argument<Ballot>(arguments, lane).present = present;
+  }
+}
+constexpr WarpOp kVotes[] = {
+    {"ballot", false, false, count_votes}, {"any", false, false, count_votes}, {"all", false, false, count_votes}};
+
+constexpr WarpOp kSyncWarp{"sync_warp", false, true, nullptr};
+
+// ---- ldmatrix ----
+
+struct LoadMatrices {
+  uint32_t* r;
+  const unsigned char* row;
+  int matrices;
+};
+
+template <bool Transposed>
+void load_matrices(void* const (&arguments)[32], uint32_t) {
+  const int matrices = argument<LoadMatrices>(arguments, 0).matrices;
+  for (int i = 0; i < matrices; ++i) {
+    uint16_t m[8][8];
+    for (int row = 0; row < 8; ++row) {
+      const unsigned char* from = argument<LoadMatrices>(arguments, 8 * i + row).row;
+      for (int column = 0; column < 8; ++column) {
+        m[row][column] = static_cast<uint16_t>(from[2 * column] | from[2 * column + 1] << 8);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      const uint16_t low = Transposed ? m[2 * t][g] : m[g][2 * t];
+      const uint16_t high = Transposed ? m[2 * t + 1][g] : m[g][2 * t + 1];
+      argument<LoadMatrices>(arguments, lane).r[i] = uint32_t{low} | uint32_t{high} << 16;
+    }
+  }
+}
+constexpr WarpOp kLoadMatrices[2][2] = {
+    {{"ldmatrix_x2", true, false, load_matrices<false>}, {"ldmatrix_x2_trans", true, false, load_matrices<true>}},
+    {{"ldmatrix_x4", true, false, load_matrices<false>}, {"ldmatrix_x4_trans", true, false, load_matrices<true>}}};
+
+// ---- mma ----
+
+struct Multiply {
+  void* d;
+  const uint32_t* a;
+  const uint32_t* b;
+  bool zero;
+};
+
+struct F16 {
+  using Value = double;
+  using Sum = float;
+  static double value(uint32_t r, int i) {
+    static const auto table = [] {
+      auto values = std::make_unique<std::array<float, 65536>>();
+      for (uint32_t code = 0; code < 65536; ++code) (*values)[code] = half_to_float(static_cast<uint16_t>(code));
+      return values;
+    }();
+    return (*table)[r >> 16 * i & 0xffffu];
+  }
+};
+struct Bf16 {
+  using Value = double;
+  using Sum = float;
+  static double value(uint32_t r, int i) { return bf16_to_float(static_cast<uint16_t>(r >> 16 * i)); }
+};
+struct S8 {
+  using Value = int32_t;
+  using Sum = int32_t;
+  static int32_t value(uint32_t r, int i) { return static_cast<int8_t>(r >> 8 * i); }
+};
+
+template <class T, int Each>  // values in a register
+void multiply(void* const (&arguments)[32], uint32_t) {
+  using Value = typename T::Value;
+  using Sum = typename T::Sum;
+  constexpr int kK = 8 * Each;
+  Value a[16][kK], b[kK][8], d[16][8] = {};
+  for (int lane = 0; lane < 32; ++lane) {
+    const Multiply& m = argument<Multiply>(arguments, lane);
+    const int g = lane / 4, t = lane % 4;
+    for (int r = 0; r < 4; ++r) {
+      for (int i = 0; i < Each; ++i) a[g + 8 * (r & 1)][Each * t + i + 4 * Each * (r >> 1)] = T::value(m.a[r], i);
+    }
+    for (int r = 0; r < 2; ++r) {
+      for (int i = 0; i < Each; ++i) b[Each * t + i + 4 * Each * r][g] = T::value(m.b[r], i);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < kK; ++k) {
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const Multiply& m = argument<Multiply>(arguments, lane);
+    const int g = lane / 4, t = lane % 4;
+    auto* sums = static_cast<Sum*>(m.d);
+    for (int r = 0; r < 4; ++r) {
+      const Value product = d[g + 8 * (r >> 1)][2 * t + (r & 1)];
+      if constexpr (std::is_same_v<Sum, int32_t>) {  // wraps around
+        sums[r] = static_cast<int32_t>(static_cast<uint32_t>(m.zero ? 0 : sums[r]) + static_cast<uint32_t>(product));
+      } else {
+        sums[r] = static_cast<float>((m.zero ? 0.0 : static_cast<double>(sums[r])) + product);
+      }
+    }
+  }
+}
+constexpr WarpOp kMultiply[] = {{"mma_f16", true, false, multiply<F16, 2>},
+                                {"mma_bf16", true, false, multiply<Bf16, 2>},
+                                {"mma_s8", true, false, multiply<S8, 4>}};
+
+}  // namespace
+
+void shuffle(Exchange& exchange, const Where& where) { collective(kShuffle, &exchange, where); }
+
+uint32_t vote(Vote kind, bool value, const Where& where) {
+  Ballot ballot{value, 0, 0};
+  collective(kVotes[static_cast<int>(kind)], &ballot, where);
+  switch (kind) {
+    case Vote::Any: return ballot.lanes != 0;
+    case Vote::All: return ballot.lanes == ballot.present;
+    default: return ballot.lanes;
+  }
+}
+
+void sync_warp(const Where& where) { collective(kSyncWarp, nullptr, where); }
+
+void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* shared, const Where& where) {
+  if (current->index % 32 < 8 * matrices) {  // the others' addresses don't matter
+    check_shared(shared, 16, "ldmatrix", where);
+    if (with_tsan()) __tsan_read_range(const_cast<void*>(shared), 16);
+  }
+  LoadMatrices load{r, static_cast<const unsigned char*>(shared), matrices};
+  collective(kLoadMatrices[matrices == 4][transposed], &load, where);
+}
+
+void mma(Operands operands, void* d, const uint32_t* a, const uint32_t* b, bool zero, const Where& where) {
+  Multiply multiply{d, a, b, zero};
+  collective(kMultiply[static_cast<int>(operands)], &multiply, where);
+}
+
+}  // namespace bitfold::cuda::emulator
