@@ -1,0 +1,86 @@
+// Packed weights as they lie in memory, to the A operands of mma.m16n8k16 in registers: what the kernels that multiply
+// see of a format.
+//
+// A *source* is 16 rows of W seen by one lane of a warp: lane 4 g + t decodes columns of rows g and g + 8. It goes
+// through the rows a *piece* of kColumns columns at a time. A piece is kSteps steps of mma; an operand holds whole
+// numbers (or numbers of a table), and the scale of the row comes to the sums of all steps of a *section*:
+//
+//   y[row, token] += scale(row) * (sum over the section's steps of A x)  +  offset(row) * (sum of x over the section)
+//
+// Which columns a lane's bytes hold is no matter: a dot product has no order. column() says it, and x is brought into
+// that order, fp16, four halves for each lane and step (B operands b0, b1). Nothing here knows how many tokens there
+// are.
+//
+//   template <int Row, int Columns> class Fragments {
+//     static constexpr int kColumns;    // of a piece
+//     static constexpr int kSteps;      // of a piece, even: each pair of them is 16 bytes of x for a lane
+//     static constexpr int kSections;   // of a piece; each is kSteps / kSections steps
+//     static constexpr bool kOffsets;   // whether affine() gives offsets
+//     static constexpr int kLaneBytes;  // that a lane reads of a row in a piece, about: how many to have in flight
+//     static constexpr int kRoom;       // bytes of shared memory that a warp's piece waits in; 0: it waits in
+//     registers
+//
+//     // The piece's column in half h of b_r, as half = 2 r + h, of the lanes with lane % 4 == t.
+//     static constexpr int column(int step, int t, int half);
+//     // Whether pieces of kColumns columns are possible: k, groups, alignment. A launcher asks the widest first.
+//     static bool fits(const Weight& w);
+//     // The matrix as the kernel's parameter, divisions done.
+//     struct Matrix {};
+//     static Matrix matrix(const Weight& w);
+//
+//     struct Tables {};  // of the block, in shared memory
+//     static void fill(Tables& tables, int thread, int threads);  // by all threads; a barrier follows
+//
+//     struct Slot {};  // a lane's registers of a piece on its way
+//     Fragments(const Matrix& w, int64_t row, const Tables& tables);  // rows [row, row + 16); past n, the last again
+//     void fetch(Slot& slot, int piece, std::byte* room) const;       // starts the loads (to `room`: cp_async)
+//     void open(Slot& slot, const std::byte* room) const;             // the bytes are there (all lanes' in `room`)
+//     void step(const Slot& slot, int step, uint32_t (&a)[4]) const;  // `step` is constant once loops are unrolled
+//     Affine affine(const Slot& slot, int section) const;
+//   };
+//
+// fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group, k and alignment.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device.hpp"
+#include "formats/args.hpp"
+
+namespace bitfold::cuda {
+
+// What a section's sums are multiplied with and what is added for each unit of its sum of x: rows g and g + 8.
+struct Affine {
+  float scale[2];
+  float offset[2];
+};
+
+template <int Row, int Columns>
+class Fragments;
+
+struct NoTables {};
+
+// The A operand's registers: row g and g + 8 of the columns of b0, then of b1.
+enum Operand : int { kLow0, kHigh0, kLow1, kHigh1 };
+
+// (a & b) | c
+inline constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
+
+// n / divisor for n < 2^31 without a division.
+struct Divider {
+  uint32_t multiplier;
+  uint32_t shift;
+  // Exact: multiplier = ceil(2^(31 + bits) / divisor) with 2^bits >= divisor.
+  static constexpr Divider of(uint32_t divisor) {
+    uint32_t bits = 0;
+    while (bits < 31 && (uint32_t{1} << bits) < divisor) ++bits;
+    const uint64_t power = uint64_t{1} << (31 + bits);
+    return {static_cast<uint32_t>((power + divisor - 1) / divisor), 31 + bits};
+  }
+  BITFOLD_HOST_DEVICE constexpr uint32_t divide(uint32_t n) const {
+    return static_cast<uint32_t>((uint64_t{n} * multiplier) >> shift);
+  }
+};
+
+}  // namespace bitfold::cuda
