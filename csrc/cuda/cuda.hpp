@@ -15,7 +15,7 @@ struct Gpu {
   int64_t shared_bytes;  // that a block may ask for
 };
 // The current device.
-const Gpu& gpu();
+Gpu gpu();
 
 // Waits for the GPU: it has to say what it could not encode.
 EncodeStatus encode(const EncodeArgs& args, Stream stream);

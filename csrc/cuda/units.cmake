@@ -3,11 +3,10 @@
 #
 # A unit is a file csrc/cuda/<name>.cu, or <name>/<PART>: that file with BITFOLD_PART defined as PART, for kernels that have
 # too many instances for one unit.
-set(BITFOLD_CUDA_UNITS)
+set(BITFOLD_CUDA_UNITS gpu)
 # Those that promise the CPU's bytes: nvcc must not contract a multiplication and an addition.
 set(BITFOLD_CUDA_EXACT_UNITS)
 set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/unwritten.cpp)
-set(BITFOLD_CUDA_EMULATOR)
 
 # The generated source of `unit`, which ends in `.extension`, into `out`.
 function(cuda_unit unit extension out)
@@ -25,10 +24,27 @@ function(cuda_unit unit extension out)
   set(${out} ${path} PARENT_SCOPE)
 endfunction()
 
-add_library(bitfold_cuda_emulated STATIC EXCLUDE_FROM_ALL ${BITFOLD_CUDA_HOST} ${BITFOLD_CUDA_EMULATOR})
-target_link_libraries(bitfold_cuda_emulated PUBLIC bitfold_formats)
-target_compile_options(bitfold_cuda_emulated PRIVATE -Wno-unknown-pragmas)  # of nvcc: unroll
+include(csrc/cuda/emulator/emulator.cmake)
+add_library(bitfold_cuda_emulated STATIC EXCLUDE_FROM_ALL ${BITFOLD_CUDA_HOST})
+target_link_libraries(bitfold_cuda_emulated PUBLIC bitfold_formats bitfold_cuda_emulator)
 foreach(unit IN LISTS BITFOLD_CUDA_UNITS BITFOLD_CUDA_EXACT_UNITS)
   cuda_unit(${unit} cpp source)
   target_sources(bitfold_cuda_emulated PRIVATE ${source})
 endforeach()
+
+if(BITFOLD_HAVE_CUDA)
+  add_library(bitfold_cuda STATIC ${BITFOLD_CUDA_HOST})
+  target_link_libraries(bitfold_cuda PUBLIC bitfold_formats)
+  # The functions of csrc/formats are constexpr, which makes them the device's too; -lineinfo costs nothing at run time and
+  # tells profilers and sanitizers the line.
+  target_compile_options(bitfold_cuda PRIVATE
+    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-lineinfo;-Xfatbin=-compress-all;-Xcompiler=-Wall>"
+    "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${BITFOLD_WERROR}>>:-Werror=all-warnings>")
+  foreach(unit IN LISTS BITFOLD_CUDA_UNITS BITFOLD_CUDA_EXACT_UNITS)
+    cuda_unit(${unit} cu source)
+    target_sources(bitfold_cuda PRIVATE ${source})
+    if(unit IN_LIST BITFOLD_CUDA_EXACT_UNITS)
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS -fmad=false)
+    endif()
+  endforeach()
+endif()

@@ -1,0 +1,82 @@
+# CUDA's compiler and run time: whether the kernels of csrc/cuda are built (BITFOLD_HAVE_CUDA), and for which GPUs.
+#
+# BITFOLD_CUDA  on: they are, or it is an error. off: they are not. auto: where nvcc is found; in a development install only
+# where a GPU is visible as well, for which they are then built: it has to be quick.
+# BITFOLD_CUDA_ARCHS  the GPUs as CMake writes them (90a-real is machine code, 90-virtual PTX for all that come later). Else the
+# visible GPU's, else those below. Never PTX of 90a: it runs on that alone.
+set(BITFOLD_CUDA auto CACHE STRING "CUDA kernels: auto, on or off")
+set_property(CACHE BITFOLD_CUDA PROPERTY STRINGS auto on off)
+set(default_archs 80-real 86-real 89-real 90a-real 90-virtual)
+set(BITFOLD_CUDA_ARCHS "" CACHE STRING "GPUs to compile for; empty: the visible one, else ${default_archs}")
+
+string(TOLOWER "${BITFOLD_CUDA}" BITFOLD_CUDA_MODE)
+set(BITFOLD_HAVE_CUDA FALSE)
+if(NOT BITFOLD_CUDA_MODE MATCHES "^(auto|on|off)$")
+  message(FATAL_ERROR "BITFOLD_CUDA is '${BITFOLD_CUDA}': it must be auto, on or off.")
+elseif(BITFOLD_CUDA_MODE STREQUAL "off")
+  return()
+endif()
+
+# 9.0 of the driver's tool is 90a: the machine code for this GPU alone may use all of it.
+set(visible_archs)
+find_program(NVIDIA_SMI nvidia-smi)
+if(NVIDIA_SMI)
+  execute_process(COMMAND ${NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE capabilities OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE result)
+  if(result EQUAL 0)
+    string(REGEX MATCHALL "[0-9]+[.][0-9]" capabilities "${capabilities}")
+    list(REMOVE_DUPLICATES capabilities)
+    foreach(capability IN LISTS capabilities)
+      string(REPLACE "." "" arch ${capability})
+      string(REGEX REPLACE "^90$" "90a" arch ${arch})
+      list(APPEND visible_archs ${arch}-real)
+    endforeach()
+  endif()
+endif()
+
+set(archs ${BITFOLD_CUDA_ARCHS})
+if(NOT archs)
+  set(archs ${visible_archs})
+endif()
+if(NOT archs)
+  if(BITFOLD_CUDA_MODE STREQUAL "auto" AND "${SKBUILD_STATE}" STREQUAL "editable")
+    message(STATUS "CUDA: no GPU is visible, building for the CPU alone (BITFOLD_CUDA=on builds for ${default_archs})")
+    return()
+  endif()
+  set(archs ${default_archs})
+endif()
+
+include(CheckLanguage)
+set(CMAKE_CUDA_ARCHITECTURES ${archs})
+check_language(CUDA)
+set(too_old)
+if(CMAKE_CUDA_COMPILER)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE nvcc_version ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9]+[.][0-9]+)" nvcc_version "${nvcc_version}")
+  if(CMAKE_MATCH_1 VERSION_LESS 12.4)
+    set(too_old "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_MATCH_1}, and bitfold needs 12.4 or newer")
+  endif()
+else()
+  set(too_old "no nvcc was found")
+endif()
+if(too_old)
+  if(BITFOLD_CUDA_MODE STREQUAL "on")
+    message(FATAL_ERROR "BITFOLD_CUDA=on, but ${too_old}: install CUDA's compiler, or name it in the variable CUDACXX.")
+  endif()
+  message(STATUS "CUDA: ${too_old}, building for the CPU alone")
+  return()
+endif()
+
+if(CCACHE AND NOT DEFINED CMAKE_CUDA_COMPILER_LAUNCHER)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_CXX_COMPILER_LAUNCHER})
+endif()
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # the module loads where there is no CUDA
+enable_language(CUDA)
+if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake before 3.26
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+endif()
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(BITFOLD_HAVE_CUDA TRUE)
+message(STATUS "CUDA: ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION} for ${archs}")
