@@ -32,6 +32,7 @@
 //     static void fill(Tables& tables, int thread, int threads);  // by all threads; a barrier follows
 //
 //     struct Slot {};  // a lane's registers of a piece on its way
+//     Fragments() = default;
 //     Fragments(const Matrix& w, int64_t row, const Tables& tables);  // rows [row, row + 16); past n, the last again
 //     void fetch(Slot& slot, int piece, std::byte* room) const;       // starts the loads (to `room`: cp_async)
 //     void open(Slot& slot, const std::byte* room) const;             // the bytes are there (all lanes' in `room`)

@@ -8,6 +8,8 @@
 // table of pairs (a byte of two codes is 32 bits of two halves) of which each lane has a copy in a bank of its own.
 #pragma once
 
+#include <utility>
+
 #include "cuda/fragments.hpp"
 #include "formats/codebooks.hpp"
 #include "formats/codec.hpp"
@@ -207,7 +209,7 @@ struct LoadedScale {
 };
 
 template <int Bits>
-BITFOLD_DEVICE uint32_t load_zero(const PlaneMatrix& w, int64_t row, uint32_t group) {
+BITFOLD_DEVICE uint32_t load_zero(const PlaneMatrix& w, int64_t row, int64_t group) {
   if (w.zeros == nullptr) return 1u << (Bits - 1);
   return read_code(w.zeros + row * w.row_zeros, group, Bits, false);
 }
@@ -257,7 +259,8 @@ class PlaneFragments {
     uint32_t zero[2];
   };
 
-  BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(w), tables_(tables) {
+  PlaneFragments() = default;
+  BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
     const int t = ptx::lane_id() % 4;
     for (int i = 0; i < 2; ++i) {
       row_[i] = smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1);
@@ -267,13 +270,13 @@ class PlaneFragments {
 
   BITFOLD_DEVICE void fetch(Slot& slot, int piece, std::byte*) const {
     const int64_t at = int64_t{piece} * (Columns * kBits / 8);
-    const uint32_t group = w_.pieces.divide(static_cast<uint32_t>(piece));
+    const uint32_t group = w_->pieces.divide(static_cast<uint32_t>(piece));
 #pragma unroll
     for (int i = 0; i < 2; ++i) load_words(codes_[i] + at, slot.words[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      slot.scale[i].load(w_, row_[i] * w_.row_scales + group);
-      if constexpr (kInteger) slot.zero[i] = load_zero<kBits>(w_, row_[i], group);
+      slot.scale[i].load(*w_, row_[i] * w_->row_scales + group);
+      if constexpr (kInteger) slot.zero[i] = load_zero<kBits>(*w_, row_[i], group);
     }
   }
 
@@ -293,16 +296,17 @@ class PlaneFragments {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t zero = kInteger ? slot.zero[i] : 0;
-      a[kLow0 + i] = Codes::value(slot.words[i], step, 0, zero, tables_);
-      a[kLow1 + i] = Codes::value(slot.words[i], step, 1, zero, tables_);
+      a[kLow0 + i] = Codes::value(slot.words[i], step, 0, zero, *tables_);
+      a[kLow1 + i] = Codes::value(slot.words[i], step, 1, zero, *tables_);
     }
   }
 
   BITFOLD_DEVICE Affine affine(const Slot& slot, int) const {
     const float* dynamic_map = nullptr;
-    if constexpr (kNested) dynamic_map = tables_.dynamic_map;
-    return {{slot.scale[0].value(w_, dynamic_map) * Codes::kUnit, slot.scale[1].value(w_, dynamic_map) * Codes::kUnit},
-            {0.0f, 0.0f}};
+    if constexpr (kNested) dynamic_map = tables_->dynamic_map;
+    return {
+        {slot.scale[0].value(*w_, dynamic_map) * Codes::kUnit, slot.scale[1].value(*w_, dynamic_map) * Codes::kUnit},
+        {0.0f, 0.0f}};
   }
 
  private:
@@ -322,8 +326,8 @@ class PlaneFragments {
     }
   }
 
-  const Matrix& w_;
-  const Tables& tables_;
+  const Matrix* w_;
+  const Tables* tables_;
   int64_t row_[2];
   const uint8_t* codes_[2];
 };
@@ -334,5 +338,17 @@ template <int Row, int Columns>
 class Fragments<Row, Columns> : public PlaneFragments<Row, Columns> {
   using PlaneFragments<Row, Columns>::PlaneFragments;
 };
+
+// Columns of the pieces that a format has, the widest first.
+template <int Row>
+struct PieceWidths : std::integer_sequence<int, 128, 64> {};
+template <>
+struct PieceWidths<kInt8> : std::integer_sequence<int, 64> {};
+template <>
+struct PieceWidths<kInt3> : std::integer_sequence<int, 64> {};
+template <>
+struct PieceWidths<kE4m3> : std::integer_sequence<int, 64> {};
+template <>
+struct PieceWidths<kE5m2> : std::integer_sequence<int, 64> {};
 
 }  // namespace bitfold::cuda

@@ -3,10 +3,14 @@
 #
 # A unit is a file csrc/cuda/<name>.cu, or <name>/<PART>: that file with BITFOLD_PART defined as PART, for kernels that have
 # too many instances for one unit.
-set(BITFOLD_CUDA_UNITS gpu)
+set(BITFOLD_CUDA_UNITS
+  gpu
+  linear_rows/kE4m3 linear_rows/kE5m2
+  linear_rows/kInt8 linear_rows/kInt4 linear_rows/kInt3 linear_rows/kInt2
+  linear_rows/kNf4 linear_rows/kFp4)
 # Those that promise the CPU's bytes: nvcc must not contract a multiplication and an addition.
 set(BITFOLD_CUDA_EXACT_UNITS)
-set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/unwritten.cpp)
+set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp csrc/cuda/unwritten.cpp)
 
 # The generated source of `unit`, which ends in `.extension`, into `out`.
 function(cuda_unit unit extension out)
