@@ -1,6 +1,6 @@
 #include "torch/border.hpp"
 
-#include <new>
+#include <cstdint>
 #include <stdexcept>
 
 namespace bitfold::border {
@@ -29,6 +29,9 @@ void check_size(const Format& format, int64_t n, int64_t k) {
          std::to_string(format.group));
   }
 }
+
+// Kernels for GPUs load 16 bytes at once.
+constexpr uintptr_t kGpuAlignment = 16;
 
 }  // namespace
 
@@ -70,16 +73,12 @@ DType float_dtype(ScalarType type, const std::string& what) {
   }
 }
 
-void require_cpu(const Tensor& tensor, const std::string& what) {
-  if (!tensor.is_cpu()) fail(what + " is on another device; it must be on the CPU like the other arguments");
-}
-
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
 }
 
-Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_text, int64_t n, int64_t k,
-                   const std::string& layout_text) {
+Weight read_weight(const Device& device, const std::vector<Tensor>& planes, const std::string& format_text, int64_t n,
+                   int64_t k, const std::string& layout_text) {
   const Format format = parse_format(format_text);
   const Layout layout = parse_layout(layout_text);
   check_size(format, n, k);
@@ -96,7 +95,7 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_
     const PlaneLaw& law = laws.items[i];
     const Tensor& plane = planes[i];
     const std::string what = "planes[" + std::to_string(i) + "] (" + std::string(law.name) + ")";
-    require_cpu(plane, what);
+    device.require(plane, what);
     if (plane.scalar_type() != scalar_type(law.dtype)) {
       fail(what + " is " + dtype_name(plane.scalar_type()) + "; for " + format_text + " it must be " +
            dtype_name(scalar_type(law.dtype)));
@@ -112,7 +111,12 @@ Weight read_weight(const std::vector<Tensor>& planes, const std::string& format_
            std::to_string(k) + " weight it must be " + shape_text(expected.data(), extent.dims));
     }
     if (!plane.is_contiguous()) fail(what + " is not contiguous; it must be");
-    set_plane(&w, law.plane, plane.const_data_ptr());
+    const void* data = plane.const_data_ptr();
+    if (device.gpu() && reinterpret_cast<uintptr_t>(data) % kGpuAlignment != 0) {
+      fail(what + " starts at byte " + std::to_string(reinterpret_cast<uintptr_t>(data)) +
+           "; on a GPU it must start at a multiple of " + std::to_string(kGpuAlignment) + ", as a clone of it does");
+    }
+    set_plane(&w, law.plane, data);
   }
   return w;
 }
@@ -150,21 +154,6 @@ MatrixIn read_matrix(const Tensor& tensor, const std::string& what, std::optiona
   if (walks || rows == 0) return {tensor.const_data_ptr(), dtype, rows, sizes[last], row_stride, strides[last]};
   *owner = torch::stable::contiguous(tensor);
   return {(*owner)->const_data_ptr(), dtype, rows, sizes[last], sizes[last], 1};
-}
-
-void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
-  struct Call {
-    RangeBody body;
-    void* context;
-  } call{body, context};
-  const AOTITorchError error = torch_parallel_for(
-      0, count, grain,
-      [](int64_t begin, int64_t end, void* opaque) {
-        const auto* inner = static_cast<const Call*>(opaque);
-        inner->body(inner->context, begin, end);
-      },
-      &call);
-  if (error != AOTI_TORCH_SUCCESS) throw std::bad_alloc();  // the only exception a kernel can raise
 }
 
 }  // namespace bitfold::border

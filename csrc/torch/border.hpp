@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "formats/args.hpp"
+#include "torch/device.hpp"
 
 namespace bitfold::border {
 
@@ -25,22 +26,18 @@ const char* dtype_name(ScalarType type);
 
 // fp32, bf16, fp16 or float64; else an error that names `what`.
 DType float_dtype(ScalarType type, const std::string& what);
-void require_cpu(const Tensor& tensor, const std::string& what);
 
 // An uninitialised tensor beside `like`.
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type);
 
-// Planes of an n x k weight, checked against the format's laws.
-Weight read_weight(const std::vector<Tensor>& planes, const std::string& format, int64_t n, int64_t k,
-                   const std::string& layout);
+// Planes of an n x k weight, checked against the format's laws; all on `device`.
+Weight read_weight(const Device& device, const std::vector<Tensor>& planes, const std::string& format, int64_t n,
+                   int64_t k, const std::string& layout);
 // New planes for an n x k weight, in the order of the laws, and where their bytes are.
 std::vector<Tensor> new_planes(const Tensor& like, const Format& format, int64_t n, int64_t k, PlanesOut* out);
 
 // A tensor of at least one dimension as rows: leading dimensions are flattened; `owner` keeps a copy alive where no
 // single stride walks over the rows.
 MatrixIn read_matrix(const Tensor& tensor, const std::string& what, std::optional<Tensor>* owner);
-
-// torch's thread pool.
-void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context);
 
 }  // namespace bitfold::border

@@ -1,8 +1,13 @@
-// Every torch op, its schema and its CPU kernel. docs/formats.md defines planes and layouts.
+// Every torch op: its schema, and what it does with torch's tensors on any device. docs/formats.md defines planes and
+// layouts.
+//
+// On a GPU linear, linear_grad_x, decode and embedding neither wait nor allocate but through torch, so that CUDA graphs
+// can capture them. What the others have to look at is copied to the host.
+#include <array>
 #include <cmath>
 #include <cstdio>
 
-#include "cpu/cpu.hpp"
+#include "cuda/plan.hpp"
 #include "torch/border.hpp"
 
 namespace bitfold {
@@ -10,7 +15,16 @@ namespace {
 
 using namespace border;
 
-STABLE_TORCH_LIBRARY(bitfold, library) {
+// torch.ops.bitfold, and the tests' torch.ops.bitfold_emulated.
+#if defined(BITFOLD_EMULATED)
+#define BITFOLD_NAMESPACE bitfold_emulated
+#else
+#define BITFOLD_NAMESPACE bitfold
+#endif
+#define BITFOLD_LIBRARY(name) STABLE_TORCH_LIBRARY(name, library)
+#define BITFOLD_LIBRARY_IMPL(name, key) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
+
+BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "encode(Tensor weight, str format, Tensor? nested_offset=None, bool clamp=False, Tensor? importance=None) -> "
       "Tensor[]");
@@ -26,6 +40,12 @@ STABLE_TORCH_LIBRARY(bitfold, library) {
   library.def(
       "embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") "
       "-> Tensor");
+}
+
+// Planes decide where an op runs.
+Device device_of(const std::vector<Tensor>& planes) {
+  if (planes.empty()) fail("planes is empty; it must hold the planes of the format");
+  return Device(planes[0], "planes[0]");
 }
 
 std::string scale_advice(const Format& format) {
@@ -67,14 +87,15 @@ void report(const EncodeStatus& status, const Format& format, const Tensor& weig
 }
 
 // The importance of k columns as fp32, checked.
-Tensor read_importance(const Tensor& importance, int64_t k) {
-  require_cpu(importance, "importance");
+Tensor read_importance(const Device& device, const Tensor& importance, int64_t k) {
+  device.require(importance, "importance");
   if (importance.scalar_type() != ScalarType::Float || importance.dim() != 1 || importance.size(0) != k) {
     fail("importance is a " + std::string(dtype_name(importance.scalar_type())) + " of shape " +
          shape_text(importance) + "; it must be a float32 of shape [" + std::to_string(k) + "]");
   }
   Tensor dense = torch::stable::contiguous(importance);
-  const auto* values = static_cast<const float*>(dense.const_data_ptr());
+  const Tensor host = device.host(dense);
+  const auto* values = static_cast<const float*>(host.const_data_ptr());
   bool some = k == 0;
   for (int64_t i = 0; i < k; ++i) {
     if (!std::isfinite(values[i]) || values[i] < 0.0f) {
@@ -91,19 +112,21 @@ std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text,
                            bool clamp, std::optional<Tensor> importance) {
   const Format format = parse_format(format_text);
   if (weight.dim() != 2) fail("weight has shape " + shape_text(weight) + "; it must have two dimensions");
-  require_cpu(weight, "weight");
+  const Device device(weight, "weight");
   std::optional<Tensor> owner;
   const MatrixIn matrix = read_matrix(weight, "weight", &owner);
   const float* offset = nullptr;
   if (nested_offset) {
     if (format.scale != Scale::Nested) fail("nested_offset is given; " + to_string(format) + " has no nested scales");
-    require_cpu(*nested_offset, "nested_offset");
+    device.require(*nested_offset, "nested_offset");
     if (nested_offset->scalar_type() != ScalarType::Float || nested_offset->numel() != 1) {
       fail("nested_offset is a " + std::string(dtype_name(nested_offset->scalar_type())) + " of shape " +
            shape_text(*nested_offset) + "; it must be one float32");
     }
     offset = static_cast<const float*>(nested_offset->const_data_ptr());
-    if (!std::isfinite(*offset)) fail("nested_offset is " + std::to_string(*offset) + "; it must be finite");
+    const Tensor host = device.host(*nested_offset);
+    const float value = *static_cast<const float*>(host.const_data_ptr());
+    if (!std::isfinite(value)) fail("nested_offset is " + std::to_string(value) + "; it must be finite");
   }
   if (clamp && format.info().grid != Grid::Cast && !format.is_block())
     fail("clamp is True; it must be False for " + to_string(format) + ", whose scales fit the weights");
@@ -111,55 +134,54 @@ std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text,
   if (importance) {
     if (!format.is_block())
       fail("importance is given; for " + to_string(format) + " it must be None: only GGUF's blocks use it");
-    dense_importance = read_importance(*importance, matrix.columns);
+    dense_importance = read_importance(device, *importance, matrix.columns);
   }
   PlanesOut out{};
   std::vector<Tensor> planes = new_planes(weight, format, matrix.rows, matrix.columns, &out);
   const auto* columns = dense_importance ? static_cast<const float*>(dense_importance->const_data_ptr()) : nullptr;
-  report(cpu::encode({format, matrix, out, clamp, offset, columns, parallel_for}), format, weight);
+  report(device.encode({format, matrix, out, clamp, offset, columns, nullptr}), format, weight);
   return planes;
 }
 
 Tensor decode(const std::vector<Tensor>& planes, const std::string& format, int64_t n, int64_t k, ScalarType dtype,
               const std::string& layout) {
-  const Weight w = read_weight(planes, format, n, k, layout);
+  const Device device = device_of(planes);
+  const Weight w = read_weight(device, planes, format, n, k, layout);
   const DType target = float_dtype(dtype, "dtype");
   Tensor out = empty_beside(planes[0], {n, k}, dtype);
-  cpu::decode({w, nullptr, n, target, out.mutable_data_ptr(), parallel_for});
+  device.decode({w, nullptr, n, target, out.mutable_data_ptr(), nullptr});
   return out;
 }
 
 Tensor embedding(const Tensor& ids, const std::vector<Tensor>& planes, const std::string& format, int64_t n, int64_t k,
                  ScalarType dtype, const std::string& layout) {
-  const Weight w = read_weight(planes, format, n, k, layout);
+  const Device device = device_of(planes);
+  const Weight w = read_weight(device, planes, format, n, k, layout);
   const DType target = float_dtype(dtype, "dtype");
-  require_cpu(ids, "ids");
-  const bool wide = ids.scalar_type() == ScalarType::Long;
-  if (!wide && ids.scalar_type() != ScalarType::Int) {
+  device.require(ids, "ids");
+  if (ids.scalar_type() != ScalarType::Long && ids.scalar_type() != ScalarType::Int) {
     fail(std::string("ids is ") + dtype_name(ids.scalar_type()) + "; it must be int64 or int32");
   }
-  const Tensor dense = torch::stable::contiguous(ids);
-  const int64_t count = dense.numel();
-  std::vector<int64_t> rows(static_cast<size_t>(count));
-  const void* data = dense.const_data_ptr();
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t id = wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-    if (id < 0 || id >= n)
-      fail("ids holds " + std::to_string(id) + "; it must be at least 0 and below " + std::to_string(n));
-    rows[static_cast<size_t>(i)] = id;
+  const Tensor rows = torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long));
+  const auto* data = static_cast<const int64_t*>(rows.const_data_ptr());
+  const int64_t count = rows.numel();
+  for (int64_t i = 0; i < count && !device.gpu(); ++i) {  // a GPU's kernel looks itself
+    if (data[i] < 0 || data[i] >= n)
+      fail("ids holds " + std::to_string(data[i]) + "; it must be at least 0 and below " + std::to_string(n));
   }
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(k);
   Tensor out = torch::stable::new_empty(ids, {shape.data(), shape.size()}, dtype);
-  cpu::decode({w, rows.data(), count, target, out.mutable_data_ptr(), parallel_for});
+  device.decode({w, data, count, target, out.mutable_data_ptr(), nullptr});
   return out;
 }
 
 // ---- logical codes <-> bit streams ----
 
 // A logical plane of codes or zeros: uint8, below 2^bits.
-Tensor logical_codes(const Tensor& tensor, const std::string& what, int bits, int64_t rows, int64_t columns) {
-  require_cpu(tensor, what);
+Tensor logical_codes(const Device& device, const Tensor& tensor, const std::string& what, int bits, int64_t rows,
+                     int64_t columns) {
+  device.require(tensor, what);
   if (tensor.scalar_type() != ScalarType::Byte)
     fail(what + " is " + dtype_name(tensor.scalar_type()) + "; it must be uint8");
   if (tensor.dim() != 2 || tensor.size(0) != rows || tensor.size(1) != columns) {
@@ -167,7 +189,8 @@ Tensor logical_codes(const Tensor& tensor, const std::string& what, int bits, in
          std::to_string(columns) + "]");
   }
   Tensor dense = torch::stable::contiguous(tensor);
-  const auto* codes = static_cast<const uint8_t*>(dense.const_data_ptr());
+  const Tensor host = device.host(dense);
+  const auto* codes = static_cast<const uint8_t*>(host.const_data_ptr());
   for (int64_t i = 0; i < rows * columns; ++i) {
     if (codes[i] >> bits != 0) {
       fail(what + " holds " + std::to_string(codes[i]) + "; it must be between 0 and " +
@@ -191,6 +214,7 @@ std::vector<Tensor> pack(const Tensor& codes, std::optional<Tensor> scales, std:
   const Format format = parse_format(format_text);
   const std::string name = to_string(format);
   if (codes.dim() != 2) fail("codes has shape " + shape_text(codes) + "; it must have two dimensions");
+  const Device device(codes, "codes");
   const int64_t n = codes.size(0), k = codes.size(1);
   const bool cast = format.info().grid == Grid::Cast;
   require_planes(format);
@@ -210,25 +234,26 @@ std::vector<Tensor> pack(const Tensor& codes, std::optional<Tensor> scales, std:
   } else {
     PlanesOut out{};
     planes = new_planes(codes, format, n, k, &out);
-    const Tensor logical = logical_codes(codes, "codes", format.bits(), n, k);
+    const Tensor logical = logical_codes(device, codes, "codes", format.bits(), n, k);
     Tensor logical_zeros = codes;
     if (has_zeros) {
-      logical_zeros =
-          logical_codes(*zeros, "zeros", format.bits(), format.group == kPerTensor ? 1 : n, groups_in_row(format, k));
+      logical_zeros = logical_codes(device, *zeros, "zeros", format.bits(), format.group == kPerTensor ? 1 : n,
+                                    groups_in_row(format, k));
     }
-    cpu::pack({format, Layout::Rows, n, k, static_cast<uint8_t*>(logical.mutable_data_ptr()),
-               has_zeros ? static_cast<uint8_t*>(logical_zeros.mutable_data_ptr()) : nullptr,
-               static_cast<uint8_t*>(out.codes), out.zeros, parallel_for});
+    device.pack({format, Layout::Rows, n, k, static_cast<uint8_t*>(logical.mutable_data_ptr()),
+                 has_zeros ? static_cast<uint8_t*>(logical_zeros.mutable_data_ptr()) : nullptr,
+                 static_cast<uint8_t*>(out.codes), out.zeros, nullptr});
     planes[kScales] = plain_copy(*scales);
     for (size_t i = 0; i < nested.size(); ++i) planes[planes.size() - nested.size() + i] = plain_copy(nested[i]);
   }
-  read_weight(planes, format_text, n, k, "rows");
+  read_weight(device, planes, format_text, n, k, "rows");
   return planes;
 }
 
 std::vector<Tensor> unpack(const std::vector<Tensor>& planes, const std::string& format_text, int64_t n, int64_t k,
                            const std::string& layout) {
-  const Weight w = read_weight(planes, format_text, n, k, layout);
+  const Device device = device_of(planes);
+  const Weight w = read_weight(device, planes, format_text, n, k, layout);
   require_planes(w.format);
   std::vector<Tensor> logical;
   if (w.format.info().grid == Grid::Cast) {
@@ -244,17 +269,17 @@ std::vector<Tensor> unpack(const std::vector<Tensor>& planes, const std::string&
                              : plain_copy(planes[i]));
     if (packed) zeros = static_cast<uint8_t*>(logical.back().mutable_data_ptr());
   }
-  cpu::unpack({w.format, w.layout, n, k, static_cast<uint8_t*>(logical[0].mutable_data_ptr()), zeros,
-               static_cast<uint8_t*>(const_cast<void*>(w.codes)), const_cast<uint8_t*>(w.zeros), parallel_for});
+  device.unpack({w.format, w.layout, n, k, static_cast<uint8_t*>(logical[0].mutable_data_ptr()), zeros,
+                 static_cast<uint8_t*>(const_cast<void*>(w.codes)), const_cast<uint8_t*>(w.zeros), nullptr});
   return logical;
 }
 
 // ---- products ----
 
 // x or grad: rows of `columns` numbers.
-MatrixIn activations(const Tensor& x, const char* what, const char* width, int64_t columns,
+MatrixIn activations(const Device& device, const Tensor& x, const char* what, const char* width, int64_t columns,
                      std::optional<Tensor>* owner) {
-  require_cpu(x, what);
+  device.require(x, what);
   if (x.dim() < 1 || x.size(x.dim() - 1) != columns) {
     fail(std::string(what) + " has shape " + shape_text(x) + "; its last dimension must be " + width + " = " +
          std::to_string(columns));
@@ -268,15 +293,30 @@ Tensor empty_rows(const Tensor& x, int64_t columns) {
   return torch::stable::new_empty(x, {shape.data(), shape.size()}, x.scalar_type());
 }
 
+// torch's product with the decoded weight, or with the weight itself where it is stored in x's dtype.
+Tensor matmul(const Device& device, const Tensor& x, const Weight& w, const Tensor& plane,
+              const std::optional<Tensor>& bias) {
+  Tensor decoded = plane;
+  if (w.format.info().grid != Grid::Cast || plane.scalar_type() != x.scalar_type()) {
+    decoded = empty_beside(x, {w.n, w.k}, x.scalar_type());
+    device.decode({w, nullptr, w.n, float_dtype(x.scalar_type(), "x"), decoded.mutable_data_ptr(), nullptr});
+  }
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(decoded),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
 Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::string& format, int64_t n, int64_t k,
               std::optional<Tensor> bias, const std::string& layout, const std::string& activations_text) {
-  const Weight w = read_weight(planes, format, n, k, layout);
+  const Device device = device_of(planes);
+  const Weight w = read_weight(device, planes, format, n, k, layout);
   const Activations kind = parse_activations(activations_text, w.format);
   std::optional<Tensor> x_owner;
-  const MatrixIn rows = activations(x, "x", "k", k, &x_owner);
+  const MatrixIn rows = activations(device, x, "x", "k", k, &x_owner);
   std::optional<Tensor> dense_bias;
   if (bias) {
-    require_cpu(*bias, "bias");
+    device.require(*bias, "bias");
     if (bias->scalar_type() != x.scalar_type()) {
       fail(std::string("bias is ") + dtype_name(bias->scalar_type()) + "; it must be " + dtype_name(x.scalar_type()) +
            " like x");
@@ -285,22 +325,28 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
       fail("bias has shape " + shape_text(*bias) + "; it must be [" + std::to_string(n) + "]");
     dense_bias = torch::stable::contiguous(*bias);
   }
+  if (device.gpu() && kind != Activations::Float)
+    fail("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
+  if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul)
+    return matmul(device, x, w, planes[0], dense_bias);
   Tensor y = empty_rows(x, n);
-  cpu::linear({w, rows, dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), parallel_for, kind});
+  device.linear({w, rows, dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), nullptr, kind}, x);
   return y;
 }
 
 Tensor linear_grad_x(const Tensor& grad, const std::vector<Tensor>& planes, const std::string& format, int64_t n,
                      int64_t k, const std::string& layout) {
-  const Weight w = read_weight(planes, format, n, k, layout);
+  const Device device = device_of(planes);
+  const Weight w = read_weight(device, planes, format, n, k, layout);
   std::optional<Tensor> owner;
-  const MatrixIn rows = activations(grad, "grad", "n", n, &owner);
+  const MatrixIn rows = activations(device, grad, "grad", "n", n, &owner);
   Tensor dx = empty_rows(grad, k);
-  cpu::linear_grad_x({w, rows, dx.mutable_data_ptr(), parallel_for});
+  device.linear_grad_x({w, rows, dx.mutable_data_ptr(), nullptr});
   return dx;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, library) {
+template <class Library>
+void implement(Library& library) {
   library.impl("encode", TORCH_BOX(&encode));
   library.impl("decode", TORCH_BOX(&decode));
   library.impl("pack", TORCH_BOX(&pack));
@@ -309,6 +355,10 @@ STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, library) {
   library.impl("linear_grad_x", TORCH_BOX(&linear_grad_x));
   library.impl("embedding", TORCH_BOX(&embedding));
 }
+
+// With CUDA's key also where there are no kernels for it: Device says so in a sentence.
+BITFOLD_LIBRARY_IMPL(BITFOLD_NAMESPACE, CPU) { implement(library); }
+BITFOLD_LIBRARY_IMPL(BITFOLD_NAMESPACE, CUDA) { implement(library); }
 
 }  // namespace
 }  // namespace bitfold

@@ -1,0 +1,116 @@
+#include "torch/device.hpp"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <new>
+#include <utility>
+
+#include "cpu/cpu.hpp"
+#include "cuda/cuda.hpp"
+#include "torch/border.hpp"
+#include "torch/stream.hpp"
+
+namespace bitfold::border {
+namespace {
+
+#if defined(BITFOLD_EMULATED)
+constexpr bool kEmulated = true, kCuda = true;
+#elif defined(BITFOLD_HAVE_CUDA)
+constexpr bool kEmulated = false, kCuda = true;
+#else
+constexpr bool kEmulated = false, kCuda = false;
+#endif
+
+// torch's thread pool.
+void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
+  struct Call {
+    RangeBody body;
+    void* context;
+  } call{body, context};
+  const AOTITorchError error = torch_parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* opaque) {
+        const auto* inner = static_cast<const Call*>(opaque);
+        inner->body(inner->context, begin, end);
+      },
+      &call);
+  if (error != AOTI_TORCH_SUCCESS) throw std::bad_alloc();  // the only exception a kernel can raise
+}
+
+std::string name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "the CPU";
+  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another kind of device";
+}
+
+// One of the two, where this module has both.
+template <class OnGpu, class OnCpu>
+auto on(bool gpu, const OnGpu& on_gpu, const OnCpu& on_cpu) {
+  if constexpr (kEmulated) return on_gpu();
+  else if constexpr (kCuda) return gpu ? on_gpu() : on_cpu();
+  else return on_cpu();
+}
+
+}  // namespace
+
+Device::Device(const Tensor& tensor, std::string what)
+    : what_(std::move(what)), cuda_(tensor.is_cuda()), gpu_(cuda_ || kEmulated) {
+  if (!cuda_ && !tensor.is_cpu()) fail(what_ + " is on " + name(tensor) + "; it must be on the CPU or a CUDA device");
+  if (!cuda_) return;
+  if constexpr (!kCuda || kEmulated) {
+    fail(what_ + " is on " + name(tensor) +
+         ", and this build of bitfold has kernels for the CPU alone; it must be on the " +
+         "CPU, or bitfold built with BITFOLD_CUDA=on");
+  }
+  index_ = tensor.get_device_index();
+  guard_.emplace(index_);
+  stream_ = current_stream(index_);
+}
+
+void Device::require(const Tensor& tensor, const std::string& what) const {
+  if (tensor.is_cuda() == cuda_ && tensor.is_cpu() != cuda_ && (!cuda_ || tensor.get_device_index() == index_)) return;
+  fail(what + " is on " + name(tensor) + "; it must be on " + (cuda_ ? "cuda:" + std::to_string(index_) : "the CPU") +
+       " like " + what_);
+}
+
+Tensor Device::host(const Tensor& tensor) const {
+  if (!cuda_) return tensor;
+  return torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+EncodeStatus Device::encode(EncodeArgs args) const {
+  args.parallel_for = parallel_for;
+  return on(gpu_, [&] { return cuda::encode(args, stream_); }, [&] { return cpu::encode(args); });
+}
+
+void Device::decode(DecodeArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, [&] { cuda::decode(args, stream_); }, [&] { cpu::decode(args); });
+}
+
+void Device::pack(PackArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, [&] { cuda::pack(args, stream_); }, [&] { cpu::pack(args); });
+}
+
+void Device::unpack(PackArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, [&] { cuda::unpack(args, stream_); }, [&] { cpu::unpack(args); });
+}
+
+void Device::linear(LinearArgs args, const Tensor& like) const {
+  args.parallel_for = parallel_for;
+  on(
+      gpu_,
+      [&] {
+        const Tensor workspace = empty_beside(like, {cuda::linear_workspace(args)}, ScalarType::Byte);
+        cuda::linear(args, workspace.mutable_data_ptr(), stream_);
+      },
+      [&] { cpu::linear(args); });
+}
+
+void Device::linear_grad_x(LinearGradArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, [&] { cuda::linear_grad_x(args, stream_); }, [&] { cpu::linear_grad_x(args); });
+}
+
+}  // namespace bitfold::border

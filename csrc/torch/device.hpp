@@ -1,0 +1,45 @@
+// The device that an op runs on, that of its tensors, and the kernels there. In the tests' module the kernels for GPUs
+// run on the CPU's tensors, through the emulator (BITFOLD_EMULATED).
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "formats/args.hpp"
+
+namespace bitfold::border {
+
+using torch::stable::Tensor;
+
+class Device {
+ public:
+  // The device of `tensor`, which messages call `what`. It is the current one for as long as this lives.
+  Device(const Tensor& tensor, std::string what);
+
+  // An error unless `tensor` is on this device too.
+  void require(const Tensor& tensor, const std::string& what) const;
+  // Whether kernels for GPUs run here.
+  bool gpu() const { return gpu_; }
+  // The same numbers where the border can read them, which on a GPU waits for it.
+  Tensor host(const Tensor& tensor) const;
+
+  EncodeStatus encode(EncodeArgs args) const;
+  void decode(DecodeArgs args) const;
+  void pack(PackArgs args) const;
+  void unpack(PackArgs args) const;
+  void linear(LinearArgs args, const Tensor& like) const;  // `like`: workspace is allocated beside it
+  void linear_grad_x(LinearGradArgs args) const;
+
+ private:
+  std::string what_;
+  int32_t index_ = 0;
+  bool cuda_;
+  bool gpu_;
+  void* stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+}  // namespace bitfold::border
