@@ -9,6 +9,6 @@ if(NOT TARGET bitfold_cuda_emulator)
     csrc/cuda/emulator/warp.cpp)
   target_link_libraries(bitfold_cuda_emulator PUBLIC bitfold_options)
   target_compile_options(bitfold_cuda_emulator
-    PRIVATE -g -fno-sanitize=all
-    INTERFACE -g -Wno-unknown-pragmas)  # kernels: #pragma unroll
+    PRIVATE -fno-sanitize=all
+    INTERFACE -Wno-unknown-pragmas)  # of nvcc: unroll
 endif()
