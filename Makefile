@@ -8,7 +8,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CPP_FILES = $(shell find csrc bench tests/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+CPP_FILES = $(shell find csrc bench tests/cuda tests/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
 .PHONY: setup demo docs test test-kernels lint format clean distclean

@@ -9,6 +9,6 @@ if(NOT TARGET bitfold_cuda_emulator)
     csrc/cuda/emulator/warp.cpp)
   target_link_libraries(bitfold_cuda_emulator PUBLIC bitfold_options)
   target_compile_options(bitfold_cuda_emulator
-    PRIVATE -fno-sanitize=all
+    PRIVATE -O2 -fno-sanitize=all
     INTERFACE -Wno-unknown-pragmas)  # of nvcc: unroll
 endif()

@@ -275,6 +275,17 @@ Config& config() {
   return values;
 }
 
+Config schedule(int number) {
+  constexpr Delivery kDeliveries[] = {Delivery::Late, Delivery::Early, Delivery::Random};
+  constexpr uint8_t kPoisons[] = {0xff, 0x00, 0x5a};
+  Config values;
+  values.seed = static_cast<uint64_t>(number) + 1;
+  values.order = number % 4 == 0 ? Order::Sequential : Order::Priority;
+  values.delivery = kDeliveries[number % 3];
+  values.poison = kPoisons[number % 3];
+  return values;
+}
+
 uint64_t random_bits() {  // splitmix64
   uint64_t z = (random_state += 0x9e3779b97f4a7c15u);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;

@@ -35,6 +35,10 @@ struct Config {
 };
 Config& config();
 
+// The schedules to test a kernel with: any three in a row have a late, an early and a random delivery, two orders and
+// three poisons. A correct kernel gives the same bits in all of them.
+Config schedule(int number);
+
 // ---- a launch ----
 
 struct Shape {

@@ -1,9 +1,6 @@
 // What the instructions of a warp compute: shuffles, votes, ldmatrix, mma. The layouts are in gpu/ptx_mma.hpp.
-#include <algorithm>
-#include <array>
-#include <bit>
-#include <cstring>
 #include <string>
+#include <vector>
 
 #include "cuda/emulator/block.hpp"
 #include "cuda/emulator/runtime.hpp"
@@ -100,67 +97,68 @@ struct Multiply {
   bool zero;
 };
 
+// Values of one register, as the doubles that the sums are made in.
 struct F16 {
-  using Value = double;
-  using Sum = float;
-  static double value(uint32_t r, int i) {
-    static const auto table = [] {
-      auto values = std::make_unique<std::array<float, 65536>>();
-      for (uint32_t code = 0; code < 65536; ++code) (*values)[code] = half_to_float(static_cast<uint16_t>(code));
-      return values;
-    }();
-    return (*table)[r >> 16 * i & 0xffffu];
-  }
+  static constexpr int kEach = 2;
+  static double value(uint32_t r, int i) { return kTable[r >> 16 * i & 0xffffu]; }
+  static const std::vector<float> kTable;
 };
+const std::vector<float> F16::kTable = [] {
+  std::vector<float> values(65536);
+  for (uint32_t code = 0; code < values.size(); ++code) values[code] = half_to_float(static_cast<uint16_t>(code));
+  return values;
+}();
 struct Bf16 {
-  using Value = double;
-  using Sum = float;
+  static constexpr int kEach = 2;
   static double value(uint32_t r, int i) { return bf16_to_float(static_cast<uint16_t>(r >> 16 * i)); }
 };
 struct S8 {
-  using Value = int32_t;
-  using Sum = int32_t;
-  static int32_t value(uint32_t r, int i) { return static_cast<int8_t>(r >> 8 * i); }
+  static constexpr int kEach = 4;
+  static double value(uint32_t r, int i) { return static_cast<int8_t>(r >> 8 * i); }
 };
 
-template <class T, int Each>  // values in a register
+using Pair [[gnu::vector_size(16), gnu::may_alias]] = double;  // of neighbouring columns
+
+void add(float& sum, double product, bool zero) {
+  sum = static_cast<float>((zero ? 0.0 : static_cast<double>(sum)) + product);
+}
+void add(int32_t& sum, double product, bool zero) {  // wraps around
+  sum = static_cast<int32_t>(static_cast<uint32_t>(zero ? 0 : sum) +
+                             static_cast<uint32_t>(static_cast<int64_t>(product)));
+}
+
+template <class T, class Sum>
 void multiply(void* const (&arguments)[32], uint32_t) {
-  using Value = typename T::Value;
-  using Sum = typename T::Sum;
-  constexpr int kK = 8 * Each;
-  Value a[16][kK], b[kK][8], d[16][8] = {};
+  constexpr int kEach = T::kEach;
+  constexpr int kK = 8 * kEach;
+  double a[16][kK];
+  alignas(16) double b[kK][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Multiply& m = argument<Multiply>(arguments, lane);
     const int g = lane / 4, t = lane % 4;
-    for (int r = 0; r < 4; ++r) {
-      for (int i = 0; i < Each; ++i) a[g + 8 * (r & 1)][Each * t + i + 4 * Each * (r >> 1)] = T::value(m.a[r], i);
-    }
-    for (int r = 0; r < 2; ++r) {
-      for (int i = 0; i < Each; ++i) b[Each * t + i + 4 * Each * r][g] = T::value(m.b[r], i);
+    for (int i = 0; i < kEach; ++i) {
+      for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][kEach * (t + 4 * (r >> 1)) + i] = T::value(m.a[r], i);
+      for (int r = 0; r < 2; ++r) b[kEach * (t + 4 * r) + i][g] = T::value(m.b[r], i);
     }
   }
+  Pair d[16][4];
   for (int row = 0; row < 16; ++row) {
+    Pair sums[4] = {};
     for (int k = 0; k < kK; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+      const Pair* columns = reinterpret_cast<const Pair*>(b[k]);
+      for (int j = 0; j < 4; ++j) sums[j] += a[row][k] * columns[j];
     }
+    for (int j = 0; j < 4; ++j) d[row][j] = sums[j];
   }
   for (int lane = 0; lane < 32; ++lane) {
     const Multiply& m = argument<Multiply>(arguments, lane);
     const int g = lane / 4, t = lane % 4;
-    auto* sums = static_cast<Sum*>(m.d);
-    for (int r = 0; r < 4; ++r) {
-      const Value product = d[g + 8 * (r >> 1)][2 * t + (r & 1)];
-      if constexpr (std::is_same_v<Sum, int32_t>) {  // wraps around
-        sums[r] = static_cast<int32_t>(static_cast<uint32_t>(m.zero ? 0 : sums[r]) + static_cast<uint32_t>(product));
-      } else {
-        sums[r] = static_cast<float>((m.zero ? 0.0 : static_cast<double>(sums[r])) + product);
-      }
-    }
+    for (int r = 0; r < 4; ++r) add(static_cast<Sum*>(m.d)[r], d[g + 8 * (r >> 1)][t][r & 1], m.zero);
   }
 }
-constexpr WarpOp kMultiply[] = {{"mma_f16", true, false, multiply<F16, 2>},
-                                {"mma_bf16", true, false, multiply<Bf16, 2>},
-                                {"mma_s8", true, false, multiply<S8, 4>}};
+constexpr WarpOp kMultiply[] = {{"mma_f16", true, false, multiply<F16, float>},
+                                {"mma_bf16", true, false, multiply<Bf16, float>},
+                                {"mma_s8", true, false, multiply<S8, int32_t>}};
 
 }  // namespace
 

@@ -1,0 +1,204 @@
+// ldmatrix and mma against matrices that are laid out here from the tables of the PTX ISA, and plain loops.
+#include <cmath>
+#include <random>
+
+#include "emulator_tests.hpp"
+#include "formats/numeric.hpp"
+
+namespace bitfold::cuda::test {
+namespace {
+
+// ---- ldmatrix ----
+
+struct Matrices {
+  alignas(16) uint16_t row[32][8];  // four of 8 x 8
+};
+struct Loaded {
+  uint32_t x4[4], x4_trans[4], x2[2], x2_trans[2];
+};
+
+__global__ void load_matrices(const uint16_t* in, Loaded* out) {
+  Matrices& s = shared<Matrices>();
+  for (int i = 0; i < 8; ++i) s.row[threadIdx.x][i] = in[8 * threadIdx.x + static_cast<unsigned>(i)];
+  ptx::sync_warp();
+  Loaded& mine = out[threadIdx.x];
+  ptx::ldmatrix_x4(mine.x4, s.row[threadIdx.x]);
+  ptx::ldmatrix_x4_trans(mine.x4_trans, s.row[threadIdx.x]);
+  // The last 16 lanes' addresses don't matter.
+  ptx::ldmatrix_x2(mine.x2, threadIdx.x < 16 ? static_cast<const void*>(s.row[threadIdx.x]) : nullptr);
+  ptx::ldmatrix_x2_trans(mine.x2_trans, s.row[threadIdx.x % 16]);
+}
+
+CASE(ldmatrix_gives_each_lane_its_pairs) {
+  std::vector<uint16_t> in(256);
+  for (size_t i = 0; i < 256; ++i) in[i] = static_cast<uint16_t>(1000 + 77 * i);
+  const auto pair = [&](int matrix, int row, int column, int row_step, int column_step) {
+    const auto one = [&](int r, int c) { return uint32_t{in[static_cast<size_t>(64 * matrix + 8 * r + c)]}; };
+    return one(row, column) | one(row + row_step, column + column_step) << 16;
+  };
+  under_schedules(4, [&] {
+    std::vector<Loaded> out(32);
+    launch({dim3(1), dim3(32), sizeof(Matrices), "load_matrices", nullptr}, load_matrices, in.data(), out.data());
+    for (int row = 0; row < 8; ++row) {
+      for (int column = 0; column < 8; column += 2) {  // lane 4 row + column / 2
+        const Loaded& lane = out[static_cast<size_t>(4 * row + column / 2)];
+        for (int m = 0; m < 4; ++m) {
+          expect(lane.x4[m] == pair(m, row, column, 0, 1), "x4");
+          expect(lane.x4_trans[m] == pair(m, column, row, 1, 0), "x4_trans");
+        }
+        for (int m = 0; m < 2; ++m) {
+          expect(lane.x2[m] == pair(m, row, column, 0, 1), "x2");
+          expect(lane.x2_trans[m] == pair(m, column, row, 1, 0), "x2_trans");
+        }
+      }
+    }
+  });
+}
+
+__global__ void load_wrongly(int offset) {
+  uint32_t r[4];
+  ptx::ldmatrix_x4(r, reinterpret_cast<uint8_t*>(&shared<Matrices>()) + offset);
+}
+
+CASE(ldmatrix_checks_its_addresses) {
+  const auto load = [](int offset) {
+    launch({dim3(1), dim3(32), sizeof(Matrices), "load_wrongly", nullptr}, load_wrongly, offset);
+  };
+  load(496);
+  expect_error([&] { load(8); }, {"an address of 16 bytes is aligned to 8"});
+  expect_error([&] { load(512); }, {"ldmatrix at byte 512 of 512 of shared memory"});
+}
+
+// ---- mma ----
+
+// Where element (row, k) of A, (k, column) of B and (row, column) of D lie, `each` to a register.
+struct Spot {
+  int lane, r, part;
+};
+Spot spot_a(int row, int k, int each) {
+  return {row % 8 * 4 + k % (4 * each) / each, row / 8 + 2 * (k / (4 * each)), k % each};
+}
+Spot spot_b(int k, int column, int each) { return {column * 4 + k % (4 * each) / each, k / (4 * each), k % each}; }
+Spot spot_d(int row, int column) { return {row % 8 * 4 + column / 2, row / 8 * 2 + column % 2, 0}; }
+
+template <class Sum>
+struct Registers {
+  uint32_t a[32][4] = {}, b[32][2] = {};
+  Sum d[32][4] = {};
+};
+
+template <class Sum>
+__global__ void multiply(Registers<Sum>* all, int kind, bool zero) {
+  auto& d = all->d[threadIdx.x];
+  const auto& a = all->a[threadIdx.x];
+  const auto& b = all->b[threadIdx.x];
+  if constexpr (std::is_same_v<Sum, int>) {
+    zero ? ptx::mma_s8_zero(d, a, b) : ptx::mma_s8(d, a, b);
+  } else if (kind == 0) {
+    zero ? ptx::mma_f16_zero(d, a, b) : ptx::mma_f16(d, a, b);
+  } else {
+    zero ? ptx::mma_bf16_zero(d, a, b) : ptx::mma_bf16(d, a, b);
+  }
+}
+
+// Multiplies matrices whose elements `draw` gives as codes that mean `value`; returns the largest relative distance to
+// sums in float64, over the sum of absolute products.
+template <class Sum>
+double multiply_and_compare(int kind, int each, bool zero, const std::function<uint32_t()>& draw,
+                            const std::function<double(uint32_t)>& value, const std::function<Sum()>& draw_sum) {
+  const int depth = 8 * each, bits = 32 / each;
+  Registers<Sum> registers;
+  double a[16][32], b[32][8], c[16][8];
+  for (int k = 0; k < depth; ++k) {
+    for (int row = 0; row < 16; ++row) {
+      const uint32_t code = draw();
+      const Spot s = spot_a(row, k, each);
+      registers.a[s.lane][s.r] |= code << bits * s.part;
+      a[row][k] = value(code);
+    }
+    for (int column = 0; column < 8; ++column) {
+      const uint32_t code = draw();
+      const Spot s = spot_b(k, column, each);
+      registers.b[s.lane][s.r] |= code << bits * s.part;
+      b[k][column] = value(code);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      const Spot s = spot_d(row, column);
+      registers.d[s.lane][s.r] = draw_sum();
+      c[row][column] = zero ? 0.0 : static_cast<double>(registers.d[s.lane][s.r]);
+    }
+  }
+  launch({dim3(1), dim3(32), 0, "multiply", nullptr}, multiply<Sum>, &registers, kind, zero);
+  double worst = 0;
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      double sum = c[row][column], size = std::fabs(sum);
+      for (int k = 0; k < depth; ++k) {
+        sum += a[row][k] * b[k][column];
+        size += std::fabs(a[row][k] * b[k][column]);
+      }
+      const Spot s = spot_d(row, column);
+      worst = std::max(worst, std::fabs(static_cast<double>(registers.d[s.lane][s.r]) - sum) / std::max(size, 1e-300));
+    }
+  }
+  return worst;
+}
+
+uint32_t small_integer(std::mt19937& random, bool half) {
+  const auto number = static_cast<float>(static_cast<int>(random() % 33) - 16);
+  return half ? float_to_half(number) : float_to_bf16(number);
+}
+
+CASE(mma_of_floats_is_exact_for_small_integers_and_near_for_others) {
+  std::mt19937 random(1);
+  const std::function<float()> sums = [&] { return static_cast<float>(static_cast<int>(random() % 2001) - 1000); };
+  under_schedules(3, [&] {
+    for (const bool zero : {false, true}) {
+      for (const bool half : {true, false}) {
+        const auto value = [&](uint32_t code) -> double {
+          return half ? half_to_float(static_cast<uint16_t>(code)) : bf16_to_float(static_cast<uint16_t>(code));
+        };
+        const auto integers = [&] { return small_integer(random, half); };
+        expect(multiply_and_compare<float>(half ? 0 : 1, 2, zero, integers, value, sums) == 0, "integers");
+        const auto any = [&]() -> uint32_t {  // finite, over many binades
+          const float x =
+              std::ldexp(static_cast<float>(random() % 2048) - 1024.0f, static_cast<int>(random() % 24) - 20);
+          return half ? float_to_half(x) : float_to_bf16(x);
+        };
+        expect(multiply_and_compare<float>(half ? 0 : 1, 2, zero, any, value, sums) < 1.0 / (1 << 24), "floats");
+      }
+    }
+  });
+}
+
+CASE(mma_of_bytes_is_exact) {
+  std::mt19937 random(2);
+  const std::function<int()> sums = [&] { return static_cast<int>(random() % 200001) - 100000; };
+  const auto value = [](uint32_t code) -> double { return static_cast<int8_t>(code); };
+  under_schedules(3, [&] {
+    for (const bool zero : {false, true}) {
+      expect(multiply_and_compare<int>(0, 4, zero, [&] { return random() & 255u; }, value, sums) == 0, "bytes");
+      expect(multiply_and_compare<int>(0, 4, zero, [&] { return 128u; }, value, sums) == 0, "smallest");
+    }
+  });
+}
+
+CASE(mma_knows_subnormals_infinities_and_nan) {
+  Registers<float> registers;
+  const auto put = [&](int k, uint32_t a, uint32_t b, int row) {
+    const Spot s = spot_a(row, k, 2), t = spot_b(k, 0, 2);
+    registers.a[s.lane][s.r] |= a << 16 * s.part;
+    registers.b[t.lane][t.r] |= b << 16 * t.part;
+  };
+  put(0, 0x0001, 0x3c00, 0);  // 2^-24
+  put(0, 0x7c00, 0, 1);       // infinity
+  put(1, 0x7c00, 0, 2);       // infinity times zero
+  launch({dim3(1), dim3(32), 0, "multiply", nullptr}, multiply<float>, &registers, 0, true);
+  const auto d = [&](int row) { return registers.d[spot_d(row, 0).lane][spot_d(row, 0).r]; };
+  expect(d(0) == std::ldexp(1.0f, -24) && d(1) == INFINITY && std::isnan(d(2)) && d(3) == 0, "special values");
+}
+
+}  // namespace
+}  // namespace bitfold::cuda::test

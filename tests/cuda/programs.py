@@ -1,0 +1,66 @@
+"""The C++ programs beside this file, built once for a session in build/cuda-<variant>."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What all code but the emulator's own run time is compiled with.
+VARIANTS = {
+    "plain": "-O1",
+    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
+    "thread": "-O1 -g1 -fsanitize=thread",
+}
+
+
+def _tool(name: str) -> str:
+    """A program of this Python environment, or of the PATH."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@functools.cache
+def build(program: str, variant: str = "plain") -> Path:
+    """The path of a program of tests/cuda/CMakeLists.txt."""
+    folder = ROOT / "build" / f"cuda-{variant}"
+    cmake = _tool("cmake")
+    options = {
+        "CMAKE_MAKE_PROGRAM": _tool("ninja"),
+        "CMAKE_BUILD_TYPE": "Debug",  # adds nothing to the flags but -g
+        "CMAKE_CXX_FLAGS_DEBUG": VARIANTS[variant],
+        "BITFOLD_PYTHON": "OFF",
+        "BITFOLD_CUDA": "off",
+        "BITFOLD_CUDA_TESTS": "ON",
+    }
+    configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder]
+    for command in (
+        configure + [f"-D{name}={value}" for name, value in options.items()],
+        [cmake, "--build", folder, "--target", program],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return folder / "tests" / "cuda" / program
+
+
+def run(
+    program: Path, *arguments: str, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs a program; under ThreadSanitizer without random addresses, which GCC's run time does not stand everywhere."""
+    command = [str(program), *arguments]
+    if program.is_relative_to(ROOT / "build" / "cuda-thread") and shutil.which("setarch"):
+        command = ["setarch", platform.machine(), "-R", *command]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+    )

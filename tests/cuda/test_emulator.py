@@ -1,0 +1,25 @@
+"""The emulator that runs CUDA kernels on the CPU, held against the rules of CUDA: the CASEs of emulator_*.cpp."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import programs
+import pytest
+
+SOURCES = sorted(Path(__file__).parent.glob("emulator_*.cpp"))
+CASES = [name for path in SOURCES for name in re.findall(r"^CASE\((\w+)\)", path.read_text(), re.MULTILINE)]
+assert len(CASES) > 40
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: str):
+    result = programs.run(programs.build("emulator_tests"), case)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("0 of 1 cases failed\n")
+
+
+def test_a_failed_case_fails_the_program():
+    result = programs.run(programs.build("emulator_tests"), "no_such_case")
+    assert result.returncode == 1
