@@ -57,7 +57,7 @@ def build(program: str, variant: str = "plain") -> Path:
 def run(
     program: Path, *arguments: str, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs a program; under ThreadSanitizer without random addresses, which GCC's run time does not stand everywhere."""
+    """Runs a program; under ThreadSanitizer at fixed addresses, without which some kernels give it no room."""
     command = [str(program), *arguments]
     if program.is_relative_to(ROOT / "build" / "cuda-thread") and shutil.which("setarch"):
         command = ["setarch", platform.machine(), "-R", *command]
