@@ -19,8 +19,9 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 # room -> rooms whose headers it may include
 ROOMS = {
     "formats": {"formats"},
-    "cpu": {"formats", "cpu"},
-    "cuda": {"formats", "cuda"},
+    "search": {"formats", "search"},
+    "cpu": {"formats", "search", "cpu"},
+    "cuda": {"formats", "search", "cuda"},
     "torch": {"formats", "cpu", "cuda", "torch"},
 }
 # Left to right: a module imports only what stands before it. `__init__` and `__main__` see all.
@@ -119,7 +120,7 @@ def test_intrinsics_live_in_simd_and_ptx_alone():
 
 
 def test_kernel_bodies_name_no_instruction_set():
-    for path in sources(CSRC / "cpu" / "kernels"):
+    for path in sources(CSRC / "cpu" / "kernels") + sources(CSRC / "search"):
         found = re.findall(
             r"(?i)avx\w*|neon|__SSE\w*|\bscalar\b", without_comments(path.read_text(encoding="utf-8"))
         )

@@ -10,36 +10,36 @@
 
 namespace bitfold::cpu {
 
-#define BITFOLD_DECLARE(name)                  \
-  void fill_convert_##name(Kernels&);          \
-  void fill_encode_##name(Kernels&);           \
-  void fill_decode_##name(Kernels&);           \
-  void fill_fused_##name(Kernels&);            \
-  void fill_words_##name(Kernels&);            \
-  void fill_tiled_##name(Kernels&);            \
-  void fill_decode_blocks_##name(Kernels&);    \
-  void fill_blocks_##name(Kernels&);           \
-  void fill_int8_##name(Kernels&);             \
-  void fill_encode_affine_##name(Kernels&);    \
-  void fill_encode_symmetric_##name(Kernels&); \
-  void fill_encode_iq4_##name(Kernels&);       \
-  void fill_encode_legacy_##name(Kernels&);
-#define BITFOLD_FILL(name)                 \
-  [](Kernels& kernels) {                   \
-    kernels.isa = #name;                   \
-    fill_convert_##name(kernels);          \
-    fill_encode_##name(kernels);           \
-    fill_decode_##name(kernels);           \
-    fill_fused_##name(kernels);            \
-    fill_words_##name(kernels);            \
-    fill_tiled_##name(kernels);            \
-    fill_decode_blocks_##name(kernels);    \
-    fill_blocks_##name(kernels);           \
-    fill_int8_##name(kernels);             \
-    fill_encode_affine_##name(kernels);    \
-    fill_encode_symmetric_##name(kernels); \
-    fill_encode_iq4_##name(kernels);       \
-    fill_encode_legacy_##name(kernels);    \
+#define BITFOLD_DECLARE(name)                         \
+  void fill_convert_##name(Kernels&);                 \
+  void fill_encode_##name(Kernels&);                  \
+  void fill_decode_##name(Kernels&);                  \
+  void fill_fused_##name(Kernels&);                   \
+  void fill_words_##name(Kernels&);                   \
+  void fill_tiled_##name(Kernels&);                   \
+  void fill_decode_blocks_##name(Kernels&);           \
+  void fill_blocks_##name(Kernels&);                  \
+  void fill_int8_##name(Kernels&);                    \
+  void fill_encode_blocks_affine_##name(Kernels&);    \
+  void fill_encode_blocks_symmetric_##name(Kernels&); \
+  void fill_encode_blocks_iq4_##name(Kernels&);       \
+  void fill_encode_blocks_legacy_##name(Kernels&);
+#define BITFOLD_FILL(name)                        \
+  [](Kernels& kernels) {                          \
+    kernels.isa = #name;                          \
+    fill_convert_##name(kernels);                 \
+    fill_encode_##name(kernels);                  \
+    fill_decode_##name(kernels);                  \
+    fill_fused_##name(kernels);                   \
+    fill_words_##name(kernels);                   \
+    fill_tiled_##name(kernels);                   \
+    fill_decode_blocks_##name(kernels);           \
+    fill_blocks_##name(kernels);                  \
+    fill_int8_##name(kernels);                    \
+    fill_encode_blocks_affine_##name(kernels);    \
+    fill_encode_blocks_symmetric_##name(kernels); \
+    fill_encode_blocks_iq4_##name(kernels);       \
+    fill_encode_blocks_legacy_##name(kernels);    \
   }
 
 BITFOLD_DECLARE(scalar)

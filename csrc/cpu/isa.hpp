@@ -17,3 +17,8 @@ BITFOLD_SIMD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 }  // namespace bitfold::cpu
+
+// csrc/search is written on these lanes.
+namespace bitfold::search {
+using namespace cpu;
+}

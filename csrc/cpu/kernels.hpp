@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "formats/args.hpp"
+#include "search/blocks.hpp"
 
 namespace bitfold::cpu {
 
@@ -23,19 +24,6 @@ struct QuantizeArgs {
   int zero;
   uint8_t* codes;
 };
-
-// `rows` <= kEncodeRows rows of k columns, one after the other, to their blocks; k is whole blocks, all of w is finite.
-// importance has an entry for every column, or is null. Every operation is rounded to binary32, in the order that the
-// type's search has, with no fused multiply-add: lanes may hold different blocks, never parts of a sum.
-struct EncodeBlocksArgs {
-  const float* w;
-  const float* importance;
-  int64_t rows;
-  int64_t k;
-  uint8_t* blocks;
-};
-// Rows that a search is given at a time.
-inline constexpr int64_t kEncodeRows = 16;
 
 // Rows [row_begin, row_end) of the weight times the m <= kFusedRows rows of x; y[j * y_stride + row - row_begin]
 // receives the sums. x and x_sums are what `arrange` made of fused_rows(m) rows, the ones past m zero; scratch has

@@ -6,6 +6,8 @@
 
 // Always inlined and with internal linkage: nothing that is built for one instruction set may be linked into another's.
 #define BITFOLD_SIMD [[gnu::always_inline]] inline
+// Before the larger functions of csrc/search, which the compiler may call.
+#define BITFOLD_BODY
 
 namespace bitfold::cpu {
 namespace {

@@ -1,10 +1,10 @@
 // Blocks of codes into the sixteen uneven levels of IQ4: IQ4_NL and IQ4_XS. A scale is sought for 32 values: sixteen
 // steps are tried, those that bring the furthest value to the level 127 (though there is none) and to -134 .. -120. A
 // lane has a block of its own, and goes through it in order; several tries are under way together.
-#include "cpu/kernels/search_symmetric.inl"
-#include "cpu/kernels/small_blocks.inl"
+#include "search/small_blocks.inl"
+#include "search/symmetric.inl"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
 // ---- The nearest level ----
@@ -43,7 +43,7 @@ static_assert([] {
 struct Bins {
   std::array<float, 32> below, levels, codes;
 };
-constexpr Bins kBins = [] {
+constexpr Bins make_bins() {
   Bins bins{};
   for (int bin = -16, code = 0; bin < 16; ++bin) {
     const auto at = static_cast<size_t>(bin & 31);
@@ -54,7 +54,11 @@ constexpr Bins kBins = [] {
     if (here) ++code;
   }
   return bins;
-}();
+}
+BITFOLD_SIMD const Bins& bins() {
+  static constexpr Bins kBins = make_bins();
+  return kBins;
+}
 
 class Levels {
  public:
@@ -62,7 +66,7 @@ class Levels {
   BITFOLD_SIMD F nearest(F v) const { return lookup(levels_, bin(v)); }
   // Its number, for any v: 15 for NaN.
   BITFOLD_SIMD I code(F v) const {
-    return to_int(lookup(load_table32(&kBins.codes[0]), bin(max(min(v, splat(kReach)), splat(-kReach)))));
+    return to_int(lookup(load_table32(&bins().codes[0]), bin(max(min(v, splat(kReach)), splat(-kReach)))));
   }
 
  private:
@@ -71,8 +75,8 @@ class Levels {
     const I at = as_int(fma(v, splat(kBin), splat(kWholes)));
     return count_if(greater(v, lookup(below_, at)), at);
   }
-  Table32 below_ = load_table32(&kBins.below[0]);
-  Table32 levels_ = load_table32(&kBins.levels[0]);
+  Table32 below_ = load_table32(&bins().below[0]);
+  Table32 levels_ = load_table32(&bins().levels[0]);
 };
 
 // ---- The search ----
@@ -83,7 +87,7 @@ struct UnevenLanes {
 
 class UnevenSearch {
  public:
-  explicit UnevenSearch(const UnevenLanes& lanes) : l_(lanes) {
+  BITFOLD_BODY explicit UnevenSearch(const UnevenLanes& lanes) : l_(lanes) {
     const Furthest far = furthest_of(l_.x);
     const Mask none = greater(splat(kTiny), far.magnitude);
     furthest_ = select(none, splat(1.0f), far.value);
@@ -137,7 +141,7 @@ class UnevenSearch {
   Levels levels_;
 };
 
-F uneven_scale(const UnevenLanes& lanes) { return UnevenSearch(lanes).scale(); }
+BITFOLD_BODY F uneven_scale(const UnevenLanes& lanes) { return UnevenSearch(lanes).scale(); }
 
 // w = q sqrt(sigma2 + x^2).
 BITFOLD_SIMD void weigh_by_importance(UnevenLanes& l, F sigma2) {
@@ -157,7 +161,7 @@ BITFOLD_SIMD void put_codes(const float* x, float inverse, const Levels& levels,
 
 // ---- IQ4_NL ----
 
-void encode_iq4_nl(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_iq4_nl(const EncodeBlocksArgs& a) {
   const Levels levels;
   each_small_blocks(a, [&](const SmallBlocks& b) {
     UnevenLanes lanes;
@@ -186,7 +190,7 @@ void encode_iq4_nl(const EncodeBlocksArgs& a) {
 // ---- IQ4_XS ----
 
 // A scale for each 32 values, as a level of -32 .. 31 of the block's.
-void encode_iq4_xs(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_iq4_xs(const EncodeBlocksArgs& a) {
   constexpr int kSuper = 256, kSubs = kSuper / kSmall;
   const Levels levels;
   const int64_t row_blocks = a.k / kSuper, blocks = a.rows * row_blocks;
@@ -243,9 +247,4 @@ void encode_iq4_xs(const EncodeBlocksArgs& a) {
 
 }  // namespace
 
-void BITFOLD_ISA(encode_iq4)(Kernels& kernels) {  // with importance and without
-  kernels.encode_blocks[kIq4Nl] = encode_iq4_nl;
-  kernels.encode_blocks[kIq4Xs] = encode_iq4_xs;
-}
-
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

@@ -3,18 +3,21 @@
 // As many blocks as there are lanes are under way: a lane holds the range and the scale of one, and then the codes of
 // one block after the other are chosen. An extreme does not depend on the order in which it is sought, but its sign
 // does, also a zero's: where that counts, the first number that equals it is taken.
-#include "cpu/kernels/small_blocks.inl"
+#include <bit>
+#include <limits>
 
-namespace bitfold::cpu {
+#include "search/small_blocks.inl"
+
+namespace bitfold::search {
 namespace {
 
 // The first of a block's numbers that equals `value` in magnitude.
 BITFOLD_SIMD float first_equal(const float* w, float value) {
   uint32_t found = 0;
   for (int v = 0; v < kSmallVectors; ++v) {
-    found |= bits(equal(abs(load(w + v * kLanes)), splat(__builtin_fabsf(value)))) << v * kLanes;
+    found |= bits(equal(abs(load(w + v * kLanes)), abs(splat(value)))) << v * kLanes;
   }
-  return w[__builtin_ctz(found)];
+  return w[std::countr_zero(found)];
 }
 
 // Lane b: op over view(numbers) of block b. Lanes past the last block repeat it.
@@ -45,7 +48,7 @@ BITFOLD_SIMD F settle(const float* w, int count, F values, Mask which) {
   float lanes[kLanes];
   store(lanes, values);
   for (; open != 0; open &= open - 1) {
-    const int b = __builtin_ctz(open);
+    const int b = std::countr_zero(open);
     lanes[b] = first_equal(w + smaller(b, count - 1) * kSmall, lanes[b]);
   }
   return load(lanes);
@@ -85,7 +88,7 @@ BITFOLD_SIMD void each_chunk(const EncodeBlocksArgs& a, Each each) {
 
 // Q4_0 and Q5_0: the furthest number has code 0, and 0 the code H.
 template <int Row, int H>
-void encode_centred(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_centred(const EncodeBlocksArgs& a) {
   each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
     const Steps steps(div(furthest_of_blocks(w, count), splat(-static_cast<float>(H))), H + 0.5f);
     for (int b = 0; b < count; ++b) {
@@ -101,7 +104,7 @@ void encode_centred(const EncodeBlocksArgs& a) {
 
 // Q4_1 and Q5_1: codes 0 .. M from the smallest number to the largest.
 template <int Row, int M>
-void encode_ranged(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_ranged(const EncodeBlocksArgs& a) {
   each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
     const F high = largest_of_blocks(w, count), smallest = smallest_of_blocks(w, count);
     const F low = settle(w, count, smallest, equal(smallest, splat(0.0f)));
@@ -134,7 +137,7 @@ BITFOLD_SIMD I round_away(F x) {
   return to_int(add(x, as_float(bit_or(sign, as_int(splat(0.49999997f))))));
 }
 
-void encode_q8_0(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_q8_0(const EncodeBlocksArgs& a) {
   each_chunk<kQ8_0>(a, [](const float* w, Block<kQ8_0>* blocks, int count) {
     const Steps steps(div(largest_magnitudes(w, count), splat(127.0f)), 0.0f);
     for (int b = 0; b < count; ++b) {
@@ -155,19 +158,19 @@ BITFOLD_SIMD uint8_t mxfp4_exponent(float largest) {
   uint32_t mantissa = std::bit_cast<uint32_t>(largest) & 0x7fffffu;
   int exponent = static_cast<int>(std::bit_cast<uint32_t>(largest) >> 23) - 127, shift = 0;
   if (exponent == -127) {  // sub-normal: one shift makes the highest bit the implicit one
-    shift = __builtin_clz(mantissa) - 8;
+    shift = std::countl_zero(mantissa) - 8;
     exponent = -126 - shift;
     mantissa = mantissa << shift & 0x7fffffu;
   }
   const uint32_t magnitude = static_cast<uint32_t>(exponent >= 0 ? exponent : -exponent - 1);
-  const int digits = magnitude < 2 ? 0 : 31 - __builtin_clz(magnitude);
+  const int digits = magnitude < 2 ? 0 : 31 - std::countl_zero(magnitude);
   // ln(2) 2^digits mantissas: half a unit of a logarithm of so many binary digits before the point.
   const uint32_t rounded_up = digits == 0 ? 0u : static_cast<uint32_t>(0.6931f * static_cast<float>(1 << digits));
   if (mantissa >= 0x800000u - rounded_up) ++exponent;
   return static_cast<uint8_t>(exponent - 2 + 127);
 }
 
-void encode_mxfp4(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_mxfp4(const EncodeBlocksArgs& a) {
   each_chunk<kMxfp4>(a, [](const float* w, Block<kMxfp4>* blocks, int count) {
     float largest[kLanes];
     store(largest, largest_magnitudes(w, count));
@@ -180,7 +183,8 @@ void encode_mxfp4(const EncodeBlocksArgs& a) {
       for (size_t i = 0; i < 7; ++i) {
         midpoints[i] = mul(splat(0.5f * static_cast<float>(kMxfp4Values[i] + kMxfp4Values[i + 1])), step);
       }
-      midpoints[5] = select(greater(step, splat(0x1p124f)), splat(__builtin_inff()), midpoints[5]);
+      midpoints[5] =
+          select(greater(step, splat(0x1p124f)), splat(std::numeric_limits<float>::infinity()), midpoints[5]);
       I codes[kSmallVectors];
       block_codes(w + b * kSmall, codes, [&](F lanes) {
         I code = splat(0);
@@ -195,13 +199,4 @@ void encode_mxfp4(const EncodeBlocksArgs& a) {
 
 }  // namespace
 
-void BITFOLD_ISA(encode_legacy)(Kernels& kernels) {
-  kernels.encode_blocks[kQ4_0] = encode_centred<kQ4_0, 8>;
-  kernels.encode_blocks[kQ4_1] = encode_ranged<kQ4_1, 15>;
-  kernels.encode_blocks[kQ5_0] = encode_centred<kQ5_0, 16>;
-  kernels.encode_blocks[kQ5_1] = encode_ranged<kQ5_1, 31>;
-  kernels.encode_blocks[kQ8_0] = encode_q8_0;
-  kernels.encode_blocks[kMxfp4] = encode_mxfp4;
-}
-
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

@@ -1,15 +1,15 @@
 // Blocks with a scale and a minimum for each sub-block, found by a search over both: Q2_K, Q4_K, Q5_K, and with
 // importance Q4_1 and Q5_1. A super-block's scales and minima have a scale each; the codes are chosen again with what
 // these leave of them.
-#include "cpu/kernels/put_codes.inl"
-#include "cpu/kernels/search_affine.inl"
-#include "cpu/kernels/search_positive.inl"
+#include "search/affine.inl"
+#include "search/positive.inl"
+#include "search/put_codes.inl"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
-constexpr int kSuper = 256;  // columns of a super-block
-constexpr int kVectors = 2;  // of sub-blocks, under way together
+constexpr int kSuper = 256;          // columns of a super-block
+constexpr int kVectors = kUnderWay;  // of sub-blocks
 
 // The searches, without and with importance.
 template <int Row, bool Weighted>
@@ -223,8 +223,9 @@ BITFOLD_SIMD void put_super(const EncodeBlocksArgs& a, int64_t first, int64_t co
 }
 
 template <int Row, bool Weighted>
-void encode_super(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_super(const EncodeBlocksArgs& a) {
   constexpr AffineLaw law = kLaw<Row, Weighted>;
+  using Lanes = AffineLanes<law>;
   constexpr int kSubs = kSuper / law.values;
   const int64_t row_blocks = a.k / kSuper, blocks = a.rows * row_blocks;
   for (int64_t first = 0; first < blocks; first += kLanes) {
@@ -237,14 +238,14 @@ void encode_super(const EncodeBlocksArgs& a) {
       store(sigma2, div(Row == kQ2K ? sum : mul(splat(2.0f), sum), splat(static_cast<float>(kSuper))));
       const float* importance[kLanes];
       for (int64_t i = 0; i < count; ++i) importance[i] = a.importance + (first + i) % row_blocks * kSuper;
-      const auto weigh = [&](AffineLanes<law>& l, auto place) {
+      const auto weigh = [&](Lanes& l, auto place) {
         weigh_by_importance(
             l, place, [&](int64_t i) { return importance[i / kSubs] + i % kSubs * law.values; },
             [&](int64_t i) { return sigma2[i / kSubs]; });
       };
       search_all<law>(x, count * kSubs, weigh, found);
     } else {
-      search_all<law>(x, count * kSubs, [&](AffineLanes<law>& l, auto) { weigh_by_size(l); }, found);
+      search_all<law>(x, count * kSubs, [&](Lanes& l, auto) { weigh_by_size(l); }, found);
     }
     Levels<kSubs> levels;
     choose_levels<Row == kQ2K ? 15 : 63, Weighted>(found, levels);
@@ -261,8 +262,9 @@ void encode_super(const EncodeBlocksArgs& a) {
 // ---- Q4_1 and Q5_1 with importance ----
 
 template <int Row>
-void encode_weighted(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
   constexpr AffineLaw law = kLaw<Row, true>;
+  using Lanes = AffineLanes<law>;
   constexpr int kCount = kVectors * kLanes;
   float sigma2[kEncodeRows];
   static_assert(kEncodeRows % kLanes == 0);
@@ -282,7 +284,7 @@ void encode_weighted(const EncodeBlocksArgs& a) {
       if (++column == row_blocks) column = 0, ++row;
     }
     Found<kCount> found;
-    const auto weigh = [&](AffineLanes<law>& l, auto place) {
+    const auto weigh = [&](Lanes& l, auto place) {
       weigh_by_importance(l, place, [&](int64_t i) { return importance[i]; }, [&](int64_t i) { return sigmas[i]; });
     };
     search_all<law>(x, count, weigh, found);
@@ -308,15 +310,4 @@ void encode_weighted(const EncodeBlocksArgs& a) {
 
 }  // namespace
 
-void BITFOLD_ISA(encode_affine)(Kernels& kernels) {
-  kernels.encode_blocks[kQ2K] = encode_super<kQ2K, false>;
-  kernels.encode_blocks[kQ4K] = encode_super<kQ4K, false>;
-  kernels.encode_blocks[kQ5K] = encode_super<kQ5K, false>;
-  kernels.encode_blocks_weighted[kQ2K] = encode_super<kQ2K, true>;
-  kernels.encode_blocks_weighted[kQ4K] = encode_super<kQ4K, true>;
-  kernels.encode_blocks_weighted[kQ5K] = encode_super<kQ5K, true>;
-  kernels.encode_blocks_weighted[kQ4_1] = encode_weighted<kQ4_1>;
-  kernels.encode_blocks_weighted[kQ5_1] = encode_weighted<kQ5_1>;
-}
-
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

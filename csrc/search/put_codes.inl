@@ -1,10 +1,10 @@
 // From lanes to the bytes of blocks: scales as halves, codes of 32 columns as nibbles.
 #pragma once
 
-#include "cpu/isa.hpp"
 #include "formats/blocks.hpp"
+#include "search/blocks.hpp"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
 // Any NaN is stored as x86 makes them.
@@ -33,4 +33,4 @@ BITFOLD_SIMD void put_fives(uint8_t* qh, uint8_t* qs, I (&codes)[Vectors]) {
 }
 
 }  // namespace
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

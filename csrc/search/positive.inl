@@ -3,9 +3,9 @@
 // one improves. A lane has a super-block of its own; scales and minima are under way together.
 #pragma once
 
-#include "cpu/kernels/search.inl"
+#include "search/lanes.inl"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
 template <int Count>
@@ -18,7 +18,7 @@ struct PositiveLanes {
 BITFOLD_SIMD F wrapped_to_byte(F whole) { return to_float(bit_and(to_int(whole), splat(255))); }
 
 template <int Top, int Count, int Vectors>
-void positive_search(PositiveLanes<Count> (&p)[Vectors]) {
+BITFOLD_BODY void positive_search(PositiveLanes<Count> (&p)[Vectors]) {
   const F zero = splat(0.0f), top = splat(static_cast<float>(Top));
   const auto level = [&](F a) { return min(to_float(nearest_int(a)), top); };
   const auto weighted = [](F w, F e) { return mul(mul(w, e), e); };
@@ -88,4 +88,4 @@ void positive_search(PositiveLanes<Count> (&p)[Vectors]) {
 }
 
 }  // namespace
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

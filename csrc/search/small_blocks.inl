@@ -1,9 +1,9 @@
 // What the encoders of the blocks of 32 columns share: several of them in lanes, and their codes a vector at a time.
 #pragma once
 
-#include "cpu/kernels/put_codes.inl"
+#include "search/put_codes.inl"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
 constexpr int kSmall = 32;  // columns of a block
@@ -42,4 +42,4 @@ BITFOLD_SIMD void block_codes(const float* x, I (&codes)[kSmallVectors], Code co
 }
 
 }  // namespace
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

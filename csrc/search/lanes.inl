@@ -2,10 +2,13 @@
 // that lie one after the other brought into lanes.
 #pragma once
 
-#include "cpu/isa.hpp"
+#include "search/blocks.hpp"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
+
+// Vectors that are under way together, where a sum waits for its last addition. A GPU has other threads meanwhile.
+inline constexpr int kUnderWay = kLanes == 1 ? 1 : 2;
 
 // The nearest whole number, ties to even, for |a| < 2^22; for larger numbers, infinities and NaN what the reference's
 // bits give: -2^22 for an infinity, 0 for NaN.
@@ -38,4 +41,4 @@ BITFOLD_SIMD F sum_of_squares(From from, int64_t count) {
 }
 
 }  // namespace
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

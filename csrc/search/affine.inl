@@ -5,9 +5,9 @@
 
 #include <array>
 
-#include "cpu/kernels/search.inl"
+#include "search/lanes.inl"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
 // What is tried: first the steps of range / top, then of range / (top + first + s step) for s = 0 .. tries - 1.
@@ -107,7 +107,7 @@ BITFOLD_SIMD void by_reach(F a, F b, Pass pass) {
 
 // Range, sums, and the first try: range / top.
 template <AffineLaw law>
-void begin_search(AffineLanes<law>& l) {
+BITFOLD_BODY void begin_search(AffineLanes<law>& l) {
   const F zero = splat(0.0f);
   F low = l.x[0], high = l.x[0], sum_w = l.w[0], sum_wx = mul(l.w[0], l.x[0]);
   for (int i = 1; i < law.values; ++i) {
@@ -141,7 +141,7 @@ void begin_search(AffineLanes<law>& l) {
 // Codes for one step, and the scale and minimum that fit them best. The loop stays one: unrolled, GCC sums one after
 // the other, and each sum waits for its last addition.
 template <AffineLaw law>
-void fit(AffineLanes<law>& l, float count) {
+BITFOLD_BODY void fit(AffineLanes<law>& l, float count) {
   const F low = l.low, range = sub(l.largest, low), zero = splat(0.0f);
   const F inverse = select(greater(l.best, zero), div(splat(count), range), zero);
   F sum_l = zero, sum_ll = zero, sum_xl = zero;
@@ -170,7 +170,7 @@ void fit(AffineLanes<law>& l, float count) {
 
 // Keeps what is better than the best so far.
 template <AffineLaw law>
-void judge(AffineLanes<law>& l) {
+BITFOLD_BODY void judge(AffineLanes<law>& l) {
   const F scale = l.try_scale, low = l.try_low;
   F error = splat(0.0f);
   for (int i = 0; i < law.values; ++i) {
@@ -185,7 +185,7 @@ void judge(AffineLanes<law>& l) {
 }
 
 template <AffineLaw law, int Vectors>
-void search(AffineLanes<law> (&lanes)[Vectors]) {
+BITFOLD_BODY void search(AffineLanes<law> (&lanes)[Vectors]) {
   static constexpr auto kCounts = step_counts<law>();
   for (AffineLanes<law>& l : lanes) begin_search(l);
   for (const float count : kCounts) {
@@ -195,4 +195,4 @@ void search(AffineLanes<law> (&lanes)[Vectors]) {
 }
 
 }  // namespace
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

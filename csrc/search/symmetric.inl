@@ -6,9 +6,9 @@
 
 #include <array>
 
-#include "cpu/kernels/search.inl"
+#include "search/lanes.inl"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
 // Sub-blocks in lanes, and what was found for them.
@@ -70,7 +70,7 @@ constexpr std::array<float, 32> symmetric_codes() {
 template <int N, int Values, Coding coding>
 class SymmetricSearch {
  public:
-  explicit SymmetricSearch(SymmetricLanes<Values>& lanes) : l_(lanes) {
+  BITFOLD_BODY explicit SymmetricSearch(SymmetricLanes<Values>& lanes) : l_(lanes) {
     const Furthest far = furthest_of(l_.x);
     none_ = greater(splat(kTiny), far.magnitude);
     furthest_ = select(none_, splat(1.0f), far.magnitude);
@@ -91,9 +91,16 @@ class SymmetricSearch {
   }
 
  private:
-  static constexpr auto kSteps = symmetric_steps<N>();
-  static constexpr auto kCodes = symmetric_codes<N>();
   static constexpr int kTogether = kLanes == 16 ? 5 : 3;
+
+  BITFOLD_SIMD static float step(int number) {
+    static constexpr auto kSteps = symmetric_steps<N>();
+    return kSteps[static_cast<size_t>(number)];
+  }
+  BITFOLD_SIMD static Table32 code_table() {
+    static constexpr auto kCodes = symmetric_codes<N>();
+    return load_table32(&kCodes[0]);
+  }
 
   // With the sign that the furthest value must get: below zero.
   BITFOLD_SIMD F turned(F a) const { return as_float(bit_xor(as_int(a), turn_)); }
@@ -111,7 +118,7 @@ class SymmetricSearch {
     constexpr int kCount = First + kTogether <= kTries ? kTogether : kTries - First;
     F inverses[kCount], xl[kCount], ll[kCount];
     for (int t = 0; t < kCount; ++t) {
-      inverses[t] = div(splat(kSteps[First + t]), furthest_);
+      inverses[t] = div(splat(step(First + t)), furthest_);
       xl[t] = ll[t] = splat(0.0f);
     }
     for (int i = 0; i < Values; ++i) {
@@ -149,14 +156,14 @@ class SymmetricSearch {
   Mask none_;
   F furthest_, best_;
   I turn_;
-  Table32 table_ = load_table32(&kCodes[0]);
+  Table32 table_ = code_table();
 };
 
 // Fills in scale and inverse.
 template <int N, Coding coding, int Values>
-void symmetric_search(SymmetricLanes<Values>& lanes) {
+BITFOLD_BODY void symmetric_search(SymmetricLanes<Values>& lanes) {
   const SymmetricSearch<N, Values, coding> search(lanes);
 }
 
 }  // namespace
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

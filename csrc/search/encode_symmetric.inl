@@ -1,11 +1,13 @@
 // Blocks with signed scales, found by a search: Q3_K, Q6_K, and with importance Q4_0 and Q5_0. As many blocks as there
 // are lanes are under way, super-blocks with all their sub-blocks of one place together. The scales of a super-block
 // have a scale of their own, and the codes are chosen again with what it leaves of them.
-#include "cpu/kernels/search_descent.inl"
-#include "cpu/kernels/search_symmetric.inl"
-#include "cpu/kernels/small_blocks.inl"
+#include <bit>
 
-namespace bitfold::cpu {
+#include "search/descent.inl"
+#include "search/small_blocks.inl"
+#include "search/symmetric.inl"
+
+namespace bitfold::search {
 namespace {
 
 // The codes -N .. N - 1 of numbers of any size, shifted to 0 .. 2 N - 1.
@@ -98,7 +100,7 @@ BITFOLD_SIMD void put_codes(Block<kQ6K>& b, const uint8_t* codes) {
 
 // The first scale of the largest magnitude gets the level -128.
 template <bool Weighted>
-void encode_q6_k(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_q6_k(const EncodeBlocksArgs& a) {
   auto* out = reinterpret_cast<Block<kQ6K>*>(a.blocks);
   const int64_t blocks = a.rows * (a.k / kSuper);
   for (int64_t first = 0; first < blocks; first += kLanes) {
@@ -173,7 +175,7 @@ BITFOLD_SIMD void put_q3_k(const Batch& batch, const Found& found, Searched sear
 
 // Sub-blocks are searched as they lie, and those whose search goes on are then searched again together.
 struct Descents {
-  static constexpr int kCount = kSubs * kLanes, kVectors = 2;
+  static constexpr int kCount = kSubs * kLanes, kVectors = kUnderWay;
   float scales[kCount];
   // Codes as bytes, as many of a place as there are lanes; where the first of a sub-block is.
   uint8_t codes[2 * kCount * kSub];
@@ -189,7 +191,7 @@ struct Descents {
       begin_descent(lanes);
       keep(lanes, first * kSub, [&](int lane) { return first + lane; }, kLanes);
       for (uint32_t more = bits(greater(lanes.xl, splat(0.0f))); more != 0; more &= more - 1) {
-        const int at = first + __builtin_ctz(more);
+        const int at = first + std::countr_zero(more);
         if (at < count) open[open_count++] = at;
       }
     }
@@ -226,7 +228,7 @@ struct Descents {
   }
 };
 
-void encode_q3_k(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_q3_k(const EncodeBlocksArgs& a) {
   const int64_t blocks = a.rows * (a.k / kSuper);
   int32_t numbers[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane * kSubs;
@@ -252,7 +254,7 @@ void encode_q3_k(const EncodeBlocksArgs& a) {
   }
 }
 
-void encode_q3_k_weighted(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_q3_k_weighted(const EncodeBlocksArgs& a) {
   const int64_t blocks = a.rows * (a.k / kSuper);
   for (int64_t first = 0; first < blocks; first += kLanes) {
     const Batch batch = {a, first, smaller(kLanes, blocks - first)};
@@ -285,7 +287,7 @@ void encode_q3_k_weighted(const EncodeBlocksArgs& a) {
 // ---- Q4_0 and Q5_0 with importance ----
 
 template <int Row, int N>
-void encode_weighted(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
   auto* out = reinterpret_cast<Block<Row>*>(a.blocks);
   float means[kEncodeRows + kLanes];  // of a row's squares
   for (int64_t row = 0; row < a.rows; row += kLanes) {
@@ -321,13 +323,4 @@ void encode_weighted(const EncodeBlocksArgs& a) {
 
 }  // namespace
 
-void BITFOLD_ISA(encode_symmetric)(Kernels& kernels) {
-  kernels.encode_blocks[kQ3K] = encode_q3_k;
-  kernels.encode_blocks[kQ6K] = encode_q6_k<false>;
-  kernels.encode_blocks_weighted[kQ3K] = encode_q3_k_weighted;
-  kernels.encode_blocks_weighted[kQ6K] = encode_q6_k<true>;
-  kernels.encode_blocks_weighted[kQ4_0] = encode_weighted<kQ4_0, 8>;
-  kernels.encode_blocks_weighted[kQ5_0] = encode_weighted<kQ5_0, 16>;
-}
-
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search

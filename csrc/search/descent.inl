@@ -3,9 +3,9 @@
 // a sub-block of its own; several vectors are under way together, since every step waits for the last.
 #pragma once
 
-#include "cpu/kernels/search_symmetric.inl"
+#include "search/symmetric.inl"
 
-namespace bitfold::cpu {
+namespace bitfold::search {
 namespace {
 
 struct DescentLanes {
@@ -35,7 +35,7 @@ BITFOLD_SIMD void begin_descent(DescentLanes& d) {
 }
 
 template <int Vectors>
-void descend(DescentLanes (&d)[Vectors]) {
+BITFOLD_BODY void descend(DescentLanes (&d)[Vectors]) {
   const F zero = splat(0.0f);
   for (int sweep = 0; sweep < 5; ++sweep) {
     Mask changed = greater(zero, zero);
@@ -60,4 +60,4 @@ void descend(DescentLanes (&d)[Vectors]) {
 }
 
 }  // namespace
-}  // namespace bitfold::cpu
+}  // namespace bitfold::search
