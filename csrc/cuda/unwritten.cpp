@@ -9,9 +9,6 @@ namespace bitfold::cuda {
   result name(__VA_ARGS__) { throw std::runtime_error(#name " has no CUDA kernel yet"); }
 
 BITFOLD_UNWRITTEN(EncodeStatus, encode, const EncodeArgs&, Stream)
-BITFOLD_UNWRITTEN(void, decode, const DecodeArgs&, Stream)
-BITFOLD_UNWRITTEN(void, pack, const PackArgs&, Stream)
-BITFOLD_UNWRITTEN(void, unpack, const PackArgs&, Stream)
 BITFOLD_UNWRITTEN(void, linear_floor, const LinearArgs&, Stream)
 BITFOLD_UNWRITTEN(int64_t, linear_tile_workspace, const LinearArgs&)
 BITFOLD_UNWRITTEN(void, linear_tile, const LinearArgs&, void*, Stream)

@@ -9,7 +9,7 @@
 
 namespace bitfold {
 
-inline void pack_codes(const uint8_t* codes, int64_t count, int bits, bool high_first, uint8_t* stream) {
+BITFOLD_INLINE void pack_codes(const uint8_t* codes, int64_t count, int bits, bool high_first, uint8_t* stream) {
   if (bits == 8) {
     std::memcpy(stream, codes, static_cast<size_t>(count));
     return;
@@ -30,7 +30,7 @@ inline void pack_codes(const uint8_t* codes, int64_t count, int bits, bool high_
   }
 }
 
-inline void unpack_codes(const uint8_t* stream, int64_t count, int bits, bool high_first, uint8_t* codes) {
+BITFOLD_INLINE void unpack_codes(const uint8_t* stream, int64_t count, int bits, bool high_first, uint8_t* codes) {
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(read_code(stream, i, bits, high_first));
 }
 

@@ -1,0 +1,214 @@
+// Eight columns at a time, from bits to fp32, one thread each: for kernels that read a weight once and in order. Every
+// value has the bits that csrc/formats' floor gives it (compile with -fmad=false).
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/device.hpp"
+#include "formats/blocks.hpp"
+#include "formats/codec.hpp"
+
+namespace bitfold::cuda {
+
+inline constexpr int kRun = 8;  // columns
+
+// ---- bytes ----
+
+constexpr int lowest_bit(int value) { return value & -value; }
+
+// N bytes, 1 to 8, of an address that is a multiple of Align: the first in the lowest bits.
+template <int N, int Align>
+BITFOLD_DEVICE uint2 load_bytes(const uint8_t* p) {
+  if constexpr (N == 8 && Align >= 8) return ptx::load8(p);
+  uint32_t words[2] = {0, 0};
+  constexpr int kStep = Align >= 4 && N % 4 == 0 ? 4 : Align >= 2 && N % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < N; i += kStep) {
+    uint32_t piece;
+    if constexpr (kStep == 4) piece = ptx::load4(p + i);
+    else if constexpr (kStep == 2) piece = ptx::load2(p + i);
+    else piece = ptx::load1(p + i);
+    words[i / 4] |= piece << 8 * (i % 4);
+  }
+  return {words[0], words[1]};
+}
+
+BITFOLD_DEVICE uint32_t byte_of(uint2 bytes, int j) { return (j < 4 ? bytes.x : bytes.y) >> 8 * (j % 4) & 0xffu; }
+
+BITFOLD_DEVICE uint2 shift_right(uint2 bytes, int shift, uint32_t mask) {
+  return {bytes.x >> shift & mask, bytes.y >> shift & mask};
+}
+
+// Bits 0 to 7 as bit `Bit` of eight bytes.
+template <int Bit>
+BITFOLD_DEVICE uint2 spread_bits(uint32_t bits) {
+  constexpr uint32_t kCopies = 0x00204081u, kMask = 0x01010101u;  // bit i of four comes to bit 8 i
+  return {((bits & 15u) * kCopies & kMask) << Bit, ((bits >> 4 & 15u) * kCopies & kMask) << Bit};
+}
+
+// Bit `shift` of each of eight bytes, and those next to it, as bit `Bit`.
+template <int Bit, int Count>
+BITFOLD_DEVICE uint2 move_bits(uint2 bytes, int shift) {
+  constexpr uint32_t kMask = 0x01010101u * ((1u << Count) - 1u);
+  const uint2 low = shift_right(bytes, shift, kMask);
+  return {low.x << Bit, low.y << Bit};
+}
+
+BITFOLD_DEVICE uint2 either(uint2 a, uint2 b) { return {a.x | b.x, a.y | b.y}; }
+
+// ---- codebooks: in shared memory, where lanes that ask for different entries don't wait for each other ----
+
+template <int Row>
+inline constexpr bool kHasCodebook = Row == kNf4 || Row == kFp4 || Row == kIq4Nl || Row == kIq4Xs || Row == kMxfp4;
+
+struct Codebook {
+  float values[16];
+};
+
+// By all threads of the block.
+template <int Row>
+BITFOLD_DEVICE const float* load_codebook() {
+  if constexpr (!kHasCodebook<Row>) {
+    return nullptr;
+  } else {
+    Codebook& book = shared<Codebook>();
+    const auto i = static_cast<size_t>(threadIdx.x);
+    if (i < 16) {
+      if constexpr (Row == kNf4) book.values[i] = kNf4Values[i];
+      else if constexpr (Row == kFp4) book.values[i] = kFp4Values[i];
+      else if constexpr (Row == kMxfp4) book.values[i] = static_cast<float>(kMxfp4Values[i]);
+      else book.values[i] = static_cast<float>(kIq4Values[i]);
+    }
+    ptx::sync_block();
+    return book.values;
+  }
+}
+
+// ---- formats with planes ----
+
+// The scale at place i of the plane.
+BITFOLD_DEVICE float scale_at(const Weight& w, int64_t i) {
+  switch (w.format.scale) {
+    case Scale::F16: return ptx::half_to_float(ptx::load2(static_cast<const uint16_t*>(w.scales) + i));
+    case Scale::BF16: return ptx::bf16_to_float(ptx::load2(static_cast<const uint16_t*>(w.scales) + i));
+    case Scale::F32: return ptx::uint_as_float(ptx::load4(static_cast<const float*>(w.scales) + i));
+    default: {
+      const float unit = kDynamicMap[ptx::load1(static_cast<const uint8_t*>(w.scales) + i)];
+      const float product = unit * ptx::uint_as_float(ptx::load4(w.nested_scales + i / kNestedGroup));
+      return product + ptx::uint_as_float(ptx::load4(w.nested_offset));
+    }
+  }
+}
+
+// The eight columns of a run whose codes start at `codes`, on a whole byte: their values before the scale.
+template <int Row>
+BITFOLD_DEVICE void run_values(const uint8_t* codes, int zero, const float* codebook, float (&values)[kRun]) {
+  constexpr FormatRow kRow = kFormats[Row];
+  if constexpr (kRow.grid == Grid::Cast) {
+    const uint4 words = ptx::load16(codes);
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int j = 0; j < kRun; j += 2) {
+      const float2 pair = Row == kFp16 ? ptx::halves_to_floats(pairs[j / 2]) : ptx::bf16s_to_floats(pairs[j / 2]);
+      values[j] = pair.x;
+      values[j + 1] = pair.y;
+    }
+  } else {
+    constexpr int kBits = kRow.bits;  // as many bytes
+    const uint2 bytes = load_bytes<kBits, lowest_bit(kBits)>(codes);
+    const auto stream = static_cast<uint64_t>(bytes.y) << 32 | bytes.x;
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      const int place = kRow.high_first ? j ^ 1 : j;
+      const auto code = static_cast<uint32_t>(stream >> kBits * place) & ((1u << kBits) - 1u);
+      if constexpr (kHasCodebook<Row>) values[j] = codebook[code];
+      else values[j] = code_value<Row>(code, zero);
+    }
+  }
+}
+
+// ---- GGUF's blocks: columns 8 r to 8 r + 7 of a block (csrc/formats/blocks.hpp) ----
+
+template <int Row>
+struct RunOfBlock {
+  using B = Block<Row>;
+  static constexpr int kAlign = lowest_bit(static_cast<int>(sizeof(B)));  // of every block: the plane's is 16 or more
+
+  // Eight bytes of a field that starts at byte `Offset` of the block; `at` is a multiple of 8.
+  template <size_t Offset>
+  BITFOLD_DEVICE static uint2 bytes(const B& b, int at) {
+    constexpr int kFieldAlign = lowest_bit(kAlign | static_cast<int>(Offset) | 8);
+    return load_bytes<8, kFieldAlign>(reinterpret_cast<const uint8_t*>(&b) + Offset + at);
+  }
+  BITFOLD_DEVICE static float half(const Half& h) { return ptx::half_to_float(ptx::load2(&h)); }
+
+  // Codes, one a byte.
+  BITFOLD_DEVICE static uint2 codes(const B& b, int r) {
+    const int quarter = r >> 2 & 3, l = 8 * (r & 3);  // the large blocks': column / 32 % 4, column % 32
+    if constexpr (Row == kQ4_0 || Row == kQ4_1 || Row == kIq4Nl || Row == kMxfp4) {
+      return shift_right(bytes<offsetof(B, qs)>(b, 8 * (r & 1)), 4 * (r >> 1), 0x0f0f0f0fu);
+    } else if constexpr (Row == kQ5_0 || Row == kQ5_1) {
+      const uint2 low = shift_right(bytes<offsetof(B, qs)>(b, 8 * (r & 1)), 4 * (r >> 1), 0x0f0f0f0fu);
+      return either(low, spread_bits<4>(ptx::load1(b.qh + r)));
+    } else if constexpr (Row == kQ8_0) {
+      return bytes<offsetof(B, qs)>(b, 8 * r);
+    } else if constexpr (Row == kQ2K || Row == kQ3K) {
+      const uint2 low = shift_right(bytes<offsetof(B, qs)>(b, 32 * (r >> 4) + l), 2 * quarter, 0x03030303u);
+      if constexpr (Row == kQ2K) return low;
+      else return either(low, move_bits<2, 1>(bytes<offsetof(B, hmask)>(b, l), r >> 2));
+    } else if constexpr (Row == kQ4K || Row == kQ5K) {
+      const uint2 low = shift_right(bytes<offsetof(B, qs)>(b, 32 * (r >> 3) + l), 4 * (r >> 2 & 1), 0x0f0f0f0fu);
+      if constexpr (Row == kQ4K) return low;
+      else return either(low, move_bits<4, 1>(bytes<offsetof(B, qh)>(b, l), r >> 2));
+    } else if constexpr (Row == kQ6K) {
+      const uint2 low = shift_right(bytes<offsetof(B, ql)>(b, 64 * (r >> 4) + 32 * (quarter & 1) + l),
+                                    4 * (quarter >> 1), 0x0f0f0f0fu);
+      return either(low, move_bits<4, 2>(bytes<offsetof(B, qh)>(b, 32 * (r >> 4) + l), 2 * quarter));
+    } else {
+      static_assert(Row == kIq4Xs);
+      return shift_right(bytes<offsetof(B, qs)>(b, 16 * (r >> 2) + 8 * (r & 1)), 4 * (r >> 1 & 1), 0x0f0f0f0fu);
+    }
+  }
+
+  // What the codes are multiplied by.
+  BITFOLD_DEVICE static float step(const B& b, int r) {
+    if constexpr (Row == kMxfp4) return mxfp4_step(ptx::load1(&b.e));
+    else if constexpr (Row == kQ2K) return half(b.d) * static_cast<float>(ptx::load1(b.scales + (r >> 1)) & 15);
+    else if constexpr (Row == kQ3K) return half(b.d) * static_cast<float>(q3k_scale(b.scales, r >> 1) - 32);
+    else if constexpr (Row == kQ4K || Row == kQ5K)
+      return half(b.d) * static_cast<float>(scale_and_min(b.scales, r >> 2).scale);
+    else if constexpr (Row == kQ6K) return half(b.d) * static_cast<float>(b.scales[r >> 1]);
+    else if constexpr (Row == kIq4Xs) return half(b.d) * static_cast<float>(iq4xs_scale(b, r >> 2) - 32);
+    else return half(b.d);
+  }
+
+  static constexpr bool kHasMin = Row == kQ4_1 || Row == kQ5_1 || Row == kQ2K || Row == kQ4K || Row == kQ5K;
+  // What is added to the product.
+  BITFOLD_DEVICE static float min(const B& b, int r) {
+    if constexpr (Row == kQ2K) return -(half(b.dmin) * static_cast<float>(ptx::load1(b.scales + (r >> 1)) >> 4));
+    else if constexpr (Row == kQ4K || Row == kQ5K)
+      return -(half(b.dmin) * static_cast<float>(scale_and_min(b.scales, r >> 2).min));
+    else return half(b.m);
+  }
+
+  BITFOLD_DEVICE static float number(uint32_t code, const float* codebook) {
+    constexpr int kMiddle = Row == kQ4_0 ? 8 : Row == kQ5_0 ? 16 : Row == kQ3K ? 4 : Row == kQ6K ? 32 : 0;
+    if constexpr (kHasCodebook<Row>) return codebook[code];
+    else if constexpr (Row == kQ8_0) return static_cast<float>(static_cast<int8_t>(code));
+    else return static_cast<float>(static_cast<int>(code) - kMiddle);
+  }
+
+  BITFOLD_DEVICE static void values(const B& b, int r, const float* codebook, float (&out)[kRun]) {
+    const uint2 bytes = codes(b, r);
+    const float factor = step(b, r);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) out[j] = number(byte_of(bytes, j), codebook) * factor;
+    if constexpr (kHasMin) {
+      const float offset = min(b, r);
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) out[j] += offset;
+    }
+  }
+};
+
+}  // namespace bitfold::cuda
