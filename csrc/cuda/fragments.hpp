@@ -57,7 +57,8 @@ struct Affine {
   float offset[2];
 };
 
-template <int Row, int Columns>
+// Stored: how scales are, where that is known while compiling; None: it is asked of the matrix.
+template <int Row, int Columns, Scale Stored = Scale::None>
 class Fragments;
 
 struct NoTables {};
@@ -77,10 +78,10 @@ struct Divider {
     uint32_t bits = 0;
     while (bits < 31 && (uint32_t{1} << bits) < divisor) ++bits;
     const uint64_t power = uint64_t{1} << (31 + bits);
-    return {static_cast<uint32_t>((power + divisor - 1) / divisor), 31 + bits};
+    return {static_cast<uint32_t>((power + divisor - 1) / divisor), bits};
   }
   BITFOLD_HOST_DEVICE constexpr uint32_t divide(uint32_t n) const {
-    return static_cast<uint32_t>((uint64_t{n} * multiplier) >> shift);
+    return static_cast<uint32_t>((uint64_t{2 * n} * multiplier) >> 32) >> shift;
   }
 };
 

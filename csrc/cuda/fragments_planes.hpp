@@ -165,6 +165,11 @@ struct PlaneMatrix {
   Scale scale;
 };
 
+// Bytes from the zero points of a row to those of the next.
+inline int64_t row_zero_bytes(const Format& format, int64_t k) {
+  return format.group == kPerTensor ? 0 : bitfold::ceil_div(groups_in_row(format, k) * format.bits(), 8);
+}
+
 template <int Row>
 PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
   constexpr uint32_t kAll = (1u << 31) - 1;
@@ -180,49 +185,61 @@ PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
       .n = w.n,
       .row_bytes = bitfold::ceil_div(w.k * kBits, 8),
       .row_scales = group == kPerTensor ? 0 : groups,
-      .row_zeros = group == kPerTensor ? 0 : bitfold::ceil_div(groups * kBits, 8),
+      .row_zeros = row_zero_bytes(w.format, w.k),
       .pieces = Divider::of(pieces),
       .scale = w.format.scale,
   };
 }
 
-// What a lane has loaded of a row's scale and zero point of one group; to be looked at when the loads have arrived.
+// What a lane has loaded of the scale of a row's group; to be looked at when the loads have arrived.
+template <Scale Stored>
 struct LoadedScale {
   uint32_t bits;
   float nested;
-  BITFOLD_DEVICE void load(const PlaneMatrix& w, int64_t entry) {
-    if (w.scale == Scale::F32) {
-      bits = ptx::load4(w.scales + 4 * entry);
-    } else if (w.scale == Scale::Nested) {
-      bits = ptx::load1(w.scales + entry);
-      nested = ptx::uint_as_float(ptx::load4(w.nested_scales + entry / kNestedGroup));
+
+  BITFOLD_DEVICE static Scale stored(const PlaneMatrix& w) { return Stored == Scale::None ? w.scale : Stored; }
+  BITFOLD_DEVICE static int bytes(const PlaneMatrix& w) {
+    return stored(w) == Scale::F32 ? 4 : stored(w) == Scale::Nested ? 1 : 2;
+  }
+  BITFOLD_DEVICE void load(const PlaneMatrix& w, const uint8_t* from) {
+    if (stored(w) == Scale::F32) {
+      bits = ptx::load4(from);
+    } else if (stored(w) == Scale::Nested) {
+      bits = ptx::load1(from);
+      nested = ptx::uint_as_float(ptx::load4(w.nested_scales + static_cast<uint64_t>(from - w.scales) / kNestedGroup));
     } else {
-      bits = ptx::load2(w.scales + 2 * entry);
+      bits = ptx::load2(from);
     }
   }
   BITFOLD_DEVICE float value(const PlaneMatrix& w, const float* dynamic_map) const {
-    if (w.scale == Scale::F16) return ptx::half_to_float(static_cast<uint16_t>(bits));
-    if (w.scale == Scale::BF16) return ptx::bf16_to_float(static_cast<uint16_t>(bits));
-    if (w.scale == Scale::F32) return ptx::uint_as_float(bits);
+    if (stored(w) == Scale::F16) return ptx::half_to_float(static_cast<uint16_t>(bits));
+    if (stored(w) == Scale::BF16) return ptx::bf16_to_float(static_cast<uint16_t>(bits));
+    if (stored(w) == Scale::F32) return ptx::uint_as_float(bits);
     return ptx::add(ptx::mul(dynamic_map[bits], nested), *w.nested_offset);
   }
 };
 
+// Code `group` of a row of zero points.
 template <int Bits>
-BITFOLD_DEVICE uint32_t load_zero(const PlaneMatrix& w, int64_t row, int64_t group) {
-  if (w.zeros == nullptr) return 1u << (Bits - 1);
-  return read_code(w.zeros + row * w.row_zeros, group, Bits, false);
+BITFOLD_DEVICE uint32_t load_zero(const uint8_t* row, uint32_t group) {
+  const uint32_t bit = group * Bits, shift = bit % 8;
+  uint32_t window = ptx::load1(row + bit / 8);
+  if constexpr (8 % Bits != 0) {
+    if (shift + Bits > 8) window |= uint32_t{ptx::load1(row + bit / 8 + 1)} << 8;
+  }
+  return (window >> shift) & ((1u << Bits) - 1u);
 }
 
 // ---- the source ----
 
-template <int Row, int Columns>
+template <int Row, int Columns, Scale Stored>
 class PlaneFragments {
   using Codes = PlaneCodes<Row>;
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr bool kNested = kFormats[Row].nested;
   static constexpr int kLaneColumns = Columns / 4;
+  static constexpr int64_t kFar = int64_t{1} << 32;
   // int3: a lane's 6 bytes lie in 8 that it shares with its neighbour.
   static constexpr int kWords = Row == kInt3 ? 2 : kLaneColumns * kBits / 32;
   static constexpr int kAlignment = 4 * (Row == kInt3 ? 1 : kWords);
@@ -242,6 +259,7 @@ class PlaneFragments {
   static bool fits(const Weight& w) {
     const int64_t group = w.format.group;
     return w.layout == Layout::Rows && w.k % Columns == 0 && (group < 1 || group % Columns == 0) &&
+           row_zero_bytes(w.format, w.k) * w.n < kFar && (Stored == Scale::None || w.format.scale == Stored) &&
            reinterpret_cast<uintptr_t>(w.codes) % kAlignment == 0;
   }
 
@@ -255,16 +273,18 @@ class PlaneFragments {
 
   struct Slot {
     uint32_t words[2][kWords];
-    LoadedScale scale[2];
+    LoadedScale<Stored> scale[2];
     uint32_t zero[2];
   };
 
   PlaneFragments() = default;
   BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
-    const int t = ptx::lane_id() % 4;
+    const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
     for (int i = 0; i < 2; ++i) {
-      row_[i] = smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1);
-      codes_[i] = w.codes + row_[i] * w.row_bytes + (Row == kInt3 ? 6 * t / 4 * 4 : kLaneBytes * t);
+      const int64_t mine = smaller<int64_t>(row + g + 8 * i, w.n - 1);
+      codes_[i] = w.codes + mine * w.row_bytes + (Row == kInt3 ? 6 * t / 4 * 4 : kLaneBytes * t);
+      scales_[i] = w.scales + mine * w.row_scales * LoadedScale<Stored>::bytes(w);
+      zeros_[i] = static_cast<uint32_t>(mine * w.row_zeros);
     }
   }
 
@@ -272,11 +292,16 @@ class PlaneFragments {
     const int64_t at = int64_t{piece} * (Columns * kBits / 8);
     const uint32_t group = w_->pieces.divide(static_cast<uint32_t>(piece));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_words(codes_[i] + at, slot.words[i]);
-#pragma unroll
     for (int i = 0; i < 2; ++i) {
-      slot.scale[i].load(*w_, row_[i] * w_->row_scales + group);
-      if constexpr (kInteger) slot.zero[i] = load_zero<kBits>(*w_, row_[i], group);
+      load_words(codes_[i] + at, slot.words[i]);
+      slot.scale[i].load(*w_, scales_[i] + group * static_cast<uint32_t>(LoadedScale<Stored>::bytes(*w_)));
+    }
+    if constexpr (kInteger) {
+      slot.zero[0] = slot.zero[1] = 1u << (kBits - 1);
+      if (w_->zeros != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) slot.zero[i] = load_zero<kBits>(w_->zeros + zeros_[i], group);
+      }
     }
   }
 
@@ -328,15 +353,16 @@ class PlaneFragments {
 
   const Matrix* w_;
   const Tables* tables_;
-  int64_t row_[2];
   const uint8_t* codes_[2];
+  const uint8_t* scales_[2];
+  uint32_t zeros_[2];  // bytes from the plane's begin
 };
 
-template <int Row, int Columns>
+template <int Row, int Columns, Scale Stored>
   requires(kFormats[Row].grid == Grid::Minifloat || kFormats[Row].grid == Grid::Integer ||
            kFormats[Row].grid == Grid::Codebook)
-class Fragments<Row, Columns> : public PlaneFragments<Row, Columns> {
-  using PlaneFragments<Row, Columns>::PlaneFragments;
+class Fragments<Row, Columns, Stored> : public PlaneFragments<Row, Columns, Stored> {
+  using PlaneFragments<Row, Columns, Stored>::PlaneFragments;
 };
 
 // Columns of the pieces that a format has, the widest first.

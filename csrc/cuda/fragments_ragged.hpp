@@ -50,12 +50,12 @@ class RaggedFragments {
 
   using Tables = typename PlaneCodes<Row>::Tables;
   BITFOLD_DEVICE static void fill(Tables& tables, int thread, int threads) {
-    PlaneFragments<Row, 64>::fill(tables, thread, threads);
+    PlaneFragments<Row, 64, Scale::None>::fill(tables, thread, threads);
   }
 
   struct Slot {
     uint32_t word[2];
-    LoadedScale scale[2][2];  // of a row, of a group
+    LoadedScale<Scale::None> scale[2][2];  // of a row, of a group
     uint32_t zero[2][2];
     int first_columns;  // of the first group
     int shift;
@@ -86,8 +86,15 @@ class RaggedFragments {
 #pragma unroll
       for (int section = 0; section < 2; ++section) {
         const int64_t entry = smaller<int64_t>(group + section, w_->groups - 1);
-        slot.scale[i][section].load(planes, row_[i] * planes.row_scales + entry);
-        if constexpr (kInteger) slot.zero[i][section] = load_zero<kBits>(planes, row_[i], entry) * 0x00010001u;
+        const int64_t number = row_[i] * planes.row_scales + entry;
+        slot.scale[i][section].load(planes, planes.scales + number * LoadedScale<Scale::None>::bytes(planes));
+        if constexpr (kInteger) {
+          uint32_t zero = 1u << (kBits - 1);
+          if (planes.zeros != nullptr) {
+            zero = read_code(planes.zeros + row_[i] * planes.row_zeros, entry, kBits, false);
+          }
+          slot.zero[i][section] = zero * 0x00010001u;
+        }
       }
     }
   }

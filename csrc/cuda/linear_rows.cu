@@ -72,7 +72,8 @@ struct Feed {
   static constexpr int kAhead = kDepth<Source, R>;
   Source source[R];
   typename Source::Slot slots[kAhead][R];
-  int begin, end;  // pieces of this warp's turn
+  int begin, end;                                    // pieces of the unit
+  const int warp = ptx::shuffle(ptx::warp_id(), 0);  // which tells the compiler that all lanes have the same
 
   BITFOLD_DEVICE void fetch(int d, int piece) {
 #pragma unroll
@@ -87,7 +88,7 @@ struct Feed {
     end = smaller(begin + args.slice, args.pieces);
 #pragma unroll
     for (int d = 0; d < kAhead; ++d) {
-      const int piece = begin + ptx::warp_id() + d * kWarps;
+      const int piece = begin + warp + d * kWarps;
       if (piece < end) fetch(d, piece);
     }
   }
@@ -124,7 +125,7 @@ struct Feed {
     const int token = smaller(ptx::lane_id() / 4, m - 1);  // columns of tokens that aren't there hold the last one
     const int odd = 4 * (token & 1);
     const uint4* mine = x + token * Tokens<Source>::kQuads + ptx::lane_id() % 4;
-    for (int first = begin + ptx::warp_id(); first < end; first += kAhead * kWarps) {
+    for (int first = begin + warp; first < end; first += kAhead * kWarps) {
 #pragma unroll
       for (int d = 0; d < kAhead; ++d) {
         const int piece = first + d * kWarps;
@@ -252,10 +253,29 @@ void launch_tiles(const LinearArgs& args, Stream stream) {
   return 2 * turns(32) <= turns(16) ? launch_rows<Source, 2>(args, stream) : launch_rows<Source, 1>(args, stream);
 }
 
+// The usual scales have kernels of their own, which don't ask at every piece; the others share one.
+template <int Row, int Columns>
+bool launch_pieces(const LinearArgs& args, Stream stream) {
+  using Any = Fragments<Row, Columns>;
+  if (!Any::fits(args.w)) return false;
+  constexpr Scale kUsual = kFormats[Row].scale;
+  if (args.w.format.scale == kUsual) {
+    launch_tiles<Fragments<Row, Columns, kUsual>>(args, stream);
+    return true;
+  }
+  if constexpr (kFormats[Row].nested) {
+    if (args.w.format.scale == Scale::Nested) {
+      launch_tiles<Fragments<Row, Columns, Scale::Nested>>(args, stream);
+      return true;
+    }
+  }
+  launch_rows<Any, 1>(args, stream);
+  return true;
+}
+
 template <int Row, int... Columns>
 void launch_widest(const LinearArgs& args, Stream stream, std::integer_sequence<int, Columns...>) {
-  const bool launched =
-      (... || (Fragments<Row, Columns>::fits(args.w) && (launch_tiles<Fragments<Row, Columns>>(args, stream), true)));
+  const bool launched = (... || launch_pieces<Row, Columns>(args, stream));
   if (!launched) launch_rows<RaggedFragments<Row>, 1>(args, stream);
 }
 
