@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,18 @@ settings.load_profile("bitfold")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run again by test_isa.py under every instruction set of the CPU")
+
+
+def pytest_report_header() -> str:
+    missing = "" if torch.cuda.is_available() else "; torch sees no GPU, so nothing runs on one"
+    return f"bitfold runs on: {', '.join(devices.NAMES)}{missing}"
+
+
+@pytest.fixture(params=devices.NAMES)
+def device(request: pytest.FixtureRequest):
+    """Where bitfold's ops run: once on each of "cpu", "emulated" and "cuda" (devices.py)."""
+    with devices.use(request.param, request.node.nodeid):
+        yield request.param
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def test_encode_and_decode(format, rng):
             assert_same_bits(decoded, decoded_bits(planes, format, n, k, name), f"{format} {n}x{k} to {name}")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("format", every_format())
 def test_decode_of_any_codes(format, rng):
@@ -78,6 +79,7 @@ def test_decode_of_any_codes(format, rng):
             assert_same_bits(qtensor.decode(dtype), wanted, f"{format} {n}x{k} to {name}")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", every_format())
 def test_pack_and_unpack_are_inverse(format, rng):
     fmt = oracle.parse(format)
@@ -100,6 +102,7 @@ def test_pack_and_unpack_are_inverse(format, rng):
         assert_planes(packed, planes, f"{what} packed again")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", [f for f in every_format() if oracle.parse(f).kind == "codebook"])
 def test_flat_layout(format, rng):
     """One row of n * k columns: groups straddle rows."""

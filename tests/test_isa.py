@@ -27,6 +27,7 @@ def usable() -> list[str]:
 
 def run(isa: str | None, *command: str, **options) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "BITFOLD_ISA"}
+    environment["BITFOLD_TEST_DEVICES"] = "cpu"
     if isa is not None:
         environment["BITFOLD_ISA"] = isa
     return subprocess.run(

@@ -1,20 +1,18 @@
 """What torch must know about the ops of csrc/torch/ops.cpp beside their kernels: shapes, gradients, autocast.
 
-Importing this module registers all of it. Sizes come from the formats' laws, as plain numbers that divide
-symbolic ints.
+Importing this module registers all of it for torch.ops.bitfold. Sizes come from the formats' laws, as plain
+numbers that divide symbolic ints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitfold.formats import parse, plane_size
-
-_ops = torch.ops.bitfold
 
 # ---- shapes ----
 
@@ -28,8 +26,7 @@ def _check_device(first: Tensor, *others: Tensor | None) -> None:
             )
 
 
-@torch.library.register_fake("bitfold::encode")
-def _(
+def _encode_shape(
     weight: Tensor,
     format: str,
     nested_offset: Tensor | None = None,
@@ -41,24 +38,23 @@ def _(
     return [weight.new_empty(law.shape(n, k), dtype=law.dtype) for law in parse(format).planes]
 
 
-@torch.library.register_fake("bitfold::decode")
-def _(
+def _decode_shape(
     planes: Sequence[Tensor], format: str, n: int, k: int, dtype: torch.dtype, layout: str = "rows"
 ) -> Tensor:
     _check_device(*planes)
     return planes[0].new_empty((n, k), dtype=dtype)
 
 
-@torch.library.register_fake("bitfold::pack")
-def _(
+def _pack_shape(
     codes: Tensor, scales: Tensor | None, zeros: Tensor | None, format: str, nested: Sequence[Tensor]
 ) -> list[Tensor]:
     n, k = codes.shape
     return [codes.new_empty(law.shape(n, k), dtype=law.dtype) for law in parse(format).planes]
 
 
-@torch.library.register_fake("bitfold::unpack")
-def _(planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows") -> list[Tensor]:
+def _unpack_shape(
+    planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows"
+) -> list[Tensor]:
     _check_device(*planes)
     rows, columns = plane_size(n, k, layout)
     shapes = [law.logical_shape(rows, columns) for law in parse(format).planes]
@@ -66,8 +62,7 @@ def _(planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows
     return [plane.new_empty(shape) for plane, shape in zip(planes, shapes, strict=True)]
 
 
-@torch.library.register_fake("bitfold::linear")
-def _(
+def _linear_shape(
     x: Tensor,
     planes: Sequence[Tensor],
     format: str,
@@ -81,14 +76,14 @@ def _(
     return x.new_empty((*x.shape[:-1], n))
 
 
-@torch.library.register_fake("bitfold::linear_grad_x")
-def _(grad: Tensor, planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows") -> Tensor:
+def _linear_grad_x_shape(
+    grad: Tensor, planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows"
+) -> Tensor:
     _check_device(grad, *planes)
     return grad.new_empty((*grad.shape[:-1], k))
 
 
-@torch.library.register_fake("bitfold::embedding")
-def _(
+def _embedding_shape(
     ids: Tensor,
     planes: Sequence[Tensor],
     format: str,
@@ -109,52 +104,50 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*planes)
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # Rounding x to 8 bits has the gradient 0 or none: what it rounds is taken for what it gives (straight through).
-    planes, needed = list(ctx.saved_tensors), ctx.needs_input_grad
-    grad_x = grad_bias = None
-    if needed[0]:
-        grad_x = _ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k, ctx.layout)
-    if len(needed) > 5 and needed[5]:
-        grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-    # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
-    return (grad_x, [None] * len(planes), None, None, None, grad_bias, None, None)[: len(needed)]
-
-
 def _linear_grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, planes, ctx.format, ctx.n, ctx.k, ctx.layout = inputs
     ctx.save_for_backward(*planes)
 
 
-def _linear_grad_x_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    planes = list(ctx.saved_tensors)
-    grad_grad = _ops.linear(grad, planes, ctx.format, ctx.n, ctx.k, None, ctx.layout)
-    return (grad_grad, [None] * len(planes), None, None, None, None)[: len(ctx.needs_input_grad)]
+def _register_gradients(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+
+    def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # Rounding x to 8 bits has the gradient 0 or none: what it rounds is taken for what it gives (straight through).
+        planes, needed = list(ctx.saved_tensors), ctx.needs_input_grad
+        grad_x = grad_bias = None
+        if needed[0]:
+            grad_x = ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k, ctx.layout)
+        if len(needed) > 5 and needed[5]:
+            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+        # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
+        return (grad_x, [None] * len(planes), None, None, None, grad_bias, None, None)[: len(needed)]
+
+    def linear_grad_x_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        planes = list(ctx.saved_tensors)
+        grad_grad = ops.linear(grad, planes, ctx.format, ctx.n, ctx.k, None, ctx.layout)
+        return (grad_grad, [None] * len(planes), None, None, None, None)[: len(ctx.needs_input_grad)]
+
+    register = torch.library.register_autograd
+    register(f"{namespace}::linear", linear_backward, setup_context=_linear_context)
+    register(f"{namespace}::linear_grad_x", linear_grad_x_backward, setup_context=_linear_grad_x_context)
+    for name in ("encode", "decode", "pack", "unpack", "embedding"):
+        register(f"{namespace}::{name}", _refuse_backward(name))
 
 
-torch.library.register_autograd("bitfold::linear", _linear_backward, setup_context=_linear_context)
-torch.library.register_autograd(
-    "bitfold::linear_grad_x", _linear_grad_x_backward, setup_context=_linear_grad_x_context
-)
-
-
-def _refuse_backward(name: str) -> None:
+def _refuse_backward(name: str) -> Callable[..., None]:
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"bitfold::{name} is not differentiable: detach what it is given.")
 
-    torch.library.register_autograd(f"bitfold::{name}", backward)
-
-
-for _name in ("encode", "decode", "pack", "unpack", "embedding"):
-    _refuse_backward(_name)
+    return backward
 
 
 # ---- autocast: x and bias are cast as F.linear casts them, planes never are ----
 
-_library = torch.library.Library("bitfold", "IMPL")
 
+def _register_autocast(library: torch.library.Library, device_type: str, key: str) -> None:
+    ops = getattr(torch.ops, library.ns)
 
-def _register_autocast(device_type: str, key: str) -> None:
     def cast(tensor: Tensor) -> Tensor:
         eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
@@ -171,13 +164,37 @@ def _register_autocast(device_type: str, key: str) -> None:
     ) -> Tensor:
         with torch.autocast(device_type, enabled=False):
             offset = None if bias is None else cast(bias)
-            return _ops.linear(cast(x), planes, format, n, k, offset, layout, activations)
+            return ops.linear(cast(x), planes, format, n, k, offset, layout, activations)
 
-    _library.impl("linear", linear, key)
+    library.impl("linear", linear, key)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+# ---- all of it, for torch.ops.bitfold and for the tests' torch.ops.bitfold_emulated ----
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "encode": _encode_shape,
+    "decode": _decode_shape,
+    "pack": _pack_shape,
+    "unpack": _unpack_shape,
+    "linear": _linear_shape,
+    "linear_grad_x": _linear_grad_x_shape,
+    "embedding": _embedding_shape,
+}
+_libraries: list[torch.library.Library] = []  # what they registered goes with them
+
+
+def register(namespace: str) -> None:
+    """Registers the above for the ops of `namespace`, whose schemas are those of bitfold's."""
+    for name, shape in _SHAPES.items():
+        torch.library.register_fake(f"{namespace}::{name}", shape)
+    _register_gradients(namespace)
+    library = torch.library.Library(namespace, "IMPL")
+    _register_autocast(library, "cpu", "AutocastCPU")
+    _register_autocast(library, "cuda", "AutocastCUDA")
+    _libraries.append(library)
+
+
+register("bitfold")
 
 
 # ---- a call that costs little ----

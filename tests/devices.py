@@ -1,0 +1,138 @@
+"""Where the conformance tests run: on the CPU, on the kernels for GPUs through the emulator, and on a GPU.
+
+A test that uses the fixture `device` runs once on each. Tests hold CPU tensors; `use` puts other ops
+in the place of `torch.ops.bitfold`: on "emulated" those of the module _emulated, which run csrc/cuda on CPU
+tensors; on "cuda" ones that move every tensor to the GPU with its strides, and the results back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import bitfold
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+ROOT = Path(__file__).parents[1]
+# Those that there are; a choice of them in BITFOLD_TEST_DEVICES, separated by commas.
+ALL = ("cpu", "emulated", "cuda")
+NAMES = tuple(os.environ.get("BITFOLD_TEST_DEVICES", ",".join(ALL)).split(","))
+assert set(NAMES) <= set(ALL), f"BITFOLD_TEST_DEVICES names {NAMES}; there are {ALL}"
+if not torch.cuda.is_available():
+    NAMES = tuple(name for name in NAMES if name != "cuda")
+OPS = ("encode", "decode", "pack", "unpack", "linear", "linear_grad_x", "embedding")
+
+
+# ---- the emulator ----
+
+
+def _tool(name: str) -> str:
+    """A program of this Python environment, or of the PATH."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed, and the kernels for GPUs can't be built for the emulator")
+    return found
+
+
+@functools.cache
+def emulated() -> ModuleType:
+    """The module _emulated: built in build/emulated where its sources changed, or BITFOLD_EMULATED_DIR's."""
+    folder = Path(os.environ.get("BITFOLD_EMULATED_DIR", ROOT / "build" / "emulated"))
+    if "BITFOLD_EMULATED_DIR" not in os.environ:
+        if not (ROOT / "csrc").is_dir():
+            pytest.skip("the sources are not beside the tests")
+        cmake = _tool("cmake")
+        options = {
+            "CMAKE_MAKE_PROGRAM": _tool("ninja"),
+            "CMAKE_BUILD_TYPE": "Debug",  # adds nothing to the flags but what follows
+            "CMAKE_CXX_FLAGS_DEBUG": "-O1",
+            "BITFOLD_CUDA": "off",
+            "Python_EXECUTABLE": sys.executable,
+        }
+        for command in (
+            [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in options.items())],
+            [cmake, "--build", folder, "--target", "_emulated"],
+        ):
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    (path,) = folder.glob("_emulated.*.so")
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    bitfold.ops.register("bitfold_emulated")
+    return module
+
+
+def schedule(seed: str) -> dict[str, Any]:
+    """A way to run launches, drawn from the name of a test."""
+    draw = random.Random(seed)
+    return {
+        "seed": draw.randrange(2**32),
+        "order": draw.choice(["sequential", "priority"]),
+        "delivery": draw.choice(["late", "early", "random"]),
+        "poison": draw.choice([0xFF, 0x00, 0x55]),
+        "multiprocessors": draw.choice([132, 2]),
+    }
+
+
+# ---- a GPU ----
+
+
+def to_gpu(tensor: Tensor) -> Tensor:
+    """The tensor on the GPU: the same view of a copy of its storage."""
+    if tensor.is_cuda:
+        return tensor
+    storage = tensor.detach().untyped_storage().cuda()
+    moved = torch.empty(0, dtype=tensor.dtype, device="cuda")
+    return moved.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def on_gpu(op: Any) -> Any:
+    """An op that takes and gives CPU tensors and runs on the GPU."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _pytree.tree_map_only(Tensor, to_gpu, (args, kwargs))
+        return _pytree.tree_map_only(Tensor, Tensor.cpu, op(*args, **kwargs))
+
+    return run
+
+
+# ---- the place of torch.ops.bitfold ----
+
+
+def ops() -> Any:
+    """torch.ops.bitfold, or what stands in its place."""
+    return bitfold.qtensor._ops
+
+
+@contextlib.contextmanager
+def use(name: str, seed: str = "") -> Iterator[None]:
+    """bitfold's functions run on `name`."""
+    if name == "cpu":
+        yield
+        return
+    if name == "emulated":
+        emulated().configure(**schedule(seed))
+        namespace: Any = torch.ops.bitfold_emulated
+    else:
+        if not bitfold._C.build_info()["cuda"]:
+            pytest.fail("there is a GPU, and bitfold was built without CUDA")
+        namespace = SimpleNamespace(**{op: on_gpu(getattr(torch.ops.bitfold, op)) for op in OPS})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bitfold.qtensor, "_ops", namespace)
+        patch.setattr(bitfold.ops, "_linear", namespace.linear)
+        yield
