@@ -224,10 +224,12 @@ void launch_rows(const LinearArgs& a, Stream stream) {
   const int64_t slices = larger<int64_t>(ceil_div<int64_t>(pieces, larger<int64_t>(slice, 1)), 1);
   const int64_t all = slices * slice * a.x.rows * token_bytes;
   const bool resident = slices <= kSlices && fixed + all <= device.shared_bytes;
+  const bool aligned = a.x.column_stride == 1 && a.x.row_stride % 4 == 0 && a.w.k % Source::kColumns == 0 &&
+                       reinterpret_cast<uintptr_t>(a.x.data) % 8 == 0;
   const Args<Source> args{
       .w = Source::matrix(a.w),
       .x = {static_cast<const uint16_t*>(a.x.data), a.x.row_stride, a.x.column_stride, a.w.k,
-            static_cast<int>(a.x.rows), a.x.dtype == DType::BF16},
+            static_cast<int>(a.x.rows), a.x.dtype == DType::BF16, aligned},
       .bias = static_cast<const uint16_t*>(a.bias),
       .y = static_cast<uint16_t*>(a.y),
       .n = a.w.n,

@@ -17,6 +17,7 @@ struct TokensArgs {
   int64_t k;
   int m;
   bool bf16;
+  bool aligned;  // four columns at a time can be loaded: rows are contiguous and whole pieces, on 8-byte boundaries
 };
 
 // What is known of a slice once it is staged.
@@ -35,10 +36,32 @@ BITFOLD_DEVICE float power_of_two(int exponent) {
   return ptx::uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
 }
 
+// How the eight columns of a quad (b0, b1 of an even step and of the next) lie in x: two runs of four columns, one
+// after the other, or in turns, or in no way that is known here.
+enum class Runs : uint8_t { Sequential, Interleaved, None };
+
+template <class Source>
+constexpr Runs runs_of_quads() {
+  bool sequential = true, interleaved = true;
+  for (int step = 0; step < Source::kSteps; step += 2) {
+    for (int t = 0; t < 4; ++t) {
+      for (int i = 0; i < 8; ++i) {
+        const int at = Source::column(step + i / 4, t, i % 4);
+        sequential = sequential && at == Source::column(step + i / 4, t, 0) + i % 4;
+        interleaved = interleaved && at == Source::column(step, t, i % 2) + i / 2;
+      }
+      sequential = sequential && Source::column(step, t, 0) % 4 == 0 && Source::column(step + 1, t, 0) % 4 == 0;
+      interleaved = interleaved && Source::column(step, t, 0) % 4 == 0 && Source::column(step, t, 1) % 4 == 0;
+    }
+  }
+  return sequential ? Runs::Sequential : interleaved ? Runs::Interleaved : Runs::None;
+}
+
 template <class Source>
 struct Tokens {
   static constexpr int kPairs = Source::kSteps / 2;
-  // 16 bytes are b0, b1 of an even step and of the next, for one lane; so many are a piece of one token.
+  static constexpr Runs kRuns = runs_of_quads<Source>();
+  // A quad is 16 bytes; so many are a piece of one token.
   static constexpr int kQuads = 4 * kPairs;
   static constexpr int64_t kPieceBytes = 16 * kQuads;
 
@@ -60,16 +83,18 @@ struct Tokens {
     if (thread < kTokens) {
       scales.unit[thread] = args.bf16 ? power_of_two(-exponent_to_fp16(scales.peak[thread])) : 1.0f;
     }
-    for (int i = thread; i < pieces * args.m * kQuads; i += threads) {
-      const int piece = i / (args.m * kQuads), rest = i % (args.m * kQuads);
-      const int token = rest / kQuads, pair = rest % kQuads / 4, t = i % 4;
+    for (int token = 0; token < args.m; ++token) {
       const float scale = args.bf16 ? power_of_two(exponent_to_fp16(scales.peak[token])) : 1.0f;
-      uint4 quad;
-      quad.x = two(args, token, first + piece, 2 * pair, t, 0, scale);
-      quad.y = two(args, token, first + piece, 2 * pair, t, 2, scale);
-      quad.z = two(args, token, first + piece, 2 * pair + 1, t, 0, scale);
-      quad.w = two(args, token, first + piece, 2 * pair + 1, t, 2, scale);
-      x[place(piece, args.m, token, pair, t)] = quad;
+#pragma unroll 2
+      for (int i = thread; i < pieces * kQuads; i += threads) {
+        const int piece = i / kQuads, pair = i % kQuads / 4, t = i % 4;
+        uint4 quad = load_quad(args, token, first + piece, pair, t);
+        if (args.bf16) {
+          quad = {to_halves(quad.x, scale), to_halves(quad.y, scale), to_halves(quad.z, scale),
+                  to_halves(quad.w, scale)};
+        }
+        x[place(piece, args.m, token, pair, t)] = quad;
+      }
     }
     ptx::sync_block();
   }
@@ -80,26 +105,56 @@ struct Tokens {
     return ptx::load2(args.data + token * args.row_stride + column * args.column_stride);
   }
 
+  // Of eight bytes of x the magnitudes' largest.
+  BITFOLD_DEVICE static uint32_t peak_of(uint32_t two) { return larger(two & 0x7fffu, two >> 16 & 0x7fffu); }
+
   BITFOLD_DEVICE static void find_peaks(const TokensArgs& args, int64_t first, int pieces, TokenScales& scales) {
     const int64_t begin = first * Source::kColumns, columns = int64_t{pieces} * Source::kColumns;
     for (int token = 0; token < args.m; ++token) {
       uint32_t peak = 0;
-      for (int64_t c = threadIdx.x; c < columns; c += blockDim.x) {
-        peak = larger(peak, element(args, token, begin + c) & 0x7fffu);
+      if (args.aligned) {
+        const uint16_t* row = args.data + token * args.row_stride + begin;
+#pragma unroll 2
+        for (int64_t c = 4 * threadIdx.x; c < columns; c += 4 * blockDim.x) {
+          const uint2 four = ptx::load8(row + c);
+          peak = larger(peak, larger(peak_of(four.x), peak_of(four.y)));
+        }
+      } else {
+        for (int64_t c = threadIdx.x; c < columns; c += blockDim.x) {
+          peak = larger(peak, element(args, token, begin + c) & 0x7fffu);
+        }
       }
       for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
       if (ptx::lane_id() == 0) ptx::atomic_max(&scales.peak[token], peak);
     }
   }
 
-  // Halves `half` and half + 1 of a step.
-  BITFOLD_DEVICE static uint32_t two(const TokensArgs& args, int token, int64_t piece, int step, int t, int half,
-                                     float scale) {
+  // The quad's eight numbers as they are in x.
+  BITFOLD_DEVICE static uint4 load_quad(const TokensArgs& args, int token, int64_t piece, int pair, int t) {
     const int64_t begin = piece * Source::kColumns;
-    const uint16_t low = element(args, token, begin + Source::column(step, t, half));
-    const uint16_t high = element(args, token, begin + Source::column(step, t, half + 1));
-    if (!args.bf16) return low | static_cast<uint32_t>(high) << 16;
-    return ptx::floats_to_halves(ptx::bf16_to_float(low) * scale, ptx::bf16_to_float(high) * scale);
+    const int step = 2 * pair;
+    if (kRuns != Runs::None && args.aligned) {
+      const uint16_t* row = args.data + token * args.row_stride + begin;
+      const uint2 a = ptx::load8(row + Source::column(step, t, 0));
+      if constexpr (kRuns == Runs::Sequential) {
+        const uint2 b = ptx::load8(row + Source::column(step + 1, t, 0));
+        return {a.x, a.y, b.x, b.y};
+      } else {
+        const uint2 b = ptx::load8(row + Source::column(step, t, 1));
+        return {ptx::prmt(a.x, b.x, 0x5410), ptx::prmt(a.x, b.x, 0x7632), ptx::prmt(a.y, b.y, 0x5410),
+                ptx::prmt(a.y, b.y, 0x7632)};
+      }
+    }
+    const auto two = [&](int at, int half) {
+      const uint32_t high = element(args, token, begin + Source::column(at, t, half + 1));
+      return element(args, token, begin + Source::column(at, t, half)) | high << 16;
+    };
+    return {two(step, 0), two(step, 2), two(step + 1, 0), two(step + 1, 2)};
+  }
+
+  BITFOLD_DEVICE static uint32_t to_halves(uint32_t bf16s, float scale) {
+    const float2 two = ptx::bf16s_to_floats(bf16s);
+    return ptx::floats_to_halves(two.x * scale, two.y * scale);
   }
 };
 
