@@ -219,16 +219,23 @@ struct LoadedScale {
   }
 };
 
-// Code `group` of a row of zero points.
+// The same of zero points: the bytes that hold code `group` of a row, and where in them it begins.
 template <int Bits>
-BITFOLD_DEVICE uint32_t load_zero(const uint8_t* row, uint32_t group) {
-  const uint32_t bit = group * Bits, shift = bit % 8;
-  uint32_t window = ptx::load1(row + bit / 8);
-  if constexpr (8 % Bits != 0) {
-    if (shift + Bits > 8) window |= uint32_t{ptx::load1(row + bit / 8 + 1)} << 8;
+struct LoadedZero {
+  static constexpr bool kStraddles = 8 % Bits != 0;
+  uint32_t low, high, shift;
+
+  BITFOLD_DEVICE void load(const uint8_t* row, uint32_t group) {
+    const uint32_t bit = group * Bits;
+    shift = bit % 8;
+    low = ptx::load1(row + bit / 8);
+    high = kStraddles && shift + Bits > 8 ? ptx::load1(row + bit / 8 + 1) : 0;
   }
-  return (window >> shift) & ((1u << Bits) - 1u);
-}
+  BITFOLD_DEVICE void symmetric() { low = 1u << (Bits - 1), high = 0, shift = 0; }
+  BITFOLD_DEVICE uint32_t value() const {
+    return ((kStraddles ? low | high << 8 : low) >> shift) & ((1u << Bits) - 1u);
+  }
+};
 
 // ---- the source ----
 
@@ -274,7 +281,7 @@ class PlaneFragments {
   struct Slot {
     uint32_t words[2][kWords];
     LoadedScale<Stored> scale[2];
-    uint32_t zero[2];
+    LoadedZero<kBits> zero[2];
   };
 
   PlaneFragments() = default;
@@ -297,10 +304,11 @@ class PlaneFragments {
       slot.scale[i].load(*w_, scales_[i] + group * static_cast<uint32_t>(LoadedScale<Stored>::bytes(*w_)));
     }
     if constexpr (kInteger) {
-      slot.zero[0] = slot.zero[1] = 1u << (kBits - 1);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) slot.zero[i].symmetric();
       if (w_->zeros != nullptr) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) slot.zero[i] = load_zero<kBits>(w_->zeros + zeros_[i], group);
+        for (int i = 0; i < 2; ++i) slot.zero[i].load(w_->zeros + zeros_[i], group);
       }
     }
   }
@@ -308,7 +316,6 @@ class PlaneFragments {
   BITFOLD_DEVICE void open(Slot& slot, const std::byte*) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (kInteger) slot.zero[i] *= 0x00010001u;
       if constexpr (Row == kInt3) {  // lanes 1 and 3 begin in the middle of a word
         const uint32_t shift = 16 * (ptx::lane_id() % 2);
         slot.words[i][0] = ptx::funnel_right(slot.words[i][0], slot.words[i][1], shift);
@@ -320,7 +327,7 @@ class PlaneFragments {
   BITFOLD_DEVICE void step(const Slot& slot, int step, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t zero = kInteger ? slot.zero[i] : 0;
+      const uint32_t zero = kInteger ? 0x00010001u * slot.zero[i].value() : 0;
       a[kLow0 + i] = Codes::value(slot.words[i], step, 0, zero, *tables_);
       a[kLow1 + i] = Codes::value(slot.words[i], step, 1, zero, *tables_);
     }
