@@ -57,7 +57,8 @@ struct Affine {
   float offset[2];
 };
 
-// Stored: how scales are, where that is known while compiling; None: it is asked of the matrix.
+// Stored: how scales are, where that is known while compiling: F32, Nested, or F16 for both kinds of 16 bits. None: the
+// matrix is asked.
 template <int Row, int Columns, Scale Stored = Scale::None>
 class Fragments;
 

@@ -197,14 +197,14 @@ struct LoadedScale {
   uint32_t bits;
   float nested;
 
-  BITFOLD_DEVICE static Scale stored(const PlaneMatrix& w) { return Stored == Scale::None ? w.scale : Stored; }
-  BITFOLD_DEVICE static int bytes(const PlaneMatrix& w) {
-    return stored(w) == Scale::F32 ? 4 : stored(w) == Scale::Nested ? 1 : 2;
+  BITFOLD_DEVICE static bool is(const PlaneMatrix& w, Scale scale) {
+    return Stored == Scale::None ? w.scale == scale : Stored == scale;
   }
+  BITFOLD_DEVICE static int bytes(const PlaneMatrix& w) { return is(w, Scale::F32) ? 4 : is(w, Scale::Nested) ? 1 : 2; }
   BITFOLD_DEVICE void load(const PlaneMatrix& w, const uint8_t* from) {
-    if (stored(w) == Scale::F32) {
+    if (is(w, Scale::F32)) {
       bits = ptx::load4(from);
-    } else if (stored(w) == Scale::Nested) {
+    } else if (is(w, Scale::Nested)) {
       bits = ptx::load1(from);
       nested = ptx::uint_as_float(ptx::load4(w.nested_scales + static_cast<uint64_t>(from - w.scales) / kNestedGroup));
     } else {
@@ -212,9 +212,11 @@ struct LoadedScale {
     }
   }
   BITFOLD_DEVICE float value(const PlaneMatrix& w, const float* dynamic_map) const {
-    if (stored(w) == Scale::F16) return ptx::half_to_float(static_cast<uint16_t>(bits));
-    if (stored(w) == Scale::BF16) return ptx::bf16_to_float(static_cast<uint16_t>(bits));
-    if (stored(w) == Scale::F32) return ptx::uint_as_float(bits);
+    if (is(w, Scale::F32)) return ptx::uint_as_float(bits);
+    if (!is(w, Scale::Nested)) {
+      const auto half = static_cast<uint16_t>(bits);
+      return w.scale == Scale::BF16 ? ptx::bf16_to_float(half) : ptx::half_to_float(half);
+    }
     return ptx::add(ptx::mul(dynamic_map[bits], nested), *w.nested_offset);
   }
 };
@@ -266,8 +268,11 @@ class PlaneFragments {
   static bool fits(const Weight& w) {
     const int64_t group = w.format.group;
     return w.layout == Layout::Rows && w.k % Columns == 0 && (group < 1 || group % Columns == 0) &&
-           row_zero_bytes(w.format, w.k) * w.n < kFar && (Stored == Scale::None || w.format.scale == Stored) &&
+           knows_scale(w.format.scale) && row_zero_bytes(w.format, w.k) * w.n < kFar &&
            reinterpret_cast<uintptr_t>(w.codes) % kAlignment == 0;
+  }
+  static constexpr bool knows_scale(Scale scale) {
+    return Stored == Scale::None || scale == Stored || (Stored == Scale::F16 && scale == Scale::BF16);
   }
 
   using Matrix = PlaneMatrix;
@@ -372,16 +377,32 @@ class Fragments<Row, Columns, Stored> : public PlaneFragments<Row, Columns, Stor
   using PlaneFragments<Row, Columns, Stored>::PlaneFragments;
 };
 
-// Columns of the pieces that a format has, the widest first.
+// Columns of the pieces that a format has, the widest first, and the scales that are known while compiling. Whatever
+// they don't fit has pieces of kNarrow columns of any scale, or is ragged.
 template <int Row>
-struct PieceWidths : std::integer_sequence<int, 128, 64> {};
+struct Pieces {
+  using Widths = std::integer_sequence<int, 64>;
+  static constexpr int kNarrow = 32;
+};
+struct NibblePieces {
+  using Widths = std::integer_sequence<int, 128, 64>;
+  static constexpr int kNarrow = 32;
+};
 template <>
-struct PieceWidths<kInt8> : std::integer_sequence<int, 64> {};
+struct Pieces<kInt4> : NibblePieces {};
 template <>
-struct PieceWidths<kInt3> : std::integer_sequence<int, 64> {};
+struct Pieces<kNf4> : NibblePieces {};
 template <>
-struct PieceWidths<kE4m3> : std::integer_sequence<int, 64> {};
+struct Pieces<kFp4> : NibblePieces {};
 template <>
-struct PieceWidths<kE5m2> : std::integer_sequence<int, 64> {};
+struct Pieces<kInt3> {
+  using Widths = std::integer_sequence<int, 64>;
+  static constexpr int kNarrow = 64;
+};
+template <>
+struct Pieces<kInt2> {
+  using Widths = std::integer_sequence<int, 128, 64>;
+  static constexpr int kNarrow = 64;
+};
 
 }  // namespace bitfold::cuda

@@ -255,37 +255,32 @@ void launch_tiles(const LinearArgs& args, Stream stream) {
   return 2 * turns(32) <= turns(16) ? launch_rows<Source, 2>(args, stream) : launch_rows<Source, 1>(args, stream);
 }
 
-// The usual scales have kernels of their own, which don't ask at every piece; the others share one.
-template <int Row, int Columns>
-bool launch_pieces(const LinearArgs& args, Stream stream) {
-  using Any = Fragments<Row, Columns>;
-  if (!Any::fits(args.w)) return false;
-  constexpr Scale kUsual = kFormats[Row].scale;
-  if (args.w.format.scale == kUsual) {
-    launch_tiles<Fragments<Row, Columns, kUsual>>(args, stream);
-    return true;
-  }
-  if constexpr (kFormats[Row].nested) {
-    if (args.w.format.scale == Scale::Nested) {
-      launch_tiles<Fragments<Row, Columns, Scale::Nested>>(args, stream);
-      return true;
-    }
-  }
-  launch_rows<Any, 1>(args, stream);
+template <class Source>
+bool launch_where_it_fits(const LinearArgs& args, Stream stream) {
+  if (!Source::fits(args.w)) return false;
+  launch_tiles<Source>(args, stream);
   return true;
 }
 
+// The usual scales have kernels of their own, which don't ask at every piece.
 template <int Row, int... Columns>
 void launch_widest(const LinearArgs& args, Stream stream, std::integer_sequence<int, Columns...>) {
-  const bool launched = (... || launch_pieces<Row, Columns>(args, stream));
-  if (!launched) launch_rows<RaggedFragments<Row>, 1>(args, stream);
+  constexpr Scale kUsual = kFormats[Row].scale;
+  bool launched = (... || launch_where_it_fits<Fragments<Row, Columns, kUsual>>(args, stream));
+  if constexpr (kFormats[Row].nested) {
+    launched = launched || (... || launch_where_it_fits<Fragments<Row, Columns, Scale::Nested>>(args, stream));
+  }
+  if (launched) return;
+  using Narrow = Fragments<Row, Pieces<Row>::kNarrow>;
+  return Narrow::fits(args.w) ? launch_rows<Narrow, 1>(args, stream)
+                              : launch_rows<RaggedFragments<Row>, 1>(args, stream);
 }
 
 }  // namespace
 
 template <>
 void linear_rows_of<BITFOLD_PART>(const LinearArgs& args, Stream stream) {
-  launch_widest<BITFOLD_PART>(args, stream, PieceWidths<BITFOLD_PART>());
+  launch_widest<BITFOLD_PART>(args, stream, Pieces<BITFOLD_PART>::Widths());
 }
 
 }  // namespace bitfold::cuda
