@@ -201,12 +201,15 @@ struct LoadedScale {
     return Stored == Scale::None ? w.scale == scale : Stored == scale;
   }
   BITFOLD_DEVICE static int bytes(const PlaneMatrix& w) { return is(w, Scale::F32) ? 4 : is(w, Scale::Nested) ? 1 : 2; }
-  BITFOLD_DEVICE void load(const PlaneMatrix& w, const uint8_t* from) {
+  // byte: of the plane.
+  template <class Byte>
+  BITFOLD_DEVICE void load(const PlaneMatrix& w, Byte byte) {
+    const uint8_t* from = w.scales + byte;
     if (is(w, Scale::F32)) {
       bits = ptx::load4(from);
     } else if (is(w, Scale::Nested)) {
       bits = ptx::load1(from);
-      nested = ptx::uint_as_float(ptx::load4(w.nested_scales + static_cast<uint64_t>(from - w.scales) / kNestedGroup));
+      nested = ptx::uint_as_float(ptx::load4(w.nested_scales + byte / static_cast<Byte>(kNestedGroup)));
     } else {
       bits = ptx::load2(from);
     }
@@ -268,7 +271,7 @@ class PlaneFragments {
   static bool fits(const Weight& w) {
     const int64_t group = w.format.group;
     return w.layout == Layout::Rows && w.k % Columns == 0 && (group < 1 || group % Columns == 0) &&
-           knows_scale(w.format.scale) && row_zero_bytes(w.format, w.k) * w.n < kFar &&
+           knows_scale(w.format.scale) && groups_in_row(w.format, w.k) * w.n < kFar / 4 &&
            reinterpret_cast<uintptr_t>(w.codes) % kAlignment == 0;
   }
   static constexpr bool knows_scale(Scale scale) {
@@ -295,7 +298,7 @@ class PlaneFragments {
     for (int i = 0; i < 2; ++i) {
       const int64_t mine = smaller<int64_t>(row + g + 8 * i, w.n - 1);
       codes_[i] = w.codes + mine * w.row_bytes + (Row == kInt3 ? 6 * t / 4 * 4 : kLaneBytes * t);
-      scales_[i] = w.scales + mine * w.row_scales * LoadedScale<Stored>::bytes(w);
+      scales_[i] = static_cast<uint32_t>(mine * w.row_scales * LoadedScale<Stored>::bytes(w));
       zeros_[i] = static_cast<uint32_t>(mine * w.row_zeros);
     }
   }
@@ -366,8 +369,7 @@ class PlaneFragments {
   const Matrix* w_;
   const Tables* tables_;
   const uint8_t* codes_[2];
-  const uint8_t* scales_[2];
-  uint32_t zeros_[2];  // bytes from the plane's begin
+  uint32_t scales_[2], zeros_[2];  // bytes from the plane's begin to that of the row
 };
 
 template <int Row, int Columns, Scale Stored>

@@ -87,7 +87,7 @@ class RaggedFragments {
       for (int section = 0; section < 2; ++section) {
         const int64_t entry = smaller<int64_t>(group + section, w_->groups - 1);
         const int64_t number = row_[i] * planes.row_scales + entry;
-        slot.scale[i][section].load(planes, planes.scales + number * LoadedScale<Scale::None>::bytes(planes));
+        slot.scale[i][section].load(planes, number * LoadedScale<Scale::None>::bytes(planes));
         if constexpr (kInteger) {
           uint32_t zero = 1u << (kBits - 1);
           if (planes.zeros != nullptr) {

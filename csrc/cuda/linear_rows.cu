@@ -46,11 +46,12 @@ struct Memory {
   TokenScales scales[kSlices];
 };
 
-// Tiles in flight for a warp: some 2 KB, so that 16 warps have 32 KB on the way while they compute.
+// Pieces in flight for a warp: some 2 KB, so that 16 warps have 32 KB on the way while they compute, in the registers
+// that there are.
 template <class Source, int R>
-constexpr int kDepth = Source::kLaneBytes * R >= 32   ? 2
-                       : Source::kLaneBytes * R >= 16 ? 3
-                                                      : 4;
+constexpr int kDepth = Source::kLaneBytes * R >= 32         ? 2
+                       : Source::kLaneBytes >= 16 || R == 2 ? 3
+                                                            : 4;
 
 // The units of a block: for each round of tiles each slice, and in it each tile of the round.
 struct Unit {
