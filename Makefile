@@ -1,9 +1,12 @@
 # On a machine with Python (3.10 or newer) and a C++ compiler, `make demo` and `make test` do all set-up in .venv.
 #   make test ARGS="-k formats"     arguments for pytest
 #   make setup PYTHON=python3.12    another Python (after make distclean, if .venv exists)
+#   make cuda CUDA_ARCHS=80-real    the CUDA kernels compiled for a GPU that need not be there, by a compiler of its own
 
 PYTHON ?= python3
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
+CUDA_ARCHS ?= 90a-real
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -11,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc bench tests/cuda tests/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo docs test test-kernels lint format clean distclean
+.PHONY: setup demo docs test test-kernels cuda lint format clean distclean
 
 setup: $(VENV)/.stamp-package
 
@@ -28,6 +31,9 @@ test: setup
 test-kernels:
 	tests/kernels/run.sh
 
+cuda: $(VENV)/.stamp-requirements $(CUDA_VENV)/.stamp
+	$(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build/cuda "$(CUDA_ARCHS)"
+
 lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/ruff check .
@@ -43,7 +49,7 @@ clean:
 	rm -rf build dist $(VENV)/.stamp-package
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA_VENV)
 
 $(VENV)/.stamp-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "bitfold: $(PYTHON) is no Python 3.10 or newer: install one, and name it with 'make PYTHON=...'." >&2; exit 1; }
@@ -53,6 +59,14 @@ $(VENV)/.stamp-python:
 $(VENV)/.stamp-requirements: requirements-dev.txt $(VENV)/.stamp-python
 	$(PIP) install --no-deps "$$(grep '^torch==' requirements-dev.txt)"
 	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+# The packages put CUDA where Python modules lie, and its libraries in lib where nvcc looks in lib64.
+$(CUDA_VENV)/.stamp: requirements-cuda.txt $(VENV)/.stamp-python
+	$(BIN)/python -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements-cuda.txt
+	ln -sfn "$$(cd $(CUDA_VENV)/lib/python*/site-packages/nvidia/cu13 && pwd)" $(CUDA_VENV)/cuda
+	ln -sfn lib $(CUDA_VENV)/cuda/lib64
 	@touch $@
 
 # The Python sources are used in place; the native module is built in build/ and rebuilt when its sources change.

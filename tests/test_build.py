@@ -204,6 +204,7 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist, tmp_path):
         "CHANGELOG.md",
         "Makefile",
         "requirements-dev.txt",
+        "requirements-cuda.txt",
         "tests/test_build.py",
     }
     assert tracked <= files
@@ -228,6 +229,7 @@ def test_sdist_builds_a_wheel_that_works(sdist, tmp_path):
         "wheel",
         "--no-build-isolation",
         "--no-deps",
+        "--config-settings=cmake.define.BITFOLD_CUDA=off",
         "--config-settings=build-dir=build",  # beside the sources, so that ccache knows them
         "-w",
         str(tmp_path),
@@ -285,6 +287,7 @@ def test_isolated_build_downloads_no_second_torch(sdist, tmp_path):
         "install",
         "--verbose",
         "--no-deps",
+        "--config-settings=cmake.define.BITFOLD_CUDA=off",
         "--config-settings=build-dir=build",
         str(source),
     ]

@@ -22,7 +22,7 @@ VARIANTS = {
 }
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """A program of this Python environment, or of the PATH."""
     own = Path(sys.executable).parent / name
     found = str(own) if own.exists() else shutil.which(name)
@@ -35,9 +35,9 @@ def _tool(name: str) -> str:
 def build(program: str, variant: str = "plain") -> Path:
     """The path of a program of tests/cuda/CMakeLists.txt."""
     folder = ROOT / "build" / f"cuda-{variant}"
-    cmake = _tool("cmake")
+    cmake = tool("cmake")
     options = {
-        "CMAKE_MAKE_PROGRAM": _tool("ninja"),
+        "CMAKE_MAKE_PROGRAM": tool("ninja"),
         "CMAKE_BUILD_TYPE": "Debug",  # adds nothing to the flags but -g
         "CMAKE_CXX_FLAGS_DEBUG": VARIANTS[variant],
         "BITFOLD_PYTHON": "OFF",
