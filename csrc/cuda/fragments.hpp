@@ -22,7 +22,7 @@
 //
 //     // The piece's column in half h of b_r, as half = 2 r + h, of the lanes with lane % 4 == t.
 //     static constexpr int column(int step, int t, int half);
-//     // Whether pieces of kColumns columns are possible: k, groups, alignment. A launcher asks the widest first.
+//     // Whether pieces of kColumns columns are possible: k, groups, scales. A launcher asks the widest first.
 //     static bool fits(const Weight& w);
 //     // The matrix as the kernel's parameter, divisions done.
 //     struct Matrix {};
@@ -40,7 +40,7 @@
 //     Affine affine(const Slot& slot, int section) const;
 //   };
 //
-// fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group, k and alignment.
+// fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// The formats with planes as sources of fragments (fragments.hpp), where k and the groups are whole pieces and the rows
-// are aligned: the fast way.
+// The formats with planes as sources of fragments (fragments.hpp), where k and the groups are whole pieces, so that
+// rows are aligned as planes are: the fast way.
 //
 // A lane takes consecutive columns of its two rows, so that the four lanes of a row read 4 kLaneBytes bytes on end. All
 // columns of a piece share a scale, which therefore comes to fp32 sums. Integers become halves by a mask and a "magic"
@@ -254,7 +254,6 @@ class PlaneFragments {
   static constexpr int64_t kFar = int64_t{1} << 32;
   // int3: a lane's 6 bytes lie in 8 that it shares with its neighbour.
   static constexpr int kWords = Row == kInt3 ? 2 : kLaneColumns * kBits / 32;
-  static constexpr int kAlignment = 4 * (Row == kInt3 ? 1 : kWords);
   static_assert(Row == kInt3 ? Columns == 64 : kWords == 1 || kWords == 2 || kWords == 4);
 
  public:
@@ -271,8 +270,7 @@ class PlaneFragments {
   static bool fits(const Weight& w) {
     const int64_t group = w.format.group;
     return w.layout == Layout::Rows && w.k % Columns == 0 && (group < 1 || group % Columns == 0) &&
-           knows_scale(w.format.scale) && groups_in_row(w.format, w.k) * w.n < kFar / 4 &&
-           reinterpret_cast<uintptr_t>(w.codes) % kAlignment == 0;
+           knows_scale(w.format.scale) && groups_in_row(w.format, w.k) * w.n < kFar / 4;
   }
   static constexpr bool knows_scale(Scale scale) {
     return Stored == Scale::None || scale == Stored || (Stored == Scale::F16 && scale == Scale::BF16);

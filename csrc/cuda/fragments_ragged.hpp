@@ -1,4 +1,4 @@
-// The formats with planes as sources of fragments for any k, any group and any alignment: 16 columns at a time, loaded
+// The formats with planes as sources of fragments for any k and any group: 16 columns at a time, loaded
 // byte by byte. Right rather than fast; fragments_planes.hpp has what models come in.
 //
 // Groups have at least 16 columns, so a piece belongs to at most two. It is multiplied twice: once with the columns of
