@@ -1,0 +1,176 @@
+"""Small inputs for each CUDA kernel, and what should come out, as files for kernel_tests.cpp.
+
+The expected results are the CPU backend's: its conformance with the oracles is tested elsewhere. The shapes are chosen
+for the kernels' insides: ragged rows and columns, several rounds of each pipeline, more tiles than multiprocessors.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitfold
+import numpy as np
+import torch
+from cases import DTYPES, bits, block_formats, columns, plane_families, random_planes, to_qtensor, weights
+
+PLANES = [row["default"] for row in plane_families() if row["grid"] != "cast"]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str  # of csrc/cuda/cuda.hpp; "pack" is unpack too
+    format: str
+    n: int
+    k: int
+    m: int = 0  # rows of x, or how many rows to decode (0: all in order)
+    dtype: str = "fp16"
+    layout: str = "rows"
+    bias: bool = False
+    multiprocessors: int = 2
+
+    def __str__(self) -> str:
+        shape = f"{self.m}x{self.n}x{self.k}" if self.m else f"{self.n}x{self.k}"
+        words = [self.op, self.format, shape, self.dtype, *(["bias"] if self.bias else [])]
+        return "-".join([*words, *(["flat"] if self.layout == "flat" else [])])
+
+
+def linear(format: str, m: int, n: int, k: int, dtype: str = "fp16", **more) -> Case:
+    return Case("linear", format, n, k, m, dtype, **more)
+
+
+# ---- what there is of each kernel ----
+
+ROWS = [
+    *(linear(format, m, 75, 1024, dtype) for format in PLANES for m, dtype in ((3, "bf16"), (8, "fp16"))),
+    *(linear(format, 5, 33, 520, "bf16", bias=True) for format in ("int4-g32-asym", "int3-g33", "nf4-b33", "fp8-e5m2-tensor")),
+    linear("int4-g128", 8, 530, 1280, "bf16", multiprocessors=1),  # many tiles for each block
+    linear("int8-channel", 8, 20, 16384, "bf16", multiprocessors=1),  # k in slices
+    linear("nf4-b64-dq", 1, 17, 192),
+]  # fmt: skip
+FLOOR = [
+    *(linear(format, 3, 7, columns(format), "fp32", bias=True) for format in (*PLANES, *block_formats())),
+    linear("nf4-b64-dq", 2, 5, 35, "fp64", layout="flat"),
+]
+GRAD = [
+    Case("linear_grad_x", format, 37, columns(format), 5, "fp32") for format in (*PLANES, *block_formats())
+]
+DECODE = [
+    *(Case("decode", format, 7, columns(format), m, dtype) for format in (*PLANES, *block_formats(), "fp16", "bf16")
+      for m, dtype in ((0, "fp32"), (4, "fp16"), (9, "bf16"))),
+    *(Case("decode", format, 5, 35, 0, "fp32", layout="flat") for format in PLANES),
+]  # fmt: skip
+ENCODE = [
+    Case("encode", format, 5, columns(format), 5, "fp32")
+    for format in (*PLANES, "nf4-b64-dq", *block_formats())
+]
+PACK = [
+    Case("pack", format, 5, 83)
+    for format in ("int8-channel-asym", "int4-g32-asym", "int3-g17-asym", "int2-g64", "nf4-b64")
+]
+CASES = [*ROWS, *FLOOR, *GRAD, *DECODE, *ENCODE, *PACK]
+
+
+# ---- files ----
+
+
+def qtensor(case: Case, rng: np.random.Generator) -> bitfold.QTensor:
+    if case.format in block_formats() or case.format.startswith("fp8"):  # random codes could be infinite
+        return bitfold.encode(torch.from_numpy(weights(rng, case.n, case.k)), case.format)
+    planes = random_planes(rng, case.format, case.n, case.k, case.layout)
+    return to_qtensor(planes, case.format, case.n, case.k, case.layout)
+
+
+def product(case: Case, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> dict[str, np.ndarray]:
+    """x w^T + bias in float64 and how far from it a kernel may be: one rounding to the result's dtype, and for each
+    product an independent rounding of its weight to fp16, ten standard deviations of it."""
+    x, w = x.double(), w.double()
+    y = x @ w.T + (0 if bias is None else bias.double())
+    spread = (x.square() @ w.square().T).sqrt()
+    rounding = torch.finfo(DTYPES[case.dtype]).eps
+    exact = case.dtype in ("fp32", "fp64")
+    return {
+        "expected y": y.numpy(),
+        "tolerance": (y.abs() * rounding + spread * (2.0**-20 if exact else 2.0**-9) + 2.0**-24).numpy(),
+    }
+
+
+def matrix(tensor: torch.Tensor) -> dict[str, object]:
+    rows, columns = tensor.shape
+    return {
+        "rows": rows,
+        "columns": columns,
+        "row_stride": tensor.stride(0),
+        "column_stride": tensor.stride(1),
+    }
+
+
+def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    values: dict[str, object] = {
+        "op": case.op,
+        "format": case.format,
+        "layout": case.layout,
+        "n": case.n,
+        "k": case.k,
+    }
+    values |= {"dtype": case.dtype, "multiprocessors": case.multiprocessors}
+    dtype = DTYPES[case.dtype]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+
+    if case.op == "encode":
+        source = torch.from_numpy(weights(rng, case.n, case.k))
+        planes = bitfold.encode(source, case.format).planes
+        expected = {f"expected out {name}": bits(plane) for name, plane in planes.items()}
+        return values | matrix(source), {"w": source.numpy(), **expected}
+    q = qtensor(case, rng)
+    if case.op == "pack":
+        codes, _, zeros, *_ = q.unpack()
+        tensors = {
+            "codes": codes.numpy(),
+            "expected out codes": bits(q.planes["codes"]),
+            "expected out logical codes": codes.numpy(),
+        }
+        values |= {"packed_bytes": q.planes["codes"].nbytes, "packed_zeros_bytes": 0}
+        if zeros is not None:
+            tensors |= {"zeros": zeros.numpy(), "expected out zeros": bits(q.planes["zeros"])}
+            values |= {"packed_zeros_bytes": q.planes["zeros"].nbytes}
+        return values, tensors
+    tensors = {name: bits(plane) for name, plane in q.planes.items()}
+    if case.op == "decode":
+        decoded = q.decode(dtype)
+        if case.m:
+            ids = torch.from_numpy(rng.integers(0, case.n, case.m))
+            tensors["ids"] = ids.numpy()
+            decoded = decoded[ids]
+        return values | {"rows": len(decoded)}, tensors | {"expected out": bits(decoded)}
+    w = q.decode(torch.float32)
+    if case.op == "linear_grad_x":
+        dy = normal(case.m, case.n)
+        return values | matrix(dy), tensors | {"dy": bits(dy)} | product(case, dy, w.T, None)
+    x, bias = normal(case.m, case.k), normal(case.n) if case.bias else None
+    tensors |= {"x": bits(x)} | ({} if bias is None else {"bias": bits(bias)})
+    return values | matrix(x), tensors | product(case, x, w, bias)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="bitfold-cases-")
+
+
+@functools.cache
+def write(case: Case) -> Path:
+    values, tensors = contents(case)
+    lines = [f"{name} {value}" for name, value in values.items()]
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    lines += [f"tensor {name} {array.nbytes}" for name, array in arrays.items()]
+    path = Path(_folder().name) / str(case)
+    path.write_bytes(
+        "\n".join([*lines, "", ""]).encode() + b"".join(array.tobytes() for array in arrays.values())
+    )
+    return path

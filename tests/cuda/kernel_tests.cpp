@@ -1,0 +1,268 @@
+// kernel_tests COUNT FILE...: runs the op that each file (kernel_cases.py) describes under the emulator's first COUNT
+// schedules and compares with what the file expects. Everything that a kernel is given is a heap block of its own of
+// exactly the size that it should need, so that AddressSanitizer sees the first byte beyond.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/cuda.hpp"
+#include "cuda/emulator/runtime.hpp"
+#include "formats/numeric.hpp"
+
+namespace {
+
+using namespace bitfold;
+
+// ---- files ----
+
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes, int fill = 0) : bytes_(bytes) {
+    void* memory = nullptr;
+    if (bytes > 0 && posix_memalign(&memory, 256, bytes) != 0) throw std::bad_alloc();
+    data_.reset(static_cast<char*>(memory));
+    if (bytes > 0) std::memset(memory, fill, bytes);
+  }
+  char* data() const { return data_.get(); }  // null where there is nothing
+  size_t bytes() const { return bytes_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> data_;
+  size_t bytes_ = 0;
+};
+
+// Lines "name value", of which "tensor name" has the number of bytes, then an empty line, then the tensors.
+class CaseFile {
+ public:
+  explicit CaseFile(const char* path) {
+    std::ifstream file(path, std::ios::binary);
+    std::vector<std::string> tensors;
+    for (std::string line; std::getline(file, line) && !line.empty();) {
+      const size_t space = line.rfind(' ');
+      values_[line.substr(0, space)] = line.substr(space + 1);
+      if (line.starts_with("tensor ")) tensors.push_back(line.substr(0, space));
+    }
+    for (const std::string& name : tensors) {
+      Memory memory(std::stoull(values_[name]));
+      file.read(memory.data(), static_cast<std::streamsize>(memory.bytes()));
+      tensors_[name.substr(7)] = std::move(memory);
+    }
+    if (!file) throw std::runtime_error("cannot be read");
+  }
+
+  const std::string& text(const std::string& name) const { return values_.at(name); }
+  int64_t number(const std::string& name) const { return std::stoll(text(name)); }
+  bool has(const std::string& name) const { return tensors_.contains(name); }
+  const Memory& tensor(const std::string& name) const { return tensors_.at(name); }
+  void* data(const std::string& name) const { return has(name) ? tensor(name).data() : nullptr; }
+
+  DType dtype(const std::string& name) const {
+    static const std::map<std::string, DType> kNames = {
+        {"fp16", DType::F16}, {"bf16", DType::BF16}, {"fp32", DType::F32}, {"fp64", DType::F64}};
+    return kNames.at(text(name));
+  }
+  Format format() const { return parse_format(text("format")); }
+  Layout layout() const { return parse_layout(text("layout")); }
+
+  Weight weight() const {
+    Weight w{format(), layout(), number("n"), number("k"), nullptr, nullptr, nullptr, nullptr, nullptr};
+    const PlaneLaws laws = plane_laws(w.format);
+    for (int i = 0; i < laws.count; ++i) {
+      const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
+      set_plane(&w, law.plane, data(std::string(law.name)));
+    }
+    return w;
+  }
+  MatrixIn matrix(const std::string& name) const {
+    return {data(name),        dtype("dtype"),       number("rows"),
+            number("columns"), number("row_stride"), number("column_stride")};
+  }
+
+ private:
+  std::map<std::string, std::string> values_;
+  std::map<std::string, Memory> tensors_;
+};
+
+// ---- ops: each gives its outputs by the names of what is expected ----
+
+constexpr int kUnwritten = 0xa5;
+using Outputs = std::map<std::string, Memory>;
+
+size_t bytes_of(DType dtype, int64_t count) { return static_cast<size_t>(count * dtype_bits(dtype) / 8); }
+
+Outputs linear(const CaseFile& file) {
+  LinearArgs args{
+      .w = file.weight(), .x = file.matrix("x"), .bias = file.data("bias"), .y = nullptr, .parallel_for = nullptr};
+  Memory y(bytes_of(args.x.dtype, args.x.rows * args.w.n), kUnwritten);
+  args.y = y.data();
+  const Memory workspace(static_cast<size_t>(cuda::linear_workspace(args)), kUnwritten);
+  cuda::linear(args, workspace.data(), nullptr);
+  Outputs outputs;
+  outputs["y"] = std::move(y);
+  return outputs;
+}
+
+Outputs linear_grad_x(const CaseFile& file) {
+  LinearGradArgs args{.w = file.weight(), .dy = file.matrix("dy"), .dx = nullptr, .parallel_for = nullptr};
+  Memory dx(bytes_of(args.dy.dtype, args.dy.rows * args.w.k), kUnwritten);
+  args.dx = dx.data();
+  cuda::linear_grad_x(args, nullptr);
+  Outputs outputs;
+  outputs["y"] = std::move(dx);
+  return outputs;
+}
+
+Outputs decode(const CaseFile& file) {
+  DecodeArgs args{.w = file.weight(),
+                  .ids = static_cast<const int64_t*>(file.data("ids")),
+                  .rows = file.number("rows"),
+                  .dtype = file.dtype("dtype"),
+                  .out = nullptr,
+                  .parallel_for = nullptr};
+  Memory out(bytes_of(args.dtype, args.rows * args.w.k), kUnwritten);
+  args.out = out.data();
+  cuda::decode(args, nullptr);
+  Outputs outputs;
+  outputs["out"] = std::move(out);
+  return outputs;
+}
+
+Outputs encode(const CaseFile& file) {
+  EncodeArgs args{.format = file.format(),
+                  .w = file.matrix("w"),
+                  .out = {},
+                  .clamp = false,
+                  .nested_offset = nullptr,
+                  .importance = static_cast<const float*>(file.data("importance")),
+                  .parallel_for = nullptr};
+  Outputs outputs;
+  const PlaneLaws laws = plane_laws(args.format);
+  for (int i = 0; i < laws.count; ++i) {
+    const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
+    const int64_t elements = plane_extent(law, args.w.rows, args.w.columns).elements();
+    Memory& plane = outputs["out " + std::string(law.name)] =
+        Memory(static_cast<size_t>(elements * law.unit / 8), kUnwritten);
+    set_plane(&args.out, law.plane, plane.data());
+  }
+  const EncodeStatus status = cuda::encode(args, nullptr);
+  if (status.fault != EncodeFault::None) throw std::runtime_error("could not encode");
+  return outputs;
+}
+
+// Packs logical codes, and unpacks what it packed.
+Outputs pack(const CaseFile& file) {
+  Memory codes(file.tensor("codes").bytes(), kUnwritten), zeros(file.has("zeros") ? file.tensor("zeros").bytes() : 0);
+  Memory packed(static_cast<size_t>(file.number("packed_bytes")), kUnwritten);
+  Memory packed_zeros(static_cast<size_t>(file.number("packed_zeros_bytes")), kUnwritten);
+  PackArgs args{.format = file.format(),
+                .layout = file.layout(),
+                .n = file.number("n"),
+                .k = file.number("k"),
+                .codes = static_cast<uint8_t*>(file.data("codes")),
+                .zeros = static_cast<uint8_t*>(file.data("zeros")),
+                .packed_codes = packed.as<uint8_t>(),
+                .packed_zeros = packed_zeros.as<uint8_t>(),
+                .parallel_for = nullptr};
+  cuda::pack(args, nullptr);
+  args.codes = codes.as<uint8_t>();
+  args.zeros = zeros.as<uint8_t>();
+  cuda::unpack(args, nullptr);
+  Outputs outputs;
+  outputs["out codes"] = std::move(packed);
+  outputs["out logical codes"] = std::move(codes);
+  if (packed_zeros.data()) outputs["out zeros"] = std::move(packed_zeros);
+  return outputs;
+}
+
+Outputs run(const CaseFile& file) {
+  const std::map<std::string, Outputs (*)(const CaseFile&)> ops = {
+      {"linear", linear}, {"linear_grad_x", linear_grad_x}, {"decode", decode}, {"encode", encode}, {"pack", pack}};
+  return ops.at(file.text("op"))(file);
+}
+
+// ---- comparisons ----
+
+double value_of(const Memory& memory, DType dtype, size_t i) {
+  switch (dtype) {
+    case DType::F16: return half_to_float(memory.as<uint16_t>()[i]);
+    case DType::BF16: return bf16_to_float(memory.as<uint16_t>()[i]);
+    case DType::F32: return memory.as<float>()[i];
+    default: return memory.as<double>()[i];
+  }
+}
+
+[[noreturn]] void differ(const std::string& name, size_t i, double actual, double expected) {
+  std::ostringstream text;
+  text << name << "[" << i << "] is " << actual << ", expected " << expected;
+  throw std::runtime_error(text.str());
+}
+
+// Products within their tolerance, everything else to the bit.
+void compare(const CaseFile& file, const Outputs& outputs) {
+  for (const auto& [name, memory] : outputs) {
+    const Memory& expected = file.tensor("expected " + name);
+    if (name == "y") {
+      for (size_t i = 0; i < expected.bytes() / sizeof(double); ++i) {
+        const double actual = value_of(memory, file.dtype("dtype"), i), wanted = expected.as<double>()[i];
+        if (!(std::fabs(actual - wanted) <= file.tensor("tolerance").as<double>()[i])) differ(name, i, actual, wanted);
+      }
+    } else {
+      if (memory.bytes() != expected.bytes()) throw std::runtime_error(name + " has another size");
+      for (size_t i = 0; i < memory.bytes(); ++i) {
+        if (memory.data()[i] != expected.data()[i]) differ(name + " byte", i, memory.data()[i], expected.data()[i]);
+      }
+    }
+  }
+}
+
+void check(const char* path, int schedules) {
+  const CaseFile file(path);
+  Outputs first;
+  for (int i = 0; i < schedules; ++i) {
+    cuda::emulator::config() = cuda::emulator::schedule(i);
+    cuda::emulator::config().multiprocessors = static_cast<int>(file.number("multiprocessors"));
+    Outputs outputs = run(file);
+    compare(file, outputs);
+    if (i == 0) {
+      first = std::move(outputs);
+      continue;
+    }
+    for (const auto& [name, memory] : outputs) {
+      if (std::memcmp(memory.data(), first.at(name).data(), memory.bytes()) != 0) {
+        throw std::runtime_error(name + " has other bits in schedule " + std::to_string(i));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  int failed = 0;
+  for (int i = 2; i < count; ++i) {
+    try {
+      check(arguments[i], std::atoi(arguments[1]));
+    } catch (const std::exception& error) {
+      std::printf("%s: %s\n", arguments[i], error.what());
+      ++failed;
+    }
+  }
+  std::printf("%d of %d cases failed\n", failed, count - 2);
+  return failed != 0 || count < 3;
+}
