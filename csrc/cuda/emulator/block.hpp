@@ -92,4 +92,7 @@ uint64_t random_bits();
 void wait(const char* in, const Where& where);
 void wake(Thread& thread);
 
+// What a thread leaves behind arrives before the kernel ends, and nobody waits for it.
+void finish_copies(Thread& thread);
+
 }  // namespace bitfold::cuda::emulator

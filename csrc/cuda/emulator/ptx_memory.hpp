@@ -14,12 +14,12 @@ namespace detail {
 
 template <class T>
 T load(const void* global, const Where& where) {
-  emulator::check_aligned(global, sizeof(T), where);
+  emulator::check_access(global, sizeof(T), sizeof(T), where);
   return *static_cast<const T*>(global);
 }
 template <class T>
 void store(void* global, T value, const Where& where) {
-  emulator::check_aligned(global, sizeof(T), where);
+  emulator::check_access(global, sizeof(T), sizeof(T), where);
   *static_cast<T*>(global) = value;
 }
 
@@ -66,9 +66,9 @@ BITFOLD_DEVICE void cp_async(void* shared, const void* global, int bytes = N, co
 }
 BITFOLD_DEVICE void cp_async_commit() { emulator::cp_async_commit(); }
 template <int N>
-BITFOLD_DEVICE void cp_async_wait(const Where& where = Where::current()) {
+BITFOLD_DEVICE void cp_async_wait() {
   static_assert(N >= 0);
-  emulator::cp_async_wait(N, where);
+  emulator::cp_async_wait(N);
 }
 
 // ---- atomics: real ones, for ThreadSanitizer's sake ----

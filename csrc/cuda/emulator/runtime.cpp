@@ -157,6 +157,7 @@ void thread_body() {
   acquire(&block->start_token);
   try {
     block->body(block->context);
+    finish_copies(self);
     take_leave(self);
   } catch (...) {
     block->error = std::current_exception();

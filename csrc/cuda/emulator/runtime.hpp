@@ -95,11 +95,12 @@ void sync_warp(const Where& where);
 
 // ---- memory ----
 
-void check_aligned(const void* address, int bytes, const Where& where);
+// Aligned, and as far as AddressSanitizer knows allocated.
+void check_access(const void* address, int alignment, int bytes, const Where& where);
 void check_shared(const void* address, int bytes, const char* what, const Where& where);
 void cp_async(void* shared, const void* global, int size, int bytes, const Where& where);
 void cp_async_commit();
-void cp_async_wait(int groups, const Where& where);
+void cp_async_wait(int groups);
 
 // ---- matrices ----
 

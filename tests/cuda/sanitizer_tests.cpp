@@ -1,0 +1,248 @@
+// sanitizer_tests NAME: one kernel that does something wrong that the sanitizers have to see (test_sanitizers.py), or,
+// by the names quiet_..., something right that they must not report.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "cuda/device.hpp"
+
+namespace bitfold::cuda {
+namespace {
+
+constexpr int kInts = 258;  // 8 bytes more than whole 16
+struct Shared {
+  int value[64];
+  alignas(16) int ring[3][32];
+};
+
+void start(int blocks, int threads, void (*kernel)(int*), int* data) {
+  launch({dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), sizeof(Shared), "kernel", nullptr},
+         kernel, data);
+}
+
+// ---- races: the result may well be right ----
+
+__global__ void race_add_to_shared(int* out) {
+  auto& s = shared<Shared>();
+  if (threadIdx.x == 0) s.value[0] = 0;
+  ptx::sync_block();
+  s.value[0] += 1;
+  ptx::sync_block();
+  out[threadIdx.x] = s.value[0];
+}
+__global__ void race_add_to_global(int* out) { *out += 1; }
+__global__ void race_between_blocks(int* out) { out[threadIdx.x] = static_cast<int>(blockIdx.x); }
+
+// A shuffle makes lanes meet, but promises nothing about memory.
+__global__ void race_behind_shuffle(int* out) {
+  auto& s = shared<Shared>();
+  s.value[threadIdx.x] = 1;
+  ptx::shuffle(1, 0);
+  out[threadIdx.x] = s.value[threadIdx.x ^ 1u];
+}
+
+// Reads of one round and writes of the next.
+__global__ void race_second_barrier(int* out) {
+  auto& s = shared<Shared>();
+  int sum = 0;
+  for (int i = 0; i < 3; ++i) {
+    s.value[threadIdx.x] = i;
+    ptx::sync_block();
+    sum += s.value[(threadIdx.x + 33) % 64];
+  }
+  out[threadIdx.x] = sum;
+}
+
+__global__ void race_copy_not_waited_for(int* in) {
+  auto& s = shared<Shared>();
+  for (int i = 0; i < 2; ++i) {
+    ptx::cp_async<4>(&s.ring[i][threadIdx.x], in + threadIdx.x);
+    ptx::cp_async_commit();
+  }
+  ptx::cp_async_wait<1>();
+  in[32 + threadIdx.x] = s.ring[1][threadIdx.x];
+}
+__global__ void race_copy_of_another(int* in) {
+  auto& s = shared<Shared>();
+  ptx::cp_async<4>(&s.ring[0][threadIdx.x], in + threadIdx.x);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  in[32 + threadIdx.x] = s.ring[0][threadIdx.x ^ 1u];
+}
+__global__ void race_copy_over_what_is_read(int* in) {
+  auto& s = shared<Shared>();
+  s.ring[0][threadIdx.x] = 1;
+  ptx::sync_warp();
+  const int other = s.ring[0][threadIdx.x ^ 1u];
+  ptx::cp_async<4>(&s.ring[0][threadIdx.x], in + threadIdx.x);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  in[32 + threadIdx.x] = other;
+}
+__global__ void race_ldmatrix(int* out) {
+  auto& s = shared<Shared>();
+  if (threadIdx.x < 4) s.value[threadIdx.x] = 1;
+  uint32_t r[2];
+  ptx::ldmatrix_x2(r, &s.value[threadIdx.x % 16 * 4]);
+  out[threadIdx.x] = static_cast<int>(r[0]);
+}
+__global__ void race_named_barrier(int* out) {
+  auto& s = shared<Shared>();
+  const int warp = ptx::warp_id(), lane = ptx::lane_id();
+  if (warp == 0) {
+    s.value[lane] = 1;
+    ptx::bar_sync(1, 64);
+    s.value[lane] = 2;  // nobody said that the other has read
+  } else {
+    ptx::bar_sync(1, 64);
+    out[lane] = s.value[31 - lane];
+  }
+}
+
+// ---- nothing wrong ----
+
+__global__ void quiet_barriers(int* out) {
+  auto& s = shared<Shared>();
+  int sum = 0;
+  for (int i = 0; i < 5; ++i) {
+    s.value[threadIdx.x] = i;
+    ptx::sync_block();
+    sum += s.value[(threadIdx.x + 33) % 64];
+    ptx::sync_block();
+  }
+  out[64 * blockIdx.x + threadIdx.x] = sum;
+}
+__global__ void quiet_warps(int* out) {
+  auto& s = shared<Shared>();
+  int sum = 0;
+  for (int i = 0; i < 5; ++i) {
+    s.value[threadIdx.x] = i;
+    ptx::sync_warp();
+    sum += s.value[threadIdx.x ^ 1u];
+    ptx::sync_warp();
+  }
+  out[64 * blockIdx.x + threadIdx.x] = sum;
+}
+__global__ void quiet_channel(int* out) {
+  auto& s = shared<Shared>();
+  const int warp = ptx::warp_id(), lane = ptx::lane_id();
+  int sum = 0;
+  for (int i = 0; i < 6; ++i) {
+    if (warp == 0) {
+      if (i > 0) ptx::bar_sync(2, 64);
+      s.value[lane] = i;
+      ptx::bar_arrive(1, 64);
+    } else {
+      ptx::bar_sync(1, 64);
+      sum += s.value[31 - lane];
+      if (i < 5) ptx::bar_arrive(2, 64);
+    }
+  }
+  if (warp == 1) out[32 * blockIdx.x + static_cast<unsigned>(lane)] = sum;
+}
+__global__ void quiet_ring(int* in) {
+  auto& s = shared<Shared>();
+  const unsigned i = threadIdx.x;
+  int sum = 0;
+  for (int step = 0; step < 2; ++step) {
+    ptx::cp_async<4>(&s.ring[step][i], in + i);
+    ptx::cp_async_commit();
+  }
+  for (int step = 0; step < 8; ++step) {
+    ptx::cp_async_wait<1>();
+    ptx::sync_warp();
+    sum += s.ring[step % 3][i ^ 1u];
+    if (step < 6) ptx::cp_async<4>(&s.ring[(step + 2) % 3][i], in + i);
+    ptx::cp_async_commit();
+  }
+  in[32 + 32 * blockIdx.x + i] = sum;
+}
+__global__ void quiet_atomics(int* out) {
+  auto& s = shared<Shared>();
+  if (threadIdx.x == 0) s.value[0] = 0;
+  ptx::sync_block();
+  ptx::atomic_add(&s.value[0], 1);
+  ptx::sync_block();
+  if (threadIdx.x == 0) ptx::atomic_add(out, s.value[0]);
+}
+// The last block adds up what all of them wrote.
+__global__ void quiet_last_block(int* out) {
+  if (threadIdx.x != 0) return;
+  out[2 + blockIdx.x] = 5;
+  ptx::fence();
+  if (ptx::atomic_add(&out[0], 1) + 1 < static_cast<int>(gridDim.x)) return;
+  ptx::fence();
+  for (unsigned i = 0; i < gridDim.x; ++i) out[1] += out[2 + i];
+}
+
+// ---- accesses outside of what there is: data has kInts, shared memory a Shared ----
+
+int* hidden(int* pointer) {  // from what the compiler knows of it
+  asm volatile("" : "+r"(pointer));
+  return pointer;
+}
+
+__global__ void overrun_read(int* in) { in[0] = hidden(in)[kInts + threadIdx.x]; }
+__global__ void overrun_write(int* out) { hidden(out)[static_cast<int>(threadIdx.x) - 1] = 1; }
+__global__ void overrun_load(int* in) { in[0] = static_cast<int>(ptx::load16(in + 256).x); }
+__global__ void overrun_store(int* out) { ptx::store_streaming8(out + kInts, {}); }
+__global__ void overrun_atomic(int* out) { ptx::atomic_add(out + kInts, 1); }
+__global__ void overrun_copy(int* in) { ptx::cp_async<16>(&shared<Shared>().ring[0][0], in + 256, 12); }
+__global__ void overrun_shared(int* out) {
+  out[0] = hidden(reinterpret_cast<int*>(&shared<Shared>()))[sizeof(Shared) / 4];
+}
+__global__ void overrun_stack(int* out) {
+  int local[4] = {};
+  hidden(local)[out[0] + 4] = 1;
+  out[1] = hidden(local)[3];
+}
+__global__ void quiet_edges(int* data) {
+  auto& s = shared<Shared>();
+  ptx::cp_async<16>(&s.ring[2][28], data + 256, 8);  // reads the 8 bytes that are there
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  data[kInts - 1] = s.ring[2][31] + data[0];
+}
+
+const std::map<std::string, std::function<void(int*)>> kKernels = {
+#define KERNEL(name, blocks, threads) {#name, [](int* data) { start(blocks, threads, name, data); }}
+    KERNEL(race_add_to_shared, 1, 64),   KERNEL(race_add_to_global, 1, 2),
+    KERNEL(race_between_blocks, 2, 1),   KERNEL(race_behind_shuffle, 1, 32),
+    KERNEL(race_second_barrier, 1, 64),  KERNEL(race_copy_not_waited_for, 1, 32),
+    KERNEL(race_copy_of_another, 1, 32), KERNEL(race_copy_over_what_is_read, 1, 32),
+    KERNEL(race_ldmatrix, 1, 32),        KERNEL(race_named_barrier, 1, 64),
+    KERNEL(quiet_barriers, 3, 64),       KERNEL(quiet_warps, 3, 64),
+    KERNEL(quiet_channel, 3, 64),        KERNEL(quiet_ring, 3, 32),
+    KERNEL(quiet_atomics, 3, 64),        KERNEL(quiet_last_block, 5, 2),
+    KERNEL(overrun_read, 1, 1),          KERNEL(overrun_write, 1, 1),
+    KERNEL(overrun_load, 1, 1),          KERNEL(overrun_store, 1, 1),
+    KERNEL(overrun_atomic, 1, 1),        KERNEL(overrun_copy, 1, 1),
+    KERNEL(overrun_shared, 1, 1),        KERNEL(overrun_stack, 1, 1),
+    KERNEL(quiet_edges, 1, 1),
+#undef KERNEL
+};
+
+}  // namespace
+}  // namespace bitfold::cuda
+
+int main(int count, char** arguments) {
+  using namespace bitfold::cuda;
+  if (count != 2 || !kKernels.contains(arguments[1])) return 2;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 256, kInts * sizeof(int)) != 0) return 2;
+  const std::unique_ptr<int, decltype(&std::free)> data(static_cast<int*>(std::memset(memory, 0, kInts * sizeof(int))),
+                                                        std::free);
+  emulator::config().delivery = emulator::Delivery::Early;  // so that cp_async's own results are no concern here
+  try {
+    kKernels.at(arguments[1])(data.get());
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 3;
+  }
+  std::puts("ran");
+  return 0;
+}
