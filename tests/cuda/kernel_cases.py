@@ -74,9 +74,16 @@ PACK = [
 ]
 KERNELS = {"linear_rows": ROWS, "decode": DECODE, "pack": PACK}
 
+# What runs in every test run: of units with one format each, these formats. The others are slow tests.
+QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K)"
+QUICK_FAMILIES = ("int4", "nf4", "q4_k")
 
-def some(cases: list[Case]) -> list[Case]:
-    """The last case of each format."""
+
+def quick(cases: list[Case]) -> list[Case]:
+    return [case for case in cases if case.format.split("-")[0] in QUICK_FAMILIES]
+
+
+def last_of_each_format(cases: list[Case]) -> list[Case]:
     return list({case.format: case for case in cases}.values())
 
 

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 # What all code but the emulator's own run time is compiled with.
 VARIANTS = {
     "plain": "-O1",
-    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
+    "address": "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all "
+    "-fsanitize=address,alignment,bounds,float-cast-overflow,shift,signed-integer-overflow",
     "thread": "-O1 -g1 -fsanitize=thread",
 }
 
@@ -32,8 +33,8 @@ def tool(name: str) -> str:
 
 
 @functools.cache
-def build(program: str, variant: str = "plain") -> Path:
-    """The path of a program of tests/cuda/CMakeLists.txt."""
+def build(program: str, variant: str = "plain", units: str = ".*") -> Path:
+    """The path of a program of tests/cuda/CMakeLists.txt; units: a regular expression of csrc/cuda/units.cmake's."""
     folder = ROOT / "build" / f"cuda-{variant}"
     cmake = tool("cmake")
     options = {
@@ -43,6 +44,7 @@ def build(program: str, variant: str = "plain") -> Path:
         "BITFOLD_PYTHON": "OFF",
         "BITFOLD_CUDA": "off",
         "BITFOLD_CUDA_TESTS": "ON",
+        "BITFOLD_EMULATED_UNITS": units,
     }
     configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder]
     for command in (

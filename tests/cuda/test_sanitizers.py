@@ -54,18 +54,31 @@ def test_nothing_is_reported_without_a_mistake(kernel: str, variant: str):
 # ---- the kernels ----
 
 
-def check(variant: str, schedules: int, cases: list[kernel_cases.Case]) -> None:
+def check(variant: str, schedules: int, cases: list[kernel_cases.Case], units: str) -> None:
     files = [str(kernel_cases.write(case)) for case in cases]
-    result = programs.run(programs.build("kernel_tests", variant), str(schedules), *files)
+    result = programs.run(programs.build("kernel_tests", variant, units), str(schedules), *files)
     assert result.returncode == 0, (result.stdout + result.stderr)[:8000]
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("name", kernel_cases.KERNELS)
-def test_kernels_stay_inside_of_their_memory(name: str):
-    check("address", 2, kernel_cases.KERNELS[name])
+@pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
+def test_kernels_stay_inside_of_their_memory(kernel: str):
+    check("address", 2, kernel_cases.quick(kernel_cases.KERNELS[kernel]), kernel_cases.QUICK_UNITS)
 
 
-@pytest.mark.parametrize("name", kernel_cases.KERNELS)
-def test_kernels_have_no_races(name: str):
-    check("thread", 1, kernel_cases.some(kernel_cases.KERNELS[name]))
+@pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
+def test_kernels_have_no_races(kernel: str):
+    cases = kernel_cases.last_of_each_format(kernel_cases.quick(kernel_cases.KERNELS[kernel]))
+    check("thread", 1, cases, kernel_cases.QUICK_UNITS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
+def test_kernels_of_every_format_stay_inside_of_their_memory(kernel: str):
+    check("address", 2, kernel_cases.KERNELS[kernel], ".*")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
+def test_kernels_of_every_format_have_no_races(kernel: str):
+    check("thread", 1, kernel_cases.last_of_each_format(kernel_cases.KERNELS[kernel]), ".*")
