@@ -58,8 +58,8 @@ struct Affine {
 };
 
 // Stored: how scales are, where that is known while compiling: F32, Nested, or F16 for both kinds of 16 bits. None: the
-// matrix is asked.
-template <int Row, int Columns, Scale Stored = Scale::None>
+// matrix is asked. Zeros: whether there may be zero points.
+template <int Row, int Columns, Scale Stored = Scale::None, bool Zeros = true>
 class Fragments;
 
 struct NoTables {};

@@ -100,15 +100,10 @@ struct PlaneCodes<kE5m2> {
 template <>
 struct PlaneCodes<kE4m3> {
   using Tables = NoTables;
-  // A half's exponent has a bias of 15 where this one has 7.
-  static constexpr float kUnit = 256.0f;
+  static constexpr float kUnit = 1.0f;
   static constexpr int column(int step, int half) { return 4 * step + half; }
   BITFOLD_DEVICE static uint32_t value(const uint32_t* words, int step, int r, uint32_t, const Tables&) {
-    const uint32_t bytes = ptx::prmt(words[step], 0, r == 0 ? 0x1404 : 0x3424);
-    const uint32_t magnitude = bytes >> 1 & 0x3f803f80u;
-    // Of all magnitudes the NaN alone carries into bit 14, which makes it a half's NaN.
-    const uint32_t with_nan = ptx::lop3<kAndOr>(magnitude + 0x00800080u, 0x40004000u, magnitude);
-    return ptx::lop3<kAndOr>(bytes, 0x80008000u, with_nan);
+    return ptx::e4m3s_to_halves(words[step] >> 16 * r);
   }
 };
 
@@ -244,13 +239,15 @@ struct LoadedZero {
 
 // ---- the source ----
 
-template <int Row, int Columns, Scale Stored>
+template <int Row, int Columns, Scale Stored, bool Zeros>
 class PlaneFragments {
   using Codes = PlaneCodes<Row>;
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
+  static constexpr bool kZeros = kInteger && Zeros;
   static constexpr bool kNested = kFormats[Row].nested;
   static constexpr int kLaneColumns = Columns / 4;
+  static constexpr uint32_t kMiddle = 0x00010001u << (kBits - 1);
   static constexpr int64_t kFar = int64_t{1} << 32;
   // int3: a lane's 6 bytes lie in 8 that it shares with its neighbour.
   static constexpr int kWords = Row == kInt3 ? 2 : kLaneColumns * kBits / 32;
@@ -270,7 +267,8 @@ class PlaneFragments {
   static bool fits(const Weight& w) {
     const int64_t group = w.format.group;
     return w.layout == Layout::Rows && w.k % Columns == 0 && (group < 1 || group % Columns == 0) &&
-           knows_scale(w.format.scale) && groups_in_row(w.format, w.k) * w.n < kFar / 4;
+           knows_scale(w.format.scale) && (Zeros || w.zeros == nullptr) &&
+           groups_in_row(w.format, w.k) * w.n < kFar / 4;
   }
   static constexpr bool knows_scale(Scale scale) {
     return Stored == Scale::None || scale == Stored || (Stored == Scale::F16 && scale == Scale::BF16);
@@ -309,7 +307,7 @@ class PlaneFragments {
       load_words(codes_[i] + at, slot.words[i]);
       slot.scale[i].load(*w_, scales_[i] + group * static_cast<uint32_t>(LoadedScale<Stored>::bytes(*w_)));
     }
-    if constexpr (kInteger) {
+    if constexpr (kZeros) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) slot.zero[i].symmetric();
       if (w_->zeros != nullptr) {
@@ -333,7 +331,7 @@ class PlaneFragments {
   BITFOLD_DEVICE void step(const Slot& slot, int step, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t zero = kInteger ? 0x00010001u * slot.zero[i].value() : 0;
+      const uint32_t zero = kZeros ? 0x00010001u * slot.zero[i].value() : kMiddle;
       a[kLow0 + i] = Codes::value(slot.words[i], step, 0, zero, *tables_);
       a[kLow1 + i] = Codes::value(slot.words[i], step, 1, zero, *tables_);
     }
@@ -370,11 +368,11 @@ class PlaneFragments {
   uint32_t scales_[2], zeros_[2];  // bytes from the plane's begin to that of the row
 };
 
-template <int Row, int Columns, Scale Stored>
+template <int Row, int Columns, Scale Stored, bool Zeros>
   requires(kFormats[Row].grid == Grid::Minifloat || kFormats[Row].grid == Grid::Integer ||
            kFormats[Row].grid == Grid::Codebook)
-class Fragments<Row, Columns, Stored> : public PlaneFragments<Row, Columns, Stored> {
-  using PlaneFragments<Row, Columns, Stored>::PlaneFragments;
+class Fragments<Row, Columns, Stored, Zeros> : public PlaneFragments<Row, Columns, Stored, Zeros> {
+  using PlaneFragments<Row, Columns, Stored, Zeros>::PlaneFragments;
 };
 
 // Columns of the pieces that a format has, the widest first, and the scales that are known while compiling. Whatever

@@ -50,7 +50,7 @@ class RaggedFragments {
 
   using Tables = typename PlaneCodes<Row>::Tables;
   BITFOLD_DEVICE static void fill(Tables& tables, int thread, int threads) {
-    PlaneFragments<Row, 64, Scale::None>::fill(tables, thread, threads);
+    PlaneFragments<Row, 64, Scale::None, true>::fill(tables, thread, threads);
   }
 
   struct Slot {

@@ -263,13 +263,16 @@ bool launch_where_it_fits(const LinearArgs& args, Stream stream) {
   return true;
 }
 
-// The usual scales have kernels of their own, which don't ask at every piece.
+// The usual scales, and having no zero points, have kernels of their own, which don't ask at every piece.
 template <int Row, int... Columns>
 void launch_widest(const LinearArgs& args, Stream stream, std::integer_sequence<int, Columns...>) {
   constexpr Scale kUsual = kFormats[Row].scale;
-  bool launched = (... || launch_where_it_fits<Fragments<Row, Columns, kUsual>>(args, stream));
+  bool launched = (... || launch_where_it_fits<Fragments<Row, Columns, kUsual, false>>(args, stream));
+  if constexpr (kFormats[Row].grid == Grid::Integer) {
+    launched = launched || (... || launch_where_it_fits<Fragments<Row, Columns, kUsual, true>>(args, stream));
+  }
   if constexpr (kFormats[Row].nested) {
-    launched = launched || (... || launch_where_it_fits<Fragments<Row, Columns, Scale::Nested>>(args, stream));
+    launched = launched || (... || launch_where_it_fits<Fragments<Row, Columns, Scale::Nested, false>>(args, stream));
   }
   if (launched) return;
   using Narrow = Fragments<Row, Pieces<Row>::kNarrow>;

@@ -74,6 +74,10 @@ BITFOLD_DEVICE uint32_t floats_to_bf16s(float low, float high) {
   return uint32_t{float_to_bf16(low)} | uint32_t{float_to_bf16(high)} << 16;
 }
 
+BITFOLD_DEVICE uint32_t e4m3s_to_halves(uint32_t a) {
+  return floats_to_halves(minifloat_to_float<kFp8E4m3>(a & 255u), minifloat_to_float<kFp8E4m3>(a >> 8 & 255u));
+}
+
 // ---- arithmetic of pairs: in double, then to 16 bits with one rounding ----
 
 namespace detail {

@@ -119,6 +119,21 @@ BITFOLD_DEVICE uint32_t floats_to_bf16s(float low, float high) {
   return d;
 }
 
+// The two fp8 numbers in the low 16 bits: every e4m3 is a half.
+BITFOLD_DEVICE uint32_t e4m3s_to_halves(uint32_t a) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t d;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(static_cast<uint16_t>(a)));
+  return d;
+#else
+  // A half's exponent has a bias of 15 where this one has 7. Of all magnitudes the NaN alone carries into bit 14 when a
+  // unit of its last place is added, and that bit makes it a half's NaN.
+  const uint32_t bytes = prmt(a, 0, 0x1404);
+  const uint32_t magnitude = bytes >> 1 & 0x3f803f80u;
+  return hmul2((bytes & 0x80008000u) | ((magnitude + 0x00800080u) & 0x40004000u) | magnitude, 0x5c005c00u);
+#endif
+}
+
 // ---- floats ----
 
 // One operation, one rounding: the compiler makes no fused one of two of these.
