@@ -49,7 +49,8 @@ ROWS = [
     *(linear(format, 5, 33, 520, "bf16", bias=True)
       for format in ("int4-g32-asym", "int3-g33", "nf4-b33", "fp8-e5m2-tensor")),
     linear("int4-g128", 8, 530, 1280, "bf16", multiprocessors=1),  # many tiles for each block
-    linear("int8-channel", 8, 20, 16384, "bf16", multiprocessors=1),  # k in slices
+    linear("int4-g128", 4, 17, 16384, "bf16", multiprocessors=1),  # several rounds of the pieces on their way
+    linear("int4-channel", 8, 50, 16384, "bf16", multiprocessors=1),  # k in slices
     linear("nf4-b64-dq", 1, 17, 192),
 ]  # fmt: skip
 FLOOR = [
@@ -62,6 +63,7 @@ GRAD = [
 DECODE = [
     *(Case("decode", format, 7, columns(format), m, dtype) for format in (*PLANES, *block_formats(), "fp16", "bf16")
       for m, dtype in ((0, "fp32"), (4, "fp16"), (9, "bf16"))),
+    *(Case("decode", format, 6, 256, 0, "bf16") for format in PLANES),  # whole runs of eight
     *(Case("decode", format, 5, 35, 0, "fp32", layout="flat") for format in ("nf4-b64-dq", "fp4-b33")),
 ]  # fmt: skip
 ENCODE = [
@@ -168,6 +170,8 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
         dy = normal(case.m, case.n)
         return values | matrix(dy), tensors | {"dy": bits(dy)} | product(case, dy, w.T, None)
     x, bias = normal(case.m, case.k), normal(case.n) if case.bias else None
+    # Of each row one large number, which its power of two is made of.
+    x[torch.arange(case.m), torch.from_numpy(rng.integers(0, case.k, case.m))] *= 256
     tensors |= {"x": bits(x)} | ({} if bias is None else {"bias": bits(bias)})
     return values | matrix(x), tensors | product(case, x, w, bias)
 

@@ -20,6 +20,7 @@ VARIANTS = {
     "address": "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all "
     "-fsanitize=address,alignment,bounds,float-cast-overflow,shift,signed-integer-overflow",
     "thread": "-O1 -g1 -fsanitize=thread",
+    "mutants": "-O1 -g1 -fsanitize=address -include mutant.hpp",  # mutations.py
 }
 
 
@@ -33,8 +34,9 @@ def tool(name: str) -> str:
 
 
 @functools.cache
-def build(program: str, variant: str = "plain", units: str = ".*") -> Path:
-    """The path of a program of tests/cuda/CMakeLists.txt; units: a regular expression of csrc/cuda/units.cmake's."""
+def build(program: str, variant: str = "plain", units: str = ".*", source: Path = ROOT) -> Path:
+    """The path of a program of tests/cuda/CMakeLists.txt; units: a regular expression of csrc/cuda/units.cmake's;
+    source: the project, or a copy of it."""
     folder = ROOT / "build" / f"cuda-{variant}"
     cmake = tool("cmake")
     options = {
@@ -46,7 +48,7 @@ def build(program: str, variant: str = "plain", units: str = ".*") -> Path:
         "BITFOLD_CUDA_TESTS": "ON",
         "BITFOLD_EMULATED_UNITS": units,
     }
-    configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder]
+    configure = [cmake, "-G", "Ninja", "-S", source, "-B", folder]
     for command in (
         configure + [f"-D{name}={value}" for name, value in options.items()],
         [cmake, "--build", folder, "--target", program],

@@ -1,0 +1,162 @@
+"""Mistakes to put into copies of the CUDA kernels, to see whether their tests would find them.
+
+All of them are in one copy of the sources, each behind a question that the environment's BITFOLD_MUTANT answers:
+one build runs them all. What is dropped or weakened wherever it stands (barriers, waits) is found by a pattern;
+wrong indices and ends are a table. A row of it names text that its file has exactly once: who changes that line
+changes the row.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from programs import ROOT
+
+SOURCES = ROOT / "csrc" / "cuda"
+
+
+class Mutation(NamedTuple):
+    file: str  # of csrc/cuda
+    start: int  # of the text that is replaced
+    end: int
+    text: str  # with @ where the mutant's number belongs
+    what: str
+    cases: str  # of kernel_cases.KERNELS
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+# Which cases run a file's code; the first that matches.
+CASES = {
+    r"linear_rows\.cu|tokens\.hpp|fragments.*\.hpp": "linear_rows",
+    r"decode\.cu|runs\.hpp": "decode",
+    r"pack\.cu": "pack",
+}
+
+DROPPED = [r"ptx::sync_block\(\);", r"ptx::sync_warp\(\);", r"ptx::bar_(?:sync|arrive)\([^;]*\);"]
+WAIT = r"ptx::cp_async_wait<(.+)>\(\);"
+
+# file, the expression, what it becomes
+WRONG = [
+    # linear_rows: who has which tile, piece, token and row
+    ("linear_rows.cu", "begin + warp + d * kWarps", "begin + warp + d"),
+    ("linear_rows.cu", "first + d * kWarps", "first + d * kWarps + (d == 1)"),
+    ("linear_rows.cu", "piece + kAhead * kWarps < end", "piece + (kAhead + 1) * kWarps < end"),
+    ("linear_rows.cu", "step % 4 == 0 ? odd : -odd", "0"),
+    ("linear_rows.cu", "step % 2 == 0 ? quad.x : quad.z", "quad.x"),
+    ("linear_rows.cu", "step % 2 == 0 ? quad.y : quad.w", "step % 2 == 0 ? quad.x : quad.w"),
+    ("linear_rows.cu", "affine.scale[i / 2]", "affine.scale[i % 2]"),
+    ("linear_rows.cu", "smaller(ptx::lane_id() / 4, m - 1)", "smaller(ptx::lane_id() % 4, m - 1)"),
+    ("linear_rows.cu", "(piece - begin) * m * Tokens<Source>::kQuads", "piece * m * Tokens<Source>::kQuads"),
+    ("linear_rows.cu", "row % 8 * 4 + token / 2", "row % 8 * 4 + token % 2"),
+    ("linear_rows.cu", "row % 16 / 8 * 2 + token % 2", "row % 16 / 8 + token % 2 * 2"),
+    ("linear_rows.cu", "unit.slice > 0", "unit.slice > 1"),
+    ("linear_rows.cu", "n < args.n", "n <= args.n"),
+    ("linear_rows.cu", "unit.tile - unit.round_begin", "(unit.tile - unit.round_begin) / 2"),
+    ("tokens.hpp", "column >= args.k", "column > args.k"),
+    ("tokens.hpp", "14 - (field - 127)", "16 - (field - 127)"),
+    ("tokens.hpp", "pair ^ (token & 1)", "pair"),
+    ("tokens.hpp", "piece * m + token", "piece * m + token / 2 * 2"),
+    ("tokens.hpp", "row + Source::column(step, t, 1)", "row + Source::column(step, t, 0)"),
+    ("fragments_planes.hpp", "words[step / 2] >> 8 * (step % 2)", "words[step / 2] >> 8"),
+    (
+        "fragments_planes.hpp",
+        "tables.pair(words[step / 2], 2 * (step % 2) + r)",
+        "tables.pair(words[step / 2], 2 * (step % 2) + 1 - r)",
+    ),
+    ("fragments_planes.hpp", "row + g + 8 * i", "row + g + 4 * i"),
+    ("fragments_planes.hpp", "w.n - 1", "w.n"),
+    ("fragments_planes.hpp", "kLaneBytes * t", "kLaneBytes * (t ^ 1)"),
+    # decode: rows, runs and ends
+    ("runs.hpp", "kRow.high_first ? j ^ 1 : j", "j"),
+    ("runs.hpp", "4 * (r >> 2 & 1)", "4 * (r >> 3 & 1)"),
+    # pack
+    ("pack.cu", "i >= s.rows * pieces", "i > s.rows * pieces"),
+    ("pack.cu", "smaller<int64_t>(kCodes, s.columns - piece * kCodes)", "kCodes"),
+    ("pack.cu", "piece * s.bits", "piece * (s.bits - 1)"),
+]
+
+
+def cases_of(file: str) -> str | None:
+    return next((cases for pattern, cases in CASES.items() if re.fullmatch(pattern, file)), None)
+
+
+def find() -> list[Mutation]:
+    found = []
+    texts = {
+        path.name: path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cu", ".hpp")
+    }
+    for file, text in texts.items():
+        cases = cases_of(file)
+        if cases is None:
+            continue
+        for pattern in [*DROPPED, WAIT]:
+            for match in re.finditer(pattern, text):
+                line = text.count("\n", 0, match.start()) + 1
+                if pattern == WAIT:
+                    weak = f"ptx::cp_async_wait<({match[1]}) + 1>();"
+                    code, what = (
+                        f"if (mutant(@)) {{ {weak} }} else {{ {match[0]} }}",
+                        f"line {line} becomes {weak}",
+                    )
+                else:
+                    code, what = f"if (!mutant(@)) {{ {match[0]} }}", f"line {line} without {match[0]}"
+                found.append(Mutation(file, match.start(), match.end(), code, what, cases))
+    for file, right, wrong in WRONG:
+        text = texts[file]
+        count = text.count(right)
+        assert count == 1, f"{file} has {right!r} {count} times: bring the table of mutations up to date"
+        start = text.index(right)
+        code = f"(mutant(@) ? ({wrong}) : ({right}))"
+        found.append(
+            Mutation(file, start, start + len(right), code, f"{right} becomes {wrong}", cases_of(file))
+        )
+    return found
+
+
+# Read at run time, and never true where the compiler evaluates.
+HEADER = """#pragma once
+#include <cstdlib>
+#include <type_traits>
+namespace bitfold {
+inline const int chosen_mutant = std::getenv("BITFOLD_MUTANT") ? std::atoi(std::getenv("BITFOLD_MUTANT")) : 0;
+constexpr bool mutant(int number) { return !std::is_constant_evaluated() && chosen_mutant == number; }
+}  // namespace bitfold
+"""
+
+
+def write(mutations: list[Mutation], folder: Path) -> None:
+    """The sources with all mutations, numbered from 1, in `folder`; files that are so already aren't touched."""
+    for name in ("CMakeLists.txt", "pyproject.toml", "csrc", "tests/cuda", "third_party"):
+        source = ROOT / name
+        for path in [source] if source.is_file() else sorted(source.rglob("*")):
+            if path.is_dir() or "__pycache__" in path.parts:
+                continue
+            content = path.read_text()
+            if path.parent == SOURCES:
+                content = mutated(
+                    content, [(i, m) for i, m in enumerate(mutations, 1) if m.file == path.name]
+                )
+            update(folder / path.relative_to(ROOT), content)
+    update(folder / "csrc" / "mutant.hpp", HEADER)
+
+
+def mutated(content: str, mutations: list[tuple[int, Mutation]]) -> str:
+    """Where mutations lie within others, the inner ones come first and are lost: their places must be disjoint."""
+    last = len(content)
+    for number, mutation in sorted(mutations, key=lambda numbered: -numbered[1].start):
+        assert mutation.end <= last, f"{mutation}: overlaps another"
+        last = mutation.start
+        content = (
+            content[: mutation.start] + mutation.text.replace("@", str(number)) + content[mutation.end :]
+        )
+    return content
+
+
+def update(path: Path, content: str) -> None:
+    if not path.exists() or path.read_text() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
