@@ -15,6 +15,7 @@ import numpy as np
 F32 = np.float32
 TENSOR, CHANNEL = 0, -1
 NESTED_GROUP = 256
+NESTED_SUM = 1024
 
 
 # ---- small floats, by enumeration ----
@@ -460,8 +461,11 @@ def nest(scales: np.ndarray, offset: float | None) -> dict[str, np.ndarray]:
     flat = scales.reshape(-1)
     if offset is None:
         total = np.float64(0)
-        for s in flat:
-            total = total + np.float64(s)
+        for start in range(0, len(flat), NESTED_SUM):
+            part = np.float64(0)
+            for s in flat[start : start + NESTED_SUM]:
+                part = part + np.float64(s)
+            total = total + part
         offset = F32(total / len(flat)) if len(flat) else F32(0)
     d = flat - F32(offset)
     codes, maxima = np.zeros(len(d), np.uint8), []

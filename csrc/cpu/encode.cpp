@@ -5,7 +5,6 @@
 // reported does not depend on the threads.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "cpu/buffer.hpp"
 #include "cpu/cpu.hpp"
@@ -16,61 +15,6 @@
 namespace bitfold::cpu {
 namespace {
 
-struct GroupGrid {
-  float scale;   // as stored
-  double exact;  // the same before any rounding
-  int zero;
-};
-
-float round_scale(float scale, Scale dtype) {
-  switch (dtype) {
-    case Scale::F16: return half_to_float(float_to_half(scale));
-    case Scale::BF16: return bf16_to_float(float_to_bf16(scale));
-    default: return scale;
-  }
-}
-
-GroupGrid choose_grid(const Format& format, const GroupRange& range) {
-  const FormatRow& info = format.info();
-  const float absmax = std::max(range.high, -range.low);  // in this order 0 and -0 make 0
-  const auto top = static_cast<float>((1 << info.bits) - 1);
-  GroupGrid grid{};
-  float scale = absmax;  // docs/formats.md rounds each operation to binary32
-  if (format.zero == Zero::Integer) {
-    grid.exact = (static_cast<double>(range.high) - static_cast<double>(range.low)) / static_cast<double>(top);
-    scale = (range.high - range.low) / top;
-  } else if (info.grid != Grid::Codebook) {
-    grid.exact = static_cast<double>(absmax) / static_cast<double>(info.grid_max);
-    scale = absmax / info.grid_max;
-  } else {
-    grid.exact = static_cast<double>(absmax);
-  }
-  grid.scale = round_scale(scale, format.scale);
-  if (format.zero == Zero::Integer) {
-    if (grid.scale > 0.0f) grid.zero = static_cast<int>(std::clamp(std::nearbyint(-range.low / grid.scale), 0.0f, top));
-  } else if (info.grid == Grid::Integer) {
-    grid.zero = 1 << (info.bits - 1);
-  }
-  return grid;
-}
-
-// docs/formats.md, "scale range".
-EncodeFault scale_fault(const Format& format, const GroupGrid& grid) {
-  const FormatRow& info = format.info();
-  if (!std::isfinite(grid.scale)) return EncodeFault::ScaleOverflow;
-  const double largest = info.grid == Grid::Integer ? static_cast<double>(info.grid_max) : 8.0;
-  const double moved = std::abs(static_cast<double>(grid.scale) - grid.exact);
-  return moved * largest > grid.exact / 2.0 ? EncodeFault::ScaleUnderflow : EncodeFault::None;
-}
-
-void store_scale(void* scales, Scale dtype, int64_t i, float scale) {
-  switch (dtype) {
-    case Scale::F16: static_cast<uint16_t*>(scales)[i] = float_to_half(scale); break;
-    case Scale::BF16: static_cast<uint16_t*>(scales)[i] = float_to_bf16(scale); break;
-    default: static_cast<float*>(scales)[i] = scale; break;
-  }
-}
-
 // ---- fp16 and bf16 ----
 
 EncodeStatus encode_cast(const EncodeArgs& args) {
@@ -78,8 +22,7 @@ EncodeStatus encode_cast(const EncodeArgs& args) {
   const bool half = args.format.row == kFp16;
   const DType dtype = half ? DType::F16 : DType::BF16;
   const float largest = args.format.info().grid_max;
-  // The smallest magnitude that rounds to infinity lies half a unit in the last place above the largest finite number.
-  const float limit = half ? 65520.0f : 3.3961775292304957e38f;
+  const float limit = cast_limit(half);
   Faults faults;
   cut(args.parallel_for, args.w.rows, grain_rows(args.w.columns), [&](int64_t begin, int64_t end) {
     const int64_t k = args.w.columns;
@@ -149,8 +92,8 @@ EncodeStatus encode_tensor(const EncodeArgs& args) {
     all.low = std::min(all.low, ranges[r].low);
     all.high = std::max(all.high, ranges[r].high);
   }
-  const GroupGrid grid = choose_grid(args.format, all);
-  if (const EncodeFault fault = scale_fault(args.format, grid); fault != EncodeFault::None) {
+  const GroupGrid grid = choose_grid(args.format.info(), args.format.zero, args.format.scale, all);
+  if (const EncodeFault fault = scale_fault(args.format.info(), grid); fault != EncodeFault::None) {
     return {fault, 0, 0, grid.exact, 0};
   }
   store_scale(args.out.scales, args.format.scale, 0, grid.scale);
@@ -166,25 +109,19 @@ EncodeStatus encode_tensor(const EncodeArgs& args) {
   return {};
 }
 
-// The code of the dynamic map nearest to t, which is moved to a grid of 65,536 points first (docs/formats.md, "dq").
-uint8_t nearest_dynamic(float t) {
-  constexpr float kPoints = 65535.0f;
-  const float clamped = std::clamp(t, -1.0f, 1.0f);
-  const float point = std::trunc((clamped + 1.0f) * 0.5f * kPoints + 0.5f);
-  const float moved = point / kPoints * 2.0f - 1.0f;
-  const auto* begin = kDynamicMidpoints.data();
-  return static_cast<uint8_t>(std::lower_bound(begin, begin + kDynamicMidpoints.size(), moved) - begin);
-}
-
 // QLoRA's double quantization of the scales of the whole matrix. docs/formats.md, "dq".
 void nest_scales(const EncodeArgs& args, const float* scales, int64_t count) {
   float offset = 0.0f;
   if (args.nested_offset != nullptr) {
     offset = *args.nested_offset;
   } else if (count > 0) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(scales[i]);
-    offset = static_cast<float>(sum / static_cast<double>(count));
+    double total = 0.0;
+    for (int64_t first = 0; first < count; first += kNestedSum) {
+      double sum = 0.0;
+      for (int64_t i = first; i < std::min(count, first + kNestedSum); ++i) sum += static_cast<double>(scales[i]);
+      total += sum;
+    }
+    offset = static_cast<float>(total / static_cast<double>(count));
   }
   *args.out.nested_offset = offset;
   auto* codes = static_cast<uint8_t*>(args.out.scales);
@@ -225,8 +162,8 @@ EncodeStatus encode_rows(const EncodeArgs& args) {
           status = not_finite(w, k, r);
           break;
         }
-        const GroupGrid grid = choose_grid(format, range);
-        const EncodeFault fault = scale_fault(format, grid);
+        const GroupGrid grid = choose_grid(format.info(), format.zero, format.scale, range);
+        const EncodeFault fault = scale_fault(format.info(), grid);
         if (fault != EncodeFault::None) {  // unless a weight further on is not even finite
           status = not_finite(w, k, r);
           if (status.fault == EncodeFault::None) status = {fault, r, first, grid.exact, 0};

@@ -6,15 +6,9 @@
 
 #include "formats/args.hpp"
 #include "search/blocks.hpp"
+#include "search/grid.hpp"
 
 namespace bitfold::cpu {
-
-// What a group must know to choose its scale.
-struct GroupRange {
-  float low;   // min(w, 0)
-  float high;  // max(w, 0)
-  bool finite;
-};
 
 // w / scale and zero decide the codes of one group: integer and minifloat divide, codebooks multiply by 1 / scale.
 struct QuantizeArgs {

@@ -261,17 +261,12 @@ BITFOLD_BODY void encode_super(const EncodeBlocksArgs& a) {
 
 // ---- Q4_1 and Q5_1 with importance ----
 
+// means: of each row's squares.
 template <int Row>
-BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a, const float* means) {
   constexpr AffineLaw law = kLaw<Row, true>;
   using Lanes = AffineLanes<law>;
   constexpr int kCount = kVectors * kLanes;
-  float sigma2[kEncodeRows];
-  static_assert(kEncodeRows % kLanes == 0);
-  for (int64_t first = 0; first < a.rows; first += kLanes) {
-    const F sum = sum_of_squares([&](int lane) { return a.w + a.k * smaller(first + lane, a.rows - 1); }, a.k);
-    store(sigma2 + first, div(sum, splat(static_cast<float>(a.k))));
-  }
   const int64_t row_blocks = a.k / law.values, blocks = a.rows * row_blocks;
   for (int64_t first = 0; first < blocks; first += kCount) {
     const float* x = a.w + first * law.values;
@@ -279,7 +274,7 @@ BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
     float sigmas[kCount];
     const float* importance[kCount];
     for (int64_t i = 0, row = first / row_blocks, column = first % row_blocks; i < count; ++i) {
-      sigmas[i] = sigma2[row];
+      sigmas[i] = means[row];
       importance[i] = a.importance + column * law.values;
       if (++column == row_blocks) column = 0, ++row;
     }
@@ -306,6 +301,12 @@ BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
       else put_fives(b.qh, b.qs, codes);
     }
   }
+}
+template <int Row>
+BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
+  float means[kEncodeRows];
+  row_means(a, means);
+  encode_weighted<Row>(a, means);
 }
 
 }  // namespace

@@ -286,14 +286,10 @@ BITFOLD_BODY void encode_q3_k_weighted(const EncodeBlocksArgs& a) {
 
 // ---- Q4_0 and Q5_0 with importance ----
 
+// means: of each row's squares.
 template <int Row, int N>
-BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
+BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a, const float* means) {
   auto* out = reinterpret_cast<Block<Row>*>(a.blocks);
-  float means[kEncodeRows + kLanes];  // of a row's squares
-  for (int64_t row = 0; row < a.rows; row += kLanes) {
-    const F sum = sum_of_squares([&](int lane) { return a.w + smaller(row + lane, a.rows - 1) * a.k; }, a.k);
-    store(means + row, div(sum, splat(static_cast<float>(a.k))));
-  }
   each_small_blocks(a, [&](const SmallBlocks& b) {
     SymmetricLanes<kSmall> lanes;
     load_lanes([&](int lane) { return b.x[lane]; }, lanes.x);
@@ -319,6 +315,12 @@ BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
       else put_fives(block.qh, block.qs, codes);
     }
   });
+}
+template <int Row, int N>
+BITFOLD_BODY void encode_weighted(const EncodeBlocksArgs& a) {
+  float means[kEncodeRows];
+  row_means(a, means);
+  encode_weighted<Row, N>(a, means);
 }
 
 }  // namespace

@@ -40,5 +40,14 @@ BITFOLD_SIMD F sum_of_squares(From from, int64_t count) {
   return sum;
 }
 
+// means[i] = the mean of the squares of row i.
+BITFOLD_SIMD void row_means(const EncodeBlocksArgs& a, float (&means)[kEncodeRows]) {
+  static_assert(kEncodeRows % kLanes == 0);
+  for (int64_t row = 0; row < a.rows; row += kLanes) {
+    const F sum = sum_of_squares([&](int lane) { return a.w + smaller(row + lane, a.rows - 1) * a.k; }, a.k);
+    store(means + row, div(sum, splat(static_cast<float>(a.k))));
+  }
+}
+
 }  // namespace
 }  // namespace bitfold::search

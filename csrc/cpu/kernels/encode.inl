@@ -1,6 +1,6 @@
-// Choosing codes: the range of a group, and the nearest code of every weight in it. docs/formats.md gives the
-// operations one by one.
+// The range of a group, and the codes of its weights a vector at a time.
 #include "cpu/isa.hpp"
+#include "search/codes.inl"
 
 namespace bitfold::cpu {
 namespace {
@@ -44,45 +44,11 @@ GroupRange group_range(const float* w, int64_t count) {
 }
 
 template <int Row>
-void quantize_integer(const QuantizeArgs& a) {
-  constexpr float kMax = (1 << kFormats[Row].bits) - 1;
-  const F scale = splat(a.scale), zero = splat(static_cast<float>(a.zero)), top = splat(kMax);
-  each_code(a.w, a.count, a.codes,
-            [&](F lanes) { return to_int(min(max(add(round_even(div(lanes, scale)), zero), splat(0.0f)), top)); });
-}
-
-template <Minifloat M>
-void quantize_minifloat(const QuantizeArgs& a) {
-  constexpr int kShift = 23 - M.mantissa_bits;
-  const F scale = splat(a.scale);
-  const I one = splat(1);
-  const I smallest_normal = splat(int32_t{(127 + 1 - M.bias) << 23});
-  const F steps = splat(std::bit_cast<float>(uint32_t{127 - 1 + M.bias + M.mantissa_bits} << 23));
-  each_code(a.w, a.count, a.codes, [&](F lanes) {
-    const I bits = as_int(div(lanes, scale));
-    const I magnitude = bit_and(bits, splat(int32_t{0x7fffffff}));
-    const I sign = bit_and(shift_right<24>(bits), splat(int32_t{0x80}));
-    const I subnormal = to_int(round_even(mul(as_float(magnitude), steps)));
-    const I rebased = sub(magnitude, splat(int32_t{(127 - M.bias) << 23}));
-    const I even = bit_and(shift_right<kShift>(rebased), one);
-    const I normal = shift_right<kShift>(add(rebased, add(even, splat(int32_t{(1 << (kShift - 1)) - 1}))));
-    const I rounded = select(greater(smallest_normal, magnitude), subnormal, normal);
-    const I last = splat(static_cast<int32_t>(M.max_finite));
-    return bit_or(sign, select(greater(rounded, last), last, rounded));
-  });
-}
-
-template <const SortedCodebook<16>& Codebook, bool Sorted>
-void quantize_codebook(const QuantizeArgs& a) {
-  const F inverse = splat(1.0f / (a.scale > 1e-38f ? a.scale : 1e-38f));
-  each_code(a.w, a.count, a.codes, [&](F lanes) {
-    const F t = max(min(mul(lanes, inverse), splat(1.0f)), splat(-1.0f));
-    I above = splat(0);
-    for (const float midpoint : Codebook.midpoints) above = count_if(greater(t, splat(midpoint)), above);
-    return above;
-  });
-  if constexpr (!Sorted) {  // the code is not the place in the sorted table
-    for (int64_t i = 0; i < a.count; ++i) a.codes[i] = Codebook.codes[a.codes[i]];
+void quantize(const QuantizeArgs& a) {
+  const search::Codes<Row> codes(a.scale, a.zero);
+  each_code(a.w, a.count, a.codes, codes);
+  if constexpr (Row == kFp4) {  // the places of sorted entries
+    for (int64_t i = 0; i < a.count; ++i) a.codes[i] = search::stored_code<Row>(a.codes[i]);
   }
 }
 
@@ -90,14 +56,14 @@ void quantize_codebook(const QuantizeArgs& a) {
 
 void BITFOLD_ISA(encode)(Kernels& kernels) {
   kernels.group_range = group_range;
-  kernels.quantize[kE4m3] = quantize_minifloat<kFp8E4m3>;
-  kernels.quantize[kE5m2] = quantize_minifloat<kFp8E5m2>;
-  kernels.quantize[kInt8] = quantize_integer<kInt8>;
-  kernels.quantize[kInt4] = quantize_integer<kInt4>;
-  kernels.quantize[kInt3] = quantize_integer<kInt3>;
-  kernels.quantize[kInt2] = quantize_integer<kInt2>;
-  kernels.quantize[kNf4] = quantize_codebook<kNf4Sorted, true>;
-  kernels.quantize[kFp4] = quantize_codebook<kFp4Sorted, false>;
+  kernels.quantize[kE4m3] = quantize<kE4m3>;
+  kernels.quantize[kE5m2] = quantize<kE5m2>;
+  kernels.quantize[kInt8] = quantize<kInt8>;
+  kernels.quantize[kInt4] = quantize<kInt4>;
+  kernels.quantize[kInt3] = quantize<kInt3>;
+  kernels.quantize[kInt2] = quantize<kInt2>;
+  kernels.quantize[kNf4] = quantize<kNf4>;
+  kernels.quantize[kFp4] = quantize<kFp4>;
 }
 
 }  // namespace bitfold::cpu
