@@ -17,8 +17,10 @@ struct Gpu {
 // The current device.
 Gpu gpu();
 
+// Bytes of device memory that encode needs beside its arguments; their contents don't matter.
+int64_t encode_workspace(const EncodeArgs& args);
 // Waits for the GPU: it has to say what it could not encode.
-EncodeStatus encode(const EncodeArgs& args, Stream stream);
+EncodeStatus encode(const EncodeArgs& args, void* workspace, Stream stream);
 // Row numbers beyond the matrix end in a trap of the device.
 void decode(const DecodeArgs& args, Stream stream);
 void pack(const PackArgs& args, Stream stream);

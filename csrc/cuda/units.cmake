@@ -9,7 +9,9 @@ set(BITFOLD_CUDA_UNITS
   linear_rows/kInt8 linear_rows/kInt4 linear_rows/kInt3 linear_rows/kInt2
   linear_rows/kNf4 linear_rows/kFp4)
 # Those that promise the CPU's bytes: nvcc must not contract a multiplication and an addition.
-set(BITFOLD_CUDA_EXACT_UNITS decode pack)
+set(BITFOLD_CUDA_EXACT_UNITS
+  decode pack
+  encode encode_blocks encode_affine encode_symmetric encode_iq4 encode_legacy)
 set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp csrc/cuda/unwritten.cpp)
 
 # The generated source of `unit`, which ends in `.extension`, into `out`.

@@ -77,9 +77,15 @@ Tensor Device::host(const Tensor& tensor) const {
   return torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-EncodeStatus Device::encode(EncodeArgs args) const {
+EncodeStatus Device::encode(EncodeArgs args, const Tensor& like) const {
   args.parallel_for = parallel_for;
-  return on(gpu_, [&] { return cuda::encode(args, stream_); }, [&] { return cpu::encode(args); });
+  return on(
+      gpu_,
+      [&] {
+        const Tensor workspace = empty_beside(like, {cuda::encode_workspace(args)}, ScalarType::Byte);
+        return cuda::encode(args, workspace.mutable_data_ptr(), stream_);
+      },
+      [&] { return cpu::encode(args); });
 }
 
 void Device::decode(DecodeArgs args) const {

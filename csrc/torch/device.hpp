@@ -26,7 +26,7 @@ class Device {
   // The same numbers where the border can read them, which on a GPU waits for it.
   Tensor host(const Tensor& tensor) const;
 
-  EncodeStatus encode(EncodeArgs args) const;
+  EncodeStatus encode(EncodeArgs args, const Tensor& like) const;
   void decode(DecodeArgs args) const;
   void pack(PackArgs args) const;
   void unpack(PackArgs args) const;

@@ -139,7 +139,7 @@ std::vector<Tensor> encode(const Tensor& weight, const std::string& format_text,
   PlanesOut out{};
   std::vector<Tensor> planes = new_planes(weight, format, matrix.rows, matrix.columns, &out);
   const auto* columns = dense_importance ? static_cast<const float*>(dense_importance->const_data_ptr()) : nullptr;
-  report(device.encode({format, matrix, out, clamp, offset, columns, nullptr}), format, weight);
+  report(device.encode({format, matrix, out, clamp, offset, columns, nullptr}, weight), format, weight);
   return planes;
 }
 

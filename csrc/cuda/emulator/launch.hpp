@@ -46,7 +46,10 @@ inline void describe_device(int& capability, int& multiprocessors, int64_t& shar
   shared_bytes = emulator::kSharedBytes;
 }
 
-inline void clear(void* device, int64_t bytes, Stream) { std::memset(device, 0, static_cast<size_t>(bytes)); }
+inline void fill(void* device, uint8_t byte, int64_t bytes, Stream) {
+  std::memset(device, byte, static_cast<size_t>(bytes));
+}
+inline void clear(void* device, int64_t bytes, Stream stream) { fill(device, 0, bytes, stream); }
 
 inline void read_back(void* host, const void* device, int64_t bytes, Stream) {
   std::memcpy(host, device, static_cast<size_t>(bytes));

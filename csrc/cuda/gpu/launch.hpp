@@ -57,10 +57,12 @@ inline void describe_device(int& capability, int& multiprocessors, int64_t& shar
   shared_bytes = shared;
 }
 
-// Bytes of device memory become zero, in the stream's order.
-inline void clear(void* device, int64_t bytes, Stream stream) {
-  check(cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+// Every one of these bytes of device memory becomes `byte`, in the stream's order.
+inline void fill(void* device, uint8_t byte, int64_t bytes, Stream stream) {
+  const auto native = static_cast<cudaStream_t>(stream);
+  check(cudaMemsetAsync(device, byte, static_cast<size_t>(bytes), native), "cudaMemsetAsync");
 }
+inline void clear(void* device, int64_t bytes, Stream stream) { fill(device, 0, bytes, stream); }
 
 // Waits for the stream and copies device memory to the host.
 inline void read_back(void* host, const void* device, int64_t bytes, Stream stream) {
