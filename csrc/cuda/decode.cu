@@ -16,17 +16,13 @@ constexpr int kRunsPerThread = 4;
 constexpr int64_t kTileRuns = kThreads * kRunsPerThread;  // of a block
 
 struct DecodeRuns {
-  Weight w;
+  WeightRuns w;
   const int64_t* ids;
   int64_t matrix_rows;  // ids are below it
   DType dtype;
   void* out;
   int64_t rows, columns;  // of out
   int64_t row_runs;       // runs of a row of out; the last may be shorter
-  int64_t row_bytes;      // of the plane of codes
-  int64_t groups;         // of a row of the planes
-  int group_shift;        // log2 of the group, where it is a power of 2, else -1
-  bool whole;             // every run has eight columns of one group and starts at a byte
 };
 
 struct Place {
@@ -38,62 +34,6 @@ BITFOLD_DEVICE Place place_of(const DecodeRuns& d, int64_t i) {
   if ((i | d.row_runs) >> 32 != 0) return {i / d.row_runs, i % d.row_runs};
   const auto row = static_cast<uint32_t>(i) / static_cast<uint32_t>(d.row_runs);
   return {row, static_cast<uint32_t>(i) - row * static_cast<uint32_t>(d.row_runs)};
-}
-
-// The group of column i of a row of the planes.
-BITFOLD_DEVICE int64_t group_of(const DecodeRuns& d, int64_t i) {
-  if (d.w.format.group < 1) return 0;
-  if (d.group_shift >= 0) return i >> d.group_shift;
-  return (i | d.w.format.group) >> 32 != 0 ? i / d.w.format.group
-                                           : static_cast<uint32_t>(i) / static_cast<uint32_t>(d.w.format.group);
-}
-
-template <int Row>
-BITFOLD_DEVICE int zero_at(const DecodeRuns& d, int64_t row, int64_t group) {
-  constexpr int kBits = kFormats[Row].bits;
-  if (d.w.format.zero == Zero::None) return 1 << (kBits - 1);
-  const int64_t start = d.w.format.group == kPerTensor ? 0 : row * ceil_div<int64_t>(d.groups * kBits, 8);
-  return static_cast<int>(read_code(d.w.zeros + start, group, kBits, false));
-}
-
-// Columns [begin, begin + count) of row `row` of the planes.
-template <int Row>
-BITFOLD_DEVICE void decode_run(const DecodeRuns& d, int64_t row, int64_t begin, int count, const float* codebook,
-                               float (&values)[kRun]) {
-  constexpr FormatRow kRow = kFormats[Row];
-  const uint8_t* codes = static_cast<const uint8_t*>(d.w.codes) + row * d.row_bytes;
-  if constexpr (kRow.grid == Grid::Block) {
-    constexpr int kBlockRuns = static_cast<int>(kRow.group) / kRun;
-    const int64_t run = begin / kRun;
-    const auto* block = reinterpret_cast<const Block<Row>*>(codes) + run / kBlockRuns;
-    RunOfBlock<Row>::values(*block, static_cast<int>(run % kBlockRuns), codebook, values);
-  } else if (d.whole) {
-    const int64_t group = group_of(d, begin);
-    const int zero = kRow.grid == Grid::Integer ? zero_at<Row>(d, row, group) : 0;
-    run_values<Row>(codes + begin / kRun * kRow.bits, zero, codebook, values);
-    if constexpr (kRow.grid != Grid::Cast) {
-      const float scale = scale_at(d.w, d.w.format.group == kPerTensor ? 0 : row * d.groups + group);
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) values[j] *= scale;
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kRun; ++j) {
-      if (j >= count) break;
-      const int64_t i = begin + j;
-      if constexpr (kRow.grid == Grid::Cast) {
-        const uint16_t bits = ptx::load2(codes + 2 * i);
-        values[j] = Row == kFp16 ? ptx::half_to_float(bits) : ptx::bf16_to_float(bits);
-      } else {
-        const int64_t group = group_of(d, i);
-        const uint32_t code = read_code(codes, i, kRow.bits, kRow.high_first);
-        float value;
-        if constexpr (kHasCodebook<Row>) value = codebook[code];
-        else value = code_value<Row>(code, kRow.grid == Grid::Integer ? zero_at<Row>(d, row, group) : 0);
-        values[j] = value * scale_at(d.w, d.w.format.group == kPerTensor ? 0 : row * d.groups + group);
-      }
-    }
-  }
 }
 
 // `count` values to out[at, at + count). All of a run that starts at a multiple of 16 bytes go at once.
@@ -159,8 +99,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeRuns d) {
     const int64_t column = place.run * kRun;
     const auto count = static_cast<int>(smaller<int64_t>(kRun, d.columns - column));
     float values[kRun] = {};
-    const bool flat = d.w.layout == Layout::Flat;
-    decode_run<Row>(d, flat ? 0 : row, flat ? row * d.w.k + column : column, count, codebook, values);
+    decode_run<Row>(d.w, row, column, count, codebook, values);
     store_run(d, place.row * d.columns + column, count, values);
   }
 }
@@ -182,13 +121,6 @@ constexpr auto launchers(std::integer_sequence<int, Rows...>) {
 }
 constexpr auto kLaunchers = launchers(std::make_integer_sequence<int, kRowCount>());
 
-int log2_or_minus_one(int64_t value) {
-  if (value < 1 || (value & (value - 1)) != 0) return -1;
-  int shift = 0;
-  while (value >> shift != 1) ++shift;
-  return shift;
-}
-
 }  // namespace
 
 void decode(const DecodeArgs& args, Stream stream) {
@@ -197,22 +129,14 @@ void decode(const DecodeArgs& args, Stream stream) {
   // A flat matrix that is decoded whole is one long row.
   const bool one_row = w.layout == Layout::Flat && args.ids == nullptr;
   const int64_t rows = one_row ? 1 : args.rows, columns = one_row ? args.rows * w.k : w.k;
-  const bool block = w.format.is_block();
-  const int64_t row_bytes = block ? w.k / w.format.group * w.format.info().block_bytes
-                                  : ceil_div(w.plane_columns() * w.format.bits(), int64_t{8});
-  const bool groups_are_whole = w.format.group < 1 || w.format.group % kRun == 0;
-  const DecodeRuns d{.w = w,
+  const DecodeRuns d{.w = runs_of(w, columns),
                      .ids = args.ids,
                      .matrix_rows = w.n,
                      .dtype = args.dtype,
                      .out = args.out,
                      .rows = rows,
                      .columns = columns,
-                     .row_runs = ceil_div(columns, int64_t{kRun}),
-                     .row_bytes = row_bytes,
-                     .groups = groups_in_row(w.format, w.plane_columns()),
-                     .group_shift = log2_or_minus_one(w.format.group),
-                     .whole = groups_are_whole && columns % kRun == 0};
+                     .row_runs = ceil_div(columns, int64_t{kRun})};
   kLaunchers[static_cast<size_t>(w.format.row)](d, stream);
 }
 

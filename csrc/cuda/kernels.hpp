@@ -5,7 +5,7 @@
 
 namespace bitfold::cuda {
 
-// x of any dtype, any layout: each product and sum in float64.
+// x of any dtype, any layout: float64 in float64, the others in fp32.
 void linear_floor(const LinearArgs& args, Stream stream);
 
 // m <= kRows.

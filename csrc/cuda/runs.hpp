@@ -211,4 +211,92 @@ struct RunOfBlock {
   }
 };
 
+// ---- any format, any layout ----
+
+// A matrix that is read in runs of its rows.
+struct WeightRuns {
+  Weight w;
+  int64_t row_bytes;  // of the plane of codes
+  int64_t groups;     // of a row of the planes
+  int group_shift;    // log2 of the group, where it is a power of 2, else -1
+  bool whole;         // every run has eight columns of one group and starts at a byte
+};
+
+// The group of column i of a row of the planes.
+BITFOLD_DEVICE int64_t group_of(const WeightRuns& d, int64_t i) {
+  if (d.w.format.group < 1) return 0;
+  if (d.group_shift >= 0) return i >> d.group_shift;
+  return (i | d.w.format.group) >> 32 != 0 ? i / d.w.format.group
+                                           : static_cast<uint32_t>(i) / static_cast<uint32_t>(d.w.format.group);
+}
+
+template <int Row>
+BITFOLD_DEVICE int zero_at(const WeightRuns& d, int64_t row, int64_t group) {
+  constexpr int kBits = kFormats[Row].bits;
+  if (d.w.format.zero == Zero::None) return 1 << (kBits - 1);
+  const int64_t start = d.w.format.group == kPerTensor ? 0 : row * ceil_div<int64_t>(d.groups * kBits, 8);
+  return static_cast<int>(read_code(d.w.zeros + start, group, kBits, false));
+}
+
+// Columns [column, column + count) of the matrix's row `row`; column is a multiple of 8.
+template <int Row>
+BITFOLD_DEVICE void decode_run(const WeightRuns& d, int64_t row, int64_t column, int count, const float* codebook,
+                               float (&values)[kRun]) {
+  constexpr FormatRow kRow = kFormats[Row];
+  const bool flat = d.w.layout == Layout::Flat;
+  const int64_t begin = flat ? row * d.w.k + column : column;
+  row = flat ? 0 : row;
+  const uint8_t* codes = static_cast<const uint8_t*>(d.w.codes) + row * d.row_bytes;
+  if constexpr (kRow.grid == Grid::Block) {
+    constexpr int kBlockRuns = static_cast<int>(kRow.group) / kRun;
+    const int64_t run = begin / kRun;
+    const auto* block = reinterpret_cast<const Block<Row>*>(codes) + run / kBlockRuns;
+    RunOfBlock<Row>::values(*block, static_cast<int>(run % kBlockRuns), codebook, values);
+  } else if (d.whole) {
+    const int64_t group = group_of(d, begin);
+    const int zero = kRow.grid == Grid::Integer ? zero_at<Row>(d, row, group) : 0;
+    run_values<Row>(codes + begin / kRun * kRow.bits, zero, codebook, values);
+    if constexpr (kRow.grid != Grid::Cast) {
+      const float scale = scale_at(d.w, d.w.format.group == kPerTensor ? 0 : row * d.groups + group);
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) values[j] *= scale;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      if (j >= count) break;
+      const int64_t i = begin + j;
+      if constexpr (kRow.grid == Grid::Cast) {
+        const uint16_t bits = ptx::load2(codes + 2 * i);
+        values[j] = Row == kFp16 ? ptx::half_to_float(bits) : ptx::bf16_to_float(bits);
+      } else {
+        const int64_t group = group_of(d, i);
+        const uint32_t code = read_code(codes, i, kRow.bits, kRow.high_first);
+        float value;
+        if constexpr (kHasCodebook<Row>) value = codebook[code];
+        else value = code_value<Row>(code, kRow.grid == Grid::Integer ? zero_at<Row>(d, row, group) : 0);
+        values[j] = value * scale_at(d.w, d.w.format.group == kPerTensor ? 0 : row * d.groups + group);
+      }
+    }
+  }
+}
+
+inline int log2_or_minus_one(int64_t value) {
+  if (value < 1 || (value & (value - 1)) != 0) return -1;
+  int shift = 0;
+  while (value >> shift != 1) ++shift;
+  return shift;
+}
+
+// Of rows of `columns` columns: those of the matrix, unless all of a flat one are read as one row.
+inline WeightRuns runs_of(const Weight& w, int64_t columns) {
+  const int64_t plane_bits = w.plane_columns() * w.format.bits();
+  return {.w = w,
+          .row_bytes = w.format.is_block() ? w.k / w.format.group * w.format.info().block_bytes
+                                           : ceil_div(plane_bits, int64_t{8}),
+          .groups = groups_in_row(w.format, w.plane_columns()),
+          .group_shift = log2_or_minus_one(w.format.group),
+          .whole = (w.format.group < 1 || w.format.group % kRun == 0) && columns % kRun == 0};
+}
+
 }  // namespace bitfold::cuda

@@ -8,9 +8,7 @@ namespace bitfold::cuda {
 #define BITFOLD_UNWRITTEN(result, name, ...) \
   result name(__VA_ARGS__) { throw std::runtime_error(#name " has no CUDA kernel yet"); }
 
-BITFOLD_UNWRITTEN(void, linear_floor, const LinearArgs&, Stream)
 BITFOLD_UNWRITTEN(int64_t, linear_tile_workspace, const LinearArgs&)
 BITFOLD_UNWRITTEN(void, linear_tile, const LinearArgs&, void*, Stream)
-BITFOLD_UNWRITTEN(void, linear_grad_x, const LinearGradArgs&, Stream)
 
 }  // namespace bitfold::cuda
