@@ -57,7 +57,7 @@ BITFOLD_SIMD F fma(F a, F b, F c) { return {fmaf(a.v, b.v, c.v)}; }
 BITFOLD_SIMD F min(F a, F b) { return {a.v < b.v ? a.v : b.v}; }
 BITFOLD_SIMD F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
 BITFOLD_SIMD F round_even(F a) { return {rintf(a.v)}; }
-BITFOLD_SIMD I to_int(F a) { return {static_cast<int32_t>(a.v)}; }  // of whole numbers
+BITFOLD_SIMD I to_int(F a) { return {cuda::ptx::float_to_int(a.v)}; }  // of whole numbers
 BITFOLD_SIMD F to_float(I a) { return {static_cast<float>(a.v)}; }
 BITFOLD_SIMD F as_float(I a) { return {std::bit_cast<float>(a.v)}; }
 BITFOLD_SIMD I as_int(F a) { return {std::bit_cast<int32_t>(a.v)}; }

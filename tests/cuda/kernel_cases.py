@@ -30,11 +30,13 @@ class Case:
     dtype: str = "fp16"
     layout: str = "rows"
     bias: bool = False
+    importance: bool = False
     multiprocessors: int = 2
 
     def __str__(self) -> str:
         shape = f"{self.m}x{self.n}x{self.k}" if self.m else f"{self.n}x{self.k}"
         words = [self.op, self.format, shape, self.dtype, *(["bias"] if self.bias else [])]
+        words += ["importance"] if self.importance else []
         return "-".join([*words, *(["flat"] if self.layout == "flat" else [])])
 
 
@@ -68,13 +70,20 @@ DECODE = [
 ]  # fmt: skip
 ENCODE = [
     Case("encode", format, 5, columns(format), 5, "fp32")
-    for format in (*PLANES, "nf4-b64-dq", *block_formats())
-]
+    for format in (*PLANES, "int4-g17-asym", "int8-tensor-asym", "nf4-b64-dq", "fp16", *block_formats())
+] + [Case("encode", format, 5, 512, 5, "fp32", importance=True) for format in block_formats()]  # fmt: skip
 PACK = [
     Case("pack", format, 5, 83)
     for format in ("int8-channel-asym", "int4-g32-asym", "int3-g17-asym", "int2-g64", "nf4-b64")
 ]
-KERNELS = {"linear_rows": ROWS, "decode": DECODE, "pack": PACK}
+KERNELS = {
+    "linear_rows": ROWS,
+    "linear_floor": FLOOR,
+    "linear_grad_x": GRAD,
+    "decode": DECODE,
+    "encode": ENCODE,
+    "pack": PACK,
+}
 
 # What runs in every test run: of units with one format each, these formats. The others are slow tests.
 QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K)"
@@ -141,9 +150,11 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
 
     if case.op == "encode":
         source = torch.from_numpy(weights(rng, case.n, case.k))
-        planes = bitfold.encode(source, case.format).planes
+        importance = torch.linspace(0, 1, case.k) if case.importance else None
+        planes = bitfold.encode(source, case.format, importance=importance).planes
         expected = {f"expected out {name}": bits(plane) for name, plane in planes.items()}
-        return values | matrix(source), {"w": source.numpy(), **expected}
+        given = {} if importance is None else {"importance": importance.numpy()}
+        return values | matrix(source), {"w": source.numpy(), **given, **expected}
     q = qtensor(case, rng)
     if case.op == "pack":
         codes, _, zeros, *_ = q.unpack()

@@ -160,7 +160,8 @@ Outputs encode(const CaseFile& file) {
         Memory(static_cast<size_t>(elements * law.unit / 8), kUnwritten);
     set_plane(&args.out, law.plane, plane.data());
   }
-  const EncodeStatus status = cuda::encode(args, nullptr);
+  Memory workspace(static_cast<size_t>(cuda::encode_workspace(args)), kUnwritten);
+  const EncodeStatus status = cuda::encode(args, workspace.data(), nullptr);
   if (status.fault != EncodeFault::None) throw std::runtime_error("could not encode");
   return outputs;
 }

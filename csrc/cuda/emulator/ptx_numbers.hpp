@@ -152,6 +152,12 @@ BITFOLD_DEVICE float add(float a, float b) { return a + b; }
 BITFOLD_DEVICE float mul(float a, float b) { return a * b; }
 BITFOLD_DEVICE float div(float a, float b) { return a / b; }
 
+BITFOLD_DEVICE int float_to_int(float a) {
+  if (a != a) return 0;
+  if (a >= 0x1p31f) return INT32_MAX;
+  return a < -0x1p31f ? INT32_MIN : static_cast<int>(a);
+}
+
 BITFOLD_DEVICE int float_as_int(float a) { return std::bit_cast<int>(a); }
 BITFOLD_DEVICE uint32_t float_as_uint(float a) { return std::bit_cast<uint32_t>(a); }
 BITFOLD_DEVICE float int_as_float(int a) { return std::bit_cast<float>(a); }

@@ -142,6 +142,9 @@ BITFOLD_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 BITFOLD_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 BITFOLD_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
 
+// Towards zero; beyond the ints the nearest of them, and 0 for NaN.
+BITFOLD_DEVICE int float_to_int(float a) { return __float2int_rz(a); }
+
 BITFOLD_DEVICE int float_as_int(float a) { return __float_as_int(a); }
 BITFOLD_DEVICE uint32_t float_as_uint(float a) { return __float_as_uint(a); }
 BITFOLD_DEVICE float int_as_float(int a) { return __int_as_float(a); }
