@@ -281,5 +281,5 @@ def test_plan():
     assert plan.isa
     assert bitfold.plan_linear("int4", 1, 256, 256, torch.float64).regime == "floor"
     assert bitfold.plan_linear("nf4", 1, 256, 256, layout="flat").regime == "floor"
-    with pytest.raises(ValueError, match="device is 'cuda'"):
-        bitfold.plan_linear("int4", 1, 256, 256, device="cuda")
+    with pytest.raises(ValueError, match="device is 'meta'"):
+        bitfold.plan_linear("int4", 1, 256, 256, device="meta")

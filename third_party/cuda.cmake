@@ -1,7 +1,7 @@
 # CUDA's compiler and run time: whether the kernels of csrc/cuda are built (BITFOLD_HAVE_CUDA), and for which GPUs.
 #
-# BITFOLD_CUDA  on: they are, or it is an error. off: they are not. auto: where nvcc is found; in a development install only
-# where a GPU is visible as well, for which they are then built: it has to be quick.
+# BITFOLD_CUDA  on: they are, or it is an error. off: they are not. auto: where nvcc is found; other builds than a wheel's have to
+# be quick, and build them only where a GPU is visible as well, for that one.
 # BITFOLD_CUDA_ARCHS  the GPUs as CMake writes them (90a-real is machine code, 90-virtual PTX for all that come later). Else the
 # visible GPU's, else those below. Never PTX of 90a: it runs on that alone.
 set(BITFOLD_CUDA auto CACHE STRING "CUDA kernels: auto, on or off")
@@ -39,7 +39,7 @@ if(NOT archs)
   set(archs ${visible_archs})
 endif()
 if(NOT archs)
-  if(BITFOLD_CUDA_MODE STREQUAL "auto" AND "${SKBUILD_STATE}" STREQUAL "editable")
+  if(BITFOLD_CUDA_MODE STREQUAL "auto" AND NOT "${SKBUILD_STATE}" STREQUAL "wheel")
     message(STATUS "CUDA: no GPU is visible, building for the CPU alone (BITFOLD_CUDA=on builds for ${default_archs})")
     return()
   endif()

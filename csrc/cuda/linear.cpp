@@ -7,12 +7,18 @@
 namespace bitfold::cuda {
 namespace {
 
-LinearPlan plan(const LinearArgs& args) { return plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype); }
+// The floor also takes what has no columns, where y is the bias.
+Regime regime(const LinearArgs& args) {
+  if (args.w.k == 0) return Regime::Floor;
+  return plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype).regime;
+}
+bool empty(const LinearArgs& args) { return args.x.rows == 0 || args.w.n == 0; }
 
 }  // namespace
 
 int64_t linear_workspace(const LinearArgs& args) {
-  switch (plan(args).regime) {
+  if (empty(args)) return 0;
+  switch (regime(args)) {
     case Regime::Rows: return linear_rows_workspace(args);
     case Regime::Tile: return linear_tile_workspace(args);
     default: return 0;
@@ -20,7 +26,8 @@ int64_t linear_workspace(const LinearArgs& args) {
 }
 
 void linear(const LinearArgs& args, void* workspace, Stream stream) {
-  switch (plan(args).regime) {
+  if (empty(args)) return;
+  switch (regime(args)) {
     case Regime::Rows: return linear_rows(args, workspace, stream);
     case Regime::Tile: return linear_tile(args, workspace, stream);
     case Regime::Floor: return linear_floor(args, stream);

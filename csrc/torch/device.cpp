@@ -2,10 +2,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+#include <atomic>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "cpu/cpu.hpp"
+#include "cuda/architectures.hpp"
 #include "cuda/cuda.hpp"
 #include "torch/border.hpp"
 #include "torch/stream.hpp"
@@ -13,6 +17,9 @@
 namespace bitfold::border {
 namespace {
 
+#if !defined(BITFOLD_CUDA_ARCHITECTURES)
+#define BITFOLD_CUDA_ARCHITECTURES ""
+#endif
 #if defined(BITFOLD_EMULATED)
 constexpr bool kEmulated = true, kCuda = true;
 #elif defined(BITFOLD_HAVE_CUDA)
@@ -42,6 +49,21 @@ std::string name(const Tensor& tensor) {
   return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another kind of device";
 }
 
+// Of the current device, once for each.
+void check_architecture(int32_t index) {
+  static std::array<std::atomic<bool>, 64> covered{};
+  const auto place = static_cast<size_t>(index);
+  if (place < covered.size() && covered[place]) return;
+  const int capability = cuda::gpu().capability;
+  if (!cuda::covers(BITFOLD_CUDA_ARCHITECTURES, capability)) {
+    throw std::runtime_error("cuda:" + std::to_string(index) + " has compute capability " +
+                             std::to_string(capability / 10) + "." + std::to_string(capability % 10) +
+                             "; this build of bitfold has kernels for " + BITFOLD_CUDA_ARCHITECTURES +
+                             ", and BITFOLD_CUDA_ARCHS says what to build for");
+  }
+  if (place < covered.size()) covered[place] = true;
+}
+
 // One of the two, where this module has both.
 template <class OnGpu, class OnCpu>
 auto on(bool gpu, const OnGpu& on_gpu, const OnCpu& on_cpu) {
@@ -63,6 +85,7 @@ Device::Device(const Tensor& tensor, std::string what)
   }
   index_ = tensor.get_device_index();
   guard_.emplace(index_);
+  if constexpr (kCuda && !kEmulated) check_architecture(index_);
   stream_ = current_stream(index_);
 }
 

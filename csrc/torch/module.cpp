@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.hpp"
 #include "cpu/plan.hpp"
+#include "cuda/plan.hpp"
 #include "formats/format.hpp"
 
 namespace py = pybind11;
@@ -79,11 +80,28 @@ py::dict format_info(const std::string& text) {
   return info;
 }
 
+// On a GPU: tensor cores multiply halves, bf16 activations among them scaled by row.
+py::dict linear_plan_on_gpu(const Format& format, Layout layout, int64_t m, const std::string& dtype,
+                            Activations kind) {
+  if (kind != Activations::Float)
+    throw std::invalid_argument("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
+  const cuda::LinearPlan plan = cuda::plan_linear(format, layout, m, parse_dtype(dtype));
+  py::dict info;
+  info["regime"] = cuda::to_string(plan.regime);
+  info["reason"] = plan.reason;
+  info["operands"] = plan.regime == cuda::Regime::Floor    ? "float64"
+                     : plan.regime == cuda::Regime::Matmul ? dtype.c_str()
+                                                           : "float16";
+  info["isa"] = "cuda";
+  return info;
+}
+
 py::dict linear_plan(const std::string& format, const std::string& layout, int64_t m, int64_t n, int64_t k,
-                     const std::string& dtype, const std::string& activations) {
+                     const std::string& dtype, const std::string& activations, bool gpu) {
   if (m < 0 || n < 0 || k < 0) throw std::invalid_argument("m, n and k must not be negative");
   const Format parsed = parse_format(format);
   const Activations kind = parse_activations(activations, parsed);
+  if (gpu) return linear_plan_on_gpu(parsed, parse_layout(layout), m, dtype, kind);
   const cpu::LinearPlan plan = cpu::plan_linear(parsed, parse_layout(layout), m, parse_dtype(dtype), kind);
   py::dict info;
   info["regime"] = cpu::to_string(plan.regime);
@@ -106,7 +124,13 @@ py::dict build_info() {
   py::dict info;
   info["version"] = BITFOLD_VERSION;
   info["compiler"] = __VERSION__;
-  info["cuda"] = false;
+#if defined(BITFOLD_HAVE_CUDA)
+  info["cuda"] = BITFOLD_CUDA_VERSION;
+  info["cuda_architectures"] = BITFOLD_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = "";
+  info["cuda_architectures"] = "";
+#endif
   return info;
 }
 
@@ -117,7 +141,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("parse_format", &format_info, py::arg("text"),
              "A format string, parsed: its parameters and the laws of its planes.");
   module.def("plan_linear", &linear_plan, py::arg("format"), py::arg("layout"), py::arg("m"), py::arg("n"),
-             py::arg("k"), py::arg("dtype"), py::arg("activations"), "Which kernel multiplies m rows of activations.");
+             py::arg("k"), py::arg("dtype"), py::arg("activations"), py::arg("gpu"),
+             "Which kernel multiplies m rows of activations.");
   module.def("cpu_features", &cpu_features, "Instruction sets that were built, and whether this CPU has them.");
   module.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
   module.def("build_info", &build_info, "How this module was built.");

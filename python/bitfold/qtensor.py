@@ -245,11 +245,12 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What `linear` runs: a pure function of format, layout, sizes, dtype and CPU (csrc/cpu/plan.hpp).
+    """What `linear` runs: a function of format, layout, sizes, dtype and device (plan.hpp of csrc/cpu and csrc/cuda).
 
-    regime: "fused", "tiled" or "floor"; reason: why that one; operands: the dtype that activations and decoded
-    weights have when they are multiplied ("bfloat16" rounds the weights, "float32" and "float64" don't; "int8" rounds
-    the activations); isa: the instruction set that runs it.
+    regime: "fused", "tiled" or "floor", on a GPU "rows", "tile", "matmul" or "floor"; reason: why that one;
+    operands: the dtype that activations and decoded weights have when they are multiplied ("bfloat16" and "float16"
+    round the weights, "float32" and "float64" don't; "int8" rounds the activations); isa: the instruction set that
+    runs it, or "cuda".
     """
 
     regime: str
@@ -268,14 +269,23 @@ def plan_linear(
     layout: str = "rows",
     activations: str = "float",
 ) -> LinearPlan:
-    """The kernel for an [m, k] x of `dtype` and an [n, k] matrix in `format`; runs nothing.
+    """The kernel for an [m, k] x of `dtype` and an [n, k] matrix in `format`; runs nothing, and needs no GPU for a
+    plan on "cuda".
 
-    Raises ValueError for a device that has no kernels, and activations that the format can't be multiplied with.
+    Raises ValueError for a device that has no kernels, and activations that the format can't be multiplied with there.
     """
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"device is {str(device)!r}; it must be 'cpu': no other device has kernels yet")
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(device)!r}; it must be 'cpu' or 'cuda': no other has kernels")
     return LinearPlan(
         **_C.plan_linear(
-            parse(format).canonical, layout, m, n, k, str(dtype).removeprefix("torch."), activations
+            parse(format).canonical,
+            layout,
+            m,
+            n,
+            k,
+            str(dtype).removeprefix("torch."),
+            activations,
+            kind == "cuda",
         )
     )

@@ -56,10 +56,17 @@ def diagnose() -> dict[str, dict[str, object]]:
         "cuda": {
             "torch built for": torch.version.cuda or "no CUDA",
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "kernels": "none in bitfold yet",
+            "kernels": _kernels(),
         },
         "libraries": {name: _installed(name) for name in LIBRARIES},
     }
+
+
+def _kernels() -> str:
+    build = _C.build_info()
+    if not build["cuda"]:
+        return "none: built for the CPU alone (BITFOLD_CUDA=on builds them)"
+    return f"{build['cuda_architectures']}, by CUDA {build['cuda']}"
 
 
 def _installed(name: str) -> str:

@@ -1,0 +1,171 @@
+"""What only a GPU can show: streams, graphs, devices, sizes beyond 32 bits, arrays of other libraries."""
+
+from __future__ import annotations
+
+import bitfold
+import pytest
+import torch
+from cases import refusal
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+FORMATS = ["int4-g128", "nf4-b64", "q4_k", "fp8-e4m3", "bf16"]
+BATCHES = (1, 16, 300)  # one for each regime
+
+
+def quantized(format: str, n: int = 512, k: int = 1024) -> bitfold.QTensor:
+    return bitfold.encode(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), format).to("cuda")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_work_is_queued_on_the_current_stream(format):
+    """Behind a long kernel and a copy on a side stream; on any other stream it would see zeros."""
+    qtensor, ids = quantized(format), torch.arange(7, device="cuda")
+    expected_rows = bitfold.embedding(ids, qtensor)
+    for m in BATCHES:
+        real = draw(m, 1024)
+        expected = bitfold.linear(real, qtensor)
+        x, index = torch.zeros_like(real), torch.zeros_like(ids)
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(200_000_000)
+            x.copy_(real)
+            index.copy_(ids)
+            y, rows = bitfold.linear(x, qtensor), bitfold.embedding(index, qtensor)
+        side.synchronize()
+        assert torch.equal(y, expected), f"{format} m={m}"
+        assert torch.equal(rows, expected_rows)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_graph_captures_it(format):
+    qtensor = quantized(format)
+    layer = bitfold.QuantLinear(qtensor, torch.randn(512).bfloat16().cuda())
+    for m in BATCHES:
+        x, ids = draw(m, 1024), torch.arange(5, device="cuda")
+        warm = torch.cuda.Stream()
+        with torch.cuda.stream(warm), torch.no_grad():
+            layer(x)
+        warm.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            y = layer(x)
+            decoded = qtensor.decode(torch.float16)
+            rows = bitfold.embedding(ids, qtensor)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            x.copy_(draw(m, 1024))
+            ids.copy_(torch.randint(0, 512, (5,)))
+            graph.replay()
+            with torch.no_grad():
+                assert torch.equal(y, layer(x)), f"{format} m={m}"
+            assert torch.equal(decoded, qtensor.decode(torch.float16))
+            assert torch.equal(rows, bitfold.embedding(ids, qtensor))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_same_bits_on_every_run(format):
+    qtensor = quantized(format, 1000, 4096)
+    for m in BATCHES:
+        x = draw(m, 4096)
+        first = bitfold.linear(x, qtensor)
+        assert all(torch.equal(bitfold.linear(x, qtensor), first) for _ in range(20))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_the_device_is_that_of_the_tensors():
+    qtensor, x = quantized("int4").to("cuda:1"), draw(3, 1024).to("cuda:1")
+    with torch.cuda.device(0):
+        y = bitfold.linear(x, qtensor)
+        assert torch.cuda.current_device() == 0
+    assert y.device == torch.device("cuda:1")
+    torch.testing.assert_close(y.cpu(), bitfold.linear(x.to("cuda:0"), qtensor.to("cuda:0")).cpu())
+    refusal(lambda: bitfold.linear(x.to("cuda:0"), qtensor), "x is on cuda:0; it must be on cuda:1")
+
+
+def test_more_elements_than_32_bits_count():
+    """2^32 + 2^17 weights, and as many outputs; the last rows against those of a small matrix."""
+    n, k = 2**16 + 2, 2**16
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("the GPU has no 12 GiB left")
+    rows = torch.randn(2, k, generator=torch.Generator().manual_seed(2))
+    small = bitfold.encode(rows, "int2-g64")
+    planes = {}
+    for law in bitfold.formats.parse("int2-g64").planes:
+        plane = torch.zeros(law.shape(n, k), dtype=law.dtype, device="cuda")
+        plane[-2:] = small.planes[law.name].cuda()
+        planes[law.name] = plane
+    qtensor = bitfold.QTensor("int2-g64", (n, k), planes)
+    wanted = small.decode(torch.float16)
+    assert torch.equal(qtensor.decode(torch.float16)[-2:].cpu(), wanted)
+    ids = torch.tensor([n - 1, 0, n - 2], device="cuda")
+    assert torch.equal(bitfold.embedding(ids, qtensor, torch.float16)[[2, 0]].cpu(), wanted)
+    x = draw(1, k)
+    expected = bitfold.linear(x, small.to("cuda"))
+    assert torch.equal(bitfold.linear(x, qtensor)[:, -2:], expected)
+
+
+def test_modules_move():
+    layer = bitfold.QuantLinear(quantized("nf4-b64-dq").to("cpu"), torch.randn(512))
+    x = torch.randn(3, 1024)
+    expected = layer(x)
+    layer = layer.cuda()
+    assert layer.qtensor.device.type == "cuda"
+    torch.testing.assert_close(layer(x.cuda()).cpu(), expected, rtol=1e-5, atol=1e-5)
+    half = layer.half()
+    assert half.scales.dtype == torch.uint8
+    assert half.nested_scales.dtype == torch.float32
+    y = half(x.cuda().half())
+    assert y.dtype == torch.float16
+    assert torch.allclose(y.cpu().float(), expected, rtol=1e-2, atol=1e-1)
+
+
+def test_gradients():
+    qtensor = quantized("int4-g64")
+    x = draw(5, 1024, dtype=torch.float32).requires_grad_()
+    grad = draw(5, 512, dtype=torch.float32)
+    bitfold.linear(x, qtensor).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ qtensor.decode(), rtol=1e-4, atol=1e-4)
+
+
+def test_cupy_through_dlpack():
+    cupy = pytest.importorskip("cupy")
+    qtensor = quantized("int4-g128")
+    x = cupy.random.standard_normal((3, 1024)).astype(cupy.float16)
+    y = cupy.from_dlpack(bitfold.linear(torch.from_dlpack(x), qtensor))
+    expected = x @ cupy.from_dlpack(qtensor.decode(torch.float16)).T
+    cupy.testing.assert_allclose(y, expected, rtol=1e-2, atol=2e-1)
+
+
+# ---- bad input ----
+
+
+def test_tensors_of_two_devices():
+    qtensor, x = quantized("int4"), torch.randn(3, 1024)
+    refusal(lambda: bitfold.linear(x, qtensor), "x is on the CPU; it must be on cuda:0 like planes")
+    refusal(
+        lambda: bitfold.linear(x.cuda(), qtensor.to("cpu")),
+        "x is on cuda:0; it must be on the CPU like planes",
+    )
+    bias = torch.zeros(512)
+    refusal(lambda: bitfold.linear(x.cuda(), qtensor, bias), "bias is on the CPU; it must be on cuda:0")
+    refusal(lambda: bitfold.embedding(torch.tensor([1]), qtensor), "ids is on the CPU; it must be on cuda:0")
+
+
+def test_whole_number_activations_are_the_cpus():
+    refusal(
+        lambda: bitfold.linear(draw(1, 1024), quantized("q4_k"), activations="int8"), "activations", "GPU"
+    )
+
+
+def test_out_of_memory_is_torchs_error():
+    ids = torch.zeros(2**22, dtype=torch.int64, device="cuda")
+    qtensor = quantized("int4", 16, 2**16)
+    with pytest.raises(torch.OutOfMemoryError):
+        bitfold.embedding(ids, qtensor, torch.float64)  # 2 TiB
+    assert torch.isfinite(bitfold.embedding(ids[:3], qtensor)).all()

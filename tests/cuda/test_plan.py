@@ -1,0 +1,49 @@
+"""Which kernel multiplies on a GPU: a pure function, so no GPU is asked."""
+
+from __future__ import annotations
+
+import bitfold
+import pytest
+import torch
+from cases import block_formats, refusal, some_formats
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def plan(*args, **options) -> bitfold.LinearPlan:
+    return bitfold.plan_linear(*args, device="cuda", **options)
+
+
+@pytest.mark.parametrize("format", some_formats() + block_formats())
+def test_regimes(format):
+    for dtype in HALVES:
+        regimes = [plan(format, m, 64, 256, dtype).regime for m in (0, 1, 8, 9, 128, 129, 4096)]
+        if format in ("fp16", "bf16"):
+            assert set(regimes) == {"matmul"}
+        else:
+            assert regimes == ["rows", "rows", "rows", "tile", "tile", "matmul", "matmul"]
+    for dtype in (torch.float32, torch.float64):
+        for m in (1, 9, 4096):
+            assert plan(format, m, 64, 256, dtype).regime == "floor"
+            assert plan(format, m, 64, 256, dtype).operands == "float64"
+
+
+def test_what_a_plan_says():
+    for m, dtype, operands in (
+        (1, torch.bfloat16, "float16"),
+        (9, torch.float16, "float16"),
+        (999, torch.bfloat16, "bfloat16"),
+    ):
+        found = plan("int4", m, 64, 256, dtype)
+        assert found.operands == operands
+        assert found.isa == "cuda"
+        assert found.reason
+    assert plan("nf4", 1, 3, 57, torch.float16, layout="flat").regime == "floor"
+    assert plan("nf4", 1, 3, 57) == bitfold.plan_linear("nf4", 1, 3, 57, device="cuda:1")
+
+
+def test_what_is_refused():
+    refusal(lambda: plan("q4_k", 1, 64, 256, activations="int8"), "activations", "GPU")
+    refusal(lambda: plan("int4", 1, 64, 256, torch.int32), "int32")
+    refusal(lambda: plan("int4", 1, 64, 256, layout="columns"), "layout")
+    refusal(lambda: bitfold.plan_linear("int4", 1, 64, 256, device="meta"), "device is 'meta'")
