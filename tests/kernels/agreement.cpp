@@ -1,15 +1,18 @@
-// Do the instruction sets agree? Encodes, decodes and multiplies with the one that BITFOLD_ISA names, and prints a hash
-// of everything that must be the same to the bit (planes, decoded weights) and the largest relative error of the
-// products, which may differ by rounding. run.sh compares what several sets print; it needs neither torch nor Python.
+// Do the instruction sets agree? Encodes, decodes and multiplies with the one that BITFOLD_ISA names, and prints for
+// each format a hash of everything that must be the same to the bit: planes, decoded weights, products of whole
+// numbers. The other products may differ by rounding; their largest relative error goes to stderr, and ends in failure
+// where it is too large. run.sh compares what several sets print; it needs neither torch nor Python.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <random>
+#include <string>
 #include <vector>
 
 #include "cpu/cpu.hpp"
 #include "cpu/kernels.hpp"
+#include "numbers.hpp"
 
 namespace {
 
@@ -28,23 +31,61 @@ class Hash {  // FNV-1a
     const auto* bytes = reinterpret_cast<const uint8_t*>(items.data());
     for (size_t i = 0; i < items.size() * sizeof(T); ++i) value_ = (value_ ^ bytes[i]) * 1099511628211ull;
   }
-  unsigned long long value() const { return value_; }
+  void print(const Format& format, const char* what) const {
+    std::printf("%s %s %016llx\n", to_string(format).c_str(), what, static_cast<unsigned long long>(value_));
+  }
 
  private:
   uint64_t value_ = 1469598103934665603ull;
 };
 
-std::vector<float> gaussian(std::mt19937& engine, int64_t count) {
-  std::normal_distribution<float> normal;
-  std::vector<float> out(static_cast<size_t>(count));
-  for (float& value : out) value = normal(engine);
+// A NaN is a NaN: which one an operation makes is the processor's choice.
+void one_nan(Numbers& values) {
+  for (float& value : values) value = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
+}
+void one_nan(std::vector<uint16_t>& values, DType dtype) {
+  const uint16_t infinity = dtype == DType::F16 ? 0x7c00 : 0x7f80;
+  for (uint16_t& value : values) value = (value & 0x7fff) > infinity ? 0x7fff : value;
+}
+
+struct Encoded {
+  std::vector<std::vector<char>> planes;
+  Weight w;
+  EncodeStatus status;
+};
+
+Encoded encode(const Format& format, const Numbers& source, int64_t n, bool clamp, const float* importance) {
+  const int64_t k = columns(format);
+  Encoded out;
+  PlanesOut to{};
+  const PlaneLaws laws = plane_laws(format);
+  for (int i = 0; i < laws.count; ++i) {
+    const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
+    out.planes.emplace_back(static_cast<size_t>(plane_extent(law, n, k).elements() * law.unit / 8));
+    set_plane(&to, law.plane, out.planes.back().data());
+  }
+  out.status = cpu::encode({format, {source.data(), DType::F32, n, k, k, 1}, to, clamp, nullptr, importance, serial});
+  out.w = {format, Layout::Rows, n, k, to.codes, to.scales, to.zeros, to.nested_scales, to.nested_offset};
   return out;
+}
+
+Numbers decode(const Weight& w, Hash& hash) {
+  Numbers decoded(static_cast<size_t>(w.n * w.k));
+  cpu::decode({w, nullptr, w.n, DType::F32, decoded.data(), serial});
+  one_nan(decoded);
+  hash.add(decoded);
+  for (const DType dtype : {DType::F16, DType::BF16}) {
+    std::vector<uint16_t> rounded(decoded.size());
+    cpu::decode({w, nullptr, w.n, dtype, rounded.data(), serial});
+    one_nan(rounded, dtype);
+    hash.add(rounded);
+  }
+  return decoded;
 }
 
 // Relative norm error of product[rows, columns] against a[rows, depth] times b, where b(d, c) reads the other factor.
 template <class Factor>
-double product_error(const std::vector<float>& product, const std::vector<float>& a, int64_t rows, int64_t depth,
-                     int64_t columns, Factor b) {
+double product_error(const Numbers& product, const Numbers& a, int64_t rows, int64_t depth, int64_t columns, Factor b) {
   double error = 0, norm = 0;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = 0; c < columns; ++c) {
@@ -57,78 +98,119 @@ double product_error(const std::vector<float>& product, const std::vector<float>
   return std::sqrt(error / norm);
 }
 
-// importance: of the columns, or null.
-double check_format(const Format& format, const float* importance, std::mt19937& engine, Hash& hash) {
-  const int64_t k = columns(format);
-  const std::vector<float> source = gaussian(engine, kN * k);
-  PlanesOut out{};
-  std::vector<std::vector<char>> planes;
-  const PlaneLaws laws = plane_laws(format);
-  for (int i = 0; i < laws.count; ++i) {
-    const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
-    planes.emplace_back(static_cast<size_t>(plane_extent(law, kN, k).elements() * law.unit / 8));
-    set_plane(&out, law.plane, planes.back().data());
+// Products of whole numbers with every count of rows that a kernel has: each is defined to the bit.
+void multiply_int8(const Weight& w, const std::vector<Numbers>& x, Hash& hash) {
+  const auto rows = static_cast<int64_t>(x.size());
+  Numbers all;
+  for (const Numbers& row : x) all.insert(all.end(), row.begin(), row.end());
+  for (int64_t first = 0, m = 1; first < rows; first += m, m = std::min(2 * m, rows - first)) {
+    Numbers y(static_cast<size_t>(m * w.n));
+    cpu::linear(
+        {w, {all.data() + first * w.k, DType::F32, m, w.k, w.k, 1}, nullptr, y.data(), serial, Activations::Int8});
+    one_nan(y);
+    hash.add(y);
   }
-  cpu::encode({format, {source.data(), DType::F32, kN, k, k, 1}, out, false, nullptr, importance, serial});
-  for (const std::vector<char>& plane : planes) hash.add(plane);
+}
 
-  const Weight w{format, Layout::Rows, kN, k, out.codes, out.scales, out.zeros, out.nested_scales, out.nested_offset};
-  std::vector<float> decoded(static_cast<size_t>(kN * k));
-  cpu::decode({w, nullptr, kN, DType::F32, decoded.data(), serial});
-  hash.add(decoded);
-  for (const DType dtype : {DType::F16, DType::BF16}) {
-    std::vector<uint16_t> rounded(static_cast<size_t>(kN * k));
-    cpu::decode({w, nullptr, kN, dtype, rounded.data(), serial});
-    hash.add(rounded);
-  }
+// Ordinary numbers; importance: of the columns, or null. Returns the largest relative error of a product.
+double check_format(const Format& format, const float* importance, Engine& engine) {
+  const int64_t k = columns(format);
+  Hash hash;
+  const Encoded encoded = encode(format, gaussian(engine, kN * k), kN, false, importance);
+  for (const std::vector<char>& plane : encoded.planes) hash.add(plane);
+  const Weight& w = encoded.w;
+  const Numbers decoded = decode(w, hash);
 
   const auto weight = [&](int64_t row, int64_t column) { return decoded[static_cast<size_t>(row * k + column)]; };
   double worst = 0;
   for (const int64_t m : {1, 3, 8, 9, 21}) {
-    const std::vector<float> x = gaussian(engine, m * k);
-    std::vector<float> y(static_cast<size_t>(m * kN)), dx(x.size());
+    const Numbers x = gaussian(engine, m * k);
+    Numbers y(static_cast<size_t>(m * kN)), dx(x.size());
     cpu::linear({w, {x.data(), DType::F32, m, k, k, 1}, nullptr, y.data(), serial});
     worst = std::max(worst, product_error(y, x, m, k, kN, [&](int64_t d, int64_t c) { return weight(c, d); }));
     cpu::linear_grad_x({w, {y.data(), DType::F32, m, kN, kN, 1}, dx.data(), serial});
     worst = std::max(worst, product_error(dx, y, m, kN, k, weight));
   }
+  if (format.is_block()) {
+    std::vector<Numbers> x;
+    for (int i = 0; i < 33; ++i) x.push_back(gaussian(engine, k));
+    multiply_int8(w, x, hash);
+  }
+  hash.print(format, importance == nullptr ? "encoded, decoded, multiplied" : "with importance");
   return worst;
 }
 
-// Every pattern of the 8-bit floats, NaNs as one number.
-void hash_minifloats(const char* name, Hash& hash) {
+// Every pattern of the 8-bit floats.
+void check_minifloats(const char* name) {
   std::vector<uint8_t> codes(256);
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i);
   const uint16_t one = 0x3c00;
-  const Weight w{parse_format(name), Layout::Rows, 1, 256, codes.data(), &one, nullptr, nullptr, nullptr};
-  std::vector<float> decoded(256);
-  cpu::decode({w, nullptr, 1, DType::F32, decoded.data(), serial});
-  for (float& value : decoded) value = std::isnan(value) ? 12345.0f : value;
-  hash.add(decoded);
+  Hash hash;
+  decode({parse_format(name), Layout::Rows, 1, 256, codes.data(), &one, nullptr, nullptr, nullptr}, hash);
+  hash.print(parse_format(name), "decoded");
+}
+
+// Blocks of hard numbers, stored whatever becomes of their scales; and what is said of the first row that has no
+// scale. Rows are encoded alone too: there they share their lanes with nothing but themselves.
+void check_hard_numbers(const Format& format, const std::vector<Numbers>& rows, const float* importance,
+                        const char* what) {
+  Hash hash;
+  Numbers all;
+  for (const Numbers& row : rows) all.insert(all.end(), row.begin(), row.end());
+  const Encoded encoded = encode(format, all, static_cast<int64_t>(rows.size()), true, importance);
+  hash.add(encoded.planes[0]);
+  decode(encoded.w, hash);
+  for (const Numbers& row : rows) {
+    const Encoded alone = encode(format, row, 1, false, importance);
+    const EncodeStatus& s = alone.status;
+    hash.add(alone.planes[0]);
+    hash.add(std::vector<int64_t>{static_cast<int64_t>(s.fault), s.row, s.column, std::bit_cast<int64_t>(s.value)});
+  }
+  hash.print(format, what);
+}
+
+// Blocks of any bytes: every integer, and scales of every kind.
+void check_any_bytes(const Format& format, const std::vector<Numbers>& x, Engine& engine) {
+  const int64_t k = columns(format);
+  std::vector<uint8_t> bytes(static_cast<size_t>(kN * (k / format.group) * format.info().block_bytes));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(engine() >> 24);
+  const Weight w = {format, Layout::Rows, kN, k, bytes.data(), nullptr, nullptr, nullptr, nullptr};
+  Hash hash;
+  decode(w, hash);
+  multiply_int8(w, x, hash);
+  hash.print(format, "of any bytes");
 }
 
 }  // namespace
 
 int main() {
-  std::mt19937 engine(1);
-  Hash hash;
+  Engine engine(1);
   double worst = 0;
   for (const char* name :
        {"fp16", "bf16", "fp8-e4m3-channel", "fp8-e5m2-g32", "int8-channel", "int8-tensor-asym", "int4-g128",
         "int4-g32-asym", "int3-g64", "int3-g17-asym", "int2-g64", "nf4-b64", "nf4-b64-dq", "fp4-b64"}) {
-    worst = std::max(worst, check_format(parse_format(name), nullptr, engine, hash));
+    worst = std::max(worst, check_format(parse_format(name), nullptr, engine));
   }
-  std::vector<float> importance = gaussian(engine, columns(parse_format("q4_k")));
+  check_minifloats("fp8-e4m3-channel");
+  check_minifloats("fp8-e5m2-channel");
+
+  const int64_t k = columns(parse_format("q4_k"));
+  Numbers importance = gaussian(engine, k);
   for (float& value : importance) value *= value;
+  const std::vector<Numbers> rows = hard_rows(engine, k), columns = hard_importance(engine, k);
+  const std::vector<Numbers> x = hard_activations(engine, k);
   for (const FormatRow& row : kFormats) {
     if (row.grid != Grid::Block) continue;
-    for (const float* weights : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())}) {
-      worst = std::max(worst, check_format(parse_format(row.family), weights, engine, hash));
+    const Format format = parse_format(row.family);
+    worst = std::max(worst, check_format(format, nullptr, engine));
+    worst = std::max(worst, check_format(format, importance.data(), engine));
+    check_hard_numbers(format, rows, nullptr, "of hard numbers");
+    for (size_t i = 0; i < columns.size(); ++i) {
+      check_hard_numbers(format, rows, columns[i].data(),
+                         ("of hard numbers and importance " + std::to_string(i)).c_str());
     }
+    check_any_bytes(format, x, engine);
   }
-  hash_minifloats("fp8-e4m3-channel", hash);
-  hash_minifloats("fp8-e5m2-channel", hash);
-  std::fprintf(stderr, "%-7s largest relative error of a product %.2e\n", cpu::kernels().isa, worst);
-  std::printf("%016llx\n", hash.value());
+  std::fprintf(stderr, "%-11s largest relative error of a product %.2e\n", cpu::kernels().isa, worst);
   return worst <= kTolerance ? 0 : 1;
 }

@@ -1,41 +1,62 @@
 #!/usr/bin/env bash
-# The kernels of every instruction set against each other, those that this machine lacks through an emulator: AVX-512 through SIMDe
-# (Debian's libsimde-dev), NEON through QEMU (g++-aarch64-linux-gnu, qemu-user). What is not installed is left out, and said.
+# The kernels of every instruction set against the scalar ones, those that this machine lacks through an emulator:
+# AVX-512 through SIMDe (Debian's libsimde-dev; EMULATE=1 does so on a machine that has AVX-512 too), NEON through QEMU
+# (g++-aarch64-linux-gnu, qemu-user). What is not installed is left out, and said.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=build/kernels
 failed=0
-reference=
 
 build() {  # folder, then arguments for CMake
   local folder=$out/$1
   shift
-  cmake -S . -B "$folder" -DBITFOLD_PYTHON=OFF -DBITFOLD_AGREEMENT=ON "$@" >/dev/null
-  cmake --build "$folder" --target agreement -j 2 >/dev/null
+  cmake -S . -B "$folder" -DBITFOLD_PYTHON=OFF -DBITFOLD_AGREEMENT=ON "$@" >"$folder.log"
+  cmake --build "$folder" --target agreement -j "${JOBS:-2}" >"$folder.log" 2>&1 || { cat "$folder.log"; exit 1; }
 }
 
-compare() {  # instruction set, then the command
-  local isa=$1 hash
-  shift
-  hash=$(BITFOLD_ISA=$isa "$@") || { echo "$isa: failed"; failed=1; return; }
-  reference=${reference:-$hash}
-  if [ "$hash" = "$reference" ]; then echo "$isa agrees"; else echo "$isa: differs from the first"; failed=1; fi
+compare() {  # instruction set, what to call it, then the command
+  local isa=$1 name=$2
+  shift 2
+  BITFOLD_ISA=$isa "$@" >"$out/$name.txt" || { echo "$name: failed"; failed=1; return; }
+  [ -e "$out/reference.txt" ] || cp "$out/$name.txt" "$out/reference.txt"
+  if cmp -s "$out/reference.txt" "$out/$name.txt"; then
+    echo "$name agrees"
+  else
+    echo "$name differs from the first in"
+    diff "$out/reference.txt" "$out/$name.txt" | sed -n 's/^> \(.*\) [0-9a-f]*$/  \1/p'
+    failed=1
+  fi
 }
 
+mkdir -p $out
+rm -f $out/reference.txt
 if [ "$(uname -m)" = x86_64 ]; then
-  flags=$(grep -m1 ^flags /proc/cpuinfo)
-  emulate=OFF
-  case "$flags" in *avx512dq*) ;; *) [ -e /usr/include/simde/x86/avx512.h ] && emulate=ON ;; esac
-  build native -DBITFOLD_EMULATE_AVX512=$emulate
-  isas=scalar
-  case "$flags" in *avx2*) isas="$isas avx2" ;; esac
-  case "$flags$emulate" in *avx512dq* | *ON) isas="$isas avx512" ;; *) echo "avx512 left out: neither the CPU nor libsimde-dev has it" ;; esac
-  for isa in $isas; do compare "$isa" $out/native/agreement; done
+  flags=" $(grep -m1 ^flags /proc/cpuinfo) "
+  has() { case "$flags" in *" $1 "*) ;; *) return 1 ;; esac; }
+  build native
+  compare scalar scalar $out/native/agreement
+  has avx2 && compare avx2 avx2 $out/native/agreement
+  has avx512dq && compare avx512 avx512 $out/native/agreement
+  has avx512_vnni && compare avx512_vnni avx512_vnni $out/native/agreement
+  has avx512_bf16 && compare avx512_bf16 avx512_bf16 $out/native/agreement
+  if has avx2 && { ! has avx512dq || [ -n "${EMULATE:-}" ]; }; then
+    if [ -e /usr/include/simde/x86/avx512.h ]; then
+      build emulated -DBITFOLD_EMULATE_AVX512=ON
+      compare avx512 avx512-emulated $out/emulated/agreement
+    else
+      echo "avx512 left out: neither the CPU nor libsimde-dev has it"
+    fi
+  fi
 fi
-if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
+if [ "$(uname -m)" = aarch64 ]; then
+  build native
+  compare scalar scalar $out/native/agreement
+  compare neon neon $out/native/agreement
+elif command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
   build aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
     -DCMAKE_EXE_LINKER_FLAGS=-static
-  compare neon qemu-aarch64 $out/aarch64/agreement
+  compare scalar scalar-aarch64 qemu-aarch64 $out/aarch64/agreement
+  compare neon neon qemu-aarch64 $out/aarch64/agreement
 else
   echo "neon left out: it needs g++-aarch64-linux-gnu and qemu-user"
 fi

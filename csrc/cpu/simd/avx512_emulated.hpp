@@ -81,6 +81,10 @@ inline __m512i emulated_srai_epi32(__m512i a, int count) {
   const Halves h = halves(a);
   return join<__m512i>(_mm256_srai_epi32(h.low, count), _mm256_srai_epi32(h.high, count));
 }
+inline __m512i emulated_madd_epi16(__m512i a, __m512i b) {
+  const Halves h = halves(a), g = halves(b);
+  return join<__m512i>(_mm256_madd_epi16(h.low, g.low), _mm256_madd_epi16(h.high, g.high));
+}
 inline __m512 emulated_i32gather_ps(__m512i index, const float* p, int) {
   const Halves h = halves(index);
   return join<__m512>(_mm256_i32gather_ps(p, h.low, 4), _mm256_i32gather_ps(p, h.high, 4));
@@ -106,6 +110,8 @@ inline __m512 emulated_shuffle_f32x4(__m512 a, __m512 b, int imm) {
 #define _mm512_maskz_loadu_epi32 emulated_maskz_loadu_epi32
 #undef _mm512_srai_epi32
 #define _mm512_srai_epi32 emulated_srai_epi32
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16 emulated_madd_epi16
 #undef _mm512_i32gather_ps
 #define _mm512_i32gather_ps emulated_i32gather_ps
 #undef _mm512_cvtepi32_ps
