@@ -59,6 +59,12 @@ def overflows(blocks: np.ndarray, format: str) -> np.ndarray:
     return np.stack([cube[:, :, at + 1] & 0x7C == 0x7C for at in layout.halves]).any(axis=(0, 2))
 
 
+def below_mxfp4(x: np.ndarray) -> np.ndarray:
+    """Rows with a block whose largest number is too small for an exponent of MXFP4, and not 0."""
+    largest = np.abs(x).reshape(len(x), -1, 32).max(axis=2)
+    return ((largest > 0) & (largest < 2.0**-125)).any(axis=1)
+
+
 def tame_blocks(rng: np.random.Generator, format: str, n: int, count: int) -> np.ndarray:
     """n rows of `count` blocks of any codes and any integers, with scales of ordinary size and either sign."""
     layout = oracle_gguf.LAYOUTS[format]
@@ -110,7 +116,7 @@ def test_golden_bytes(format, weighed):
     x = torch.from_numpy(data.x)
     stored = bitfold.encode(x, format, importance=importance, clamp=True)
     assert_same_bits(stored.planes["blocks"], wanted, format)
-    beyond = overflows(wanted, format)
+    beyond = overflows(wanted, format) | (below_mxfp4(data.x) if format == "mxfp4" else False)
     sound = bitfold.encode(x[~beyond], format, importance=importance)
     assert_same_bits(sound.planes["blocks"], wanted[~beyond], format)
     for row in np.flatnonzero(beyond):
@@ -378,6 +384,51 @@ def test_a_scale_beyond_float16_is_an_error_unless_clamped(format, rng, threads)
         threads(count)
         message = refusal(lambda: bitfold.encode(torch.from_numpy(w), format), r"row 123\b", r"block 1\b")
         assert format in message
+
+
+@pytest.mark.isa
+@every_block
+def test_no_size_of_weights_is_lost_in_silence(format, rng):
+    """Weights of any size are kept or refused. Searches end in finite scales that mean nothing from 3e14 on."""
+    values = parse(format).group
+    kinds = {
+        "constant": np.ones(values),
+        "alternating": np.tile([1.0, -1.0], values // 2),
+        "one": np.eye(1, values, 5)[0],
+        "normal": rng.standard_normal(values),
+    }
+    outcomes = set()
+    for name, kind in kinds.items():
+        for exponent in np.arange(-2, 38, 0.5):
+            x = torch.from_numpy((kind * 10.0**exponent).astype(np.float32))[None]
+            for importance in (None, torch.ones(values), torch.from_numpy(some_importance(rng, values) + 0.1)):
+                try:
+                    decoded = bitfold.encode(x, format, importance=importance).decode()
+                except ValueError as error:
+                    assert f"needs a scale that {format} can't hold" in str(error)  # noqa: PT017
+                    outcomes.add("refused")
+                else:
+                    error = (decoded.double() - x.double()).norm() / x.double().norm()
+                    assert error < 0.5, f"{name} 1e{exponent}"
+                    outcomes.add("kept")
+    assert outcomes == ({"kept"} if format == "mxfp4" else {"kept", "refused"})
+
+
+@pytest.mark.isa
+def test_weights_below_the_exponents_of_mxfp4_are_refused_unless_clamped():
+    """The exponent wraps; with clamp the bytes are llama.cpp's, whose codes are zeros. Other types mean zeros."""
+    for size, exponent in ((2.0**-149, 232), (2.0**-133, 248), (2.0**-127, 254), (2.0**-126, 255)):
+        x = torch.zeros(2, 96)
+        x[1, 40] = -size
+        message = refusal(lambda x=x: bitfold.encode(x, "mxfp4"), r"block 1 of row 1\b", f"{size:.3g}")
+        assert "can't hold" in message
+        blocks = encode_both(x, "mxfp4", f"{size}").planes["blocks"]
+        assert blocks.view(2, 3, 17)[1, 1].tolist() == [exponent] + 16 * [0]
+    x[1, 40] = 2.0**-125
+    assert torch.equal(bitfold.encode(x, "mxfp4").decode(), x)
+    for format in block_formats():
+        if format != "mxfp4":
+            assert not bitfold.encode(torch.full((1, 256), 1e-40), format).decode().any()
 
 
 @every_block

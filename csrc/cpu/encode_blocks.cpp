@@ -14,30 +14,74 @@
 namespace bitfold::cpu {
 namespace {
 
-// The first of `count` blocks whose scale did not fit, or count.
-using OverflowFn = int64_t (*)(const uint8_t* blocks, int64_t count);
+// The largest multiple of its scale, or of a scale and a minimum of one size, that a type can mean.
+constexpr float reach(int row) {
+  switch (row) {
+    case kQ4_0: return 8;
+    case kQ4_1: return 15 + 1;
+    case kQ5_0: return 16;
+    case kQ5_1: return 31 + 1;
+    case kQ8_0: return 127;
+    case kQ2K: return 15 * 3;
+    case kQ3K: return 32 * 4;
+    case kQ4K: return 63 * 15;
+    case kQ5K: return 63 * 31;
+    case kQ6K: return 128 * 32;
+    case kIq4Nl: return 127;
+    case kIq4Xs: return 32 * 127;
+    default: return 0;
+  }
+}
+// Twice what a type reaches with the largest scale of binary16. Sums of a search leave binary32 far beyond that (3e14
+// and more), and the scale that comes of them may be finite and mean nothing; nearer, the stored scale is infinite.
+template <int Row>
+inline constexpr float kFar = 2 * reach(Row) * 65504.0f;
+// Where the largest weight of a block is smaller, MXFP4's exponent wraps: to 255, which means none, and for the
+// smallest number of all, 2^-149, down to 232. With steps so large all codes are 0.
+inline constexpr float kNearMxfp4 = 0x1p-125f;
+inline constexpr uint8_t kWrapped = 232;
+
+float largest_magnitude(const float* w, int64_t count) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(w[i]));
+  return largest;
+}
+
+// Whether the block's scale is none for its weights; row_largest is at least the largest of them.
+template <int Row>
+bool misfits(const Block<Row>& b, const float* w, float row_largest) {
+  constexpr int64_t kColumns = kFormats[Row].group;
+  if (block_overflows(b)) return true;
+  if constexpr (Row == kMxfp4) return b.e >= kWrapped && largest_magnitude(w, kColumns) < kNearMxfp4;
+  else return row_largest > kFar<Row> && largest_magnitude(w, kColumns) > kFar<Row>;
+}
+
+// The first of a row's blocks that misfits, or their count.
+using MisfitFn = int64_t (*)(const uint8_t* blocks, const float* w, int64_t count, float row_largest);
 
 template <int Row>
-int64_t first_overflow(const uint8_t* blocks, int64_t count) {
+int64_t first_misfit(const uint8_t* blocks, const float* w, int64_t count, float row_largest) {
   const auto* b = reinterpret_cast<const Block<Row>*>(blocks);
   int64_t i = 0;
-  while (i < count && !block_overflows(b[i])) ++i;
+  while (i < count && !misfits(b[i], w + i * kFormats[Row].group, row_largest)) ++i;
   return i;
 }
 template <int... Rows>
-constexpr std::array<OverflowFn, sizeof...(Rows)> overflow_table(std::integer_sequence<int, Rows...>) {
-  return {first_overflow<kQ4_0 + Rows>...};
+constexpr std::array<MisfitFn, sizeof...(Rows)> misfit_table(std::integer_sequence<int, Rows...>) {
+  return {first_misfit<kQ4_0 + Rows>...};
 }
-constexpr auto kFirstOverflow = overflow_table(std::make_integer_sequence<int, kRowCount - kQ4_0>());
+constexpr auto kFirstMisfit = misfit_table(std::make_integer_sequence<int, kRowCount - kQ4_0>());
 
-// Of the blocks of a row.
-EncodeStatus scale_overflow(const Format& format, const uint8_t* blocks, const float* w, int64_t k, int64_t row) {
+// Of the blocks of a row, whose weights lie in a range.
+EncodeStatus check_scales(const Format& format, const uint8_t* blocks, const float* w, int64_t k, int64_t row,
+                          const GroupRange& range) {
   const int64_t count = k / format.group;
-  const int64_t first = kFirstOverflow[static_cast<size_t>(format.row - kQ4_0)](blocks, count);
+  const float row_largest = std::max(-range.low, range.high);
+  const int64_t first = kFirstMisfit[static_cast<size_t>(format.row - kQ4_0)](blocks, w, count, row_largest);
   if (first == count) return {};
-  float largest = 0.0f;
-  for (int64_t i = 0; i < format.group; ++i) largest = std::max(largest, std::abs(w[first * format.group + i]));
-  return {EncodeFault::ScaleOverflow, row, first * format.group, largest, 0};
+  const float largest = largest_magnitude(w + first * format.group, format.group);
+  const EncodeFault fault = largest < kNearMxfp4 ? EncodeFault::ScaleUnderflow : EncodeFault::ScaleOverflow;
+  return {fault, row, first * format.group, largest, 0};
 }
 
 }  // namespace
@@ -57,16 +101,20 @@ EncodeStatus encode_blocks(const EncodeArgs& args) {
       const int64_t rows = std::min(kEncodeRows, n - first);
       const float* w = in_place ? static_cast<const float*>(args.w.data) + first * k : read.data();
       for (int64_t r = 0; !in_place && r < rows; ++r) read_row(kernels, args.w, first + r, read.data() + r * k);
+      std::array<GroupRange, kEncodeRows> ranges;
       bool finite = true;
       for (int64_t r = 0; r < rows && finite; ++r) {
-        finite = kernels.group_range(w + r * k, k).finite;
+        GroupRange& range = ranges[static_cast<size_t>(r)];
+        range = kernels.group_range(w + r * k, k);
+        finite = range.finite;
         if (!finite) faults.add(not_finite(w + r * k, k, first + r));
       }
       if (!finite) continue;
       uint8_t* blocks = static_cast<uint8_t*>(args.out.codes) + first * row_bytes;
       search({w, args.importance, rows, k, blocks});
       for (int64_t r = 0; r < rows && !args.clamp; ++r) {
-        const EncodeStatus status = scale_overflow(args.format, blocks + r * row_bytes, w + r * k, k, first + r);
+        const EncodeStatus status =
+            check_scales(args.format, blocks + r * row_bytes, w + r * k, k, first + r, ranges[static_cast<size_t>(r)]);
         if (status.fault != EncodeFault::None) {
           faults.add(status);
           break;

@@ -61,6 +61,12 @@ void report(const EncodeStatus& status, const Format& format, const Tensor& weig
                             : format.group == kPerChannel ? "row " + std::to_string(status.row)
                                                           : "group " + std::to_string(status.column / format.group) +
                                                                 " of row " + std::to_string(status.row);
+  char value[32];
+  std::snprintf(value, sizeof(value), "%.3g", status.value);
+  const auto fail_block = [&] {
+    fail("block " + std::to_string(status.column / format.group) + " of row " + std::to_string(status.row) +
+         ", whose largest weight is " + value + ", needs a scale that " + name + " can't hold; rescale the weight");
+  };
   switch (status.fault) {
     case EncodeFault::None: return;
     case EncodeFault::NotFinite:
@@ -70,19 +76,13 @@ void report(const EncodeStatus& status, const Format& format, const Tensor& weig
       fail(std::to_string(status.count) + " values do not fit " + name + ", the first is " + at + " = " +
            std::to_string(status.value) + "; use bf16, or clamp=True to saturate them");
     case EncodeFault::ScaleOverflow:
-      if (format.is_block()) {
-        fail("block " + std::to_string(status.column / format.group) + " of row " + std::to_string(status.row) +
-             ", whose largest weight is " + std::to_string(status.value) + ", needs a scale that " + name +
-             " can't hold; rescale the weight");
-      }
+      if (format.is_block()) fail_block();
       fail("the scale of " + group + " is " + std::to_string(status.value) + ", too large for the scale dtype of " +
            name + "; " + scale_advice(format));
-    case EncodeFault::ScaleUnderflow: {
-      char value[32];
-      std::snprintf(value, sizeof(value), "%.3g", status.value);
+    case EncodeFault::ScaleUnderflow:
+      if (format.is_block()) fail_block();
       fail("the scale of " + group + " is " + value + ", too small for the scale dtype of " + name + "; " +
            scale_advice(format));
-    }
   }
 }
 
