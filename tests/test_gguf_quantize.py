@@ -344,6 +344,29 @@ def test_weights_that_have_no_place_in_their_type(tensor, row, number, mix, word
     assert [path.name for path in tmp_path.iterdir()] == ["s.gguf"]
 
 
+def test_experts_of_numbers_below_mxfp4_are_zeros(tmp_path):
+    """As in llama-quantize's files, down to the exponents that wrap; above 2^-126 neither has a word for them."""
+
+    def experts(size: float):
+        def change(name: str, values: np.ndarray) -> np.ndarray:
+            if name == "blk.0.ffn_up_exps.weight":
+                values[1, 5, 32:64] = size
+            return values
+
+        return gguf_files.write_llama(tmp_path / f"{size}.gguf", dtype="BF16", experts=2, change=change)
+
+    quantize_gguf(experts(2.0**-130), tmp_path / "q.gguf", "mxfp4_moe")
+    kind, _, blocks = gguf_files.tensors_of(tmp_path / "q.gguf")["blk.0.ffn_up_exps.weight"]
+    assert kind == "MXFP4"
+    row = np.frombuffer(blocks, np.uint8).reshape(2, 512, -1, 17)[1, 5]
+    assert row[1].tolist() == [256 - 5] + 16 * [0]
+    assert row[[0, 2], 1:].any(axis=1).all()
+    with pytest.raises(
+        ValueError, match=r"'blk.0.ffn_up_exps.weight', .* can't be MXFP4: .* mxfp4 can't hold"
+    ):
+        quantize_gguf(experts(2.0**-126), tmp_path / "r.gguf", "mxfp4_moe")
+
+
 def test_damaged_blocks_are_not_copied(llama, tmp_path):
     quantize_gguf(llama, tmp_path / "a.gguf", "q8_0")
     content = bytearray((tmp_path / "a.gguf").read_bytes())

@@ -332,11 +332,23 @@ def _convert(choice: Choice, piece: _Piece) -> Tensor:
         _check_finite(choice, piece.begin, result, f" as {choice.after}")
         return result
     try:
-        return encode(floats, choice.after.lower(), importance=piece.importance).planes["blocks"]
+        return _encode(floats, choice.after, piece.importance)
     except ValueError as error:
         _check_finite(choice, piece.begin, floats, "")
         place = f"rows {piece.begin} to {piece.begin + len(rows) - 1}"
         raise ValueError(f"{quoted(choice.name)}, {place}, can't be {choice.after}: {error}") from error
+
+
+def _encode(floats: Tensor, kind: str, importance: Tensor | None) -> Tensor:
+    """Blocks that llama.cpp takes for valid; ValueError where a block of its encoder isn't.
+
+    That is what `encode` refuses, but for MXFP4: blocks of numbers below 2^-126 become zeros there.
+    """
+    if kind == "MXFP4":
+        blocks = encode(floats, "mxfp4", clamp=True).planes["blocks"]
+        if not (blocks[:, :: mixes.row_bytes(kind, mixes.block_values(kind))] == 255).any():
+            return blocks
+    return encode(floats, kind.lower(), importance=importance).planes["blocks"]
 
 
 def _decode(kind: str, rows: Tensor, columns: int) -> Tensor:
