@@ -337,3 +337,16 @@ def test_odd_metadata_is_loaded_or_refused(kind, tmp_path):
                 messages.append(str(error))
     assert len(messages) > 100
     assert not any("\n" in message for message in messages)
+
+
+def test_a_name_that_llama_cpp_takes_for_phi_3_needs_its_tokens(tmp_path):
+    """It looks for them in the vocabulary of every model so named, and doesn't load one that lacks any."""
+    for name in ("tiny-phi3", "xPHI3y"):
+        directory = gguf_models.write_directory(tmp_path / name, "llama")
+        with pytest.raises(CheckpointError, match=r"for Phi-3, .* lacks .* <\|endoftext\|>, .*; rename"):
+            export.read_directory(directory)
+    own = gguf_models.byte_level()
+    own.add_special_tokens({"additional_special_tokens": ["<unk>", "<s>", "</s>", "<|endoftext|>"]})
+    own.save_pretrained(tmp_path / "tiny-phi3")
+    assert "Phi3" in export.read_directory(tmp_path / "tiny-phi3").metadata["general.name"].value
+    assert export.read_directory(directory.rename(tmp_path / "tiny-phi-2"))

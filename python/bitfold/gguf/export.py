@@ -20,6 +20,7 @@ from bitfold.gguf.library import GGMLQuantizationType, GGUFValue, GGUFValueType,
 from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.rows import MappedFiles, Rows, Stored
 from bitfold.gguf.tokenizer import read_tokenizer
+from bitfold.gguf.words import quoted
 from bitfold.shards import CONFIG_FILE, CheckpointError
 
 TYPES = {
@@ -85,6 +86,7 @@ def open_directory(
     number = _file_type(dtype, tensors, quantization)
     metadata = _metadata(path, architectures.of_config(typed).name, keys, number, tensors)
     metadata |= read_tokenizer(path, placements["token_embd.weight"].shape[0], remark)
+    _check_name(path, metadata)
     metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)
     files = tuple(dict.fromkeys(weight.tensor.path for weight in stored.values()))
     return GgufModel(metadata, tensors, files), rows
@@ -112,6 +114,23 @@ def _metadata(
         writer.add_key_value(key, value, _KINDS[type(value)])
     writer.add_file_type(file_type)
     return dict(writer.kv_data[0])
+
+
+# llama.cpp takes a model for Phi-3 if its general.name says so, whatever its architecture, and then doesn't read a
+# vocabulary that lacks one of these ("unordered_map::at").
+_PHI3_NAMES = ("phi-3", "phi3")
+_PHI3_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
+
+
+def _check_name(path: Path, metadata: Mapping[str, GGUFValue]) -> None:
+    name = metadata["general.name"].value if "general.name" in metadata else ""
+    tokens = set(metadata["tokenizer.ggml.tokens"].value)
+    missing = [token for token in _PHI3_TOKENS if token not in tokens]
+    if missing and any(each in name.lower() for each in _PHI3_NAMES):
+        raise CheckpointError(
+            f"{path} is named {quoted(name)}, which llama.cpp takes for Phi-3, and its tokenizer lacks Phi-3's token "
+            f"{missing[0]}, without which llama.cpp doesn't read it; rename the directory, or its model card's model"
+        )
 
 
 _KINDS = {
