@@ -15,12 +15,13 @@ from bitfold.gguf.assign import Facts, Item, Overrides, assign, fallback_notes, 
 from bitfold.gguf.mixes import MIXES, TYPES
 from bitfold.shards import CheckpointError
 from command import call, call_json
+from tiny import LLAMA_2_7B
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "gguf" / "mixes.json").read_text())
 
 # Bytes of tensor data of Llama-2-7B, norms in F32: what files of these types have, from their published sizes and
 # llama-quantize.
-LLAMA_2_7B = {
+BYTES = {
     "Q2_K": 2_532_122_624,
     "Q2_K_2023": 2_825_199_616,
     "Q2_K_S": 2_318_802_944,
@@ -44,23 +45,11 @@ LLAMA_2_7B = {
     "BF16": 13_477_363_712,
     "F32": 26_953_662_464,
 }
-WITH_IMPORTANCE = LLAMA_2_7B | {
+WITH_IMPORTANCE = BYTES | {
     "Q4_0": 3_836_338_176,
     "Q5_0": 4_662_222_848,
     "IQ4_XS": 3_618_594_816,
     "IQ4_NL": 3_825_065_984,
-}
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "dtype": "float16",
 }
 
 
@@ -149,11 +138,11 @@ def test_llama_2_7b_has_the_published_size(name):
     mix = MIXES[name]
     parameters = sum(choice.parameters for choice in example.choices(mix))
     assert parameters == 6_738_415_616
-    assert example.size(mix) == (LLAMA_2_7B[name], 8 * LLAMA_2_7B[name] / parameters)
+    assert example.size(mix) == (BYTES[name], 8 * BYTES[name] / parameters)
     assert example.size(mix, has_importance=True)[0] == WITH_IMPORTANCE[name]
     facts, items = model(**GOLDEN["models"]["llama-2-7b"])
     chosen = assign(mix, facts, items, has_importance=name == "Q2_K_S")
-    assert sum(map(tensor_bytes, chosen)) == LLAMA_2_7B[name]
+    assert sum(map(tensor_bytes, chosen)) == BYTES[name]
 
 
 def test_q2_k_of_2023():
@@ -396,13 +385,13 @@ def test_capitals_tell_file_types_from_formats():
 
 def write_config(path: Path, **fields: object) -> Path:
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG | fields))
+    (path / "config.json").write_text(json.dumps(LLAMA_2_7B | fields))
     return path
 
 
 def test_the_plan_of_llama_2_7b_has_the_published_sizes(capsys, tmp_path):
     data = call_json(capsys, "plan", write_config(tmp_path / "llama"))
-    for name, nbytes in LLAMA_2_7B.items():
+    for name, nbytes in BYTES.items():
         if MIXES[name].is_quantized:
             one = data["recipes"][name]
             assert one["bytes"] == nbytes, name
@@ -461,7 +450,7 @@ def test_plan_recipes_and_explain_need_no_gguf_package(tmp_path):
 def test_recipes_list_the_file_types(capsys):
     listed = call_json(capsys, "recipes")["gguf"]
     assert list(listed) == [name.lower() for name in MIXES]
-    assert listed["q4_k_m"]["bytes"] == LLAMA_2_7B["Q4_K_M"]
+    assert listed["q4_k_m"]["bytes"] == BYTES["Q4_K_M"]
     code, out, _ = call(capsys, "recipes")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80

@@ -20,25 +20,12 @@ from bitfold.gguf.mixes import MIXES
 from bitfold.recipes import RECIPES, Recipe, Rule
 from bitfold.shards import CheckpointError
 from command import call, call_json
-from tiny import one_thread  # noqa: F401
+from tiny import LLAMA_2_7B, one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, MixtralConfig
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo" / "model"
-# Llama-2-7B, from its paper (Touvron et al. 2023) and its public configuration.
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "dtype": "float16",
-}
 
 
 def write_config(path: Path, fields: dict) -> Path:

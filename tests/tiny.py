@@ -16,6 +16,20 @@ BOS, EOS = "<bos>", "<eos>"
 VOCAB = 258
 TEXT = "The quick brown fox jumps over the lazy dog; packed boxes hold five dozen jugs.\n" * 12
 
+# The configuration of Llama-2-7B: from its paper (Touvron et al. 2023) and its public config.json.
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "dtype": "float16",
+}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():

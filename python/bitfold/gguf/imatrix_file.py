@@ -26,9 +26,10 @@ from bitfold.gguf.imatrix import Entry, Imatrix
 from bitfold.gguf.importance import Importance
 from bitfold.gguf.layout import TensorInfo, lay_out
 from bitfold.gguf.library import GGMLQuantizationType, GGUFValue, GGUFValueType
+from bitfold.gguf.magic import is_gguf
 from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.reader import read_gguf
-from bitfold.gguf.scan import TEXT, is_gguf
+from bitfold.gguf.scan import TEXT
 from bitfold.gguf.writer import GgufWriter
 from bitfold.shards import CheckpointError
 from bitfold.writer import check_room, hidden, remove_abandoned, sync

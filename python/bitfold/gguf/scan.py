@@ -33,7 +33,6 @@ from bitfold.gguf.library import (
     GGUFValueType,
 )
 from bitfold.gguf.magic import MAGIC
-from bitfold.gguf.magic import is_gguf as is_gguf
 from bitfold.gguf.words import quoted
 from bitfold.shards import CheckpointError
 
