@@ -1,5 +1,5 @@
 """GGUF's blocks: encode and decode against llama.cpp's golden bytes and the oracle, bit for bit, for every block type
-of the table; products against float64 of the decoded weights.
+of the table.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from golden import golden
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle_gguf_encode import encode as oracle_encode
-from test_linear import ROWS_AT_ONCE, assert_close, draw, exact, multiplied
 
 every_block = pytest.mark.parametrize("format", block_formats())
-BATCHES = (0, 1, 2, 3, 7, 8, 9, 16, 33)
 
 
 # ---- ways between bitfold and the oracle ----
@@ -401,7 +399,11 @@ def test_no_size_of_weights_is_lost_in_silence(format, rng):
     for name, kind in kinds.items():
         for exponent in np.arange(-2, 38, 0.5):
             x = torch.from_numpy((kind * 10.0**exponent).astype(np.float32))[None]
-            for importance in (None, torch.ones(values), torch.from_numpy(some_importance(rng, values) + 0.1)):
+            for importance in (
+                None,
+                torch.ones(values),
+                torch.from_numpy(some_importance(rng, values) + 0.1),
+            ):
                 try:
                     decoded = bitfold.encode(x, format, importance=importance).decode()
                 except ValueError as error:
@@ -463,166 +465,6 @@ def test_other_formats_take_no_importance():
             lambda format=format: bitfold.encode(torch.ones(2, 64), format, importance=torch.ones(64)),
             "importance",
         )
-
-
-# ---- use: products, embeddings, gradients ----
-
-
-@pytest.mark.isa
-@every_block
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_linear(format, dtype, rng):
-    for n, count in [(1, 1), (5, 3), (33, 2), (130, 1)]:
-        blocks = tame_blocks(rng, format, n, count)
-        qtensor, w = of_blocks(blocks, format), oracle_gguf.decode(blocks, format).astype(np.float64)
-        for m in BATCHES:
-            x = draw(rng, m, w.shape[1], dtype=dtype)
-            bias = draw(rng, n, dtype=dtype) if m % 2 else None
-            y = bitfold.linear(x, qtensor, bias)
-            assert_close(y, x, multiplied(w, format, x), bias, f"{format} m={m} n={n} k={w.shape[1]}")
-
-
-@every_block
-def test_linear_of_strides_and_empty_sizes(format, rng):
-    values = parse(format).group
-    blocks = tame_blocks(rng, format, 9, 2)
-    qtensor, w = of_blocks(blocks, format), oracle_gguf.decode(blocks, format).astype(np.float64)
-    k = 2 * values
-    base = draw(rng, 2, 6, 2 * k, dtype=torch.float32)
-    for x in (base[..., :k], base[..., ::2], base[0, 0, :k], draw(rng, k, 12, dtype=torch.float32).t()):
-        y = bitfold.linear(x, qtensor)
-        assert_close(y, x, w, None, format)
-        assert torch.equal(y, bitfold.linear(x.contiguous(), qtensor))
-    for n, k in [(0, values), (5, 0)]:
-        empty = bitfold.encode(torch.zeros(n, k), format)
-        for m in (0, 1, 9):
-            assert torch.equal(bitfold.linear(torch.ones(m, k), empty), torch.zeros(m, n))
-
-
-@every_block
-def test_linear_same_bits_for_any_threads(format, rng, threads):
-    qtensor = of_blocks(tame_blocks(rng, format, 203, 3), format)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for m in (1, 3, 9, 67):
-            x = draw(rng, m, qtensor.shape[1], dtype=dtype)
-            outputs = []
-            for count in (1, 2, 4, 1):
-                threads(count)
-                outputs.append(bitfold.linear(x, qtensor))
-            assert all(torch.equal(outputs[0], other) for other in outputs[1:]), f"{format} m={m} {dtype}"
-
-
-@every_block
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_linear_of_long_sums(format, dtype, rng):
-    blocks = tame_blocks(rng, format, 9, 14336 // parse(format).group)
-    qtensor, w = of_blocks(blocks, format), oracle_gguf.decode(blocks, format).astype(np.float64)
-    for m in (1, 9):
-        x = draw(rng, m, 14336, dtype=dtype)
-        assert_close(bitfold.linear(x, qtensor), x, multiplied(w, format, x), None, f"{format} m={m}")
-
-
-def test_the_plan_names_the_regime():
-    for format in block_formats():
-        for m, regime in [
-            (1, "fused"),
-            (ROWS_AT_ONCE, "fused"),
-            (ROWS_AT_ONCE + 1, "tiled"),
-            (1000, "tiled"),
-        ]:
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                assert bitfold.plan_linear(format, m, 64, 256, dtype).regime == regime, format
-            assert bitfold.plan_linear(format, m, 64, 256, torch.float64).regime == "floor"
-
-
-@pytest.mark.isa
-@every_block
-def test_fused_rows_do_not_depend_on_each_other(format, rng):
-    qtensor = of_blocks(tame_blocks(rng, format, 37, 3), format)
-    for dtype in DTYPES.values():
-        x = draw(rng, ROWS_AT_ONCE, qtensor.shape[1], dtype=dtype)
-        alone = torch.cat([bitfold.linear(row[None], qtensor) for row in x])
-        for m in (2, 3, 5, 8):
-            assert torch.equal(bitfold.linear(x[-m:], qtensor), alone[-m:]), f"{format} {dtype} m={m}"
-
-
-@pytest.mark.isa
-@every_block
-def test_what_is_not_finite_stays_where_it_is(format, rng):
-    """A bad activation spoils the outputs of its row alone, a bad scale those of its column alone."""
-    layout = oracle_gguf.LAYOUTS[format]
-    blocks = tame_blocks(rng, format, 20, 3)
-    qtensor = of_blocks(blocks, format)
-    spoilt = blocks.copy()
-    for at in layout.halves:
-        spoilt[7, layout.bytes + at : layout.bytes + at + 2] = 0x7C, 0x7E  # a NaN
-    for dtype in DTYPES.values():
-        for m in (1, 3, 20):
-            x = draw(rng, m, qtensor.shape[1], dtype=dtype)
-            bad = x.clone()
-            bad[0, layout.values] = float("nan")
-            finite = torch.isfinite(bitfold.linear(bad, qtensor)).all(dim=1)
-            assert finite.tolist() == [False] + [True] * (m - 1), f"{format} {dtype} m={m}"
-            if layout.halves:
-                y = bitfold.linear(x, of_blocks(spoilt, format))
-                assert torch.isfinite(y).all(dim=0).tolist() == [row != 7 for row in range(20)]
-
-
-@every_block
-def test_neighbours_are_not_read_as_weights(format, rng):
-    """A plane inside a larger buffer of NaN scales gives what a plane of its own gives; the same for x."""
-    blocks = tame_blocks(rng, format, 3, 2)
-    buffer = torch.full((blocks.size + 256,), 0x7E, dtype=torch.uint8)
-    inside = buffer[128 : 128 + blocks.size].view(blocks.shape)
-    inside.copy_(torch.from_numpy(blocks))
-    alone, within = (
-        of_blocks(blocks, format),
-        bitfold.QTensor(format, (3, 2 * parse(format).group), {"blocks": inside}),
-    )
-    for m in (1, 8, 9):
-        x = draw(rng, m, alone.shape[1], dtype=torch.float32)
-        wide = torch.full((m * x.shape[1] + 64,), float("nan"))
-        view = wide[32 : 32 + x.numel()].view(x.shape)
-        view.copy_(x)
-        assert torch.equal(bitfold.linear(view, within), bitfold.linear(x, alone)), f"{format} m={m}"
-    assert torch.equal(within.decode(), alone.decode())
-
-
-@pytest.mark.isa
-@every_block
-def test_embedding(format, rng):
-    blocks = tame_blocks(rng, format, 11, 3)
-    qtensor = of_blocks(blocks, format)
-    ids = torch.tensor([[0, 10, 3], [3, 7, 7]])
-    for name, dtype in DTYPES.items():
-        rows = bitfold.embedding(ids, qtensor, dtype)
-        expected = decoded_bits(blocks, format, name)[ids.numpy()]
-        assert_same_bits(rows, expected, f"{format} {name}")
-
-
-@pytest.mark.isa
-@every_block
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_gradient(format, dtype, rng):
-    for n, count in [(1, 1), (17, 2), (130, 1)]:
-        blocks = tame_blocks(rng, format, n, count)
-        qtensor, w = of_blocks(blocks, format), oracle_gguf.decode(blocks, format).astype(np.float64)
-        x = draw(rng, 9, w.shape[1], dtype=dtype).requires_grad_()
-        grad = draw(rng, 9, n, dtype=dtype)
-        bitfold.linear(x, qtensor).backward(grad)
-        assert_close(x.grad, grad, w.T, None, f"{format} n={n}")
-
-
-@every_block
-def test_module_and_bytes_of_the_plane(format, rng):
-    """A layer and its weight: as many bytes as the table says, and what encode gave comes out of the layer."""
-    layout = oracle_gguf.LAYOUTS[format]
-    w = torch.from_numpy(some_weights(rng, 7, 2 * layout.values))
-    layer = bitfold.QuantLinear(bitfold.encode(w, format))
-    assert layer.qtensor.planes["blocks"].shape == (7, 2 * layout.bytes)
-    assert layer.qtensor.nbytes == 7 * 2 * layout.bytes
-    x = draw(rng, 3, w.shape[1], dtype=torch.float32)
-    assert_close(layer(x), x, exact(layer.qtensor.decode()), None, format)
 
 
 def test_blocks_have_no_planes_to_unpack():
