@@ -83,6 +83,11 @@ void decode_tile(const Kernels& kernels, const Weight& w, int64_t row, int64_t b
   }
 }
 
+// Asks the second cache for `bytes` bytes.
+void ask_for(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+}
+
 // T: the operands' type, fp32 or bf16.
 template <class T>
 void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
@@ -112,8 +117,14 @@ void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
               place(kernels, decoded.data(), depth, kTileRows, to);
             }
           }
+          // All of x is too large for the second cache: with each tile a part of the rows that come next is asked for.
+          const int64_t part = ceil_div(depth * block, ceil_div(rows, kTileRows));
           for (int64_t j = 0; j < padded; j += block) {
+            const T* ahead =
+                panel.data() + (j + block < padded ? (j + block) * stride + column * block : end_column % w.k * block);
             for (int64_t i = 0; i < rows; i += kTileRows) {
+              ask_for(ahead, part * static_cast<int64_t>(sizeof(T)));
+              ahead += part;
               tile({tiles.data() + i * kTileColumns, panel.data() + j * stride + column * block, depth,
                     sums.data() + j * strip + i, strip});
             }
