@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc bench tests/cuda tests/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo docs test test-kernels cuda lint format clean distclean
+.PHONY: setup demo docs test test-cuda test-kernels cuda lint format clean distclean
 
 setup: $(VENV)/.stamp-package
 
@@ -30,6 +30,10 @@ test: setup
 
 test-kernels:
 	tests/kernels/run.sh
+
+# The CUDA kernels of every format on the emulator, under sanitizers too; `make test` has one of each kind.
+test-cuda: setup
+	$(BIN)/python -m pytest -m "slow or not slow" tests/cuda $(ARGS)
 
 cuda: $(VENV)/.stamp-requirements $(CUDA_VENV)/.stamp
 	$(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build/cuda "$(CUDA_ARCHS)"

@@ -119,6 +119,33 @@ def test_intrinsics_live_in_simd_and_ptx_alone():
             assert not found, f"{path.relative_to(ROOT)} uses {found[0]}"
 
 
+def device_functions(path: Path) -> dict[str, list[str]]:
+    """Name -> its parameters, one text for each overload; without the places that the emulator is told."""
+    text = re.sub(r"\s+", " ", without_comments(path.read_text(encoding="utf-8")))
+    text = re.sub(r"(?:, )?const (emulator::)?Where& where = (emulator::)?Where::current\(\)", "", text)
+    found: dict[str, list[str]] = {}
+    for name, parameters in re.findall(r"BITFOLD_DEVICE [^(;{}]*?(\w+)\(((?:[^()]|\([^()]*\))*)\) \{", text):
+        found.setdefault(name, []).append(re.sub(r" \w+(?=,|$)", "", parameters))
+    return found
+
+
+@pytest.mark.parametrize("name", ["device", "ptx_memory", "ptx_mma", "ptx_numbers", "ptx_warp"])
+def test_the_emulator_has_every_instruction_of_the_gpu(name):
+    gpu, emulator = (device_functions(CSRC / "cuda" / twin / f"{name}.hpp") for twin in ("gpu", "emulator"))
+    gpu.pop("shared_address", None)  # of other instructions' operands
+    assert gpu
+    assert emulator == gpu
+
+
+def test_one_header_chooses_between_the_gpu_and_the_emulator():
+    for path in sources(CSRC / "cuda"):
+        text = without_comments(path.read_text(encoding="utf-8"))
+        if path.parent == CSRC / "cuda" and path.name != "device.hpp":
+            assert "__CUDA" not in text, f"{path.name} asks which compiler it is"
+            chosen = [name for _, name in includes(path) if name.startswith(("cuda/gpu/", "cuda/emulator/"))]
+            assert not chosen, f"{path.name} includes {chosen[0]}"
+
+
 def test_kernel_bodies_name_no_instruction_set():
     for path in sources(CSRC / "cpu" / "kernels") + sources(CSRC / "search"):
         found = re.findall(

@@ -214,6 +214,23 @@ CASE(conversions_are_those_of_the_formats) {
   }
 }
 
+CASE(e4m3_becomes_halves) {
+  for (uint32_t code = 0; code < 256; ++code) {
+    const uint32_t exponent = code >> 3 & 15u, fraction = code & 7u;
+    const double size =
+        exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, static_cast<int>(exponent) - 10);
+    const float2 pair = ptx::halves_to_floats(ptx::e4m3s_to_halves(code | (code ^ 128u) << 8 | 0xabcd0000u));
+    if ((code & 127u) == 127) expect(std::isnan(pair.x) && std::isnan(pair.y), "NaN");
+    else expect(pair.x == (code & 128u ? -size : size) && pair.y == -pair.x, "e4m3 " + std::to_string(code));
+  }
+}
+
+CASE(floats_become_ints_towards_zero) {
+  expect(ptx::float_to_int(2.9f) == 2 && ptx::float_to_int(-2.9f) == -2, "towards zero");
+  expect(ptx::float_to_int(3e9f) == INT32_MAX && ptx::float_to_int(-INFINITY) == INT32_MIN, "beyond");
+  expect(ptx::float_to_int(2147483520.0f) == 2147483520 && ptx::float_to_int(NAN) == 0, "the last, NaN");
+}
+
 CASE(floats_are_fused_or_not_as_asked) {
   const float x = 1.0f + std::ldexp(1.0f, -12);  // x x = 1 + 2^-11 + 2^-24
   expect(ptx::mul(x, x) == 1.0f + std::ldexp(1.0f, -11), "mul");

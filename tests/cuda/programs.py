@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # What all code but the emulator's own run time is compiled with.
 VARIANTS = {
     "plain": "-O1",
+    "ucontext": "-O1 -DBITFOLD_EMULATOR_UCONTEXT",  # what processors without a hand-written switch use
     "address": "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all "
     "-fsanitize=address,alignment,bounds,float-cast-overflow,shift,signed-integer-overflow",
     "thread": "-O1 -g1 -fsanitize=thread",

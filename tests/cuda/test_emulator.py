@@ -20,6 +20,13 @@ def test_case(case: str):
     assert result.stdout.endswith("0 of 1 cases failed\n")
 
 
+@pytest.mark.slow
+def test_every_case_on_the_system_s_own_switch_of_contexts():
+    result = programs.run(programs.build("emulator_tests", "ucontext"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith(f"0 of {len(CASES)} cases failed\n")
+
+
 def test_a_failed_case_fails_the_program():
     result = programs.run(programs.build("emulator_tests"), "no_such_case")
     assert result.returncode == 1
