@@ -5,8 +5,9 @@
 // through the rows a *piece* of kColumns columns at a time. A piece is kSteps steps of mma; an operand holds whole
 // numbers (or numbers of a table), and the scale of the row comes to the sums of all steps of a *section*:
 //
-//   y[row, token] += scale(row) * (sum over the section's steps of A x)  +  offset(row) * (sum of x over the section)
+//   y[row, token] += scale(row) * (sum over the section's steps of A x)
 //
+// Formats with minima have a step more in each piece: its A holds them, and its columns are sums of x over sub-blocks.
 // Which columns a lane's bytes hold is no matter: a dot product has no order. column() says it, and x is brought into
 // that order, fp16, four halves for each lane and step (B operands b0, b1). Nothing here knows how many tokens there
 // are.
@@ -15,10 +16,10 @@
 //     static constexpr int kColumns;    // of a piece
 //     static constexpr int kSteps;      // of a piece, even: each pair of them is 16 bytes of x for a lane
 //     static constexpr int kSections;   // of a piece; each is kSteps / kSections steps
-//     static constexpr bool kOffsets;   // whether affine() gives offsets
+//     static constexpr int kMins;       // sub-blocks with minima in a piece, 0, 8 or 16 (Tokens)
 //     static constexpr int kLaneBytes;  // that a lane reads of a row in a piece, about: how many to have in flight
-//     static constexpr int kRoom;       // bytes of shared memory that a warp's piece waits in; 0: it waits in
-//     registers
+//     static constexpr int kRoom;       // bytes of shared memory that a warp's piece waits in; 0: registers
+//     static constexpr float kUnit;     // what the sum of everything is to be multiplied with
 //
 //     // The piece's column in half h of b_r, as half = 2 r + h, of the lanes with lane % 4 == t.
 //     static constexpr int column(int step, int t, int half);
@@ -35,9 +36,10 @@
 //     Fragments() = default;
 //     Fragments(const Matrix& w, int64_t row, const Tables& tables);  // rows [row, row + 16); past n, the last again
 //     void fetch(Slot& slot, int piece, std::byte* room) const;       // starts the loads (to `room`: cp_async)
-//     void open(Slot& slot, const std::byte* room) const;             // the bytes are there (all lanes' in `room`)
-//     void step(const Slot& slot, int step, uint32_t (&a)[4]) const;  // `step` is constant once loops are unrolled
-//     Affine affine(const Slot& slot, int section) const;
+//     void open(Slot& slot, int piece, const std::byte* room) const;  // the bytes are there (all lanes' in `room`)
+//     void step(Slot& slot, int step, uint32_t (&a)[4]) const;        // in order, from a loop that is unrolled
+//     Scales scales(const Slot& slot, int section) const;
+//     Scales mins(const Slot& slot, uint32_t (&a)[4]) const;          // where kMins > 0
 //   };
 //
 // fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k.
@@ -51,10 +53,9 @@
 
 namespace bitfold::cuda {
 
-// What a section's sums are multiplied with and what is added for each unit of its sum of x: rows g and g + 8.
-struct Affine {
-  float scale[2];
-  float offset[2];
+// What sums are multiplied with: those of rows g and g + 8.
+struct Scales {
+  float of[2];
 };
 
 // Stored: how scales are, where that is known while compiling: F32, Nested, or F16 for both kinds of 16 bits. None: the

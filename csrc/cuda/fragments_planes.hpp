@@ -257,9 +257,10 @@ class PlaneFragments {
   static constexpr int kColumns = Columns;
   static constexpr int kSteps = Columns / 16;
   static constexpr int kSections = 1;
-  static constexpr bool kOffsets = false;
+  static constexpr int kMins = 0;
   static constexpr int kLaneBytes = kLaneColumns * kBits / 8;
   static constexpr int kRoom = 0;
+  static constexpr float kUnit = 1.0f;
   static_assert(kSteps % 2 == 0);
 
   static constexpr int column(int step, int t, int half) { return t * kLaneColumns + Codes::column(step, half); }
@@ -317,7 +318,7 @@ class PlaneFragments {
     }
   }
 
-  BITFOLD_DEVICE void open(Slot& slot, const std::byte*) const {
+  BITFOLD_DEVICE void open(Slot& slot, int, const std::byte*) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if constexpr (Row == kInt3) {  // lanes 1 and 3 begin in the middle of a word
@@ -337,12 +338,10 @@ class PlaneFragments {
     }
   }
 
-  BITFOLD_DEVICE Affine affine(const Slot& slot, int) const {
+  BITFOLD_DEVICE Scales scales(const Slot& slot, int) const {
     const float* dynamic_map = nullptr;
     if constexpr (kNested) dynamic_map = tables_->dynamic_map;
-    return {
-        {slot.scale[0].value(*w_, dynamic_map) * Codes::kUnit, slot.scale[1].value(*w_, dynamic_map) * Codes::kUnit},
-        {0.0f, 0.0f}};
+    return {{slot.scale[0].value(*w_, dynamic_map), slot.scale[1].value(*w_, dynamic_map)}};
   }
 
  private:

@@ -32,9 +32,10 @@ class RaggedFragments {
   static constexpr int kColumns = 16;
   static constexpr int kSteps = 2;
   static constexpr int kSections = 2;
-  static constexpr bool kOffsets = false;
+  static constexpr int kMins = 0;
   static constexpr int kLaneBytes = kBytes;
   static constexpr int kRoom = 0;
+  static constexpr float kUnit = 1.0f;
 
   static constexpr int column(int, int t, int half) { return 4 * t + half; }
 
@@ -99,7 +100,7 @@ class RaggedFragments {
     }
   }
 
-  BITFOLD_DEVICE void open(Slot&, const std::byte*) const {}
+  BITFOLD_DEVICE void open(Slot&, int, const std::byte*) const {}
 
   BITFOLD_DEVICE void step(const Slot& slot, int step, uint32_t (&a)[4]) const {
     const int column = 4 * (ptx::lane_id() % 4);
@@ -115,13 +116,11 @@ class RaggedFragments {
     }
   }
 
-  BITFOLD_DEVICE Affine affine(const Slot& slot, int section) const {
-    constexpr float kUnit = PlaneCodes<Row>::kUnit;
+  BITFOLD_DEVICE Scales scales(const Slot& slot, int section) const {
     const float* dynamic_map = nullptr;
     if constexpr (kFormats[Row].nested) dynamic_map = tables_->dynamic_map;
-    return {{slot.scale[0][section].value(w_->planes, dynamic_map) * kUnit,
-             slot.scale[1][section].value(w_->planes, dynamic_map) * kUnit},
-            {0.0f, 0.0f}};
+    return {
+        {slot.scale[0][section].value(w_->planes, dynamic_map), slot.scale[1][section].value(w_->planes, dynamic_map)}};
   }
 
  private:

@@ -37,6 +37,14 @@ struct Args {
   bool resident;  // x of all slices is staged once
 };
 
+// Pieces in flight for a warp: some 2 KB, so that 16 warps have 32 KB on the way while they compute, in the registers
+// that there are.
+template <class Source, int R>
+constexpr int kDepth = Source::kRoom > 0                    ? 2
+                       : Source::kLaneBytes * R >= 32       ? 2
+                       : Source::kLaneBytes >= 16 || R == 2 ? 3
+                                                            : 4;
+
 // R: tiles of 16 rows that a warp multiplies with each fragment of x.
 template <class Source, int R>
 struct Memory {
@@ -44,14 +52,8 @@ struct Memory {
   float4 partial[kWarps][R][kWarp];
   float sums[kRound][kTokens * 16 * R];
   TokenScales scales[kSlices];
+  alignas(16) std::byte rooms[kWarps][kDepth<Source, R>][R][larger(Source::kRoom, 1)];
 };
-
-// Pieces in flight for a warp: some 2 KB, so that 16 warps have 32 KB on the way while they compute, in the registers
-// that there are.
-template <class Source, int R>
-constexpr int kDepth = Source::kLaneBytes * R >= 32         ? 2
-                       : Source::kLaneBytes >= 16 || R == 2 ? 3
-                                                            : 4;
 
 // The units of a block: for each round of tiles each slice, and in it each tile of the round.
 struct Unit {
@@ -73,12 +75,17 @@ struct Feed {
   static constexpr int kAhead = kDepth<Source, R>;
   Source source[R];
   typename Source::Slot slots[kAhead][R];
+  std::byte (*rooms)[R][larger(Source::kRoom, 1)];   // of this warp
   int begin, end;                                    // pieces of the unit
   const int warp = ptx::shuffle(ptx::warp_id(), 0);  // which tells the compiler that all lanes have the same
 
   BITFOLD_DEVICE void fetch(int d, int piece) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) source[r].fetch(slots[d][r], piece, nullptr);
+    for (int r = 0; r < R; ++r) source[r].fetch(slots[d][r], piece, rooms[d][r]);
+  }
+  // After each place of a piece, whether there is one or not: so there are always kAhead - 1 groups behind a slot's.
+  BITFOLD_DEVICE void commit() {
+    if constexpr (Source::kRoom > 0) ptx::cp_async_commit();
   }
 
   BITFOLD_DEVICE void start(const Args<Source>& args, const typename Source::Tables& tables, const Unit& unit) {
@@ -91,15 +98,20 @@ struct Feed {
     for (int d = 0; d < kAhead; ++d) {
       const int piece = begin + warp + d * kWarps;
       if (piece < end) fetch(d, piece);
+      commit();
     }
   }
 
   // One piece of R tiles with all tokens. x: this lane's 16 bytes of the piece's first pair.
-  BITFOLD_DEVICE void product(int d, const uint4* x, int odd, float (&total)[R][4]) {
+  BITFOLD_DEVICE void product(int d, int piece, const uint4* x, int odd, const uint32_t* mins, float (&total)[R][4]) {
     constexpr int kSectionSteps = Source::kSteps / Source::kSections;
     float part[R][4];
+    if constexpr (Source::kRoom > 0) {
+      ptx::cp_async_wait<kAhead - 1>();
+      ptx::sync_warp();
+    }
 #pragma unroll
-    for (int r = 0; r < R; ++r) source[r].open(slots[d][r], nullptr);
+    for (int r = 0; r < R; ++r) source[r].open(slots[d][r], piece, rooms[d][r]);
     uint4 quad{};
 #pragma unroll
     for (int step = 0; step < Source::kSteps; ++step) {
@@ -113,26 +125,48 @@ struct Feed {
         if (step % kSectionSteps == 0) ptx::mma_f16_zero(part[r], a, b);
         else ptx::mma_f16(part[r], a, b);
         if (step % kSectionSteps == kSectionSteps - 1) {
-          const Affine affine = source[r].affine(slots[d][r], step / kSectionSteps);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) total[r][i] = ptx::fma(part[r][i], affine.scale[i / 2], total[r][i]);
+          add_scaled(total[r], part[r], source[r].scales(slots[d][r], step / kSectionSteps));
         }
       }
     }
+    if constexpr (Source::kMins > 0) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        uint32_t a[4];
+        const Scales scales = source[r].mins(slots[d][r], a);
+        const uint32_t b[2] = {mins[0], mins[1]};
+        ptx::mma_f16_zero(part[r], a, b);
+        if constexpr (Source::kMins == 16) {
+          const uint32_t low[2] = {mins[2], mins[3]};
+          ptx::mma_f16(part[r], a, low);
+        }
+        add_scaled(total[r], part[r], scales);
+      }
+    }
+    if constexpr (Source::kRoom > 0) ptx::sync_warp();  // all have read what is overwritten now
+  }
+  BITFOLD_DEVICE static void add_scaled(float (&total)[4], const float (&part)[4], const Scales& scales) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] = ptx::fma(part[i], scales.of[i / 2], total[i]);
   }
 
   // x: the slice's.
-  BITFOLD_DEVICE void multiply(const uint4* x, int m, float (&total)[R][4]) {
+  BITFOLD_DEVICE void multiply(uint4* x, int m, float (&total)[R][4]) {
     const int token = smaller(ptx::lane_id() / 4, m - 1);  // columns of tokens that aren't there hold the last one
     const int odd = 4 * (token & 1);
     const uint4* mine = x + token * Tokens<Source>::kQuads + ptx::lane_id() % 4;
+    const uint32_t* mins =
+        Tokens<Source>::mins(x, end - begin, m) + (4 * token + ptx::lane_id() % 4) * Tokens<Source>::kMinWords;
     for (int first = begin + warp; first < end; first += kAhead * kWarps) {
 #pragma unroll
       for (int d = 0; d < kAhead; ++d) {
         const int piece = first + d * kWarps;
         if (piece < end) {
-          product(d, mine + (piece - begin) * m * Tokens<Source>::kQuads, odd, total);
+          const int tokens = (piece - begin) * m;  // each a piece of its own
+          product(d, piece, mine + tokens * Tokens<Source>::kQuads, odd, mins + 4 * tokens * Tokens<Source>::kMinWords,
+                  total);
           if (piece + kAhead * kWarps < end) fetch(d, piece + kAhead * kWarps);
+          commit();
         }
       }
     }
@@ -157,7 +191,7 @@ BITFOLD_DEVICE void reduce(const Args<Source>& args, Memory<Source, R>& memory, 
     for (int warp = 0; warp < kWarps; ++warp) {
       sum += reinterpret_cast<const float*>(&memory.partial[warp][row / 16][lane])[place];
     }
-    sum *= scales.unit[token];
+    sum *= scales.unit[token] * Source::kUnit;
     float& kept = memory.sums[unit.tile - unit.round_begin][thread];
     if (unit.slice > 0) sum += kept;
     const int64_t n = (blockIdx.x + int64_t{unit.tile} * gridDim.x) * (16 * R) + row;
@@ -177,10 +211,11 @@ template <class Source, int R>
 __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> args) {
   auto& memory = shared<Memory<Source, R>>();
   auto* x = reinterpret_cast<uint4*>(&memory + 1);
-  const int64_t slice_quads = int64_t{args.slice} * args.x.m * Tokens<Source>::kQuads;
+  const int64_t slice_quads = int64_t{args.slice} * args.x.m * (Tokens<Source>::kPieceBytes / 16);
   const int64_t all = ceil_div<int64_t>(args.n, 16 * R);
   const auto tiles = static_cast<int>(ceil_div<int64_t>(all - blockIdx.x, gridDim.x));
   Feed<Source, R> feed;
+  feed.rooms = memory.rooms[ptx::warp_id()];
   Unit unit{0, 0, 0};
   feed.start(args, memory.tables, unit);  // W doesn't wait for x
   Source::fill(memory.tables, static_cast<int>(threadIdx.x), kThreads);

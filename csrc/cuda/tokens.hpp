@@ -63,7 +63,10 @@ struct Tokens {
   static constexpr Runs kRuns = runs_of_quads<Source>();
   // A quad is 16 bytes; so many are a piece of one token.
   static constexpr int kQuads = 4 * kPairs;
-  static constexpr int64_t kPieceBytes = 16 * kQuads;
+  // Sums of x over sub-blocks, for minima: of each a 32nd, as a half and what that leaves, in the order of a step whose
+  // columns they are. A lane has kMinWords of a token's piece.
+  static constexpr int kMinWords = Source::kMins / 4;
+  static constexpr int64_t kPieceBytes = 16 * kQuads + 16 * kMinWords;
 
   // Neighbouring tokens have their pairs swapped, so that the eight lanes that read together read from all banks.
   BITFOLD_DEVICE static int place(int piece, int m, int token, int pair, int t) {
@@ -95,8 +98,20 @@ struct Tokens {
         }
         x[place(piece, args.m, token, pair, t)] = quad;
       }
+      if constexpr (Source::kMins > 0) {
+        auto* halves = reinterpret_cast<uint16_t*>(mins(x, pieces, args.m));
+        for (int i = thread; i < pieces * Source::kMins; i += threads) {
+          const int piece = i / Source::kMins, block = i % Source::kMins;
+          stage_sum(args, token, first + piece, block, scale, halves + (piece * args.m + token) * 4 * kMinWords * 2);
+        }
+      }
     }
     ptx::sync_block();
+  }
+
+  // Where the sums of `pieces` pieces of m tokens begin.
+  BITFOLD_DEVICE static uint32_t* mins(uint4* x, int pieces, int m) {
+    return reinterpret_cast<uint32_t*>(x + pieces * m * kQuads);
   }
 
  private:
@@ -150,6 +165,33 @@ struct Tokens {
       return element(args, token, begin + Source::column(at, t, half)) | high << 16;
     };
     return {two(step, 0), two(step, 2), two(step + 1, 0), two(step + 1, 2)};
+  }
+
+  BITFOLD_DEVICE static void stage_sum(const TokensArgs& args, int token, int64_t piece, int block, float scale,
+                                       uint16_t* halves) {
+    constexpr int kWidth = Source::kColumns / larger(Source::kMins, 1);
+    const int64_t begin = piece * Source::kColumns + block * kWidth;
+    float sum = 0.0f;
+    const auto add = [&](uint32_t two) {
+      const float2 numbers = ptx::halves_to_floats(args.bf16 ? to_halves(two, scale) : two);
+      sum = ptx::add(ptx::add(sum, numbers.x), numbers.y);
+    };
+    for (int c = 0; c < kWidth; c += 4) {
+      if (args.aligned) {
+        const uint2 four = ptx::load8(args.data + token * args.row_stride + begin + c);
+        add(four.x), add(four.y);
+      } else {
+        for (int i = c; i < c + 4; i += 2) {
+          const uint32_t high = element(args, token, begin + i + 1);
+          add(element(args, token, begin + i) | high << 16);
+        }
+      }
+    }
+    sum *= 1.0f / 32.0f;
+    const uint16_t high = ptx::float_to_half(sum);
+    uint16_t* mine = halves + 2 * (block % 8 / 2 * kMinWords + block / 8) + block % 2;
+    mine[0] = high;
+    mine[Source::kMins / 4] = ptx::float_to_half(sum - ptx::half_to_float(high));
   }
 
   BITFOLD_DEVICE static uint32_t to_halves(uint32_t bf16s, float scale) {
