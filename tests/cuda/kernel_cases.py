@@ -85,13 +85,14 @@ KERNELS = {
     "pack": PACK,
 }
 
-# What runs in every test run: of units with one format each, these formats. The others are slow tests.
+# What runs in every test run: of units with one format each, these formats, and everything that is encoded, since most
+# formats have a search of their own. The others are slow tests.
 QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K)"
 QUICK_FAMILIES = ("int4", "nf4", "q4_k")
 
 
 def quick(cases: list[Case]) -> list[Case]:
-    return [case for case in cases if case.format.split("-")[0] in QUICK_FAMILIES]
+    return [case for case in cases if case.op == "encode" or case.format.split("-")[0] in QUICK_FAMILIES]
 
 
 def last_of_each_format(cases: list[Case]) -> list[Case]:

@@ -23,7 +23,8 @@ class Mutation(NamedTuple):
     end: int
     text: str  # with @ where the mutant's number belongs
     what: str
-    cases: str  # of kernel_cases.KERNELS
+    cases: tuple[str, ...]  # of kernel_cases.KERNELS
+    unseen: str  # why no case can find it; empty where one must
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}"
@@ -31,9 +32,20 @@ class Mutation(NamedTuple):
 
 # Which cases run a file's code; the first that matches.
 CASES = {
-    r"linear_rows\.cu|tokens\.hpp|fragments.*\.hpp": "linear_rows",
-    r"decode\.cu|runs\.hpp": "decode",
-    r"pack\.cu": "pack",
+    r"linear_rows\.cu|tokens\.hpp|fragments.*\.hpp": ("linear_rows",),
+    r"linear_floor\.cu": ("linear_floor", "linear_grad_x"),
+    r"decode\.cu|runs\.hpp": ("decode",),
+    r"encode.*": ("encode",),
+    r"pack\.cu": ("pack",),
+}
+
+# What is dropped without notice, and why: the file, the text and which of those in the file.
+UNSEEN = {
+    (
+        "encode_blocks.hpp",
+        "ptx::sync_block();",
+        4,
+    ): "a block of threads comes back for more after 2^20 others alone",
 }
 
 DROPPED = [r"ptx::sync_block\(\);", r"ptx::sync_warp\(\);", r"ptx::bar_(?:sync|arrive)\([^;]*\);"]
@@ -73,6 +85,29 @@ WRONG = [
     # decode: rows, runs and ends
     ("runs.hpp", "kRow.high_first ? j ^ 1 : j", "j"),
     ("runs.hpp", "4 * (r >> 2 & 1)", "4 * (r >> 3 & 1)"),
+    # encode: ends, and who has which number
+    ("encode_blocks.hpp", "smaller<int64_t>(kThreads, blocks - first)", "kThreads"),
+    (
+        "encode_blocks.hpp",
+        "room.x[b][ptx::lane_id() + i * kWarp]",
+        "room.x[b][ptx::lane_id() + (kEach - 1 - i) * kWarp]",
+    ),
+    ("encode_blocks.hpp", "count * room.kBytes", "(count - 1) * room.kBytes"),
+    ("encode_blocks.cu", "room.x[lane][i] * room.x[lane][i]", "room.x[i][lane] * room.x[i][lane]"),
+    ("encode.cu", "bitfold::ceil_div(count - i, kWarp)", "kTogether"),
+    ("encode.cu", "g % a.groups * a.group", "0"),
+    ("encode.cu", "i == left && i < present", "false"),
+    ("encode.cu", "first / kPiece * kBits", "first / kPiece * (kBits - 1)"),
+    ("encode.cu", "bitfold::ceil_div(present * kBits, 8)", "kBits"),
+    ("encode.cu", "r * a.groups + first + i", "first + i"),
+    ("encode.cu", "smaller(count, (g + 1) * kNestedGroup)", "(g + 1) * kNestedGroup"),
+    # linear_floor and linear_grad_x: ends, tokens and whose sums
+    ("linear_floor.cu", "row >= w.n", "row > w.n"),
+    ("linear_floor.cu", "(first + j) * w.n + row", "first * w.n + row"),
+    ("linear_floor.cu", "from_lane(sums[j], mask)", "from_lane(sums[j], mask / 2)"),
+    ("linear_floor.cu", "start + thread < w.k", "true"),
+    ("linear_floor.cu", "room.sums[warp][thread]", "room.sums[warp / 2][thread]"),
+    ("linear_floor.cu", "row * a.x.column_stride", "row * a.x.row_stride"),
     # pack
     ("pack.cu", "i >= s.rows * pieces", "i > s.rows * pieces"),
     ("pack.cu", "smaller<int64_t>(kCodes, s.columns - piece * kCodes)", "kCodes"),
@@ -80,8 +115,8 @@ WRONG = [
 ]
 
 
-def cases_of(file: str) -> str | None:
-    return next((cases for pattern, cases in CASES.items() if re.fullmatch(pattern, file)), None)
+def cases_of(file: str) -> tuple[str, ...]:
+    return next((cases for pattern, cases in CASES.items() if re.fullmatch(pattern, file)), ())
 
 
 def find() -> list[Mutation]:
@@ -91,10 +126,10 @@ def find() -> list[Mutation]:
     }
     for file, text in texts.items():
         cases = cases_of(file)
-        if cases is None:
+        if not cases:
             continue
         for pattern in [*DROPPED, WAIT]:
-            for match in re.finditer(pattern, text):
+            for nth, match in enumerate(re.finditer(pattern, text), 1):
                 line = text.count("\n", 0, match.start()) + 1
                 if pattern == WAIT:
                     weak = f"ptx::cp_async_wait<({match[1]}) + 1>();"
@@ -104,7 +139,8 @@ def find() -> list[Mutation]:
                     )
                 else:
                     code, what = f"if (!mutant(@)) {{ {match[0]} }}", f"line {line} without {match[0]}"
-                found.append(Mutation(file, match.start(), match.end(), code, what, cases))
+                unseen = UNSEEN.get((file, match[0], nth), "")
+                found.append(Mutation(file, match.start(), match.end(), code, what, cases, unseen))
     for file, right, wrong in WRONG:
         text = texts[file]
         count = text.count(right)
@@ -112,7 +148,7 @@ def find() -> list[Mutation]:
         start = text.index(right)
         code = f"(mutant(@) ? ({wrong}) : ({right}))"
         found.append(
-            Mutation(file, start, start + len(right), code, f"{right} becomes {wrong}", cases_of(file))
+            Mutation(file, start, start + len(right), code, f"{right} becomes {wrong}", cases_of(file), "")
         )
     return found
 

@@ -15,30 +15,38 @@ SCHEDULES = "3"
 
 @pytest.fixture(scope="module")
 def run():
-    """run(number, cases): the program with that mutation, on these cases."""
+    """run(number, *names): the program with that mutation, on the cases of these names."""
     source = programs.ROOT / "build" / "mutants"
     mutations.write(MUTATIONS, source)
     program = programs.build("kernel_tests", "mutants", kernel_cases.QUICK_UNITS, source)
 
-    def run(number: int, cases: str) -> subprocess.CompletedProcess:
-        files = [str(kernel_cases.write(case)) for case in kernel_cases.quick(kernel_cases.KERNELS[cases])]
+    def run(number: int, *names: str) -> subprocess.CompletedProcess:
+        cases = [case for name in names for case in kernel_cases.quick(kernel_cases.KERNELS[name])]
         environment = {"BITFOLD_MUTANT": str(number), "ASAN_OPTIONS": "detect_leaks=0"}
+        files = [str(kernel_cases.write(case)) for case in cases]
         return programs.run(program, SCHEDULES, *files, timeout=60, **environment)
 
     return run
 
 
-@pytest.mark.parametrize("cases", kernel_cases.KERNELS)
-def test_without_a_mistake_all_cases_pass(cases: str, run):
-    result = run(0, cases)
+@pytest.mark.parametrize("name", kernel_cases.KERNELS)
+def test_without_a_mistake_all_cases_pass(name: str, run):
+    result = run(0, name)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("number", range(1, len(MUTATIONS) + 1), ids=lambda i: str(MUTATIONS[i - 1]))
+def numbered():
+    for number, mutation in enumerate(MUTATIONS, 1):
+        # Strict: what is found after all has to leave the table of what isn't.
+        marks = [pytest.mark.xfail(reason=mutation.unseen, strict=True)] if mutation.unseen else []
+        yield pytest.param(number, id=str(mutation), marks=marks)
+
+
+@pytest.mark.parametrize("number", list(numbered()))
 def test_a_mistake_is_found(number: int, run):
     mutation = MUTATIONS[number - 1]
     try:
-        result = run(number, mutation.cases)
+        result = run(number, *mutation.cases)
     except subprocess.TimeoutExpired:  # found: it hangs
         return
-    assert result.returncode != 0, f"no case of {mutation.cases} fails with {mutation}"
+    assert result.returncode != 0, f"no case of {' and '.join(mutation.cases)} fails with {mutation}"
