@@ -31,6 +31,7 @@ MODULES = [
     "ops",
     "qtensor",
     "grids",
+    "hugepages",
     "nn",
     "recipes",
     "quantize",

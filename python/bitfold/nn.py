@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitfold import ops
 from bitfold.formats import parse, plane_shapes
+from bitfold.hugepages import use_huge_pages
 from bitfold.qtensor import QTensor, check_activations
 
 
@@ -52,12 +53,14 @@ class QuantModule(nn.Module):
         )
 
     def prepare(self) -> None:
-        """Builds what the kernels want beside the canonical planes; called after loading, never inside
-        forward.
+        """What the kernels want of the planes; called after loading, never inside forward.
 
-        No kernel wants anything yet, so this does nothing. A repacked copy belongs here as a non-persistent
-        tensor, to be dropped by `_apply` and `_load_from_state_dict`; the planes themselves never change.
+        Large planes in the CPU's memory are put into huge pages where the system has them; they stay where and what
+        they are. No kernel wants a copy of them: one belongs here as a non-persistent tensor, to be dropped by `_apply`
+        and `_load_from_state_dict`.
         """
+        for plane in self.planes():
+            use_huge_pages(plane)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         planes = {id(plane) for plane in self.planes()}
