@@ -29,6 +29,14 @@ constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m,
   return {Regime::Matmul, "a larger batch is bound by multiplying: decoded once, then torch's product"};
 }
 
+// dx = dy W. There is no kernel that multiplies by tensor cores here.
+constexpr LinearPlan plan_grad_x(const Format& format, Layout layout, int64_t m, DType gradient) {
+  const LinearPlan forward = plan_linear(format, layout, m, gradient);
+  if (forward.regime == Regime::Floor || forward.regime == Regime::Matmul) return forward;
+  if (m <= kRows) return {Regime::Floor, "a batch of at most 8 rows is less work than a decoded weight"};
+  return {Regime::Matmul, "a larger batch shares the decoded weight: decoded once, then torch's product"};
+}
+
 constexpr const char* to_string(Regime regime) {
   constexpr const char* kNames[] = {"rows", "tile", "matmul", "floor"};
   return kNames[static_cast<int>(regime)];

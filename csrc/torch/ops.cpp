@@ -293,17 +293,18 @@ Tensor empty_rows(const Tensor& x, int64_t columns) {
   return torch::stable::new_empty(x, {shape.data(), shape.size()}, x.scalar_type());
 }
 
-// torch's product with the decoded weight, or with the weight itself where it is stored in x's dtype.
-Tensor matmul(const Device& device, const Tensor& x, const Weight& w, const Tensor& plane,
-              const std::optional<Tensor>& bias) {
-  Tensor decoded = plane;
-  if (w.format.info().grid != Grid::Cast || plane.scalar_type() != x.scalar_type()) {
-    decoded = empty_beside(x, {w.n, w.k}, x.scalar_type());
-    device.decode({w, nullptr, w.n, float_dtype(x.scalar_type(), "x"), decoded.mutable_data_ptr(), nullptr});
-  }
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(decoded),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+// The weight decoded to x's dtype, or itself where it is stored in it: for torch's products.
+Tensor decoded_for(const Device& device, const Tensor& x, const Weight& w, const Tensor& plane) {
+  if (w.format.info().grid == Grid::Cast && plane.scalar_type() == x.scalar_type()) return plane;
+  Tensor decoded = empty_beside(x, {w.n, w.k}, x.scalar_type());
+  device.decode({w, nullptr, w.n, float_dtype(x.scalar_type(), "x"), decoded.mutable_data_ptr(), nullptr});
+  return decoded;
+}
+
+template <class... Arguments>
+Tensor torch_product(const char* op, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
@@ -328,7 +329,7 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
   if (device.gpu() && kind != Activations::Float)
     fail("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
   if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul)
-    return matmul(device, x, w, planes[0], dense_bias);
+    return torch_product("aten::linear", x, decoded_for(device, x, w, planes[0]), dense_bias);
   Tensor y = empty_rows(x, n);
   device.linear({w, rows, dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), nullptr, kind}, x);
   return y;
@@ -340,6 +341,8 @@ Tensor linear_grad_x(const Tensor& grad, const std::vector<Tensor>& planes, cons
   const Weight w = read_weight(device, planes, format, n, k, layout);
   std::optional<Tensor> owner;
   const MatrixIn rows = activations(device, grad, "grad", "n", n, &owner);
+  if (device.gpu() && cuda::plan_grad_x(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul)
+    return torch_product("aten::matmul", grad, decoded_for(device, grad, w, planes[0]));
   Tensor dx = empty_rows(grad, k);
   device.linear_grad_x({w, rows, dx.mutable_data_ptr(), nullptr});
   return dx;
