@@ -6,9 +6,16 @@ import devices
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("bitfold", derandomize=True, deadline=None, max_examples=60, print_blob=False)
+settings.register_profile(
+    "bitfold",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `device` is the same for all examples
+)
 settings.load_profile("bitfold")
 
 

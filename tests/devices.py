@@ -119,6 +119,11 @@ def ops() -> Any:
     return bitfold.qtensor._ops
 
 
+def plan_device() -> str:
+    """The device of the plans of what runs: "cpu" or "cuda"."""
+    return "cpu" if ops() is torch.ops.bitfold else "cuda"
+
+
 @contextlib.contextmanager
 def use(name: str, seed: str = "") -> Iterator[None]:
     """bitfold's functions run on `name`."""

@@ -9,6 +9,7 @@ import torch
 from cases import DTYPES, assert_same_bits, oracle_planes, refusal, some_formats, to_qtensor, weights
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("format", some_formats())
 def test_rows_are_decoded_rows(format, rng):
@@ -38,6 +39,7 @@ def test_rows_are_decoded_rows(format, rng):
             assert torch.equal(rows, decoded[index.long()])
 
 
+@pytest.mark.usefixtures("device")
 def test_flat_layout(rng):
     for format in ("nf4-b32", "fp4-b64-dq"):
         planes = oracle.encode(weights(rng, 1, 9 * 35), format)
@@ -70,6 +72,7 @@ def test_an_empty_table_has_no_rows():
     refusal(lambda: bitfold.embedding(torch.tensor([0]), qtensor), error=(ValueError, IndexError))
 
 
+@pytest.mark.usefixtures("device")
 def test_bad_ids():
     qtensor = bitfold.encode(torch.ones(5, 40), "int8")
     for ids in (torch.tensor([0.0]), torch.tensor([True]), torch.tensor([0], dtype=torch.uint8)):

@@ -53,6 +53,7 @@ def refused(*args, says: str = "", **options) -> str:
 # ---- every format ----
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", every_format())
 def test_encode_and_decode(format, rng):
     for n, k in NESTED_SHAPES if format.endswith("dq") else SHAPES:
@@ -124,6 +125,7 @@ def test_flat_layout(format, rng):
 # ---- inputs ----
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", some_formats())
 def test_input_dtypes(format, rng):
     for name, dtype in DTYPES.items():
@@ -131,6 +133,7 @@ def test_input_dtypes(format, rng):
         encode_both(w, format, f"{format} from {name}")
 
 
+@pytest.mark.usefixtures("device")
 def test_float64_input_is_rounded_to_binary32_first():
     """1 + 2^-11 + 2^-40 rounds up to fp16 at once, but to even through binary32."""
     w = torch.tensor([[1 + 2**-11 + 2**-40, 1 + 3 * 2**-11 - 2**-40]], dtype=torch.float64)
@@ -138,6 +141,7 @@ def test_float64_input_is_rounded_to_binary32_first():
     encode_both(w, "fp16", "double rounding")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("format", some_formats())
 def test_strided_inputs(format, rng):
@@ -173,6 +177,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", [f for f in every_format() if f.endswith("dq")])
 def test_given_nested_offset(format, rng):
     w = torch.from_numpy(weights(rng, 9, 640))
@@ -185,6 +190,7 @@ def test_nested_offset_only_where_scales_nest():
     refused(torch.ones(1, 64), "nf4-b64", nested_offset=1.0, says="nested_offset")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @given(data=st.data())
 def test_any_weights(data):
@@ -210,6 +216,7 @@ def test_any_weights(data):
 # ---- ties, zeros, extremes ----
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("family", ["int8", "int4", "int3", "int2"])
 @pytest.mark.parametrize("exponent", [-130, -20, 0, 20, 110])
@@ -226,6 +233,7 @@ def test_integer_ties_go_to_even(family, exponent):
         encode_both(shifted, f"{family}-tensor-asym-sfp32", "asymmetric")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize(("family", "small"), [("fp8-e4m3", oracle.E4M3), ("fp8-e5m2", oracle.E5M2)])
 def test_minifloat_ties_go_to_even(family, small):
@@ -241,6 +249,7 @@ def test_minifloat_ties_go_to_even(family, small):
     assert codes[-1] == 0x80
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("family", ["nf4", "fp4"])
 def test_codebook_midpoints_take_the_lower_entry(family):
@@ -252,6 +261,7 @@ def test_codebook_midpoints_take_the_lower_entry(family):
     assert decoded[1 : 1 + len(middles)].tolist() == table[:-1].tolist()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 def test_fp4_zeros():
     """As bitsandbytes on a CPU: what rounds to zero from above is code 8, zero and what comes from below code 0."""
@@ -261,6 +271,7 @@ def test_fp4_zeros():
     assert encoded.decode()[0, 1:7].tolist() == [0.0] * 6
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", every_format())
 def test_all_zero_groups_decode_to_exact_zeros(format):
     w = torch.zeros(4, 150)
@@ -277,6 +288,7 @@ def test_all_zero_groups_decode_to_exact_zeros(format):
 WIDE = [f for f in every_format() if f.endswith("-sfp32") or f in ("nf4-b64", "fp4-b32")]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", WIDE)
 @pytest.mark.parametrize("magnitude", [1e30, 1e-30, 3e37, 2e-36])
 def test_extremes_with_fp32_scales(format, magnitude, rng):
@@ -291,6 +303,7 @@ def test_extremes_with_fp32_scales(format, magnitude, rng):
     assert ((decoded - w.double()).abs() <= bound * magnitude).all()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 def test_denormal_weights_survive_with_fp32_scales():
     """Weights of 2^-149 * (0 ... 127): the scale is the smallest denormal, each is a whole number of it."""
@@ -330,6 +343,7 @@ def check_message(message: str, error: oracle.OracleError, format: str) -> None:
             assert oracle.parse(suggestion).scale != fmt.scale
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("format", some_formats())
 def test_not_finite(format):
@@ -341,6 +355,7 @@ def test_not_finite(format):
             check_message(refused(w, format), oracle.NotFinite(row, column), format)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", some_formats())
 def test_float64_beyond_binary32(format):
     w = torch.ones(3, 40, dtype=torch.float64)
@@ -360,6 +375,7 @@ def encodes(w: torch.Tensor, format: str) -> bool:
     return True
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", every_format())
 def test_scale_faults(format):
     """Weights that no scale dtype but a wide one can serve, in one group of the last row."""
@@ -410,6 +426,7 @@ def test_the_suggested_scale_dtype_works():
         bitfold.encode(w, re.search(r"use '(.+)'", message).group(1))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("format", "largest"), [("fp16", 65504.0), ("bf16", oracle.BF16.largest)])
 def test_cast_overflow(format, largest):
     w = torch.zeros(3, 20)
@@ -424,6 +441,7 @@ def test_cast_overflow(format, largest):
     assert torch.isfinite(clamped).all()
 
 
+@pytest.mark.usefixtures("device")
 def test_cast_overflow_starts_half_a_step_beyond_the_largest():
     for format, edge in [("fp16", 65520.0), ("bf16", (oracle.BF16.largest + 2.0**128) / 2)]:
         inside = torch.tensor([[np.nextafter(np.float32(edge), np.float32(0))]])
@@ -434,6 +452,7 @@ def test_cast_overflow_starts_half_a_step_beyond_the_largest():
         refused(beyond, format, says="clamp")
 
 
+@pytest.mark.usefixtures("device")
 def test_clamp_does_not_hide_nan_or_infinity():
     for bad in (float("nan"), float("inf")):
         w = torch.tensor([[1.0, bad]])
@@ -445,6 +464,7 @@ def test_bad_weights():
         refused(weight, "int8", says="weight")
 
 
+@pytest.mark.usefixtures("device")
 def test_pack_checks_its_arguments():
     codes = torch.zeros(2, 20, dtype=torch.uint8)
     scales, zeros = torch.ones(2, 2, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.uint8)
@@ -466,6 +486,7 @@ def test_pack_checks_its_arguments():
     refusal(lambda: bitfold.pack(codes, scales, format="int4-g16", **nested), "nested")
 
 
+@pytest.mark.usefixtures("device")
 def test_pack_takes_strided_codes(rng):
     base = torch.from_numpy(rng.integers(0, 8, (40, 60)).astype(np.uint8))
     scales = torch.ones(1, 1, dtype=torch.float16)
