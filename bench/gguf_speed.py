@@ -18,7 +18,7 @@ import bitfold
 import torch
 from bitfold.bench import ggml
 from bitfold.bench.ceilings import rotate, rotation_bytes
-from bitfold.bench.clock import CALLS_PER_TURN, Spread, take_turns
+from bitfold.bench.clock import CALLS_PER_TURN, CpuClock, Spread, take_turns
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,7 +63,7 @@ def time_encode(args: argparse.Namespace) -> None:
             "llama.cpp": lambda: library.quantize(theirs, args.type, importance),
         },
         args.seconds,
-        threads=1,
+        clock=CpuClock(1),
     )
     show_rates(spreads, weight.numel())
 
@@ -86,7 +86,7 @@ def time_decode(args: argparse.Namespace) -> None:
             "llama.cpp": lambda: library.dequantize(next(sources), args.type, k),
         },
         args.seconds,
-        threads=1,
+        clock=CpuClock(1),
     )
     show_rates(spreads, args.rows * k)
 
@@ -118,7 +118,7 @@ def time_linear(args: argparse.Namespace) -> None:
         calls[name] = rotate([lambda w=w: w(x) for w in theirs])
         check(calls[name](), exact, TOLERANCE["int8"], name)
     scrub = torch.ones(rotation_bytes() // 4)
-    spreads = take_turns({**calls, "read": scrub.sum}, args.seconds, threads=args.threads)
+    spreads = take_turns({**calls, "read": scrub.sum}, args.seconds, clock=CpuClock(args.threads))
     del spreads["read"]
     best = min(spread.median for name, spread in spreads.items() if name.startswith("llama"))
     for name, spread in spreads.items():

@@ -17,7 +17,7 @@ import torch
 from bitfold.bench import bars, ceilings, contestants, ggml, machine, peers
 from bitfold.bench.bars import BARS, Bar, verdicts
 from bitfold.bench.cases import Timing, encode_cases, linear_cases
-from bitfold.bench.clock import CALLS_PER_TURN, Spread, take_turns
+from bitfold.bench.clock import CALLS_PER_TURN, CpuClock, Spread, take_turns
 from bitfold.bench.run import FORMATS, Settings, run
 from bitfold.bench.validate import WrongResultError
 from bitfold.cli.app import run as command
@@ -252,7 +252,7 @@ def test_contestants_take_turns():
     calls: list[str] = []
     rounds, names = 8, "abc"
     contestants = {name: lambda n=name: calls.append(n) for name in names}
-    spreads = take_turns(contestants, 0, threads=1, min_rounds=rounds)
+    spreads = take_turns(contestants, 0, clock=CpuClock(1), min_rounds=rounds)
     first = [name for name in names for _ in range(2)]  # one that warms up, one that finds how long a turn is
     assert calls[: len(first)] == first
     turns = calls[len(first) :][::CALLS_PER_TURN]

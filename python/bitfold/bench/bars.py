@@ -193,6 +193,28 @@ FILE_BARS = (
 )
 
 
+# ---- one H200, 8192 x 28672, bf16 activations ----
+
+GPU_FOUR_BITS = (*FOUR_BITS, "q4_k")
+
+
+def _gpu_linear(m: int, measure: str, wanted: float, what: str) -> Bar:
+    return Bar(f"4 bits at m={m}, {what}", "linear", GPU_FOUR_BITS, measure, wanted, where=_at("bf16", m))
+
+
+_OF_FEWER = "share of the gain that their fewer bytes allow over torch bf16"
+GPU_BARS = (
+    Bar("decode, share of the copy bandwidth", "decode", GPU_FOUR_BITS, "share:copy", 0.85),
+    _gpu_linear(1, "share:copy", 0.85, "share of the copy bandwidth over packed bytes"),
+    _gpu_linear(1, "of_fewer_bytes", 0.85, _OF_FEWER),
+    _gpu_linear(16, "of_fewer_bytes", 0.75, _OF_FEWER),
+    *(
+        _gpu_linear(m, "over_torch", wanted, "over torch bf16")
+        for m, wanted in ((64, 1.8), (128, 0.9), (256, 0.65), (1024, 0.75), (4096, 0.92))
+    ),
+)
+
+
 def verdicts(rows: Iterable[Row], bars: Iterable[Bar] = BARS) -> list[dict[str, Any]]:
     """One dict for each bar: bar, wanted, sense, measured (the worst), met, at (where that was), cases (all).
 

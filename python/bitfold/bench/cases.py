@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,18 +18,27 @@ import torch
 from torch import Tensor
 
 from bitfold.bench.ceilings import Ceiling, copies, rotate
-from bitfold.bench.clock import CALLS_PER_TURN, MIN_ROUNDS, Spread, take_turns
+from bitfold.bench.clock import CALLS_PER_TURN, MIN_ROUNDS, Clock, CpuClock, Spread, take_turns
 from bitfold.bench.contestants import DTYPES, Coder, Multiplier
+from bitfold.bench.gpu import EventClock, GraphClock
 from bitfold.bench.validate import check_agreement, check_decoding, check_encoding, check_product
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How cases are timed: `take_turns` has the meaning."""
+    """How cases are timed: `take_turns` has the meaning. device: "cpu" or "cuda"; threads: the CPU's."""
 
     threads: int
     seconds: float
     min_rounds: int = MIN_ROUNDS
+    device: str = "cpu"
+
+    def spreads(self, runs: Mapping[str, Callable[[], object]], *, waits: bool = False) -> dict[str, Spread]:
+        """What the calls of each contestant take. waits: they wait for the GPU, as encode does."""
+        clock: Clock = CpuClock(self.threads)
+        if self.device == "cuda":
+            clock = EventClock() if waits else GraphClock()
+        return take_turns(runs, self.seconds, clock=clock, min_rounds=self.min_rounds)
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,7 @@ def linear_cases(
         runs = {
             multiplier.name: partial(calls[multiplier.name], multiplier.activations(x)) for multiplier in here
         }
-        spreads = take_turns(
-            {**runs, reader.name: reader.run},
-            timing.seconds,
-            threads=timing.threads,
-            min_rounds=timing.min_rounds,
-        )
+        spreads = timing.spreads({**runs, reader.name: reader.run})
         rows = []
         for multiplier in here:
             row = _row(case, multiplier, spreads)
@@ -95,7 +99,10 @@ def linear_cases(
             if multiplier.plan is not None:
                 row["plan"] = dataclasses.asdict(multiplier.plan(m, DTYPES[dtype]))
             rows.append(row)
-        yield case, _with_ceilings(rows, spreads, [reader], f"torch {dtype}")
+        complete = _with_ceilings(rows, spreads, [reader], f"torch {dtype}")
+        for row, multiplier in zip(rows, here, strict=False):  # how much of the gain that fewer bytes allow
+            row["of_fewer_bytes"] = row["over_torch"] * multiplier.nbytes / (n * k * DTYPES[dtype].itemsize)
+        yield case, complete
 
 
 def encode_cases(
@@ -120,7 +127,7 @@ def encode_cases(
         }
         ceilings = [*copies(source), reader]
         runs |= {ceiling.name: ceiling.run for ceiling in ceilings}
-        spreads = take_turns(runs, timing.seconds, threads=timing.threads, min_rounds=timing.min_rounds)
+        spreads = timing.spreads(runs, waits=True)
         rows = [_row(case, coder, spreads) for coder in coders]
         for row, coder in zip(rows, coders, strict=True):
             row["error"] = errors[coder.name]
@@ -151,7 +158,7 @@ def decode_cases(
         }
         ceilings = [*copies(_ring(weight.to(DTYPES[dtype]), 2 * CALLS_PER_TURN)), reader]
         runs |= {ceiling.name: ceiling.run for ceiling in ceilings}
-        spreads = take_turns(runs, timing.seconds, threads=timing.threads, min_rounds=timing.min_rounds)
+        spreads = timing.spreads(runs)
         rows = [_row(case, coder, spreads) for coder in here]
         for row, coder in zip(rows, here, strict=True):
             row["error"] = errors[coder.name]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitfold.bench.clock import CALLS_PER_TURN, take_turns
+from bitfold.bench.clock import CALLS_PER_TURN, CpuClock, take_turns
 from bitfold.bench.machine import last_level_cache
 
 MIN_ROTATION = 96 << 20
@@ -63,7 +63,7 @@ def readers(nbytes: int, threads: int) -> list[Ceiling]:
 def fastest_reader(nbytes: int, threads: int, seconds: float) -> tuple[Ceiling, dict[str, Any]]:
     """The fastest of `readers`, and what each of them reached in GB/s."""
     ways = readers(nbytes, threads)
-    times = take_turns({way.name: way.run for way in ways}, seconds, threads=threads)
+    times = take_turns({way.name: way.run for way in ways}, seconds, clock=CpuClock(threads))
     speeds = {way.name: way.nbytes / times[way.name].median / 1e9 for way in ways}
     best = max(ways, key=lambda way: speeds[way.name])
     facts = {

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 CALLS_PER_TURN = 4  # of a short call: one that isn't counted, and three that are
 SHORT = 0.02  # seconds: a call below it has turns of several calls
@@ -44,11 +45,30 @@ class Spread:
         return {**{name: round(value * 1e3, 6) for name, value in values.items()}, "samples": samples}
 
 
+class Clock(Protocol):
+    """What a call takes, on some device."""
+
+    def turn(self, run: Callable[[], object]) -> Callable[[], list[float]]:
+        """A function that makes one turn of `run` and gives the seconds of calls. Calls run, to know it."""
+        ...
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    """The time that the caller waits. threads: of the libraries' pools."""
+
+    threads: int
+
+    def turn(self, run: Callable[[], object]) -> Callable[[], list[float]]:
+        calls = _turn_length(run)
+        return lambda: _turn(run, calls, settle=self.threads > 1)
+
+
 def take_turns(
     contestants: Mapping[str, Callable[[], object]],
     seconds: float,
     *,
-    threads: int,
+    clock: Clock,
     min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Spread]:
     """Spread of each contestant's calls, over rounds in which each has one turn.
@@ -57,7 +77,7 @@ def take_turns(
     makes must not reuse what its last CALLS_PER_TURN calls left in the cache; that is the contestant's care.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    turns = {name: _turn_length(run) for name, run in contestants.items()}
+    turns = {name: clock.turn(run) for name, run in contestants.items()}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -66,8 +86,7 @@ def take_turns(
         while rounds < min_rounds or time.perf_counter() - start < seconds:
             draw.shuffle(order)
             for name in order:
-                samples = _turn(contestants[name], turns[name], settle=threads > 1)
-                times[name].extend(samples)
+                times[name].extend(turns[name]())
             rounds += 1
     finally:
         if collecting:

@@ -78,7 +78,8 @@ class Peer:
 
     library: what it is asked for and absent as; needs: the shapes it takes, [n, k] -> why not, or None;
     linear: a float32 weight [n, k] -> its Multiplier; coder: its Coder, important: the one that is given the
-    importance of columns. None where it has no such thing. beside: the format whose runs alone it takes part in.
+    importance of columns. None where it has no such thing. beside: the format whose runs alone it takes part in;
+    devices: that it has these kernels on.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Peer:
     coder: Callable[[], Coder] | None = None
     important: Callable[[], Coder] | None = None
     beside: str | None = None
+    devices: tuple[str, ...] = ("cpu",)
 
 
 # Relative norm errors: docs/architecture.md has bitfold's own promises, torch's and the peers' are as seen
@@ -115,7 +117,9 @@ def bitfold_multiplier(weight: Tensor, format: str, activations: str = "float") 
         copy,
         BITFOLD_TOLERANCE if activations == "float" else INT8_TOLERANCE,
         format=parse(format).canonical,
-        plan=lambda m, dtype: bitfold.plan_linear(format, m, *qtensor.shape, dtype, activations=activations),
+        plan=lambda m, dtype: bitfold.plan_linear(
+            format, m, *qtensor.shape, dtype, weight.device, activations=activations
+        ),
     )
 
 
@@ -159,7 +163,7 @@ def bitfold_coder(format: str, important: bool = False) -> Coder:
 @lru_cache(maxsize=4)
 def importance(k: int) -> Tensor:
     """One importance vector for all contestants: E[x^2] of columns spreads over some orders of magnitude."""
-    return torch.randn(k, generator=torch.Generator().manual_seed(0)).square() + 1e-3
+    return torch.randn(k, generator=torch.Generator().manual_seed(0), device="cpu").square() + 1e-3
 
 
 def clone(qtensor: bitfold.QTensor) -> bitfold.QTensor:

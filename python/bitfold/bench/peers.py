@@ -20,6 +20,7 @@ from bitfold.bench.contestants import Coder, Multiplier, Peer
 GROUP = 128  # of aten's int4
 BLOCK = 64  # of bitsandbytes' nf4 and fp4, its default
 PEER_TOLERANCE = {"bf16": 1e-2}
+BOTH = ("cpu", "cuda")
 
 
 # ---- aten ----
@@ -83,7 +84,7 @@ def _linear4bit(nested: bool) -> Callable[[Tensor], Multiplier]:
             k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=nested, quant_type="nf4"
         )
         layer.weight = bnb.nn.Params4bit.from_prequantized(
-            data, state.as_dict(packed=True), requires_grad=False, device="cpu", module=layer
+            data, state.as_dict(packed=True), requires_grad=False, device=weight.device, module=layer
         )
         layer.eval().requires_grad_(False)
         layer(torch.zeros(1, k, dtype=torch.bfloat16))
@@ -191,7 +192,12 @@ PEERS = (
     Peer("aten int4pack g128", "aten", _int4pack_needs, linear=_int4pack),
     Peer("aten int8pack", "aten", _any_shape, linear=_int8pack),
     Peer(
-        "bitsandbytes nf4", "bitsandbytes", _blocks_need, linear=_linear4bit(False), coder=_coder4bit("nf4")
+        "bitsandbytes nf4",
+        "bitsandbytes",
+        _blocks_need,
+        linear=_linear4bit(False),
+        coder=_coder4bit("nf4"),
+        devices=BOTH,
     ),
     Peer(
         "bitsandbytes nf4 nested",
@@ -199,11 +205,12 @@ PEERS = (
         _blocks_need,
         linear=_linear4bit(True),
         coder=_coder4bit("nf4", nested=True),
+        devices=BOTH,
     ),
-    Peer("bitsandbytes fp4", "bitsandbytes", _blocks_need, coder=_coder4bit("fp4")),
-    Peer("bitsandbytes int8 blockwise", "bitsandbytes", _any_shape, coder=_coder8bit),
-    Peer("torchao int8 weight-only", "torchao", _any_shape, linear=_torchao_int8),
-    Peer("torchao int8", "torchao", _any_shape, coder=_torchao_coder8),
+    Peer("bitsandbytes fp4", "bitsandbytes", _blocks_need, coder=_coder4bit("fp4"), devices=BOTH),
+    Peer("bitsandbytes int8 blockwise", "bitsandbytes", _any_shape, coder=_coder8bit, devices=BOTH),
+    Peer("torchao int8 weight-only", "torchao", _any_shape, linear=_torchao_int8, devices=BOTH),
+    Peer("torchao int8", "torchao", _any_shape, coder=_torchao_coder8, devices=BOTH),
     *llama.PEERS,
 )
 LIBRARIES = tuple(dict.fromkeys(peer.library for peer in PEERS))

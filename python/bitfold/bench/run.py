@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.bench import ggml, llama
-from bitfold.bench.bars import BARS, BLOCK_BARS, Bar, verdicts
+from bitfold.bench import ggml, gpu, llama
+from bitfold.bench.bars import BARS, BLOCK_BARS, GPU_BARS, Bar, verdicts
 from bitfold.bench.cases import Case, Rows, Timing, decode_cases, encode_cases, linear_cases
 from bitfold.bench.ceilings import Ceiling, fastest_reader, rotation_bytes
 from bitfold.bench.clock import MIN_ROUNDS
@@ -48,7 +48,8 @@ class Settings:
     """What a run measures. seconds: for each case, which takes `min_rounds` rounds at least.
 
     peers: libraries of peers.LIBRARIES; rotation: bytes between two uses of a matrix, 0 for those of
-    `rotation_bytes`. Raises ValueError for an unknown op, format, dtype or peer, or a size below 1.
+    `rotation_bytes`; device: "cpu" or "cuda", the current GPU. Raises ValueError for an unknown op, format, dtype, peer
+    or device, or a size below 1.
     """
 
     ops: tuple[str, ...] = OPS
@@ -61,12 +62,14 @@ class Settings:
     seconds: float = 6.0
     min_rounds: int = MIN_ROUNDS
     rotation: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, values, allowed in (
             ("ops", self.ops, OPS),
             ("dtypes", self.dtypes, tuple(DTYPES)),
             ("peers", self.peers, LIBRARIES),
+            ("device", (self.device,), ("cpu", "cuda")),
         ):
             for value in values:
                 if value not in allowed:
@@ -94,22 +97,32 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
     Returns the report (docs/benchmarks.md): schema, machine, versions, absent, settings, ceilings, rows,
     bars. Sets torch's number of threads. Raises WrongResultError where a contestant computes wrongly.
     """
+    on_gpu = settings.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda'; this torch sees no GPU")
     facts = machine()  # before the run is a load itself
     threads = settings.threads or torch.get_num_threads()
     absent = {library: reason for library in settings.peers if (reason := absence(library, threads))}
     torch.set_num_threads(threads)  # after the peers' imports, which may set it
     torch.manual_seed(0)
-    rotation = settings.rotation or rotation_bytes()
+    rotation = settings.rotation or (gpu.rotation_bytes() if on_gpu else rotation_bytes())
     rows: Rows = []
-    with torch.inference_mode():
-        reader, ceilings = _ceilings(rotation, threads, min(1.0, settings.seconds))
-        timing = Timing(threads, settings.seconds, settings.min_rounds)
+    with torch.inference_mode(), torch.device(settings.device):
+        brief = min(1.0, settings.seconds)
+        if on_gpu:
+            facts["gpu"] = gpu.gpu()
+            reader, copy = gpu.copy_ceiling(rotation, brief)
+            ceilings = {"copy": copy}
+        else:
+            reader, ceilings = _ceilings(rotation, threads, brief)
+        timing = Timing(threads, settings.seconds, settings.min_rounds, settings.device)
         formats = {parse(format).canonical for format in settings.formats}
         peers = [
             peer
             for peer in PEERS
             if peer.library in settings.peers
             and peer.library not in absent
+            and settings.device in peer.devices
             and (peer.beside is None or peer.beside in formats)
             and (peer.coder is not None or "linear" in settings.ops)
         ]
@@ -143,7 +156,9 @@ def _blocks(formats: tuple[str, ...]) -> list[str]:
 
 
 def _bars(settings: Settings) -> list[Bar]:
-    """Those of the formats that the run has: of GGUF's blocks, of the others, or of both."""
+    """Those of the device, and of the formats that the run has: of GGUF's blocks, of the others, or of both."""
+    if settings.device == "cuda":
+        return list(GPU_BARS)
     blocks = len(_blocks(settings.formats))
     return [*(BARS if blocks < len(settings.formats) else ()), *(BLOCK_BARS if blocks else ())]
 
@@ -171,10 +186,11 @@ def _cases(
 ) -> Any:
     dtypes = list(settings.dtypes)
     if op == "linear":
+        whole = _blocks(settings.formats) if settings.device == "cpu" else []  # products of 8-bit numbers
         makers: list[Callable[[Tensor], Multiplier]] = [
             *(lambda w, d=dtype: torch_multiplier(w, d) for dtype in dtypes),
             *(lambda w, f=format: bitfold_multiplier(w, f) for format in settings.formats),
-            *(lambda w, f=format: bitfold_multiplier(w, f, "int8") for format in _blocks(settings.formats)),
+            *(lambda w, f=format: bitfold_multiplier(w, f, "int8") for format in whole),
             *(peer.linear for peer in peers if peer.linear is not None),
         ]
         return linear_cases(n, k, makers, list(settings.batches), dtypes, reader, timing)

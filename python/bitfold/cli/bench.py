@@ -34,6 +34,7 @@ def bench(
         LIBRARIES
     ),
     threads: Annotated[int, typer.Option(help="Threads; 0: torch's number.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the current GPU.")] = _DEFAULTS.device,
     seconds: Annotated[float, typer.Option(help="For each case, at least.")] = _DEFAULTS.seconds,
     output: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
     json: Json = False,
@@ -48,6 +49,7 @@ def bench(
         peers=() if peers == "none" else _names(peers),
         threads=threads,
         seconds=seconds,
+        device=device,
     )
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--out is in {output.parent}, which is no directory")

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Everything that only a machine with an NVIDIA GPU can show, in one run of less than nine minutes: builds for the GPU at
+# hand, runs the tests on it, compute-sanitizer on a few small cases, and the benchmarks; prints a summary and leaves one JSON.
+#
+#   bench/gpu.sh [--full] [OUT]      OUT: a folder, by default build/gpu/out; --full: the whole grid, which takes longer
+#
+# It needs nvcc, CMake, ninja, and a Python with torch (for CUDA), pybind11, pytest and hypothesis; PYTHON names another one.
+# Nothing is fetched: WHEELS names a folder of wheels to install from (bitsandbytes, torchao, typer, rich, ...), BENCHMARK a
+# source folder of google-benchmark. What is absent is left out, and said so.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+grid=quick
+if [ "${1:-}" = --full ]; then grid=full; shift; fi
+out=${1:-build/gpu/out}
+python=${PYTHON:-python3}
+build=build/gpu
+site=$PWD/$build/site
+mkdir -p "$out" "$site"
+out=$(cd "$out" && pwd)
+steps=$out/steps.tsv
+: >"$steps"
+
+# step NAME SECONDS COMMAND...: its output goes to a file of its own; a failure is noted and the others go on.
+step() {
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local code=$?
+  printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - start))" | tee -a "$steps"
+  if [ "$code" != 0 ]; then tail -n 15 "$out/$name.log"; fi
+  return "$code"
+}
+skip() { printf '%s\tskipped: %s\t0\n' "$1" "$2" | tee -a "$steps"; }
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+configure() {
+  local bench=OFF
+  if [ -n "${BENCHMARK:-}" ] || [ -e /usr/include/benchmark/benchmark.h ]; then bench=ON; fi
+  cmake -S . -B "$build" -G Ninja -DBITFOLD_CUDA=on -DBITFOLD_BENCH=$bench ${BENCHMARK:+-DFETCHCONTENT_SOURCE_DIR_BENCHMARK="$BENCHMARK"} \
+    -DPython_EXECUTABLE="$(command -v "$python")"
+}
+compile() { cmake --build "$build" && cp -r python/bitfold "$site/" && cp "$build"/_C*.so "$site/bitfold/"; }
+pytest() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
+
+if [ -n "${WHEELS:-}" ]; then
+  step wheels 60 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+fi
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv >"$out/gpu.csv" 2>&1
+
+if step configure 60 configure && step compile 300 compile; then
+  export BITFOLD_TEST_DEVICES=cuda  # of the tests that run on every device
+  step tests_gpu 120 pytest tests/cuda/test_gpu.py
+  step tests_conformance 150 pytest tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
+  if command -v compute-sanitizer >/dev/null; then
+    step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
+    if grep -q "Device not supported\|Unable to attach" "$out/sanitizer.log"; then
+      skip sanitizer "compute-sanitizer can't attach to this GPU"
+    fi
+  else
+    skip sanitizer "there is no compute-sanitizer"
+  fi
+  if has typer && has rich; then
+    if [ $grid = full ]; then
+      step bench 1800 "$python" -m bitfold bench --device cuda --ops linear,encode,decode --shape 8192x28672 --shape 28672x8192 \
+        --shape 14336x4096 --shape 4096x4096 --batches 1,2,4,8,16,32,64,128,256,512,1024,4096 --dtypes bf16,fp16 \
+        --formats int4-g128,int4-g128-asym,nf4,nf4-dq,fp4,int8,fp8,int3-g64,q4_k,q6_k,q8_0 --seconds 1 --out "$out/bench.json"
+    else
+      step bench 200 "$python" -m bitfold bench --device cuda --ops linear,decode --shape 8192x28672 \
+        --batches 1,16,64,128,256,1024,4096 --dtypes bf16 --formats int4-g128,nf4,q4_k --seconds 0.5 --out "$out/bench.json"
+    fi
+  else
+    skip bench "this Python has no typer and rich, which bitfold's command line needs"
+  fi
+  if [ -x "$build/bench/bench_gpu" ]; then
+    step kernels $([ $grid = full ] && echo 3000 || echo 120) \
+      "$build/bench/bench_gpu" --grid=$grid --benchmark_out="$out/kernels.json" --benchmark_out_format=json
+  else
+    skip kernels "google-benchmark or cuBLAS was not found"
+  fi
+fi
+
+"$python" bench/gpu/report.py "$out"
