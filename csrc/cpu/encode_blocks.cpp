@@ -37,9 +37,8 @@ constexpr float reach(int row) {
 template <int Row>
 inline constexpr float kFar = 2 * reach(Row) * 65504.0f;
 // Where the largest weight of a block is smaller, MXFP4's exponent wraps: to 255, which means none, and for the
-// smallest number of all, 2^-149, down to 232. With steps so large all codes are 0.
+// smallest number of all, 2^-149, down to kMxfp4Wrapped. With steps so large all codes are 0.
 inline constexpr float kNearMxfp4 = 0x1p-125f;
-inline constexpr uint8_t kWrapped = 232;
 
 float largest_magnitude(const float* w, int64_t count) {
   float largest = 0.0f;
@@ -52,7 +51,7 @@ template <int Row>
 bool misfits(const Block<Row>& b, const float* w, float row_largest) {
   constexpr int64_t kColumns = kFormats[Row].group;
   if (block_overflows(b)) return true;
-  if constexpr (Row == kMxfp4) return b.e >= kWrapped && largest_magnitude(w, kColumns) < kNearMxfp4;
+  if constexpr (Row == kMxfp4) return b.e >= kMxfp4Wrapped && largest_magnitude(w, kColumns) < kNearMxfp4;
   else return row_largest > kFar<Row> && largest_magnitude(w, kColumns) > kFar<Row>;
 }
 
@@ -91,8 +90,9 @@ EncodeStatus encode_blocks(const EncodeArgs& args) {
   const int64_t n = args.w.rows, k = args.w.columns;
   const int64_t row_bytes = k / args.format.group * args.format.info().block_bytes;
   const EncodeBlocksFn weighted = kernels.encode_blocks_weighted[args.format.row];
-  const EncodeBlocksFn search =
-      args.importance != nullptr && weighted != nullptr ? weighted : kernels.encode_blocks[args.format.row];
+  const bool by_importance = args.importance != nullptr && weighted != nullptr;
+  const EncodeBlocksFn search = by_importance ? weighted : kernels.encode_blocks[args.format.row];
+  const EncodeRangesFn at_once = by_importance ? nullptr : kernels.encode_ranges[args.format.row];
   const bool in_place = args.w.dtype == DType::F32 && args.w.column_stride == 1 && args.w.row_stride == k;
   Faults faults;
   cut(args.parallel_for, ceil_div(n, kEncodeRows), 1, [&](int64_t begin, int64_t end) {
@@ -101,6 +101,9 @@ EncodeStatus encode_blocks(const EncodeArgs& args) {
       const int64_t rows = std::min(kEncodeRows, n - first);
       const float* w = in_place ? static_cast<const float*>(args.w.data) + first * k : read.data();
       for (int64_t r = 0; !in_place && r < rows; ++r) read_row(kernels, args.w, first + r, read.data() + r * k);
+      uint8_t* blocks = static_cast<uint8_t*>(args.out.codes) + first * row_bytes;
+      const EncodeBlocksArgs batch{w, args.importance, rows, k, blocks};
+      if (at_once != nullptr && at_once(batch)) continue;
       std::array<GroupRange, kEncodeRows> ranges;
       bool finite = true;
       for (int64_t r = 0; r < rows && finite; ++r) {
@@ -110,8 +113,7 @@ EncodeStatus encode_blocks(const EncodeArgs& args) {
         if (!finite) faults.add(not_finite(w + r * k, k, first + r));
       }
       if (!finite) continue;
-      uint8_t* blocks = static_cast<uint8_t*>(args.out.codes) + first * row_bytes;
-      search({w, args.importance, rows, k, blocks});
+      if (at_once == nullptr) search(batch);
       for (int64_t r = 0; r < rows && !args.clamp; ++r) {
         const EncodeStatus status =
             check_scales(args.format, blocks + r * row_bytes, w + r * k, k, first + r, ranges[static_cast<size_t>(r)]);

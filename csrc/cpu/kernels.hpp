@@ -86,6 +86,9 @@ inline constexpr int64_t kInt8Rows = 32;
 
 using QuantizeFn = void (*)(const QuantizeArgs&);
 using EncodeBlocksFn = void (*)(const EncodeBlocksArgs&);
+// The same without a search, in one pass over any w: false where a weight is not finite or a scale may not fit, and the
+// caller looks for which. Where all are finite, all blocks are written.
+using EncodeRangesFn = bool (*)(const EncodeBlocksArgs&);
 // Columns [begin, end) of plane row `row`, decoded to fp32.
 using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out);
 
@@ -119,7 +122,9 @@ struct Kernels {
   void (*from_float)(const float* from, int64_t count, DType dtype, void* to);
   GroupRange (*group_range)(const float* w, int64_t count);
   QuantizeFn quantize[kRowCount];           // null for cast families and blocks
-  EncodeBlocksFn encode_blocks[kRowCount];  // null for all but blocks
+  // Of blocks each type has one of the two; the others have none.
+  EncodeBlocksFn encode_blocks[kRowCount];
+  EncodeRangesFn encode_ranges[kRowCount];
   // Where importance asks for another search than the one without; null where one function does both.
   EncodeBlocksFn encode_blocks_weighted[kRowCount];
   DecodeSpanFn decode_span[kRowCount];

@@ -20,4 +20,7 @@ struct EncodeBlocksArgs {
 // Rows that an encoder is given at a time.
 inline constexpr int64_t kEncodeRows = 16;
 
+// An exponent of MXFP4 from here on is one of very large numbers, or has wrapped below zero.
+inline constexpr uint8_t kMxfp4Wrapped = 232;
+
 }  // namespace bitfold

@@ -1,8 +1,9 @@
 // Blocks whose scale follows from their range: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4.
 //
-// As many blocks as there are lanes are under way: a lane holds the range and the scale of one, and then the codes of
-// one block after the other are chosen. An extreme does not depend on the order in which it is sought, but its sign
-// does, also a zero's: where that counts, the first number that equals it is taken.
+// Each weight is read from memory once. As many blocks as there are lanes are under way: a lane holds the range and the
+// scale of one, and whether all of this is finite is seen on the way; then the codes of one block after the other are
+// chosen. An extreme does not depend on the order in which it is sought, but its sign does, also a zero's: where that
+// counts, the first number that equals it is taken.
 #include <bit>
 #include <limits>
 
@@ -20,25 +21,71 @@ BITFOLD_SIMD float first_equal(const float* w, float value) {
   return w[std::countr_zero(found)];
 }
 
-// Lane b: op over view(numbers) of block b. Lanes past the last block repeat it.
-template <class View, class Op>
-BITFOLD_SIMD F over_blocks(const float* w, int count, View view, Op op) {
-  F rows[kLanes];
+// Numbers that are asked for ahead: the weight is read here for the first time. Of a block's two lines one is asked for
+// when its range is sought, and one when its codes are chosen, so that memory is busy all the time.
+inline constexpr int64_t kAhead = 3072;
+static_assert(kSmall * sizeof(float) == 2 * 64);
+
+// Whether all numbers that it was given are finite.
+struct Finite {
+  F odd = splat(0.0f);  // NaN in the lanes that met a NaN or an infinity
+  BITFOLD_SIMD void add(F x) { odd = fma(x, splat(0.0f), odd); }
+  BITFOLD_SIMD bool all() const { return !any(opposite(equal(odd, splat(0.0f)))); }
+};
+
+// each(b, numbers) for the kLanes blocks of a chunk; blocks past the last repeat it.
+template <class Each>
+BITFOLD_SIMD bool each_block(const float* w, int count, Each each) {
+  Finite finite;
   for (int b = 0; b < kLanes; ++b) {
     const float* x = w + smaller(b, count - 1) * kSmall;
-    rows[b] = view(load(x));
-    for (int v = 1; v < kSmallVectors; ++v) rows[b] = op(rows[b], view(load(x + v * kLanes)));
+    prefetch(x + kAhead);
+    F numbers[kSmallVectors];
+    for (int v = 0; v < kSmallVectors; ++v) {
+      numbers[v] = load(x + v * kLanes);
+      finite.add(numbers[v]);
+    }
+    each(b, numbers);
   }
-  return across(rows, op);
+  return finite.all();
 }
-BITFOLD_SIMD F largest_of_blocks(const float* w, int count) {
-  return over_blocks(w, count, [](F x) { return x; }, [](F a, F b) { return max(a, b); });
-}
-BITFOLD_SIMD F smallest_of_blocks(const float* w, int count) {
-  return over_blocks(w, count, [](F x) { return x; }, [](F a, F b) { return min(a, b); });
-}
-BITFOLD_SIMD F largest_magnitudes(const float* w, int count) {
-  return over_blocks(w, count, [](F x) { return abs(x); }, [](F a, F b) { return max(a, b); });
+
+// Of each block of a chunk, a lane each: the smallest number and the largest.
+struct Ranges {
+  F low, high;
+  bool finite;
+  BITFOLD_SIMD Ranges(const float* w, int count) {
+    F lows[kLanes], highs[kLanes];
+    finite = each_block(w, count, [&](int b, const F(&numbers)[kSmallVectors]) {
+      lows[b] = highs[b] = numbers[0];
+      for (int v = 1; v < kSmallVectors; ++v) {
+        lows[b] = min(lows[b], numbers[v]);
+        highs[b] = max(highs[b], numbers[v]);
+      }
+    });
+    low = across(lows, [](F a, F b) { return min(a, b); });
+    high = across(highs, [](F a, F b) { return max(a, b); });
+  }
+};
+
+// The same: the largest magnitude.
+struct Magnitudes {
+  F largest;
+  bool finite;
+  BITFOLD_SIMD Magnitudes(const float* w, int count) {
+    F all[kLanes];
+    finite = each_block(w, count, [&](int b, const F(&numbers)[kSmallVectors]) {
+      all[b] = abs(numbers[0]);
+      for (int v = 1; v < kSmallVectors; ++v) all[b] = max(all[b], abs(numbers[v]));
+    });
+    largest = across(all, [](F a, F b) { return max(a, b); });
+  }
+};
+
+template <class Code>
+BITFOLD_SIMD void choose_codes(const float* x, I (&codes)[kSmallVectors], Code code) {
+  prefetch(x + kSmall / 2 + kAhead);
+  block_codes(x, codes, code);
 }
 
 // Sets the lanes of `which` to the first number of their block that equals them in magnitude.
@@ -55,17 +102,20 @@ BITFOLD_SIMD F settle(const float* w, int count, F values, Mask which) {
 }
 
 // The first number of the largest magnitude, +0 where all are zeros.
-BITFOLD_SIMD F furthest_of_blocks(const float* w, int count) {
-  const F zero = splat(0.0f), high = largest_of_blocks(w, count), low = smallest_of_blocks(w, count);
-  const F below = sub(zero, low);
-  const F further = add(select(greater(below, high), low, high), zero);
-  return settle(w, count, further, both(equal(below, high), greater(high, zero)));
+BITFOLD_SIMD F furthest(const float* w, int count, const Ranges& range) {
+  const F zero = splat(0.0f), below = sub(zero, range.low);
+  const F further = add(select(greater(below, range.high), range.low, range.high), zero);
+  return settle(w, count, further, both(equal(below, range.high), greater(range.high, zero)));
 }
+
+// Whether these become finite halves.
+BITFOLD_SIMD bool fit(F scales) { return !any(opposite(greater(splat(65520.0f), abs(scales)))); }
 
 // codes = trunc((w - low) inverse + half). Where the inverse overflows, the codes are 0, and so are inverse and half.
 struct Steps {
   float inverse[kLanes], half[kLanes];
   uint16_t scale[kLanes];
+  bool fitting;
 
   BITFOLD_SIMD Steps(F step, float to_nearest) {
     const F exact = div(splat(1.0f), step);
@@ -74,43 +124,58 @@ struct Steps {
     store(inverse, select(either(zero, infinite), splat(0.0f), exact));
     store(half, select(both(infinite, opposite(zero)), splat(0.0f), splat(to_nearest)));
     store_half(scale, step);
+    fitting = fit(step);
   }
 };
 
-// each(w, blocks, count) for so many blocks at a time.
+// What came of a chunk.
+enum class Outcome : uint8_t { Sound, Overflow, NotFinite };
+
+// each(w, blocks, count) for kLanes blocks at a time; whether all of them are sound.
 template <int Row, class Each>
-BITFOLD_SIMD void each_chunk(const EncodeBlocksArgs& a, Each each) {
+BITFOLD_SIMD bool each_chunk(const EncodeBlocksArgs& a, Each each) {
   const int64_t blocks = a.rows * (a.k / kSmall);
+  bool sound = true;
   for (int64_t b = 0; b < blocks; b += kLanes) {
-    each(a.w + b * kSmall, reinterpret_cast<Block<Row>*>(a.blocks) + b, static_cast<int>(smaller(kLanes, blocks - b)));
+    prefetch(reinterpret_cast<const char*>(a.w + b * kSmall) + kPagesAhead);
+    prefetch(a.blocks + b * static_cast<int64_t>(sizeof(Block<Row>)) + kPagesAhead);
+    const Outcome outcome = each(a.w + b * kSmall, reinterpret_cast<Block<Row>*>(a.blocks) + b,
+                                 static_cast<int>(smaller(kLanes, blocks - b)));
+    if (outcome == Outcome::NotFinite) return false;
+    sound = sound && outcome == Outcome::Sound;
   }
+  return sound;
 }
 
 // Q4_0 and Q5_0: the furthest number has code 0, and 0 the code H.
 template <int Row, int H>
-BITFOLD_BODY void encode_centred(const EncodeBlocksArgs& a) {
-  each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
-    const Steps steps(div(furthest_of_blocks(w, count), splat(-static_cast<float>(H))), H + 0.5f);
+BITFOLD_BODY bool encode_centred(const EncodeBlocksArgs& a) {
+  return each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
+    const Ranges range(w, count);
+    if (!range.finite) return Outcome::NotFinite;
+    const Steps steps(div(furthest(w, count, range), splat(-static_cast<float>(H))), H + 0.5f);
     for (int b = 0; b < count; ++b) {
       const F inverse = splat(steps.inverse[b]), half = splat(steps.half[b]), top = splat(2 * H - 0.5f);
       I codes[kSmallVectors];
-      block_codes(w + b * kSmall, codes, [&](F x) { return to_int(min(add(mul(x, inverse), half), top)); });
+      choose_codes(w + b * kSmall, codes, [&](F x) { return to_int(min(add(mul(x, inverse), half), top)); });
       put_half(blocks[b].d, steps.scale[b]);
       if constexpr (Row == kQ4_0) put_nibbles(blocks[b].qs, codes);
       else put_fives(blocks[b].qh, blocks[b].qs, codes);
     }
+    return steps.fitting ? Outcome::Sound : Outcome::Overflow;
   });
 }
 
 // Q4_1 and Q5_1: codes 0 .. M from the smallest number to the largest.
 template <int Row, int M>
-BITFOLD_BODY void encode_ranged(const EncodeBlocksArgs& a) {
-  each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
-    const F high = largest_of_blocks(w, count), smallest = smallest_of_blocks(w, count);
-    const F low = settle(w, count, smallest, equal(smallest, splat(0.0f)));
+BITFOLD_BODY bool encode_ranged(const EncodeBlocksArgs& a) {
+  return each_chunk<Row>(a, [](const float* w, Block<Row>* blocks, int count) {
+    const Ranges range(w, count);
+    if (!range.finite) return Outcome::NotFinite;
+    const F low = settle(w, count, range.low, equal(range.low, splat(0.0f)));
     // A zero's sign is lost by the sum: a block of one number has the step +0.
-    const F range = add(sub(high, low), splat(0.0f));
-    const Steps steps(div(range, splat(static_cast<float>(M))), 0.5f);
+    const F width = add(sub(range.high, low), splat(0.0f));
+    const Steps steps(div(width, splat(static_cast<float>(M))), 0.5f);
     uint16_t minima[kLanes];
     store_half(minima, low);
     float lows[kLanes];
@@ -118,7 +183,7 @@ BITFOLD_BODY void encode_ranged(const EncodeBlocksArgs& a) {
     for (int b = 0; b < count; ++b) {
       const F low = splat(lows[b]), inverse = splat(steps.inverse[b]), half = splat(steps.half[b]);
       I codes[kSmallVectors];
-      block_codes(w + b * kSmall, codes, [&](F x) {  // a range beyond binary32 gives NaN, whose code is 0
+      choose_codes(w + b * kSmall, codes, [&](F x) {  // a range beyond binary32 gives NaN, whose code is 0
         const F place = add(mul(sub(x, low), inverse), half);
         return to_int(min(max(place, splat(0.0f)), splat(M + 0.5f)));
       });
@@ -127,6 +192,7 @@ BITFOLD_BODY void encode_ranged(const EncodeBlocksArgs& a) {
       if constexpr (Row == kQ4_1) put_nibbles(blocks[b].qs, codes);
       else put_fives(blocks[b].qh, blocks[b].qs, codes);
     }
+    return steps.fitting && fit(low) ? Outcome::Sound : Outcome::Overflow;
   });
 }
 
@@ -137,17 +203,20 @@ BITFOLD_SIMD I round_away(F x) {
   return to_int(add(x, as_float(bit_or(sign, as_int(splat(0.49999997f))))));
 }
 
-BITFOLD_BODY void encode_q8_0(const EncodeBlocksArgs& a) {
-  each_chunk<kQ8_0>(a, [](const float* w, Block<kQ8_0>* blocks, int count) {
-    const Steps steps(div(largest_magnitudes(w, count), splat(127.0f)), 0.0f);
+BITFOLD_BODY bool encode_q8_0(const EncodeBlocksArgs& a) {
+  return each_chunk<kQ8_0>(a, [](const float* w, Block<kQ8_0>* blocks, int count) {
+    const Magnitudes magnitudes(w, count);
+    if (!magnitudes.finite) return Outcome::NotFinite;
+    const Steps steps(div(magnitudes.largest, splat(127.0f)), 0.0f);
     for (int b = 0; b < count; ++b) {
       const F inverse = splat(steps.inverse[b]);
       I codes[kSmallVectors];
-      block_codes(w + b * kSmall, codes, [&](F x) { return bit_and(round_away(mul(x, inverse)), splat(255)); });
+      choose_codes(w + b * kSmall, codes, [&](F x) { return bit_and(round_away(mul(x, inverse)), splat(255)); });
       put_half(blocks[b].d, steps.scale[b]);
       for (int v = 0; v < kSmallVectors; ++v)
         store_bytes(reinterpret_cast<uint8_t*>(blocks[b].qs) + v * kLanes, codes[v]);
     }
+    return steps.fitting ? Outcome::Sound : Outcome::Overflow;
   });
 }
 
@@ -170,12 +239,16 @@ BITFOLD_SIMD uint8_t mxfp4_exponent(float largest) {
   return static_cast<uint8_t>(exponent - 2 + 127);
 }
 
-BITFOLD_BODY void encode_mxfp4(const EncodeBlocksArgs& a) {
-  each_chunk<kMxfp4>(a, [](const float* w, Block<kMxfp4>* blocks, int count) {
+BITFOLD_BODY bool encode_mxfp4(const EncodeBlocksArgs& a) {
+  return each_chunk<kMxfp4>(a, [](const float* w, Block<kMxfp4>* blocks, int count) {
+    const Magnitudes magnitudes(w, count);
+    if (!magnitudes.finite) return Outcome::NotFinite;
     float largest[kLanes];
-    store(largest, largest_magnitudes(w, count));
+    store(largest, magnitudes.largest);
+    bool fitting = true;
     for (int b = 0; b < count; ++b) {
       blocks[b].e = mxfp4_exponent(largest[b]);
+      fitting = fitting && blocks[b].e < kMxfp4Wrapped;
       // A code counts the midpoints below the magnitude; a tie belongs to the smaller one. Distances to the two
       // neighbours that decide are exact. Where eight steps are beyond binary32, no number is nearer to them.
       const F step = splat(mxfp4_step(blocks[b].e));
@@ -186,7 +259,7 @@ BITFOLD_BODY void encode_mxfp4(const EncodeBlocksArgs& a) {
       midpoints[5] =
           select(greater(step, splat(0x1p124f)), splat(std::numeric_limits<float>::infinity()), midpoints[5]);
       I codes[kSmallVectors];
-      block_codes(w + b * kSmall, codes, [&](F lanes) {
+      choose_codes(w + b * kSmall, codes, [&](F lanes) {
         I code = splat(0);
         for (const F midpoint : midpoints) code = count_if(greater(abs(lanes), midpoint), code);
         const I sign = bit_and(shift_right<28>(as_int(lanes)), splat(8));
@@ -194,6 +267,7 @@ BITFOLD_BODY void encode_mxfp4(const EncodeBlocksArgs& a) {
       });
       put_nibbles(blocks[b].qs, codes);
     }
+    return fitting ? Outcome::Sound : Outcome::Overflow;
   });
 }
 
