@@ -89,10 +89,11 @@ inline void read_row(const MatrixIn& in, int64_t row, double* to) {
 }
 
 // Columns [begin, end) of matrix row `row`, whatever the layout.
-inline void decode_row(const Kernels& kernels, const Weight& w, int64_t row, int64_t begin, int64_t end, float* to) {
+inline void decode_row(const Kernels& kernels, const Weight& w, int64_t row, int64_t begin, int64_t end, float* to,
+                       Stores stores = Stores::Cached) {
   const bool flat = w.layout == Layout::Flat;
   const int64_t shift = flat ? row * w.k : 0;
-  kernels.decode_span[w.format.row](w, flat ? 0 : row, shift + begin, shift + end, to);
+  kernels.decode_span[w.format.row](w, flat ? 0 : row, shift + begin, shift + end, to, stores);
 }
 
 }  // namespace bitfold::cpu

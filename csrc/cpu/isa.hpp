@@ -15,6 +15,13 @@ namespace {
 
 BITFOLD_SIMD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A vector to where an output begins or goes on.
+template <Stores To>
+BITFOLD_SIMD void put(float* p, F a) {
+  if (To == Stores::PastCaches && reinterpret_cast<uintptr_t>(p) % sizeof(F) == 0) stream(p, a);
+  else store(p, a);
+}
+
 }  // namespace
 }  // namespace bitfold::cpu
 

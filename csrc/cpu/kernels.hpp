@@ -89,8 +89,11 @@ using EncodeBlocksFn = void (*)(const EncodeBlocksArgs&);
 // The same without a search, in one pass over any w: false where a weight is not finite or a scale may not fit, and the
 // caller looks for which. Where all are finite, all blocks are written.
 using EncodeRangesFn = bool (*)(const EncodeBlocksArgs&);
+// Where an output is to lie: in the caches, for who reads it at once, or past them, which spares reading each line
+// before it is written. What is written so is seen by others only after Kernels::drain.
+enum class Stores : uint8_t { Cached, PastCaches };
 // Columns [begin, end) of plane row `row`, decoded to fp32.
-using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out);
+using DecodeSpanFn = void (*)(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out, Stores stores);
 
 // How one family multiplies. It decodes columns in an order of its own, and x is arranged in the same.
 struct LinearKernel {
@@ -120,8 +123,10 @@ struct Kernels {
   const char* isa;
   void (*to_float)(const void* from, DType dtype, int64_t count, float* to);
   void (*from_float)(const float* from, int64_t count, DType dtype, void* to);
+  void (*stream_from_float)(const float* from, int64_t count, DType dtype, void* to);  // Stores::PastCaches
+  void (*drain)();
   GroupRange (*group_range)(const float* w, int64_t count);
-  QuantizeFn quantize[kRowCount];           // null for cast families and blocks
+  QuantizeFn quantize[kRowCount];  // null for cast families and blocks
   // Of blocks each type has one of the two; the others have none.
   EncodeBlocksFn encode_blocks[kRowCount];
   EncodeRangesFn encode_ranges[kRowCount];

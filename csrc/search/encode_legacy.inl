@@ -272,5 +272,4 @@ BITFOLD_BODY bool encode_mxfp4(const EncodeBlocksArgs& a) {
 }
 
 }  // namespace
-
 }  // namespace bitfold::search

@@ -57,8 +57,8 @@ struct Values<kE4m3> : MinifloatValues<kFp8E4m3> {};
 template <>
 struct Values<kE5m2> : MinifloatValues<kFp8E5m2> {};
 
-template <int Row>
-void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out) {
+template <int Row, Stores To>
+BITFOLD_SIMD void decode_groups(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out) {
   constexpr FormatRow kRow = kFormats[Row];
   const int64_t group_size = w.format.group;
   const auto* stream = static_cast<const uint8_t*>(w.codes) + row * ceil_div(w.plane_columns() * kRow.bits, 8);
@@ -75,10 +75,16 @@ void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float
     for (const int64_t aligned = smaller(stop, (i + 7) / 8 * 8); i < aligned; ++i) one(i);
     for (; i + kLanes <= stop; i += kLanes) {
       const F lanes = values(unpack<kRow.bits, kRow.high_first>(stream + i * kRow.bits / 8));
-      store(out + (i - begin), mul(lanes, splat(scale)));
+      put<To>(out + (i - begin), mul(lanes, splat(scale)));
     }
     for (; i < stop; ++i) one(i);
   }
+}
+
+template <int Row>
+void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out, Stores stores) {
+  if (stores == Stores::Cached) decode_groups<Row, Stores::Cached>(w, row, begin, end, out);
+  else decode_groups<Row, Stores::PastCaches>(w, row, begin, end, out);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@ namespace bitfold::cpu {
 namespace {
 
 // All columns of a span.
-template <int Row>
+template <int Row, Stores To>
 BITFOLD_SIMD void decode_whole(Place<Row> at, float* out) {
   using S = Span<Row>;
   I v[kVectors];
@@ -28,7 +28,7 @@ BITFOLD_SIMD void decode_whole(Place<Row> at, float* out) {
       if constexpr (S::kZero != 0) value = sub(value, splat(static_cast<float>(S::kZero)));
       value = mul(step, value);
       if constexpr (S::kMin) value = sub(value, splat(mins[g * 16 / S::kSub]));
-      store(out + c, value);
+      put<To>(out + c, value);
     }
   }
 }
@@ -36,23 +36,29 @@ BITFOLD_SIMD void decode_whole(Place<Row> at, float* out) {
 // Blocks are asked for so many bytes ahead.
 inline constexpr int64_t kAheadBytes = 4096;
 
-template <int Row>
-void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out) {
+template <int Row, Stores To>
+BITFOLD_SIMD void decode_spans(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out) {
   const int64_t bytes = blocks_row_bytes<Row>(w.k);
   const uint8_t* blocks = static_cast<const uint8_t*>(w.codes) + row * bytes;
   for (int64_t i = begin; i < end;) {
     const int64_t span = i / kSpan, first = span * kSpan, stop = smaller(end, first + kSpan);
     if (i == first && stop == first + kSpan) {
       prefetch_span<Row>(blocks, span, kAheadBytes);
-      decode_whole(span_at<Row>(blocks, span), out + (i - begin));
+      decode_whole<Row, To>(span_at<Row>(blocks, span), out + (i - begin));
     } else {  // a part: all of it, aside
       float all[kSpan];
       SpanCopy<Row> copy;
-      decode_whole(copy.span_in(blocks, w.k, span), all);
+      decode_whole<Row, Stores::Cached>(copy.span_in(blocks, w.k, span), all);
       std::memcpy(out + (i - begin), all + (i - first), static_cast<size_t>(stop - i) * sizeof(float));
     }
     i = stop;
   }
+}
+
+template <int Row>
+void decode_span(const Weight& w, int64_t row, int64_t begin, int64_t end, float* out, Stores stores) {
+  if (stores == Stores::Cached) decode_spans<Row, Stores::Cached>(w, row, begin, end, out);
+  else decode_spans<Row, Stores::PastCaches>(w, row, begin, end, out);
 }
 
 template <int Row = kQ4_0>

@@ -27,6 +27,8 @@ struct Mask {
 
 BITFOLD_SIMD F load(const float* p) { return _mm256_loadu_ps(p); }
 BITFOLD_SIMD void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+BITFOLD_SIMD void stream(float* p, F a) { _mm256_stream_ps(p, a); }
+BITFOLD_SIMD void drain() { _mm_sfence(); }
 BITFOLD_SIMD F splat(float a) { return _mm256_set1_ps(a); }
 BITFOLD_SIMD I splat(int32_t a) { return {_mm256_set1_epi32(a)}; }
 
@@ -46,19 +48,20 @@ BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into
   const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(load8(p)), 7);
   return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(static_cast<int16_t>(0xbfff))));
 }
-BITFOLD_SIMD void store_half(uint16_t* p, F a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
+BITFOLD_SIMD __m128i to_halves(F a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BITFOLD_SIMD __m128i to_bf16(F a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
 }
+BITFOLD_SIMD void store_half(uint16_t* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_halves(a)); }
+BITFOLD_SIMD void store_bf16(uint16_t* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+BITFOLD_SIMD void stream_half(uint16_t* p, F a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_halves(a)); }
+BITFOLD_SIMD void stream_bf16(uint16_t* p, F a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
 
 BITFOLD_SIMD F add(F a, F b) { return _mm256_add_ps(a, b); }
 BITFOLD_SIMD F sub(F a, F b) { return _mm256_sub_ps(a, b); }

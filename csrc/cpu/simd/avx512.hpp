@@ -55,18 +55,25 @@ BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into
   const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load16(p)), 7);
   return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbfff))));
 }
-BITFOLD_SIMD void store_half(uint16_t* p, F a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
+BITFOLD_SIMD __m256i to_halves(F a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BITFOLD_SIMD __m256i to_bf16(F a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
 }
+BITFOLD_SIMD void store_half(uint16_t* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_halves(a)); }
+BITFOLD_SIMD void store_bf16(uint16_t* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+#ifdef BITFOLD_EMULATE_AVX512
+BITFOLD_SIMD void stream(float* p, F a) { store(p, a); }
+#else
+BITFOLD_SIMD void stream(float* p, F a) { _mm512_stream_ps(p, a); }
+#endif
+BITFOLD_SIMD void stream_half(uint16_t* p, F a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_halves(a)); }
+BITFOLD_SIMD void stream_bf16(uint16_t* p, F a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+BITFOLD_SIMD void drain() { _mm_sfence(); }
 
 BITFOLD_SIMD F add(F a, F b) { return _mm512_add_ps(a, b); }
 BITFOLD_SIMD F sub(F a, F b) { return _mm512_sub_ps(a, b); }

@@ -32,6 +32,8 @@ BITFOLD_SIMD void store(float* p, F a) {
   vst1q_f32(p, a.low);
   vst1q_f32(p + 4, a.high);
 }
+BITFOLD_SIMD void stream(float* p, F a) { store(p, a); }
+BITFOLD_SIMD void drain() {}
 BITFOLD_SIMD F splat(float a) { return {vdupq_n_f32(a), vdupq_n_f32(a)}; }
 BITFOLD_SIMD I splat(int32_t a) { return {vdupq_n_s32(a), vdupq_n_s32(a)}; }
 
@@ -64,6 +66,8 @@ BITFOLD_SIMD uint32x4_t rounded_to_bf16(float32x4_t a) {
 BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
   vst1q_u16(p, vshrn_high_n_u32(vshrn_n_u32(rounded_to_bf16(a.low), 16), rounded_to_bf16(a.high), 16));
 }
+BITFOLD_SIMD void stream_half(uint16_t* p, F a) { store_half(p, a); }
+BITFOLD_SIMD void stream_bf16(uint16_t* p, F a) { store_bf16(p, a); }
 
 BITFOLD_SIMD F add(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
 BITFOLD_SIMD F sub(F a, F b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }

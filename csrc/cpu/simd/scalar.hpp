@@ -41,6 +41,10 @@ BITFOLD_SIMD F load(const float* p) {
   return out;
 }
 BITFOLD_SIMD void store(float* p, F a) { std::memcpy(p, a.v, sizeof(a.v)); }
+// Stores that go past the caches, where the set has such; p lies on a multiple of a vector's bytes. Others see them
+// only after drain().
+BITFOLD_SIMD void stream(float* p, F a) { store(p, a); }
+BITFOLD_SIMD void drain() {}
 BITFOLD_SIMD F splat(float a) {
   return each<F>([&](int) { return a; });
 }
@@ -71,6 +75,8 @@ BITFOLD_SIMD void store_half(uint16_t* p, F a) {
 BITFOLD_SIMD void store_bf16(uint16_t* p, F a) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_bf16(a.v[i]);
 }
+BITFOLD_SIMD void stream_half(uint16_t* p, F a) { store_half(p, a); }
+BITFOLD_SIMD void stream_bf16(uint16_t* p, F a) { store_bf16(p, a); }
 
 BITFOLD_SIMD F add(F a, F b) {
   return each<F>([&](int i) { return a.v[i] + b.v[i]; });
