@@ -464,6 +464,20 @@ def test_bad_weights():
         refused(weight, "int8", says="weight")
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("format", ["int4-g128", "int3-g64", "nf4", "fp8", "bf16", "fp16", "q4_k", "q8_0"])
+def test_large_outputs(format, rng):
+    """4 MiB and more go past the caches, or to new pages: the bits of a few rows at a time, wherever rows begin."""
+    for k in (1024, 1280) if format.startswith("q") else (1024, 1035):
+        n = (4 << 20) // (2 * k) + 3
+        qtensor = bitfold.encode(torch.from_numpy(weights(rng, n, k)), format)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            ids = torch.arange(n).split(100)
+            rows = bits(torch.cat([bitfold.embedding(part, qtensor, dtype) for part in ids]))
+            for _ in range(3):  # in memory that is new, and in memory that isn't
+                assert np.array_equal(bits(qtensor.decode(dtype)), rows), f"{format} {dtype} k={k}"
+
+
 @pytest.mark.usefixtures("device")
 def test_pack_checks_its_arguments():
     codes = torch.zeros(2, 20, dtype=torch.uint8)
