@@ -110,7 +110,7 @@ struct LinearKernel {
 };
 inline constexpr int64_t kTileColumns = 1024;
 
-// How a type of blocks is multiplied with activations of 8 bits.
+// How a type of blocks is multiplied with activations of 8 bits, or of 16.
 struct Int8Kernel {
   // Row j of the m rows of x. Each block of each row becomes `block_bytes` bytes, the blocks of the m rows side by
   // side.
@@ -134,7 +134,8 @@ struct Kernels {
   EncodeBlocksFn encode_blocks_weighted[kRowCount];
   DecodeSpanFn decode_span[kRowCount];
   LinearKernel linear[kRowCount];
-  Int8Kernel int8[kRowCount];  // null for all but blocks
+  Int8Kernel int8[kRowCount];   // null for all but blocks
+  Int8Kernel int16[kRowCount];  // null also where products of bytes are no faster than fp32
   int lanes;
   int tile_x;
   void (*tile)(const TileArgs<float>&);

@@ -253,13 +253,17 @@ void grad_x_floor(const LinearGradArgs& args) {
 
 void linear(const LinearArgs& args) {
   const Kernels& kernels = cpu::kernels();
-  if (args.activations == Activations::Int8) return linear_int8(args);
+  if (args.activations == Activations::Int8) return linear_int8(args, kernels.int8[args.w.format.row]);
   const LinearPlan plan = plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype);
   switch (plan.regime) {
     case Regime::Fused: return linear_fused(args);
     case Regime::Tiled:
-      if (rounds_to_bf16(kernels, plan, args.x.dtype)) return linear_tiled(args, kernels.tile_bf16);
-      return linear_tiled(args, kernels.tile);
+      switch (tiled_operands(kernels, args.w.format, args.x.dtype)) {
+        case Operands::Int16: return linear_int8(args, kernels.int16[args.w.format.row]);
+        case Operands::BF16: return linear_tiled(args, kernels.tile_bf16);
+        case Operands::F32: return linear_tiled(args, kernels.tile);
+      }
+      break;
     case Regime::Floor: return linear_floor(args);
   }
 }

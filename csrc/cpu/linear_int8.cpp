@@ -1,4 +1,5 @@
-// y = x W^T + b with x rounded to 8 bits first, block by block (docs/gguf-blocks.md, "Activations of 8 bits").
+// y = x W^T + b with x rounded to 8 or 16 bits first, block by block (docs/gguf-blocks.md, "Activations of 8 bits" and
+// "Activations of 16 bits").
 #include "cpu/linear_int8.hpp"
 
 #include <algorithm>
@@ -9,22 +10,23 @@
 namespace bitfold::cpu {
 namespace {
 
-// Rows of x that are multiplied at a time: their codes stay in the second cache, and no weight is opened more often
-// than that.
+// Rows of x that are multiplied at a time, and bytes of them: their codes stay in the second cache, and no weight is
+// opened more often than that.
 constexpr int64_t kBatchRows = 256;
+constexpr int64_t kBatchBytes = 5 << 18;
 // Rows of the weight whose sums with many rows of x are kept together.
 constexpr int64_t kStripRows = 2 * kInt8Rows;
 
 }  // namespace
 
-void linear_int8(const LinearArgs& args) {
+void linear_int8(const LinearArgs& args, const Int8Kernel& kernel) {
   const Kernels& kernels = cpu::kernels();
   const Weight& w = args.w;
-  const Int8Kernel& kernel = kernels.int8[w.format.row];
-  const int64_t blocks = w.k / w.format.group;
-  Buffer<char> x(std::min(args.x.rows, kBatchRows) * blocks * kernel.block_bytes);
-  for (int64_t first = 0; first < args.x.rows; first += kBatchRows) {
-    const int64_t m = std::min(kBatchRows, args.x.rows - first);
+  const int64_t blocks = w.k / w.format.group, row_bytes = blocks * kernel.block_bytes;
+  const int64_t batch = std::clamp(kBatchBytes / std::max<int64_t>(row_bytes, 1), int64_t{48}, kBatchRows);
+  Buffer<char> x(std::min(args.x.rows, batch) * row_bytes);
+  for (int64_t first = 0; first < args.x.rows; first += batch) {
+    const int64_t m = std::min(batch, args.x.rows - first);
     cut(args.parallel_for, m, grain_rows(w.k), [&](int64_t begin, int64_t end) {
       Buffer<float> row(w.k);
       for (int64_t j = begin; j < end; ++j) {

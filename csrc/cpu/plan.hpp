@@ -34,13 +34,19 @@ constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m,
   return {Regime::Fused, "a batch of at most 8 rows is multiplied in registers"};
 }
 
-// Whether decoded weights are rounded to bf16 on their way to instructions that multiply bf16.
-inline bool rounds_to_bf16(const Kernels& kernels, const LinearPlan& plan, DType activations) {
-  return plan.regime == Regime::Tiled && activations == DType::BF16 && kernels.tile_bf16 != nullptr;
+// What `tiled` multiplies: fp32; decoded weights rounded to bf16; or codes of blocks with x rounded to 16 bits.
+enum class Operands : uint8_t { F32, BF16, Int16 };
+inline Operands tiled_operands(const Kernels& kernels, const Format& format, DType activations) {
+  const bool small = activations == DType::BF16 || activations == DType::F16;
+  if (small && kernels.int16[format.row].multiply != nullptr) return Operands::Int16;
+  return activations == DType::BF16 && kernels.tile_bf16 != nullptr ? Operands::BF16 : Operands::F32;
 }
 
 constexpr const char* to_string(Regime regime) {
   return regime == Regime::Fused ? "fused" : regime == Regime::Tiled ? "tiled" : "floor";
+}
+constexpr const char* to_string(Operands operands) {
+  return operands == Operands::Int16 ? "int16" : operands == Operands::BF16 ? "bfloat16" : "float32";
 }
 
 }  // namespace bitfold::cpu

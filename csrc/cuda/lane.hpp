@@ -33,6 +33,7 @@ struct Mask {
 
 BITFOLD_SIMD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 BITFOLD_SIMD void prefetch(const void*) {}
+BITFOLD_SIMD void prefetch_page(const void*) {}
 
 BITFOLD_SIMD F load(const float* p) { return {*p}; }
 BITFOLD_SIMD void store(float* p, F a) { *p = a.v; }

@@ -26,28 +26,21 @@ BITFOLD_SIMD float first_equal(const float* w, float value) {
 inline constexpr int64_t kAhead = 3072;
 static_assert(kSmall * sizeof(float) == 2 * 64);
 
-// Whether all numbers that it was given are finite.
-struct Finite {
-  F odd = splat(0.0f);  // NaN in the lanes that met a NaN or an infinity
-  BITFOLD_SIMD void add(F x) { odd = fma(x, splat(0.0f), odd); }
-  BITFOLD_SIMD bool all() const { return !any(opposite(equal(odd, splat(0.0f)))); }
-};
-
-// each(b, numbers) for the kLanes blocks of a chunk; blocks past the last repeat it.
+// each(b, numbers) for the kLanes blocks of a chunk; blocks past the last repeat it. Whether all numbers are finite.
 template <class Each>
 BITFOLD_SIMD bool each_block(const float* w, int count, Each each) {
-  Finite finite;
+  F odd = splat(0.0f);  // NaN in the lanes that met a NaN or an infinity
   for (int b = 0; b < kLanes; ++b) {
     const float* x = w + smaller(b, count - 1) * kSmall;
     prefetch(x + kAhead);
     F numbers[kSmallVectors];
     for (int v = 0; v < kSmallVectors; ++v) {
       numbers[v] = load(x + v * kLanes);
-      finite.add(numbers[v]);
+      odd = fma(numbers[v], splat(0.0f), odd);
     }
     each(b, numbers);
   }
-  return finite.all();
+  return !any(opposite(equal(odd, splat(0.0f))));
 }
 
 // Of each block of a chunk, a lane each: the smallest number and the largest.
@@ -137,10 +130,11 @@ BITFOLD_SIMD bool each_chunk(const EncodeBlocksArgs& a, Each each) {
   const int64_t blocks = a.rows * (a.k / kSmall);
   bool sound = true;
   for (int64_t b = 0; b < blocks; b += kLanes) {
-    prefetch(reinterpret_cast<const char*>(a.w + b * kSmall) + kPagesAhead);
-    prefetch(a.blocks + b * static_cast<int64_t>(sizeof(Block<Row>)) + kPagesAhead);
-    const Outcome outcome = each(a.w + b * kSmall, reinterpret_cast<Block<Row>*>(a.blocks) + b,
-                                 static_cast<int>(smaller(kLanes, blocks - b)));
+    const float* w = a.w + b * kSmall;
+    auto* to = reinterpret_cast<Block<Row>*>(a.blocks) + b;
+    prefetch_page(w);
+    prefetch_page(to);
+    const Outcome outcome = each(w, to, static_cast<int>(smaller(kLanes, blocks - b)));
     if (outcome == Outcome::NotFinite) return false;
     sound = sound && outcome == Outcome::Sound;
   }

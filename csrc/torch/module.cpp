@@ -106,10 +106,11 @@ py::dict linear_plan(const std::string& format, const std::string& layout, int64
   py::dict info;
   info["regime"] = cpu::to_string(plan.regime);
   info["reason"] = plan.reason;
-  info["operands"] = kind == Activations::Int8                                       ? "int8"
-                     : plan.regime == cpu::Regime::Floor                             ? "float64"
-                     : cpu::rounds_to_bf16(cpu::kernels(), plan, parse_dtype(dtype)) ? "bfloat16"
-                                                                                     : "float32";
+  info["operands"] = kind == Activations::Int8           ? "int8"
+                     : plan.regime == cpu::Regime::Floor ? "float64"
+                     : plan.regime == cpu::Regime::Fused
+                         ? "float32"
+                         : cpu::to_string(cpu::tiled_operands(cpu::kernels(), parsed, parse_dtype(dtype)));
   info["isa"] = cpu::kernels().isa;
   return info;
 }

@@ -249,8 +249,8 @@ class LinearPlan:
 
     regime: "fused", "tiled" or "floor", on a GPU "rows", "tile", "matmul" or "floor"; reason: why that one;
     operands: the dtype that activations and decoded weights have when they are multiplied ("bfloat16" and "float16"
-    round the weights, "float32" and "float64" don't; "int8" rounds the activations); isa: the instruction set that
-    runs it, or "cuda".
+    round the weights, "float32" and "float64" don't; "int8" and "int16" round the activations, block by block); isa:
+    the instruction set that runs it, or "cuda".
     """
 
     regime: str

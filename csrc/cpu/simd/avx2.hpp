@@ -16,6 +16,7 @@ inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 3;  // 12 sums, 3 + 1 operands: all 16 registers
 inline constexpr bool kOneLookup = false;
 inline constexpr bool kOneWideLookup = false;
+inline constexpr bool kOneDot = false;
 
 using F = __m256;
 struct I {

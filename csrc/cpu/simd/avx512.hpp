@@ -21,6 +21,11 @@ inline constexpr int kLanes = 16;
 inline constexpr int kTileX = 6;  // 24 sums, 6 + 1 operands of 32 registers
 inline constexpr bool kOneLookup = true;
 inline constexpr bool kOneWideLookup = true;
+#ifdef __AVX512VNNI__  // avx512_vnni
+inline constexpr bool kOneDot = true;
+#else
+inline constexpr bool kOneDot = false;
+#endif
 
 using F = __m512;
 struct I {
@@ -294,7 +299,7 @@ BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
   v[3] = as_int(unpack_doubles_high(b, d));
 }
 BITFOLD_SIMD F low_halves(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v)); }
-#ifdef __AVX512VNNI__  // avx512_vnni
+#ifdef __AVX512VNNI__
 template <bool Wide>
 BITFOLD_SIMD I dot_bytes(I sum, I w, I x) {
   return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)};

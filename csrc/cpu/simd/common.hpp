@@ -32,9 +32,9 @@ BITFOLD_SIMD uint32_t load_word(const uint8_t* p) {
 // under way to keep a core's share of the memory busy.
 BITFOLD_SIMD void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // The first line of a page waits until its address is translated, for longer than for memory on a virtual machine, and
-// what is asked for behind it waits too. So whoever reads or writes in order also asks for one line, in each page or
-// more often, so many bytes ahead: one core then reads half as much again.
-inline constexpr int64_t kPagesAhead = 65536;
+// what is asked for behind it waits too. So whoever reads or writes in order also asks for a line some pages after p,
+// once in each page or more often: one core then reads half as much again.
+BITFOLD_SIMD void prefetch_page(const void* p) { prefetch(static_cast<const char*>(p) + 65536); }
 
 }  // namespace
 }  // namespace bitfold::cpu

@@ -16,6 +16,7 @@ inline constexpr int kLanes = 8;
 inline constexpr int kTileX = 3;  // 12 sums of two registers, 3 + 1 operands: all 32 registers
 inline constexpr bool kOneLookup = false;
 inline constexpr bool kOneWideLookup = false;
+inline constexpr bool kOneDot = false;
 
 struct F {
   float32x4_t low, high;

@@ -17,6 +17,8 @@ inline constexpr int kTileX = 2;
 inline constexpr bool kOneLookup = true;
 // The same of a table of 32.
 inline constexpr bool kOneWideLookup = true;
+// Whether dot_bytes is one instruction.
+inline constexpr bool kOneDot = false;
 
 struct F {
   float v[kLanes];
