@@ -7,6 +7,7 @@
 #include "cuda/lane.hpp"
 #include "formats/codec.hpp"
 #include "search/codes.inl"
+#include "search/misfit.hpp"
 
 namespace bitfold::cuda {
 namespace {
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(1) explain_fault(PlanesArgs a) {
   } else if (a.row.grid == Grid::Block) {
     float largest = 0.0f;
     for (int64_t i = 0; i < a.row.group; ++i) largest = fabsf(number(i)) > largest ? fabsf(number(i)) : largest;
-    status.fault = EncodeFault::ScaleOverflow;
+    status.fault = misfit(largest);
     status.value = largest;
   } else {
     GroupRange range{0.0f, 0.0f, true};

@@ -6,6 +6,7 @@
 #include "cuda/lane.hpp"
 #include "formats/blocks.hpp"
 #include "search/blocks.hpp"
+#include "search/misfit.hpp"
 
 namespace bitfold::cuda {
 
@@ -85,8 +86,9 @@ __global__ void __launch_bounds__(kEncodeThreads<Row>) encode_each_block(BlocksA
         const float* mean = a.row_means == nullptr ? nullptr : a.row_means + row;
         uint8_t* block = room.blocks + t * kBytes;
         Encoder::run({room.x[t], importance, 1, kValues, block}, mean);
-        const bool overflows = block_overflows(*reinterpret_cast<const Block<Row>*>(block));
-        if (overflows && !a.clamp) add_fault(a.faults, false, a.w, row, column);
+        const float most = largest_magnitude(room.x[t], kValues);
+        const bool wrong = misfits(*reinterpret_cast<const Block<Row>*>(block), room.x[t], most);
+        if (wrong && !a.clamp) add_fault(a.faults, false, a.w, row, column);
       }
     }
     ptx::sync_block();
