@@ -104,6 +104,7 @@ def some_importance(rng: np.random.Generator, k: int) -> np.ndarray:
 # ---- golden vectors ----
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @every_block
 @pytest.mark.parametrize("weighed", [False, True], ids=["plain", "importance"])
@@ -121,6 +122,7 @@ def test_golden_bytes(format, weighed):
         refusal(lambda row=row: bitfold.encode(x[row : row + 1], format, importance=importance), "row 0")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @every_block
 def test_golden_decoding(format):
@@ -132,6 +134,7 @@ def test_golden_decoding(format):
 # ---- every type: shapes, inputs ----
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @every_block
 def test_encode_and_decode(format, rng):
@@ -147,6 +150,7 @@ def test_encode_and_decode(format, rng):
                 assert_same_bits(decoded, decoded_bits(blocks, format, name), f"{format} {n}x{k} to {name}")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @every_block
 def test_decode_of_any_bytes(format, rng):
@@ -159,6 +163,7 @@ def test_decode_of_any_bytes(format, rng):
             assert_same_bits(decoded, decoded_bits(blocks, format, name), f"{format} to {name}")
 
 
+@pytest.mark.usefixtures("device")
 @every_block
 @pytest.mark.parametrize("name", DTYPES)
 def test_input_dtypes(format, name, rng):
@@ -168,6 +173,7 @@ def test_input_dtypes(format, name, rng):
         encode_both(w, format, f"{format} from {name}", importance)
 
 
+@pytest.mark.usefixtures("device")
 @every_block
 def test_strided_inputs(format, rng):
     values = parse(format).group
@@ -211,6 +217,7 @@ def test_same_bytes_for_any_threads(format, rng, threads):
         assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
+@pytest.mark.usefixtures("device")
 @every_block
 def test_a_row_does_not_depend_on_the_others(format, rng):
     """Rows share lanes and nothing else: each alone has the bytes that it has among others."""
@@ -283,6 +290,7 @@ def importances(rng: np.random.Generator, k: int) -> dict[str, np.ndarray]:
     return {name: q.astype(np.float32) for name, q in found.items()}
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @every_block
 def test_extremes(format, rng):
@@ -298,6 +306,7 @@ def test_extremes_with_importance(format, rng):
             encode_both(x, format, f"{format} {name}, importance {weighing}", q)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @given(data=st.data())
 def test_any_weights(data):
@@ -318,6 +327,7 @@ def test_any_weights(data):
     encode_both(w, format, f"{format} {n}x{k} {dtype} importance {weighing}", importance)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 def test_wrapped_integers_spill_over_their_neighbours(rng):
     """q4_k with importance on few columns finds negative scales; in 6 bits they wrap, and spill."""
@@ -342,6 +352,7 @@ def test_importance_matters_where_there_is_a_search(format, rng):
 # ---- errors: one sentence ----
 
 
+@pytest.mark.usefixtures("device")
 @every_block
 def test_columns_must_be_whole_blocks(format):
     values = parse(format).group
@@ -352,6 +363,7 @@ def test_columns_must_be_whole_blocks(format):
         bitfold.QTensor(format, (1, values + 1), {"blocks": torch.zeros(1, 1, dtype=torch.uint8)})
 
 
+@pytest.mark.usefixtures("device")
 @every_block
 def test_not_finite(format):
     values = parse(format).group
@@ -366,6 +378,7 @@ def test_not_finite(format):
                 )
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @every_block
 def test_a_scale_beyond_float16_is_an_error_unless_clamped(format, rng, threads):
@@ -433,6 +446,7 @@ def test_weights_below_the_exponents_of_mxfp4_are_refused_unless_clamped():
             assert not bitfold.encode(torch.full((1, 256), 1e-40), format).decode().any()
 
 
+@pytest.mark.usefixtures("device")
 @every_block
 def test_bad_importance(format):
     values = parse(format).group
