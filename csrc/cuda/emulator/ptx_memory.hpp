@@ -49,6 +49,10 @@ BITFOLD_DEVICE uint32_t load_streaming4(const void* global, const Where& where =
   return detail::load<uint32_t>(global, where);
 }
 
+BITFOLD_DEVICE float4 load_written16(const void* global, const Where& where = Where::current()) {
+  return detail::load<float4>(global, where);
+}
+
 BITFOLD_DEVICE void store_streaming16(void* global, uint4 value, const Where& where = Where::current()) {
   detail::store(global, value, where);
 }

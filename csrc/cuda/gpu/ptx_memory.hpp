@@ -40,6 +40,10 @@ BITFOLD_DEVICE uint32_t load_streaming4(const void* global) {
   return d;
 }
 
+// ---- global memory that other blocks have written: past the first cache, which doesn't hear of it ----
+
+BITFOLD_DEVICE float4 load_written16(const void* global) { return __ldcg(static_cast<const float4*>(global)); }
+
 // ---- global memory that the kernel doesn't read again ----
 
 BITFOLD_DEVICE void store_streaming16(void* global, uint4 value) { __stcs(static_cast<uint4*>(global), value); }

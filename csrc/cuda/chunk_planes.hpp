@@ -1,0 +1,137 @@
+// The formats with planes as chunks (chunk.hpp): codes by PlaneCodes, whose words come from shared memory.
+#pragma once
+
+#include "cuda/chunk.hpp"
+
+namespace bitfold::cuda {
+
+// A scale of a row and 32 columns, loaded: looked at when it has arrived.
+struct LoadedScaleZero {
+  LoadedScale scale;
+  uint32_t zero;
+};
+
+template <int Row>
+struct PlaneChunk {
+  using Codes = PlaneCodes<Row>;
+  static constexpr int kBits = kFormats[Row].bits;
+  static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
+  static constexpr int kColumns = kBits == 8 ? 128 : 256, kBytes = kColumns * kBits / 8, kAlign = 4;
+  static constexpr int kMins = 0, kTables = 0;
+  static constexpr bool kPlanes = true;
+  // Of 32 consecutive columns a lane has eight; of the narrow codes 16 of 64, which are as many whole bytes.
+  static constexpr bool kNarrow = kBits < 4;
+  static constexpr int kSpan = kNarrow ? 4 : 2;
+
+  static constexpr int column(int unit, int step, int t, int half) {
+    if (kNarrow) return 64 * unit + 16 * t + Codes::column(step, half);
+    if (kBits == 8) return 64 * unit + 16 * step + 4 * t + Codes::column(0, half);
+    return 64 * unit + 32 * (step / 2) + 8 * t + Codes::column(step % 2, half);
+  }
+
+  struct Head {};
+  BITFOLD_DEVICE static Head head(const uint8_t*) { return {}; }
+
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<kSpan>& out) {
+    const uint8_t* bytes = lane.bytes + unit * (kUnit * kBits / 8);
+    const ScaleZero first = lane.scales[2 * unit], second = lane.scales[2 * unit + 1];
+    out.scales[0] = first.scale;
+    if constexpr (!kNarrow) out.scales[1] = second.scale;
+    uint32_t words[4];
+    load(bytes, lane.t, words);
+#pragma unroll
+    for (int s = 0; s < kUnitSteps; ++s) {
+      const uint32_t* word = words + (kNarrow ? 0 : kBits == 8 ? s : s / 2);
+      const int step = kNarrow ? s : kBits == 8 ? 0 : s % 2;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        out.halves[s][r] = Codes::value(word, step, r, s < 2 || kNarrow ? first.zero : second.zero, {});
+      }
+    }
+  }
+
+  // The words that unit() looks at.
+  BITFOLD_DEVICE static void load(const uint8_t* bytes, int t, uint32_t (&words)[4]) {
+    const auto word = [&](int at) { return *reinterpret_cast<const uint32_t*>(bytes + at); };
+    if constexpr (kBits == 3) {  // six bytes; lanes 1 and 3 begin in the middle of a word
+      const int at = 6 * t / 4 * 4;
+      const uint32_t shift = 16 * (static_cast<uint32_t>(t) % 2);
+      const uint32_t high = word(at + 4);
+      words[0] = ptx::funnel_right(word(at), high, shift);
+      words[1] = high >> shift;
+    } else if constexpr (kBits == 2) {
+      words[0] = word(4 * t);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBits / 2; ++i) words[i] = word(16 * i + 4 * t);
+    }
+  }
+
+  BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, int64_t row, int64_t column) {
+    const uint32_t group = w.pieces.divide(static_cast<uint32_t>(column / 32));
+    LoadedScaleZero loaded{};
+    loaded.scale.load(w, row * w.row_scales + group);
+    if constexpr (kInteger) loaded.zero = load_zero<kBits>(w, row, group);
+    return loaded;
+  }
+  BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded) {
+    const float* dynamic_map = nullptr;
+    if constexpr (kFormats[Row].nested) dynamic_map = &kDynamicMap[0];
+    return {loaded.scale.value(w, dynamic_map) * (Codes::kUnit * kDown), loaded.zero * 0x00010001u};
+  }
+};
+
+template <>
+struct Chunk<kInt8> : PlaneChunk<kInt8> {};
+template <>
+struct Chunk<kInt4> : PlaneChunk<kInt4> {};
+template <>
+struct Chunk<kInt3> : PlaneChunk<kInt3> {};
+template <>
+struct Chunk<kInt2> : PlaneChunk<kInt2> {};
+template <>
+struct Chunk<kE4m3> : PlaneChunk<kE4m3> {};
+template <>
+struct Chunk<kE5m2> : PlaneChunk<kE5m2> {};
+
+// Codebooks: the halves of both codes of a byte, once for each lane, in a bank of its own: lane l finds those of byte e
+// at 128 e + 4 l.
+template <int Row>
+struct CodebookChunk : PlaneChunk<Row> {
+  static constexpr int kTables = 256 * kWarp * 4;
+  BITFOLD_DEVICE static void fill(uint8_t* tables, int thread, int threads) {
+    auto* pairs = reinterpret_cast<uint32_t*>(tables);
+    for (int i = thread; i < 256 * kWarp; i += threads) {
+      const auto code = static_cast<uint32_t>(i / kWarp);
+      pairs[i] = ptx::floats_to_halves(code_value<Row>(code >> 4, 0), code_value<Row>(code & 15u, 0));
+    }
+  }
+  BITFOLD_DEVICE static void unit(const Lane& lane, const typename PlaneChunk<Row>::Head&, int unit, Operands<2>& out) {
+    uint32_t words[4];
+    PlaneChunk<Row>::load(lane.bytes + unit * (kUnit / 2), lane.t, words);
+    const auto mine = static_cast<uint32_t>(8 * ptx::lane_id());
+#pragma unroll
+    for (int s = 0; s < kUnitSteps; ++s) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t place =
+            ptx::prmt(words[s / 2], mine, 0x7704u | static_cast<uint32_t>(2 * (s % 2) + r) << 4) >> 1;
+        out.halves[s][r] = *reinterpret_cast<const uint32_t*>(lane.tables + place);
+      }
+    }
+    out.scales[0] = lane.scales[2 * unit].scale;
+    out.scales[1] = lane.scales[2 * unit + 1].scale;
+  }
+};
+template <>
+struct Chunk<kNf4> : CodebookChunk<kNf4> {};
+template <>
+struct Chunk<kFp4> : CodebookChunk<kFp4> {};
+
+// Whether tiles have the format's groups: 32 columns share a scale, of narrow codes 64.
+constexpr bool tile_supports(const Format& format) {
+  if (format.is_block()) return true;
+  return format.group < 1 || format.group % (format.bits() < 4 ? 64 : 32) == 0;
+}
+
+}  // namespace bitfold::cuda

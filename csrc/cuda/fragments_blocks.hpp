@@ -1,0 +1,477 @@
+// GGUF's blocks to operands of mma (chunk.hpp). csrc/formats/blocks.hpp says what the bits mean.
+//
+// Scales of K-quants are small whole numbers, as codes are: their products are exact in halves (but Q6_K's and
+// IQ4_XS's), so that a code is multiplied with its sub-block's scale in place, and the block's own scale comes to the
+// sums of a whole unit. Minima of sub-blocks are a product of their own, of small whole numbers again: one step for
+// each chunk, with sums of x over sub-blocks (divided by 32) as its columns.
+#pragma once
+
+#include "cuda/chunk.hpp"
+#include "formats/blocks.hpp"
+
+namespace bitfold::cuda {
+
+// ---- loads ----
+
+template <int Align>
+BITFOLD_DEVICE uint32_t word_at(const uint8_t* p) {
+  if constexpr (Align >= 4) {
+    return *reinterpret_cast<const uint32_t*>(p);
+  } else if constexpr (Align == 2) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(p);
+    return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+  } else {
+    return p[0] | static_cast<uint32_t>(p[1]) << 8 | static_cast<uint32_t>(p[2]) << 16 |
+           static_cast<uint32_t>(p[3]) << 24;
+  }
+}
+BITFOLD_DEVICE uint32_t half_bits_at(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
+BITFOLD_DEVICE float half_at(const uint8_t* p) { return ptx::half_to_float(*reinterpret_cast<const uint16_t*>(p)); }
+
+// ---- whole numbers to floats and halves ----
+
+// Byte `i` of a:b as a float, less `zero`: 2^23 + byte is exact.
+BITFOLD_DEVICE float byte_to_float(uint32_t word, int i, float zero) {
+  return ptx::uint_as_float(ptx::prmt(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(i))) - (0x1p23f + zero);
+}
+// (byte i - zero) 2^power, in both halves.
+template <int Power>
+BITFOLD_DEVICE uint32_t byte_to_halves(uint32_t word, int i, int zero) {
+  constexpr uint32_t kExponent = 0x64u + static_cast<uint32_t>(4 * Power);
+  const auto byte = static_cast<uint32_t>(i);
+  const uint32_t sum = ptx::prmt(word, kExponent << 8 | kExponent, 0x4040u | byte | byte << 8);
+  return ptx::hsub2(sum, 0x00010001u * ((kExponent << 8) + static_cast<uint32_t>(zero)));
+}
+
+// ---- blocks of 32 columns, of nibbles ----
+
+// Byte j has column j low and column j + 16 high; lane t has bytes 4t ... 4t + 3 of both blocks of a unit, the low
+// nibbles in the first step of each, bytes 0 and 2 in b0 and bytes 1 and 3 in b1.
+template <int Row, int Qs, int Align>
+struct SmallBlocks {
+  static constexpr int kColumns = 256, kBlock = sizeof(Block<Row>), kBytes = 8 * kBlock, kAlign = Align;
+  static constexpr int kSpan = 2, kMins = 0, kTables = 0;
+  static constexpr bool kPlanes = false;
+  static constexpr int column(int unit, int step, int t, int half) {
+    return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half / 2 + 2 * (half % 2);
+  }
+  struct Head {};
+  BITFOLD_DEVICE static Head head(const uint8_t*) { return {}; }
+
+  BITFOLD_DEVICE static const uint8_t* block(const Lane& lane, int b) { return lane.bytes + b * kBlock; }
+  BITFOLD_DEVICE static uint32_t nibbles(const uint8_t* block, int t) { return word_at<Align>(block + Qs + 4 * t); }
+  // Minima of blocks 2t and 2t + 1, halves as they are.
+  template <int At>
+  BITFOLD_DEVICE static float half_mins(const Lane& lane, uint32_t (&a)[2]) {
+    a[0] = a[1] = half_bits_at(block(lane, 2 * lane.t) + At) | half_bits_at(block(lane, 2 * lane.t + 1) + At) << 16;
+    return 32.0f * kDown;
+  }
+};
+
+// The fifth bits of four columns: bit i of `bits` goes to bit 4 of byte i, for i = 0, 2 and, shifted by one, 1, 3.
+BITFOLD_DEVICE uint32_t spread_fifth(uint32_t bits) { return (bits & 15u) * 0x00040010u; }
+inline constexpr uint32_t kFifth = 0x00100010;
+
+template <>
+struct Chunk<kQ4_0> : SmallBlocks<kQ4_0, 2, 2> {
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint8_t* block = SmallBlocks::block(lane, 2 * unit + b);
+      const uint32_t w = nibbles(block, lane.t), v = w >> 8;
+      out.halves[2 * b][0] = ptx::hsub2(under(w, 0x000f000f, magic(0)), magic_and(0, 8));
+      out.halves[2 * b][1] = ptx::hsub2(under(v, 0x000f000f, magic(0)), magic_and(0, 8));
+      out.halves[2 * b + 1][0] = ptx::hsub2(under(w, 0x00f000f0, magic(4)), magic_and(4, 8));
+      out.halves[2 * b + 1][1] = ptx::hsub2(under(v, 0x00f000f0, magic(4)), magic_and(4, 8));
+      out.scales[b] = half_at(block) * kDown;
+    }
+  }
+};
+
+template <>
+struct Chunk<kQ4_1> : SmallBlocks<kQ4_1, 4, 4> {
+  static constexpr int kMins = 8;
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint8_t* block = SmallBlocks::block(lane, 2 * unit + b);
+      const uint32_t w = nibbles(block, lane.t);
+      out.halves[2 * b][0] = w & 0x000f000f;
+      out.halves[2 * b][1] = w >> 8 & 0x000f000f;
+      out.halves[2 * b + 1][0] = w >> 4 & 0x000f000f;
+      out.halves[2 * b + 1][1] = w >> 12 & 0x000f000f;
+      out.scales[b] = half_at(block) * (0x1p24f * kDown);
+    }
+  }
+  BITFOLD_DEVICE static float mins(const Lane& lane, const Head&, uint32_t (&a)[2]) { return half_mins<2>(lane, a); }
+};
+
+template <>
+struct Chunk<kQ5_0> : SmallBlocks<kQ5_0, 6, 2> {
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint8_t* block = SmallBlocks::block(lane, 2 * unit + b);
+      const uint32_t w = nibbles(block, lane.t), high = word_at<2>(block + 2) >> 4 * lane.t;
+      const uint32_t first = spread_fifth(high), second = spread_fifth(high >> 16);
+      const uint32_t fifth[4] = {first, first >> 1, second, second >> 1};
+      const int down[4] = {0, 8, 4, 12};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t sum = under(fifth[i], kFifth, under(w >> down[i], 0x000f000f, magic(0)));
+        out.halves[2 * b + i / 2][i % 2] = ptx::hsub2(sum, magic_and(0, 16));
+      }
+      out.scales[b] = half_at(block) * kDown;
+    }
+  }
+};
+
+template <>
+struct Chunk<kQ5_1> : SmallBlocks<kQ5_1, 8, 4> {
+  static constexpr int kMins = 8;
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint8_t* block = SmallBlocks::block(lane, 2 * unit + b);
+      const uint32_t w = nibbles(block, lane.t), high = word_at<4>(block + 4) >> 4 * lane.t;
+      const uint32_t first = spread_fifth(high), second = spread_fifth(high >> 16);
+      out.halves[2 * b][0] = under(first, kFifth, w & 0x000f000f);
+      out.halves[2 * b][1] = under(first >> 1, kFifth, w >> 8 & 0x000f000f);
+      out.halves[2 * b + 1][0] = under(second, kFifth, w >> 4 & 0x000f000f);
+      out.halves[2 * b + 1][1] = under(second >> 1, kFifth, w >> 12 & 0x000f000f);
+      out.scales[b] = half_at(block) * (0x1p24f * kDown);
+    }
+  }
+  BITFOLD_DEVICE static float mins(const Lane& lane, const Head&, uint32_t (&a)[2]) { return half_mins<2>(lane, a); }
+};
+
+// Sixteen bytes that four bits choose from, and the same nibbles' bytes of a word in their order: first[i] of nibble i,
+// second[i] of nibble 4 + i.
+struct Bytes8 {
+  uint32_t first, second;
+};
+BITFOLD_DEVICE Bytes8 look_up(const uint32_t (&table)[4], uint32_t w) {
+  const uint32_t index = w & 0x77777777, left = w << 4;
+  // The top bit of each nibble, in all bits of its byte: of the low nibbles from `left`, of the high ones from w.
+  const uint32_t upper[2] = {ptx::prmt(w, left, 0x9d8c), ptx::prmt(w, left, 0xbfae)};
+  uint32_t out[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t at = index >> 16 * i;
+    const uint32_t low = ptx::prmt(table[0], table[1], at), high = ptx::prmt(table[2], table[3], at);
+    out[i] = ptx::lop3<(0xcc & 0xf0) | (0xaa & ~0xf0 & 0xff)>(upper[i], high, low);
+  }
+  return {out[0], out[1]};
+}
+
+// The codebook of IQ4, 128 higher.
+inline constexpr uint32_t iq4_word(int i) {
+  uint32_t word = 0;
+  for (int b = 3; b >= 0; --b)
+    word = word << 8 | static_cast<uint32_t>(kIq4Values[static_cast<size_t>(4 * i + b)] + 128);
+  return word;
+}
+// One block of 32 columns: two steps. Byte j of lane t's four gives column j and column j + 16 as the two halves of
+// one register.
+template <int Align>
+BITFOLD_DEVICE void iq4_block(const uint8_t* qs, int t, uint32_t (&first)[2], uint32_t (&second)[2]) {
+  constexpr uint32_t kTable[4] = {iq4_word(0), iq4_word(1), iq4_word(2), iq4_word(3)};
+  const Bytes8 bytes = look_up(kTable, word_at<Align>(qs + 4 * t));
+  const auto expand = [](uint32_t four, uint32_t selector) {
+    return ptx::hsub2(ptx::prmt(four, magic(0), selector), magic_and(0, 128));
+  };
+  first[0] = expand(bytes.first, 0x5150);
+  first[1] = expand(bytes.first, 0x5352);
+  second[0] = expand(bytes.second, 0x5150);
+  second[1] = expand(bytes.second, 0x5352);
+}
+constexpr int iq4_column(int unit, int step, int t, int half) {
+  return 64 * unit + 32 * (step / 2) + 16 * (half % 2) + 4 * t + 2 * (step % 2) + half / 2;
+}
+
+template <>
+struct Chunk<kIq4Nl> : SmallBlocks<kIq4Nl, 2, 2> {
+  static constexpr int column(int unit, int step, int t, int half) { return iq4_column(unit, step, t, half); }
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint8_t* block = SmallBlocks::block(lane, 2 * unit + b);
+      iq4_block<2>(block + 2, lane.t, out.halves[2 * b], out.halves[2 * b + 1]);
+      out.scales[b] = half_at(block) * kDown;
+    }
+  }
+};
+
+// A code's three low bits are exponent and mantissa of e2m1 where they go in a half, 2^14 too small; that, kDown and
+// the codebook's factor 2 are one another's inverse.
+template <>
+struct Chunk<kMxfp4> : SmallBlocks<kMxfp4, 1, 1> {
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint8_t* block = SmallBlocks::block(lane, 2 * unit + b);
+      const uint32_t w = nibbles(block, lane.t);
+      const int up[4] = {12, 4, 8, 0};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t v = w << up[i];
+        out.halves[2 * b + i / 2][i % 2] = under(v, 0x80008000, v >> 3 & 0x0e000e00);
+      }
+      out.scales[b] = mxfp4_step(block[0]);
+    }
+  }
+};
+static_assert(0x1p-14f * 0.5f / kDown == 1.0f);
+
+// Four bytes in a row for each lane and step.
+template <>
+struct Chunk<kQ8_0> {
+  static constexpr int kColumns = 128, kBlock = sizeof(Block<kQ8_0>), kBytes = 4 * kBlock, kAlign = 2;
+  static constexpr int kSpan = 2, kMins = 0, kTables = 0;
+  static constexpr bool kPlanes = false;
+  static constexpr int column(int unit, int step, int t, int half) {
+    return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half;
+  }
+  struct Head {};
+  BITFOLD_DEVICE static Head head(const uint8_t*) { return {}; }
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint8_t* block = lane.bytes + (2 * unit + b) * kBlock;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t w = word_at<2>(block + 2 + 16 * i + 4 * lane.t) ^ 0x80808080;
+        out.halves[2 * b + i][0] = ptx::hsub2(ptx::prmt(w, magic(0), 0x5150), magic_and(0, 128));
+        out.halves[2 * b + i][1] = ptx::hsub2(ptx::prmt(w, magic(0), 0x5352), magic_and(0, 128));
+      }
+      out.scales[b] = half_at(block) * kDown;
+    }
+  }
+};
+
+// ---- blocks of 256 columns ----
+
+template <int Row, int Align>
+struct LargeBlocks {
+  static constexpr int kColumns = 256, kBytes = sizeof(Block<Row>), kAlign = Align, kTables = 0;
+  static constexpr bool kPlanes = false;
+  // Where a field of the block lies.
+  BITFOLD_DEVICE static const Block<Row>& block(const uint8_t* chunk) {
+    return *reinterpret_cast<const Block<Row>*>(chunk);
+  }
+};
+
+// Q4_K and Q5_K: 32 bytes of nibbles have 32 columns low, and the next 32 high, which are a unit; lane t has four of
+// the first 16 and four of the other 16, and so the low nibbles in steps 0 and 1, the high ones in 2 and 3.
+template <int Row, int Align>
+struct NibblesK : LargeBlocks<Row, Align> {
+  static constexpr int kSpan = 4, kMins = 8;
+  static constexpr int column(int unit, int step, int t, int half) {
+    return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half / 2 + 2 * (half % 2);
+  }
+  // Eight scales and eight minima, a byte each.
+  struct Head {
+    float d, dmin;
+    uint32_t scales[2], mins[2];
+  };
+  BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
+    const uint32_t halves = word_at<Align>(chunk);
+    const uint32_t a = word_at<Align>(chunk + 4), b = word_at<Align>(chunk + 8), c = word_at<Align>(chunk + 12);
+    const float2 steps = ptx::halves_to_floats(halves);
+    return {steps.x,
+            steps.y,
+            {a & 0x3f3f3f3f, under(a >> 2, 0x30303030, c & 0x0f0f0f0f)},
+            {b & 0x3f3f3f3f, under(b >> 2, 0x30303030, c >> 4 & 0x0f0f0f0f)}};
+  }
+  // Of the unit's two sub-blocks, times 16 for the first, whose codes lie four bits lower.
+  BITFOLD_DEVICE static void scales(const Head& head, int unit, uint32_t (&s)[2]) {
+    const uint32_t two = ptx::prmt(head.scales[0], head.scales[1], static_cast<uint32_t>(0x10 + 0x22 * unit));
+    s[0] = byte_to_halves<4>(two, 0, 0);
+    s[1] = byte_to_halves<0>(two, 1, 0);
+  }
+  BITFOLD_DEVICE static float scale(const Head& head) { return head.d * (0x1p20f * kDown); }
+  BITFOLD_DEVICE static float mins(const Lane& lane, const Head& head, uint32_t (&a)[2]) {
+    const auto at = static_cast<uint32_t>(2 * lane.t);
+    a[0] = a[1] = ptx::prmt(head.mins[0], head.mins[1], at | (at + 1) << 8) & 0x003f003f;
+    return head.dmin * (-0x1p24f * 32.0f * kDown);
+  }
+};
+
+template <>
+struct Chunk<kQ4K> : NibblesK<kQ4K, 16> {
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
+    const uint8_t* qs = lane.bytes + 16 + 32 * unit + 4 * lane.t;
+    uint32_t s[2];
+    scales(head, unit, s);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t even = word_at<16>(qs + 16 * i), odd = even >> 8;
+      out.halves[i][0] = ptx::hmul2(even & 0x000f000f, s[0]);
+      out.halves[i][1] = ptx::hmul2(odd & 0x000f000f, s[0]);
+      out.halves[2 + i][0] = ptx::hmul2(even & 0x00f000f0, s[1]);
+      out.halves[2 + i][1] = ptx::hmul2(odd & 0x00f000f0, s[1]);
+    }
+    out.scales[0] = scale(head);
+  }
+};
+
+template <>
+struct Chunk<kQ5K> : NibblesK<kQ5K, 16> {
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
+    const uint8_t* qs = lane.bytes + 48 + 32 * unit + 4 * lane.t;
+    const uint8_t* qh = lane.bytes + 16 + 4 * lane.t;
+    uint32_t s[2];
+    scales(head, unit, s);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // The unit's two bits come down to bits 0 and 1 of every byte, and from there to bit 4 and, above a high
+      // nibble, 8.
+      const uint32_t even = word_at<16>(qs + 16 * i), odd = even >> 8, fifth = word_at<16>(qh + 16 * i) >> 2 * unit;
+      out.halves[i][0] = ptx::hmul2(under(fifth << 4, 0x00100010, even & 0x000f000f), s[0]);
+      out.halves[i][1] = ptx::hmul2(under(fifth >> 4, 0x00100010, odd & 0x000f000f), s[0]);
+      out.halves[2 + i][0] = ptx::hmul2(under(fifth << 7, 0x01000100, even & 0x00f000f0), s[1]);
+      out.halves[2 + i][1] = ptx::hmul2(under(fifth >> 1, 0x01000100, odd & 0x00f000f0), s[1]);
+    }
+    out.scales[0] = scale(head);
+  }
+};
+
+// Q2_K, Q3_K, Q6_K: 32 bytes have columns l, l + 32, l + 64, l + 96 of half a block in their bits. Lane t has four of
+// 16 such bytes, and so of each of these four runs of 16 columns, sub-blocks of their own, one step. Units 0 and 1 are
+// the two of the first half.
+template <int Row, int Align>
+struct PlanesK : LargeBlocks<Row, Align> {
+  static constexpr int column(int unit, int step, int t, int half) {
+    return 128 * (unit / 2) + 32 * step + 16 * (unit % 2) + 4 * t + half / 2 + 2 * (half % 2);
+  }
+};
+
+template <>
+struct Chunk<kQ2K> : PlanesK<kQ2K, 4> {
+  static constexpr int kSpan = 4, kMins = 16;
+  struct Head {
+    float d, dmin;
+  };
+  BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
+    const float2 steps = ptx::halves_to_floats(word_at<4>(chunk + 80));
+    return {steps.x, steps.y};
+  }
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
+    const int half = unit / 2, run = unit % 2;
+    const uint32_t w = word_at<4>(lane.bytes + 16 + 32 * half + 16 * run + 4 * lane.t), v = w >> 8;
+    // Scales of columns 32 i + 16 run: bytes 0 and 2 of two words.
+    const uint32_t first = word_at<4>(lane.bytes + 8 * half) >> 8 * run & 0x000f000f;
+    const uint32_t second = word_at<4>(lane.bytes + 8 * half + 4) >> 8 * run & 0x000f000f;
+    const uint32_t s[4] = {byte_to_halves<4>(first, 0, 0), byte_to_halves<2>(first, 2, 0),
+                           byte_to_halves<0>(second, 0, 0), byte_to_halves<-2>(second, 2, 0)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out.halves[i][0] = ptx::hmul2(w & 0x00030003u << 2 * i, s[i]);
+      out.halves[i][1] = ptx::hmul2(v & 0x00030003u << 2 * i, s[i]);
+    }
+    out.scales[0] = head.d * (0x1p20f * kDown);
+  }
+  BITFOLD_DEVICE static float mins(const Lane& lane, const Head& head, uint32_t (&a)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t two = half_bits_at(lane.bytes + 8 * i + 2 * lane.t);
+      a[i] = ptx::prmt(two, 0, 0x4140) >> 4 & 0x000f000f;
+    }
+    return head.dmin * (-0x1p24f * 32.0f * kDown);
+  }
+};
+
+template <>
+struct Chunk<kQ3K> : PlanesK<kQ3K, 2> {
+  static constexpr int kSpan = 4, kMins = 0;
+  struct Head {
+    float d;
+    uint32_t low[2], high;  // the four lower bits of scales, and the two upper ones
+  };
+  BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
+    return {half_at(chunk + 108), {word_at<2>(chunk + 96), word_at<2>(chunk + 100)}, word_at<2>(chunk + 104)};
+  }
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
+    const int half = unit / 2, run = unit % 2;
+    const uint32_t w = word_at<2>(lane.bytes + 32 + 32 * half + 16 * run + 4 * lane.t);
+    const uint32_t third = word_at<2>(lane.bytes + 16 * run + 4 * lane.t) >> 4 * half;
+    uint32_t s[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // scales of columns 64 i + 16 run and 64 i + 32 + 16 run: bytes 0 and 2
+      const uint32_t upper = head.high >> (4 * half + 2 * i) & 0x03030303;
+      const uint32_t four = under(head.low[i] >> 4 * half, 0x0f0f0f0f, upper << 4) >> 8 * run;
+      s[2 * i] = i == 0 ? byte_to_halves<4>(four, 0, 32) : byte_to_halves<0>(four, 0, 32);
+      s[2 * i + 1] = i == 0 ? byte_to_halves<2>(four, 2, 32) : byte_to_halves<-2>(four, 2, 32);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // 1024 + 4^i code, with the third bit above the others.
+      const uint32_t mask = 0x00030003u << 2 * i, top = 0x00040004u << 2 * i;
+      const uint32_t even = under(third << (2 + i), top, under(w, mask, magic(0)));
+      const uint32_t odd = under(third >> (6 - i), top, under(w >> 8, mask, magic(0)));
+      const uint32_t four = magic_and(0, 4 << 2 * i);
+      out.halves[i][0] = ptx::hmul2(ptx::hsub2(even, four), s[i]);
+      out.halves[i][1] = ptx::hmul2(ptx::hsub2(odd, four), s[i]);
+    }
+    out.scales[0] = head.d * (0x1p-4f * kDown);
+  }
+};
+
+template <>
+struct Chunk<kQ6K> : PlanesK<kQ6K, 2> {
+  static constexpr int kSpan = 1, kMins = 0;
+  struct Head {
+    float d;
+  };
+  BITFOLD_DEVICE static Head head(const uint8_t* chunk) { return {half_at(chunk + 208)}; }
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<1>& out) {
+    const int half = unit / 2, run = unit % 2, at = 16 * run + 4 * lane.t;
+    const uint32_t low[2] = {word_at<2>(lane.bytes + 64 * half + at), word_at<2>(lane.bytes + 64 * half + 32 + at)};
+    const uint32_t high = word_at<2>(lane.bytes + 128 + 32 * half + at);
+    // Bits 0 and 1 of runs 0 and 2 go to bit 4, where 2's are above its high nibble, and those of runs 1 and 3
+    // likewise.
+    const uint32_t even[2] = {high << 4, high << 2}, odd[2] = {high >> 4, high >> 6};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t w = low[i], v = w >> 8;
+      out.halves[i][0] = ptx::hsub2(under(even[i], 0x00300030, under(w, 0x000f000f, magic(0))), magic_and(0, 32));
+      out.halves[i][1] = ptx::hsub2(under(odd[i], 0x00300030, under(v, 0x000f000f, magic(0))), magic_and(0, 32));
+      out.halves[2 + i][0] = ptx::hsub2(under(even[i], 0x03000300, under(w, 0x00f000f0, magic(4))), magic_and(4, 32));
+      out.halves[2 + i][1] = ptx::hsub2(under(odd[i], 0x03000300, under(v, 0x00f000f0, magic(4))), magic_and(4, 32));
+    }
+    // Signed bytes, 128 higher: of columns 32 i + 16 run.
+    const uint8_t* scales = lane.bytes + 192 + 8 * half;
+    const uint32_t first = (word_at<2>(scales) ^ 0x80808080) >> 8 * run;
+    const uint32_t second = (word_at<2>(scales + 4) ^ 0x80808080) >> 8 * run;
+    const float d = head.d * kDown;
+    out.scales[0] = d * byte_to_float(first, 0, 128.0f);
+    out.scales[1] = d * byte_to_float(first, 2, 128.0f);
+    out.scales[2] = d * byte_to_float(second, 0, 128.0f);
+    out.scales[3] = d * byte_to_float(second, 2, 128.0f);
+  }
+};
+
+template <>
+struct Chunk<kIq4Xs> : LargeBlocks<kIq4Xs, 8> {
+  static constexpr int kSpan = 2, kMins = 0;
+  static constexpr int column(int unit, int step, int t, int half) { return iq4_column(unit, step, t, half); }
+  struct Head {
+    float d;
+    uint32_t low, high;  // four bits, two bits of each scale
+  };
+  BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
+    const uint32_t word = word_at<8>(chunk);
+    return {ptx::half_to_float(static_cast<uint16_t>(word)), word_at<8>(chunk + 4), word >> 16};
+  }
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<2>& out) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int sub = 2 * unit + b;
+      iq4_block<8>(lane.bytes + 8 + 16 * sub, lane.t, out.halves[2 * b], out.halves[2 * b + 1]);
+      const uint32_t scale = (head.low >> 4 * sub & 15) | (head.high >> 2 * sub & 3) << 4;
+      out.scales[b] = head.d * kDown * byte_to_float(scale, 0, 32.0f);
+    }
+  }
+};
+
+}  // namespace bitfold::cuda

@@ -1,0 +1,151 @@
+// Products with 9 to 128 tokens: how the kernel is cut, where its workspace has what, and which unit has the format.
+#include <stdexcept>
+
+#include "cuda/kernels.hpp"
+#include "cuda/tile.hpp"
+
+namespace bitfold::cuda {
+namespace {
+
+// ---- the shape ----
+
+// Stages as many as fit, at most four; of x first.
+bool fit_stages(const ChunkSize& size, int64_t room, TileShape* shape) {
+  constexpr int kStages[][2] = {{4, 4}, {3, 3}, {4, 3}, {3, 2}, {2, 2}};  // of x, of W
+  const int parts = size.units() / shape->x_units;
+  for (const auto& [x, w] : kStages) {
+    if ((w - 1) * parts < x - 1) continue;
+    shape->x_stages = x;
+    shape->w_stages = w;
+    shape->shared_bytes = tile_shared_bytes(size, *shape);
+    if (shape->shared_bytes <= room) return true;
+  }
+  return false;
+}
+
+// Blocks wait for one another in waves, and each costs about two chunks beside its own.
+int choose_splits(int64_t blocks, int64_t chunks, int64_t slots) {
+  constexpr int64_t kMost = 16, kOverhead = 2;
+  int best = 1;
+  int64_t least = 0;
+  for (int64_t splits = 1; splits <= smaller(kMost, larger<int64_t>(chunks / 2, 1)); ++splits) {
+    const int64_t waves = ceil_div(blocks * splits, slots);
+    const int64_t cost = waves * (ceil_div(chunks, splits) + kOverhead + (splits > 1 ? 1 : 0));
+    if (splits == 1 || cost < least) least = cost, best = static_cast<int>(splits);
+  }
+  return best;
+}
+
+}  // namespace
+
+TileShape tile_shape(const ChunkSize& size, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  constexpr int64_t kReserved = 1024;  // of each block, by CUDA
+  TileShape shape{};
+  shape.row_warps = 4;
+  shape.k_warps = kTileWarps / shape.row_warps;
+  int per_multiprocessor = 1;
+  bool fits = false;
+  for (int tokens = 128; tokens >= 16 && !fits; tokens /= 2) {
+    if (tokens >= 32 && tokens / 2 >= m) continue;
+    shape.tokens = tokens;
+    shape.x_units = tokens <= 32 ? size.units() : shape.k_warps;
+    const int64_t half = (gpu.shared_bytes + kReserved) / 2 - kReserved;
+    if (tokens <= 32 && fit_stages(size, half, &shape) && shape.w_stages > 2) {
+      fits = true;
+      per_multiprocessor = 2;
+    } else {
+      fits = fit_stages(size, gpu.shared_bytes, &shape);
+    }
+  }
+  if (!fits) throw std::runtime_error("linear_tile: this GPU has too little shared memory");
+  shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, shape.rows()));
+  shape.token_blocks = static_cast<int>(ceil_div<int64_t>(m, shape.tokens));
+  shape.splits = choose_splits(int64_t{shape.row_blocks} * shape.token_blocks, ceil_div<int64_t>(k, size.columns),
+                               int64_t{gpu.multiprocessors} * per_multiprocessor);
+  return shape;
+}
+
+namespace {
+
+// ---- the table of units ----
+
+struct Unit {
+  ChunkSize (*chunk)();
+  const Order& (*order)();
+  bool (*in_words)(const Weight&);
+  PlaneMatrix (*planes)(const Weight&);
+  void (*launch)(const TileParameter&, Stream);
+};
+template <int Row>
+constexpr Unit unit_of() {
+  return {tile_chunk<Row>, tile_order<Row>, tile_in_words<Row>, tile_planes<Row>, tile_launch<Row>};
+}
+Unit unit_of(int row) {
+  switch (row) {
+#define BITFOLD_TILE(Row) \
+  case Row: return unit_of<Row>();
+    BITFOLD_TILE_ROWS(BITFOLD_TILE)
+    default: throw std::logic_error("this format has no tile kernel");
+  }
+}
+
+// ---- the workspace ----
+
+struct Workspace {
+  int64_t x, sums, factors, partial, arrivals, end;
+};
+Workspace workspace_of(const ChunkSize& size, const TileShape& shape, int64_t m, int64_t k) {
+  const auto aligned = [](int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; };
+  const int64_t groups = tile_groups(m), chunks = ceil_div<int64_t>(k, size.columns);
+  const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks;
+  const bool split = shape.splits > 1;
+  Workspace at{};
+  at.sums = aligned(at.x + chunks * size.units() * groups * kUnitBytes);
+  at.factors = aligned(at.sums + chunks * groups * size.sums);
+  at.partial = aligned(at.factors + groups * 8 * 4);
+  at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * shape.rows() * 4 : 0));
+  at.end = aligned(at.arrivals + (split ? blocks * 4 : 0));
+  return at;
+}
+
+}  // namespace
+
+int64_t linear_tile_workspace(const LinearArgs& args) {
+  if (args.w.n == 0) return 0;
+  const ChunkSize size = unit_of(args.w.format.row).chunk();
+  const TileShape shape = tile_shape(size, args.x.rows, args.w.n, args.w.k, gpu());
+  return workspace_of(size, shape, args.x.rows, args.w.k).end;
+}
+
+void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
+  if (args.w.n == 0) return;
+  const Unit unit = unit_of(args.w.format.row);
+  const ChunkSize size = unit.chunk();
+  const TileShape shape = tile_shape(size, args.x.rows, args.w.n, args.w.k, gpu());
+  const Workspace at = workspace_of(size, shape, args.x.rows, args.w.k);
+  auto* base = static_cast<uint8_t*>(workspace);
+  const TileParameter parameter{
+      .codes = static_cast<const uint8_t*>(args.w.codes),
+      .row_bytes = tile_row_bytes(args.w),
+      .n = args.w.n,
+      .k = args.w.k,
+      .chunks = static_cast<int>(ceil_div<int64_t>(args.w.k, size.columns)),
+      .in_words = unit.in_words(args.w),
+      .planes = unit.planes(args.w),
+      .x = base + at.x,
+      .sums = base + at.sums,
+      .factors = reinterpret_cast<const float*>(base + at.factors),
+      .m = args.x.rows,
+      .groups = static_cast<int>(tile_groups(args.x.rows)),
+      .bias = args.bias,
+      .y = args.y,
+      .dtype = args.x.dtype,
+      .partial = reinterpret_cast<float*>(base + at.partial),
+      .arrivals = reinterpret_cast<uint32_t*>(base + at.arrivals),
+      .shape = shape,
+  };
+  arrange(args.x, unit.order(), parameter, stream);
+  unit.launch(parameter, stream);
+}
+
+}  // namespace bitfold::cuda
