@@ -127,12 +127,13 @@ void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stre
       .arrivals = p.arrivals,
       .arrivals_count = p.shape.splits > 1 ? p.shape.row_blocks * p.shape.token_blocks : 0,
   };
-  launch({.grid = {static_cast<unsigned>(8 * p.groups), static_cast<unsigned>(ceil_div(p.chunks, kChunksEach))},
-          .block = kThreads,
-          .shared_bytes = sizeof(Memory),
-          .name = "arrange",
-          .stream = stream},
-         arrange_kernel, args);
+  launch(
+      {.grid = {static_cast<unsigned>(8 * p.groups), static_cast<unsigned>(larger(ceil_div(p.chunks, kChunksEach), 1))},
+       .block = kThreads,
+       .shared_bytes = sizeof(Memory),
+       .name = "arrange",
+       .stream = stream},
+      arrange_kernel, args);
 }
 
 }  // namespace bitfold::cuda

@@ -128,10 +128,4 @@ struct Chunk<kNf4> : CodebookChunk<kNf4> {};
 template <>
 struct Chunk<kFp4> : CodebookChunk<kFp4> {};
 
-// Whether tiles have the format's groups: 32 columns share a scale, of narrow codes 64.
-constexpr bool tile_supports(const Format& format) {
-  if (format.is_block()) return true;
-  return format.group < 1 || format.group % (format.bits() < 4 ? 64 : 32) == 0;
-}
-
 }  // namespace bitfold::cuda

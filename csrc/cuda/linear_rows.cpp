@@ -5,10 +5,13 @@
 
 namespace bitfold::cuda {
 
-int64_t linear_rows_workspace(const LinearArgs&) { return 0; }
+int64_t linear_rows_workspace(const LinearArgs& args) {
+  return args.w.format.is_block() && args.x.rows > 0 ? linear_tile_workspace(args) : 0;
+}
 
-void linear_rows(const LinearArgs& args, void*, Stream stream) {
+void linear_rows(const LinearArgs& args, void* workspace, Stream stream) {
   if (args.w.n == 0 || args.x.rows == 0) return;
+  if (args.w.format.is_block()) return linear_tile(args, workspace, stream);
   switch (args.w.format.row) {
     case kE4m3: return linear_rows_of<kE4m3>(args, stream);
     case kE5m2: return linear_rows_of<kE5m2>(args, stream);

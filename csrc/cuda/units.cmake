@@ -3,17 +3,21 @@
 #
 # A unit is a file csrc/cuda/<name>.cu, or <name>/<PART>: that file with BITFOLD_PART defined as PART, for kernels that have
 # too many instances for one unit.
-set(BITFOLD_CUDA_UNITS
-  gpu
-  linear_rows/kE4m3 linear_rows/kE5m2
-  linear_rows/kInt8 linear_rows/kInt4 linear_rows/kInt3 linear_rows/kInt2
-  linear_rows/kNf4 linear_rows/kFp4)
+set(planes kE4m3 kE5m2 kInt8 kInt4 kInt3 kInt2 kNf4 kFp4)
+set(blocks kQ4_0 kQ4_1 kQ5_0 kQ5_1 kQ8_0 kQ2K kQ3K kQ4K kQ5K kQ6K kIq4Nl kIq4Xs kMxfp4)
+set(BITFOLD_CUDA_UNITS gpu arrange)
+foreach(row IN LISTS planes)
+  list(APPEND BITFOLD_CUDA_UNITS linear_rows/${row})
+endforeach()
+foreach(row IN LISTS planes blocks)
+  list(APPEND BITFOLD_CUDA_UNITS linear_tile/${row})
+endforeach()
 # Those that promise the CPU's bytes: nvcc must not contract a multiplication and an addition.
 set(BITFOLD_CUDA_EXACT_UNITS
   decode pack
   linear_floor
   encode encode_blocks encode_affine encode_symmetric encode_iq4 encode_legacy)
-set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp csrc/cuda/unwritten.cpp)
+set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp csrc/cuda/linear_tile.cpp)
 
 # The generated source of `unit`, which ends in `.extension`, into `out`.
 function(cuda_unit unit extension out)
