@@ -7,7 +7,7 @@ namespace bitfold::cuda {
 
 // A scale of a row and 32 columns, loaded: looked at when it has arrived.
 struct LoadedScaleZero {
-  LoadedScale scale;
+  LoadedScale<Scale::None> scale;
   uint32_t zero;
 };
 
@@ -70,8 +70,10 @@ struct PlaneChunk {
   BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, int64_t row, int64_t column) {
     const uint32_t group = w.pieces.divide(static_cast<uint32_t>(column / 32));
     LoadedScaleZero loaded{};
-    loaded.scale.load(w, row * w.row_scales + group);
-    if constexpr (kInteger) loaded.zero = load_zero<kBits>(w, row, group);
+    loaded.scale.load(w, w.scales + (row * w.row_scales + group) * loaded.scale.bytes(w));
+    if constexpr (kInteger) {
+      loaded.zero = w.zeros == nullptr ? 1u << (kBits - 1) : load_zero<kBits>(w.zeros + row * w.row_zeros, group);
+    }
     return loaded;
   }
   BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded) {
