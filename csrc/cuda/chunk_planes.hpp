@@ -5,10 +5,10 @@
 
 namespace bitfold::cuda {
 
-// A scale of a row and 32 columns, loaded: looked at when it has arrived.
+// A scale of a row and 32 columns as it was loaded, to be looked at when it has arrived.
 struct LoadedScaleZero {
-  LoadedScale<Scale::None> scale;
-  uint32_t zero;
+  uint32_t bits;
+  uint32_t more;  // the zero point, or the bits of what multiplies a nested scale
 };
 
 template <int Row>
@@ -16,6 +16,7 @@ struct PlaneChunk {
   using Codes = PlaneCodes<Row>;
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
+  static constexpr bool kNested = kFormats[Row].nested;
   static constexpr int kColumns = kBits == 8 ? 128 : 256, kBytes = kColumns * kBits / 8, kAlign = 4;
   static constexpr int kMins = 0, kTables = 0;
   static constexpr bool kPlanes = true;
@@ -69,17 +70,26 @@ struct PlaneChunk {
 
   BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, int64_t row, int64_t column) {
     const uint32_t group = w.pieces.divide(static_cast<uint32_t>(column / 32));
+    const int64_t entry = row * w.row_scales + group;
     LoadedScaleZero loaded{};
-    loaded.scale.load(w, w.scales + (row * w.row_scales + group) * loaded.scale.bytes(w));
+    if (w.scale == Scale::F32) loaded.bits = ptx::load4(w.scales + 4 * entry);
+    else if (kNested && w.scale == Scale::Nested) loaded.bits = ptx::load1(w.scales + entry);
+    else loaded.bits = ptx::load2(w.scales + 2 * entry);
+    if constexpr (kNested) {
+      if (w.scale == Scale::Nested) loaded.more = ptx::load4(w.nested_scales + entry / kNestedGroup);
+    }
     if constexpr (kInteger) {
-      loaded.zero = w.zeros == nullptr ? 1u << (kBits - 1) : load_zero<kBits>(w.zeros + row * w.row_zeros, group);
+      loaded.more = w.zeros == nullptr ? 1u << (kBits - 1) : load_zero<kBits>(w.zeros + row * w.row_zeros, group);
     }
     return loaded;
   }
   BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded) {
-    const float* dynamic_map = nullptr;
-    if constexpr (kFormats[Row].nested) dynamic_map = &kDynamicMap[0];
-    return {loaded.scale.value(w, dynamic_map) * (Codes::kUnit * kDown), loaded.zero * 0x00010001u};
+    float scale;
+    if (w.scale == Scale::F32) scale = ptx::uint_as_float(loaded.bits);
+    else if (w.scale == Scale::F16) scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
+    else if (!kNested || w.scale == Scale::BF16) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
+    else scale = ptx::add(ptx::mul(kDynamicMap[loaded.bits], ptx::uint_as_float(loaded.more)), *w.nested_offset);
+    return {scale * (Codes::kUnit * kDown), loaded.more * 0x00010001u};
   }
 };
 

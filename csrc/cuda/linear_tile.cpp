@@ -9,15 +9,16 @@ namespace {
 
 // ---- the shape ----
 
-// Stages as many as fit, at most four; of x first.
-bool fit_stages(const ChunkSize& size, int64_t room, TileShape* shape) {
+// Stages as many as fit, at most four; of x first. Those of W go at least as far ahead.
+bool fit_stages(ChunkSize size, int64_t room, TileShape* shape) {
   constexpr int kStages[][2] = {{4, 4}, {3, 3}, {4, 3}, {3, 2}, {2, 2}};  // of x, of W
-  const int parts = size.units() / shape->x_units;
+  const int parts = size.units() / tile_x_units(shape->tokens, size.units());
   for (const auto& [x, w] : kStages) {
     if ((w - 1) * parts < x - 1) continue;
     shape->x_stages = x;
     shape->w_stages = w;
-    shape->shared_bytes = tile_shared_bytes(size, *shape);
+    shape->shared_bytes =
+        larger<int64_t>(tile_places(size, shape->tokens, x, w).end, int64_t{4} * shape->tokens * kOutStride);
     if (shape->shared_bytes <= room) return true;
   }
   return false;
@@ -38,27 +39,20 @@ int choose_splits(int64_t blocks, int64_t chunks, int64_t slots) {
 
 }  // namespace
 
-TileShape tile_shape(const ChunkSize& size, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
   constexpr int64_t kReserved = 1024;  // of each block, by CUDA
+  const int64_t half = (gpu.shared_bytes + kReserved) / 2 - kReserved;
   TileShape shape{};
-  shape.row_warps = 4;
-  shape.k_warps = kTileWarps / shape.row_warps;
   int per_multiprocessor = 1;
   bool fits = false;
-  for (int tokens = 128; tokens >= 16 && !fits; tokens /= 2) {
-    if (tokens >= 32 && tokens / 2 >= m) continue;
-    shape.tokens = tokens;
-    shape.x_units = tokens <= 32 ? size.units() : shape.k_warps;
-    const int64_t half = (gpu.shared_bytes + kReserved) / 2 - kReserved;
-    if (tokens <= 32 && fit_stages(size, half, &shape) && shape.w_stages > 2) {
-      fits = true;
-      per_multiprocessor = 2;
-    } else {
-      fits = fit_stages(size, gpu.shared_bytes, &shape);
-    }
+  for (shape.tokens = 128; shape.tokens >= 16; shape.tokens /= 2) {
+    if (shape.tokens > 16 && shape.tokens / 2 >= m) continue;
+    if (shape.tokens <= 32 && fit_stages(size, half, &shape) && shape.w_stages > 2) per_multiprocessor = 2, fits = true;
+    else fits = fit_stages(size, gpu.shared_bytes, &shape);
+    if (fits) break;
   }
   if (!fits) throw std::runtime_error("linear_tile: this GPU has too little shared memory");
-  shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, shape.rows()));
+  shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, kTileRows));
   shape.token_blocks = static_cast<int>(ceil_div<int64_t>(m, shape.tokens));
   shape.splits = choose_splits(int64_t{shape.row_blocks} * shape.token_blocks, ceil_div<int64_t>(k, size.columns),
                                int64_t{gpu.multiprocessors} * per_multiprocessor);
@@ -94,7 +88,7 @@ Unit unit_of(int row) {
 struct Workspace {
   int64_t x, sums, factors, partial, arrivals, end;
 };
-Workspace workspace_of(const ChunkSize& size, const TileShape& shape, int64_t m, int64_t k) {
+Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_t k) {
   const auto aligned = [](int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; };
   const int64_t groups = tile_groups(m), chunks = ceil_div<int64_t>(k, size.columns);
   const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks;
@@ -103,7 +97,7 @@ Workspace workspace_of(const ChunkSize& size, const TileShape& shape, int64_t m,
   at.sums = aligned(at.x + chunks * size.units() * groups * kUnitBytes);
   at.factors = aligned(at.sums + chunks * groups * size.sums);
   at.partial = aligned(at.factors + groups * 8 * 4);
-  at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * shape.rows() * 4 : 0));
+  at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * kTileRows * 4 : 0));
   at.end = aligned(at.arrivals + (split ? blocks * 4 : 0));
   return at;
 }

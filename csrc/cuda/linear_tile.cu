@@ -33,11 +33,19 @@ struct alignas(1024) Bytes {
   uint8_t bytes[1024];
 };
 
+// Slots that are filled and emptied in turn.
+struct Ring {
+  int slot = 0;
+  BITFOLD_DEVICE void next(int slots) { slot = slot + 1 == slots ? 0 : slot + 1; }
+};
+
 template <int Row, int Tokens>
 class Tile {
   using C = Chunk<Row>;
   static constexpr int kGroups = Tokens / 8;
   static constexpr int kUnits = C::kColumns / kUnit;
+  static constexpr int kXUnits = tile_x_units(Tokens, kUnits);
+  static constexpr int kParts = kUnits / kXUnits;  // stages of x of a chunk
   static constexpr int kXUnit = kGroups * kUnitBytes;
   static constexpr bool kPlanes = C::kPlanes;
   static constexpr int kSpans = C::kColumns / 32;  // scales of a row of planes
@@ -45,39 +53,37 @@ class Tile {
  public:
   BITFOLD_DEVICE explicit Tile(const TileParameter& p)
       : p_(p),
-        at_(tile_places(chunk_size<C>(), p.shape)),
+        at_(tile_places(chunk_size<C>(), Tokens, p.shape.x_stages, p.shape.w_stages)),
         memory_(shared<Bytes>().bytes),
         lane_(ptx::lane_id()),
-        row_warp_(ptx::warp_id() % p.shape.row_warps),
-        k_warp_(ptx::warp_id() / p.shape.row_warps),
-        row0_(int64_t{static_cast<int>(blockIdx.x)} * p.shape.rows()),
+        row_warp_(ptx::warp_id() % kRowWarps),
+        column_warp_(ptx::warp_id() / kRowWarps),
+        row0_(int64_t{blockIdx.x} * kTileRows),
         group0_(static_cast<int>(blockIdx.z) * kGroups),
         groups_(smaller(kGroups, p.groups - group0_)),
         first_(static_cast<int>(int64_t{p.chunks} * blockIdx.y / p.shape.splits)),
         last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)) {}
 
   BITFOLD_DEVICE void run() {
-    fill_tables();
-    clear_sums();
-    const int parts = kUnits / p_.shape.x_units, total = (last_ - first_) * parts;
-    start(total);
-    for (int i = 0; i < total; ++i) {
-      const int chunk = first_ + i / parts, part = i % parts;
-      wait();
-      ptx::sync_block();
-      issue(i, parts, total);
-      if (part == 0) open(chunk);
-      if constexpr (kPlanes) {
-        if (part == 0) load_scales(chunk + 1);
+    if constexpr (C::kTables > 0) C::fill(memory_ + at_.tables, static_cast<int>(threadIdx.x), kTileThreads);
+    start();
+    for (int chunk = first_; chunk < last_; ++chunk) {
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        wait();
+        ptx::sync_block();
+        issue(part == 0);
+        if (part == 0) open(chunk);
+#pragma unroll 1
+        for (int q = column_warp_; q < kXUnits; q += kColumnWarps)
+          multiply(part * kXUnits + q, x_stage(x_) + q * kXUnit);
+        x_.next(p_.shape.x_stages);
       }
-      for (int q = k_warp_; q < p_.shape.x_units; q += p_.shape.k_warps) {
-        const int unit = part * p_.shape.x_units + q;
-        if (unit * kUnit < columns_) multiply(unit, x_stage(i) + q * kXUnit);
+      if constexpr (C::kMins > 0) {
+        if (chunk % kColumnWarps == column_warp_) subtract_mins();
       }
-      if (C::kMins > 0 && part == 0 && chunk % p_.shape.k_warps == k_warp_) subtract_mins(chunk);
-      if constexpr (kPlanes) {
-        if (part == parts - 1) store_scales(chunk + 1);
-      }
+      if constexpr (kPlanes) store_scales(chunk + 1);
+      w_.next(p_.shape.w_stages);
     }
     finish();
   }
@@ -85,83 +91,121 @@ class Tile {
  private:
   // ---- copies ----
 
-  BITFOLD_DEVICE uint8_t* w_stage(int chunk) const {
-    return memory_ + at_.w + (chunk - first_) % p_.shape.w_stages * (p_.shape.rows() * kStride<C>);
+  BITFOLD_DEVICE uint8_t* w_stage(Ring ring) const { return memory_ + at_.w + ring.slot * (kTileRows * kStride<C>); }
+  BITFOLD_DEVICE uint8_t* sums_stage(Ring ring) const {
+    return memory_ + at_.sums + ring.slot * (kGroups * kSumBytes<C>);
   }
-  BITFOLD_DEVICE uint8_t* sums_stage(int chunk) const {
-    return memory_ + at_.sums + (chunk - first_) % p_.shape.w_stages * (kGroups * kSumBytes<C>);
-  }
-  BITFOLD_DEVICE uint8_t* x_stage(int i) const {
-    return memory_ + at_.x + i % p_.shape.x_stages * (p_.shape.x_units * kXUnit);
-  }
+  BITFOLD_DEVICE uint8_t* x_stage(Ring ring) const { return memory_ + at_.x + ring.slot * (kXUnits * kXUnit); }
 
+  BITFOLD_DEVICE int64_t real_row(int row) const { return smaller<int64_t>(row0_ + row, p_.n - 1); }
   // Where in its first piece a row's chunk begins.
   BITFOLD_DEVICE int skew(int64_t row, int chunk) const {
     if (!kSkewed<C> || !p_.in_words) return 0;
-    return static_cast<int>((row * p_.row_bytes + int64_t{chunk} * C::kBytes) & 15);
+    return static_cast<int>(static_cast<uint32_t>(row) * static_cast<uint32_t>(p_.row_bytes) +
+                            static_cast<uint32_t>(chunk) * C::kBytes) &
+           15;
   }
-  BITFOLD_DEVICE int64_t real_row(int row) const { return smaller<int64_t>(row0_ + row, p_.n - 1); }
 
-  BITFOLD_DEVICE void copy_w(int chunk) const {
-    const int64_t begin = int64_t{chunk} * C::kBytes;
-    // What lies beyond the row's end becomes zero.
-    const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
-    uint8_t* to = w_stage(chunk);
-    for (int i = static_cast<int>(threadIdx.x); i < p_.shape.rows() * kPieces<C>; i += kTileThreads) {
-      const int row = i / kPieces<C>, piece = i % kPieces<C>;
-      const int64_t from = real_row(row) * p_.row_bytes + begin;
-      uint8_t* place = to + row * kStride<C> + 16 * piece;
-      if (p_.in_words) {
-        const int within = skew(real_row(row), chunk), bytes = within + length - 16 * piece;
-        if (kSkewed<C> && 16 * piece >= within + C::kBytes) continue;
-        ptx::cp_async<16>(place, p_.codes + (bytes > 0 ? from - within + 16 * piece : 0),
-                          larger(smaller(bytes, 16), 0));
-      } else {
-        for (int b = 0; b < 16; ++b) {
-          place[b] = 16 * piece + b < length ? ptx::load1(p_.codes + from + 16 * piece + b) : uint8_t{0};
-        }
-      }
-    }
+  // The next chunk of W, and its sums of x.
+  BITFOLD_DEVICE void copy_w() {
+    if (next_chunk_ >= last_) return;
+    if (p_.in_words && next_chunk_ + 1 < p_.chunks && row0_ + kTileRows <= p_.n) copy_whole();
+    else copy_edge();
     if constexpr (C::kMins > 0) {
-      const uint8_t* sums = p_.sums + (int64_t{chunk} * p_.groups + group0_) * kSumBytes<C>;
+      const uint8_t* sums = p_.sums + (int64_t{next_chunk_} * p_.groups + group0_) * kSumBytes<C>;
       for (int i = static_cast<int>(threadIdx.x); i < groups_ * (kSumBytes<C> / 16); i += kTileThreads) {
-        ptx::cp_async<16>(sums_stage(chunk) + 16 * i, sums + 16 * i);
+        ptx::cp_async<16>(sums_stage(next_w_) + 16 * i, sums + 16 * i);
+      }
+    }
+    next_w_.next(p_.shape.w_stages);
+    ++next_chunk_;
+  }
+  // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kTileThreads at a time.
+  BITFOLD_DEVICE void copy_whole() const {
+    constexpr int kRowStep = kTileThreads / kPieces<C>, kPieceStep = kTileThreads % kPieces<C>;
+    const auto thread = static_cast<int>(threadIdx.x);
+    const int row = thread / kPieces<C>;
+    int piece = thread % kPieces<C>;
+    const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + int64_t{next_chunk_} * C::kBytes;
+    uint8_t* to = w_stage(next_w_) + row * kStride<C> + 16 * piece;
+#pragma unroll
+    for (int i = 0; i < kTileRows * kPieces<C>; i += kTileThreads) {
+      if (i + kTileThreads <= kTileRows * kPieces<C> || i + thread < kTileRows * kPieces<C>) {
+        const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
+        ptx::cp_async<16>(to, from - within + 16 * piece);
+      }
+      piece += kPieceStep;
+      from += kRowStep * p_.row_bytes;
+      to += kRowStep * kStride<C> + 16 * kPieceStep;
+      if (piece >= kPieces<C>) {
+        piece -= kPieces<C>;
+        from += p_.row_bytes;
+        to += kStride<C> - 16 * kPieces<C>;
+      }
+    }
+  }
+  // What lies beyond a row's end becomes zero, and rows that aren't there are the last.
+  BITFOLD_DEVICE void copy_edge() const {
+    const int64_t begin = int64_t{next_chunk_} * C::kBytes;
+    const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
+    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kPieces<C>; i += kTileThreads) {
+      const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
+      const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
+      uint8_t* to = w_stage(next_w_) + row * kStride<C> + at;
+      if (p_.in_words) {
+        const int within = skew(real_row(row), next_chunk_), bytes = smaller(within + length - at, 16);
+        if (at >= within + C::kBytes) continue;
+        if (bytes > 0) ptx::cp_async<16>(to, from - within + at, bytes);
+        else ptx::cp_async<16>(to, p_.codes, 0);
+      } else {
+        for (int b = 0; b < 16; ++b) to[b] = at + b < length ? ptx::load1(from + at + b) : uint8_t{0};
       }
     }
   }
 
-  BITFOLD_DEVICE void copy_x(int i) const {
-    const int64_t unit = int64_t{first_} * kUnits + int64_t{i} * p_.shape.x_units;
-    for (int q = 0; q < p_.shape.x_units; ++q) {
-      const uint8_t* from = p_.x + ((unit + q) * p_.groups + group0_) * kUnitBytes;
-      uint8_t* to = x_stage(i) + q * kXUnit;
-      for (int j = static_cast<int>(threadIdx.x); j < groups_ * (kUnitBytes / 16); j += kTileThreads) {
-        ptx::cp_async<16>(to + 16 * j, from + 16 * j);
+  // The next units of x.
+  BITFOLD_DEVICE void copy_x() {
+    constexpr int kEach = kXUnit / 16;
+    if (next_unit_ >= last_ * kUnits) return;
+    const uint8_t* from = p_.x + (int64_t{next_unit_} * p_.groups + group0_) * kUnitBytes;
+#pragma unroll
+    for (int i = 0; i < kXUnits * kEach; i += kTileThreads) {
+      const int piece = i + static_cast<int>(threadIdx.x), unit = piece / kEach, within = piece % kEach;
+      if (within < groups_ * (kUnitBytes / 16) && piece < kXUnits * kEach) {
+        ptx::cp_async<16>(x_stage(next_x_) + 16 * piece, from + unit * p_.groups * kUnitBytes + 16 * within);
       }
     }
+    next_x_.next(p_.shape.x_stages);
+    next_unit_ += kXUnits;
   }
 
   // Stages 0 ... x_stages - 2 of x are a group of copies each, and those of W are distributed over them.
-  BITFOLD_DEVICE void start(int total) {
-    const int groups = p_.shape.x_stages - 1, chunks = p_.shape.w_stages - 1;
-    for (int j = 0; j < groups; ++j) {
-      const int end = j == groups - 1 ? chunks : smaller(j + 1, chunks);
-      for (int c = j; c < end; ++c) {
-        if (c < last_ - first_) copy_w(first_ + c);
-      }
-      if (j < total) copy_x(j);
+  BITFOLD_DEVICE void start() {
+    next_chunk_ = first_;
+    next_unit_ = first_ * kUnits;
+    int chunks = p_.shape.w_stages - 1;
+    for (int groups = p_.shape.x_stages - 1; groups > 0; --groups) {
+      for (int now = groups == 1 ? chunks : smaller(chunks, 1); now > 0; --now, --chunks) copy_w();
+      copy_x();
       ptx::cp_async_commit();
     }
     if constexpr (kPlanes) {
       load_scales(first_);
       store_scales(first_);
     }
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums_[r][j][i] = 0.0f;
+      }
+    }
   }
-  // What iteration i lets come while it multiplies; its group is the newest.
-  BITFOLD_DEVICE void issue(int i, int parts, int total) const {
-    const int chunk = first_ + i / parts + p_.shape.w_stages - 1;
-    if (i % parts == 0 && chunk < last_) copy_w(chunk);
-    if (i + p_.shape.x_stages - 1 < total) copy_x(i + p_.shape.x_stages - 1);
+  // What comes while this stage is multiplied; the newest group.
+  BITFOLD_DEVICE void issue(bool chunk) {
+    if (chunk) copy_w();
+    copy_x();
     ptx::cp_async_commit();
   }
   BITFOLD_DEVICE void wait() const {
@@ -172,67 +216,55 @@ class Tile {
     }
   }
 
-  // ---- scales of planes: made floats once for each row and 32 columns ----
+  // ---- scales of planes: made floats once for each row and 32 columns, while the chunk before is multiplied ----
 
-  static constexpr int kScales = kTileWarps / 2 * kTiles * 16 * kSpans / kTileThreads;  // of a thread, at most
+  static constexpr int kScales = kTileRows * kSpans / kTileThreads;  // of a thread
   BITFOLD_DEVICE ScaleZero* scales_of(int chunk) const {
-    return reinterpret_cast<ScaleZero*>(memory_ + at_.scales) + (chunk - first_) % 2 * (p_.shape.rows() * kSpans);
+    return reinterpret_cast<ScaleZero*>(memory_ + at_.scales) + (chunk - first_) % 2 * (kTileRows * kSpans);
   }
-  template <class Each>
-  BITFOLD_DEVICE void for_scales(int chunk, Each&& each) {
+  BITFOLD_DEVICE void load_scales(int chunk) {
     if (chunk >= last_) return;
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       const int entry = static_cast<int>(threadIdx.x) + i * kTileThreads;
-      if (entry < p_.shape.rows() * kSpans) each(i, entry);
-    }
-  }
-  BITFOLD_DEVICE void load_scales(int chunk) {
-    for_scales(chunk, [&](int i, int entry) {
       const int64_t column = int64_t{chunk} * C::kColumns + entry % kSpans * 32;
       loaded_[i] = C::load_scale(p_.planes, real_row(entry / kSpans), smaller(column, p_.k - 1));
-    });
+    }
   }
-  BITFOLD_DEVICE void store_scales(int chunk) {
-    for_scales(chunk, [&](int i, int entry) { scales_of(chunk)[entry] = C::scale_zero(p_.planes, loaded_[i]); });
+  BITFOLD_DEVICE void store_scales(int chunk) const {
+    if (chunk >= last_) return;
+#pragma unroll
+    for (int i = 0; i < kScales; ++i) {
+      const int entry = static_cast<int>(threadIdx.x) + i * kTileThreads;
+      scales_of(chunk)[entry] = C::scale_zero(p_.planes, loaded_[i]);
+    }
   }
 
   // ---- products ----
 
-  BITFOLD_DEVICE void fill_tables() {
-    if constexpr (C::kTables > 0) {
-      C::fill(memory_ + at_.tables, static_cast<int>(threadIdx.x), kTileThreads);
-      ptx::sync_block();
-    }
-  }
-  BITFOLD_DEVICE void clear_sums() {
-#pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums_[r][j][i] = 0.0f;
-      }
-    }
-  }
-
   BITFOLD_DEVICE Lane lane(int tile, int i) const {
-    const int row = 16 * (row_warp_ * kTiles + tile) + 8 * i + lane_ / 4;
+    const int row = 16 * tile + 8 * i;
     Lane lane{};
-    lane.bytes = chunk_bytes_ + row * kStride<C> + skew(real_row(row), chunk_);
-    lane.scales = kPlanes ? scales_of(chunk_) + row * kSpans : nullptr;
+    lane.bytes = rows_ + row * kStride<C> + (kSkewed<C> ? skews_[tile][i] : 0);
+    lane.scales = kPlanes ? scales_ + row * kSpans : nullptr;
     lane.tables = memory_ + at_.tables;
     lane.t = lane_ % 4;
     return lane;
   }
   BITFOLD_DEVICE void open(int chunk) {
-    chunk_ = chunk;
-    chunk_bytes_ = w_stage(chunk);
-    columns_ = static_cast<int>(smaller<int64_t>(C::kColumns, p_.k - int64_t{chunk} * C::kColumns));
+    const int first_row = row_warp_ * (kTiles * 16) + lane_ / 4;
+    rows_ = w_stage(w_) + first_row * kStride<C>;
+    if constexpr (kPlanes) {
+      scales_ = scales_of(chunk) + first_row * kSpans;
+      load_scales(chunk + 1);
+    }
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) heads_[r][i] = C::head(lane(r, i).bytes);
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kSkewed<C>) skews_[r][i] = skew(real_row(first_row + 16 * r + 8 * i), chunk);
+        heads_[r][i] = C::head(lane(r, i).bytes);
+      }
     }
   }
 
@@ -284,7 +316,7 @@ class Tile {
   }
 
   // Minima of the chunk's sub-blocks with the sums of x over them, high and low parts.
-  BITFOLD_DEVICE void subtract_mins(int chunk) {
+  BITFOLD_DEVICE void subtract_mins() {
     if constexpr (C::kMins > 0) {
       uint32_t a[kTiles][4];
       float scale[kTiles][2];
@@ -298,7 +330,7 @@ class Tile {
           a[r][kLow1 + i] = mins[1];
         }
       }
-      const uint8_t* b = sums_stage(chunk) + lane_ * (C::kMins);
+      const uint8_t* b = sums_stage(w_) + lane_ * C::kMins;
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         if (j >= groups_) break;
@@ -324,29 +356,26 @@ class Tile {
   // ---- the way out ----
 
   BITFOLD_DEVICE void finish() {
-    const int stride = tile_out_stride(p_.shape), rows = p_.shape.rows();
     auto* out = reinterpret_cast<float*>(memory_);
     ptx::cp_async_wait<0>();
     ptx::sync_block();
-    for (int turn = 0; turn < p_.shape.k_warps; ++turn) {
-      if (turn == k_warp_) put_sums(out, stride, turn > 0);
+    for (int turn = 0; turn < kColumnWarps; ++turn) {
+      if (turn == column_warp_) put_sums(out, turn > 0);
       ptx::sync_block();
     }
-    const int tokens = static_cast<int>(smaller<int64_t>(Tokens, p_.m - int64_t{group0_} * 8));
-    const int quads = rows / 4, count = tokens * quads;
+    constexpr int kQuads = kTileRows / 4;
+    const int count = static_cast<int>(smaller<int64_t>(Tokens, p_.m - int64_t{group0_} * 8)) * kQuads;
+    const auto sums = [&](int i) { return reinterpret_cast<const float4*>(out + i / kQuads * kOutStride)[i % kQuads]; };
     if (p_.shape.splits == 1) {
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
-        const float4 sum = *reinterpret_cast<const float4*>(out + i / quads * stride + i % quads * 4);
-        put(sum, i / quads, i % quads * 4);
-      }
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads)
+        put(sums(i), i / kQuads, i % kQuads * 4);
       return;
     }
-    const int block = static_cast<int>(blockIdx.z) * p_.shape.row_blocks + static_cast<int>(blockIdx.x);
-    const int64_t size = int64_t{Tokens} * rows;
-    float* partial = p_.partial + block * p_.shape.splits * size;
+    constexpr int kSize = Tokens * kTileRows;
+    const auto block = static_cast<int>(blockIdx.z * gridDim.x + blockIdx.x);
+    float* partial = p_.partial + int64_t{block} * p_.shape.splits * kSize;
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
-      const float4 sum = *reinterpret_cast<const float4*>(out + i / quads * stride + i % quads * 4);
-      *reinterpret_cast<float4*>(partial + blockIdx.y * size + i * 4) = sum;
+      reinterpret_cast<float4*>(partial + int64_t{blockIdx.y} * kSize)[i] = sums(i);
     }
     ptx::fence();
     ptx::sync_block();  // nobody looks at `out` any more
@@ -359,15 +388,15 @@ class Tile {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
       float4 sum = ptx::load_written16(partial + i * 4);
       for (int s = 1; s < p_.shape.splits; ++s) {
-        const float4 more = ptx::load_written16(partial + s * size + i * 4);
+        const float4 more = ptx::load_written16(partial + int64_t{s} * kSize + i * 4);
         sum.x = ptx::add(sum.x, more.x), sum.y = ptx::add(sum.y, more.y);
         sum.z = ptx::add(sum.z, more.z), sum.w = ptx::add(sum.w, more.w);
       }
-      put(sum, i / quads, i % quads * 4);
+      put(sum, i / kQuads, i % kQuads * 4);
     }
   }
 
-  BITFOLD_DEVICE void put_sums(float* out, int stride, bool add) const {
+  BITFOLD_DEVICE void put_sums(float* out, bool add) const {
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
@@ -376,7 +405,7 @@ class Tile {
         for (int i = 0; i < 4; ++i) {
           const int token = 8 * j + lane_ % 4 * 2 + i % 2;
           const int row = 16 * (row_warp_ * kTiles + r) + lane_ / 4 + 8 * (i / 2);
-          float& place = out[token * stride + row];
+          float& place = out[token * kOutStride + row];
           place = add ? ptx::add(place, sums_[r][j][i]) : sums_[r][j][i];
         }
       }
@@ -405,14 +434,18 @@ class Tile {
   }
 
   const TileParameter& p_;
-  TilePlaces at_;
-  uint8_t* memory_;
-  int lane_, row_warp_, k_warp_;
-  int64_t row0_;
-  int group0_, groups_;  // of 8 tokens
-  int first_, last_;     // chunks
-  int chunk_, columns_;
-  const uint8_t* chunk_bytes_;
+  const TilePlaces at_;
+  uint8_t* const memory_;
+  const int lane_, row_warp_, column_warp_;
+  const int64_t row0_;
+  const int group0_, groups_;  // of 8 tokens
+  const int first_, last_;     // chunks
+  Ring w_, x_, next_w_, next_x_;
+  int next_chunk_, next_unit_;
+  // Of the chunk at hand: the lane's first row, and where its rows begin in their first pieces.
+  const uint8_t* rows_;
+  const ScaleZero* scales_;
+  int skews_[kTiles][2];
   typename C::Head heads_[kTiles][2];
   float sums_[kTiles][kGroups][4];
   LoadedScaleZero loaded_[kPlanes ? kScales : 1];

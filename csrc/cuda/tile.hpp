@@ -1,8 +1,8 @@
 // What the parts of the tile kernel share: its parameter, and how it is cut, a pure function of (format, n, k, class of
 // m, GPU).
 //
-// y^T = W x^T: a block of threads has `rows` rows of W, kTokens tokens and a range of chunks of k. Its warps are
-// row_warps x k_warps: a warp has two tiles of 16 rows and every k_warps-th unit of 64 columns.
+// y^T = W x^T: a block of threads has kTileRows rows of W, up to 128 tokens and a range of chunks of k. Its warps are
+// kRowWarps x kColumnWarps: a warp has two tiles of 16 rows, and every kColumnWarps-th unit of 64 columns.
 #pragma once
 
 #include "cuda/chunk.hpp"
@@ -11,8 +11,10 @@
 namespace bitfold::cuda {
 
 inline constexpr int kTiles = 2;  // of 16 rows, of a warp
-inline constexpr int kTileThreads = 256;
-inline constexpr int kTileWarps = kTileThreads / kWarp;
+inline constexpr int kRowWarps = 4;
+inline constexpr int kColumnWarps = 2;
+inline constexpr int kTileThreads = kWarp * kRowWarps * kColumnWarps;
+inline constexpr int kTileRows = kRowWarps * kTiles * 16;
 
 // Bytes of x in order: 8 tokens, one unit.
 inline constexpr int kUnitBytes = 2 * kWarp * 16;
@@ -25,42 +27,37 @@ struct ChunkSize {
   int row_scales;  // bytes of scales for a row of a chunk
   int tables;      // bytes that all warps look up
 
-  BITFOLD_HOST_DEVICE constexpr int units() const { return columns / kUnit; }
+  constexpr int units() const { return columns / kUnit; }
 };
 
 struct TileShape {
-  int tokens;  // of a block: 16, 32, 64 or 128
-  int row_warps, k_warps;
-  int x_units;             // of a stage of x
-  int x_stages, w_stages;  // (w_stages - 1) stages of W are at least x_stages - 1 of x
+  int tokens;              // of a block: 16, 32, 64 or 128
+  int x_stages, w_stages;  // that wait in shared memory
   int splits;              // of k, over blocks
   int row_blocks, token_blocks;
   int64_t shared_bytes;
-
-  BITFOLD_HOST_DEVICE constexpr int rows() const { return row_warps * kTiles * 16; }
 };
+
+// Units of a stage of x: few tokens have whole chunks.
+BITFOLD_HOST_DEVICE constexpr int tile_x_units(int tokens, int units) { return tokens <= 32 ? units : kColumnWarps; }
 
 // Where a block's shared memory has what; bytes.
 struct TilePlaces {
-  int w, sums, x, scales, tables, end;
+  int tables, scales, sums, x, w, end;
 };
-BITFOLD_HOST_DEVICE constexpr TilePlaces tile_places(const ChunkSize& size, const TileShape& shape) {
+BITFOLD_HOST_DEVICE constexpr TilePlaces tile_places(ChunkSize size, int tokens, int x_stages, int w_stages) {
   TilePlaces at{};
-  at.tables = 0;
   at.scales = at.tables + size.tables;
-  at.sums = at.scales + 2 * shape.rows() * size.row_scales;
-  at.x = at.sums + shape.w_stages * (shape.tokens / 8) * size.sums;
-  at.w = at.x + shape.x_stages * shape.x_units * (shape.tokens / 8) * kUnitBytes;
-  at.end = at.w + shape.w_stages * shape.rows() * size.stride;
+  at.sums = at.scales + 2 * kTileRows * size.row_scales;
+  at.x = at.sums + w_stages * (tokens / 8) * size.sums;
+  at.w = at.x + x_stages * tile_x_units(tokens, size.columns / kUnit) * (tokens / 8) * kUnitBytes;
+  at.end = at.w + w_stages * kTileRows * size.stride;
   return at;
 }
-// The sums on their way out lie where everything else was: tokens x rows, four floats more a row.
-BITFOLD_HOST_DEVICE constexpr int tile_out_stride(const TileShape& shape) { return shape.rows() + 4; }
-constexpr int64_t tile_shared_bytes(const ChunkSize& size, const TileShape& shape) {
-  return larger<int64_t>(tile_places(size, shape).end, int64_t{4} * shape.tokens * tile_out_stride(shape));
-}
+// The sums on their way out lie where everything else was: [token][row], a few floats more a token.
+inline constexpr int kOutStride = kTileRows + 4;
 
-TileShape tile_shape(const ChunkSize& size, int64_t m, int64_t n, int64_t k, const Gpu& gpu);
+TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu);
 
 // Of 8 tokens each, in whole pairs.
 constexpr int64_t tile_groups(int64_t m) { return 2 * bitfold::ceil_div(m, int64_t{16}); }
@@ -112,11 +109,12 @@ constexpr int64_t tile_row_bytes(const Weight& w) {
 }
 
 // The formats that have tiles.
-#define BITFOLD_TILE_ROWS(X)                                                                                       \
-  X(kE4m3)                                                                                                         \
-  X(kE5m2)                                                                                                         \
-  X(kInt8) X(kInt4) X(kInt3) X(kInt2) X(kNf4) X(kFp4) X(kQ4_0) X(kQ4_1) X(kQ5_0) X(kQ5_1) X(kQ8_0) X(kQ2K) X(kQ3K) \
-      X(kQ4K) X(kQ5K) X(kQ6K) X(kIq4Nl) X(kIq4Xs) X(kMxfp4)
+#define BITFOLD_TILE_ROWS(X)                                                                                      \
+  X(kE4m3)                                                                                                        \
+  X(kE5m2)                                                                                                        \
+  X(kInt8)                                                                                                        \
+  X(kInt4) X(kInt3) X(kInt2) X(kNf4) X(kFp4) X(kQ4_0) X(kQ4_1) X(kQ5_0) X(kQ5_1) X(kQ8_0) X(kQ2K) X(kQ3K) X(kQ4K) \
+      X(kQ5K) X(kQ6K) X(kIq4Nl) X(kIq4Xs) X(kMxfp4)
 
 // Defined for each format in a unit of its own (linear_tile.cu).
 template <int Row>
