@@ -42,6 +42,13 @@ struct alignas(8) ScaleZero {
   uint32_t zero;
 };
 
+// A scale of a row and 32 columns as it was loaded, to be looked at when it has arrived.
+struct LoadedScaleZero {
+  uint32_t bits;
+  uint32_t more;  // the zero point, or the bits of what multiplies a nested scale
+};
+struct NoScales {};
+
 // What a lane looks at: one row's chunk.
 struct Lane {
   const uint8_t* bytes;     // all zero beyond the row's end

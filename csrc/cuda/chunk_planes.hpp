@@ -5,12 +5,6 @@
 
 namespace bitfold::cuda {
 
-// A scale of a row and 32 columns as it was loaded, to be looked at when it has arrived.
-struct LoadedScaleZero {
-  uint32_t bits;
-  uint32_t more;  // the zero point, or the bits of what multiplies a nested scale
-};
-
 template <int Row>
 struct PlaneChunk {
   using Codes = PlaneCodes<Row>;
@@ -68,18 +62,30 @@ struct PlaneChunk {
     }
   }
 
-  BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, int64_t row, int64_t column) {
-    const uint32_t group = w.pieces.divide(static_cast<uint32_t>(column / 32));
-    const int64_t entry = row * w.row_scales + group;
+  BITFOLD_DEVICE static uint32_t load_zero_of(const uint8_t* zeros, uint32_t group) {
+    return read_code(zeros, group, kBits, false);
+  }
+  // Where a row's scales and zero points begin.
+  struct ScaleRow {
+    const uint8_t* scales;
+    const uint8_t* zeros;
+    int64_t first;  // nested: which scale of the matrix that is
+  };
+  BITFOLD_DEVICE static ScaleRow scale_row(const PlaneMatrix& w, int64_t row) {
+    const int64_t first = row * w.row_scales;
+    const int bytes = w.scale == Scale::F32 ? 4 : kNested && w.scale == Scale::Nested ? 1 : 2;
+    return {w.scales + first * bytes, kInteger ? w.zeros + row * w.row_zeros : nullptr, kNested ? first : 0};
+  }
+  BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, const ScaleRow& row, uint32_t group) {
     LoadedScaleZero loaded{};
-    if (w.scale == Scale::F32) loaded.bits = ptx::load4(w.scales + 4 * entry);
-    else if (kNested && w.scale == Scale::Nested) loaded.bits = ptx::load1(w.scales + entry);
-    else loaded.bits = ptx::load2(w.scales + 2 * entry);
+    if (w.scale == Scale::F32) loaded.bits = ptx::load4(row.scales + 4 * group);
+    else if (kNested && w.scale == Scale::Nested) loaded.bits = ptx::load1(row.scales + group);
+    else loaded.bits = ptx::load2(row.scales + 2 * group);
     if constexpr (kNested) {
-      if (w.scale == Scale::Nested) loaded.more = ptx::load4(w.nested_scales + entry / kNestedGroup);
+      if (w.scale == Scale::Nested) loaded.more = ptx::load4(w.nested_scales + (row.first + group) / kNestedGroup);
     }
     if constexpr (kInteger) {
-      loaded.more = w.zeros == nullptr ? 1u << (kBits - 1) : load_zero<kBits>(w.zeros + row * w.row_zeros, group);
+      loaded.more = w.zeros == nullptr ? 1u << (kBits - 1) : load_zero_of(row.zeros, group);
     }
     return loaded;
   }

@@ -126,6 +126,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .chunks = static_cast<int>(ceil_div<int64_t>(args.w.k, size.columns)),
       .in_words = unit.in_words(args.w),
       .planes = unit.planes(args.w),
+      .wide_groups = args.w.format.group < 1 || args.w.format.group % 128 == 0,
       .x = base + at.x,
       .sums = base + at.sums,
       .factors = reinterpret_cast<const float*>(base + at.factors),

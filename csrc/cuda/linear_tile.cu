@@ -148,6 +148,7 @@ class Tile {
   BITFOLD_DEVICE void copy_edge() const {
     const int64_t begin = int64_t{next_chunk_} * C::kBytes;
     const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kPieces<C>; i += kTileThreads) {
       const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
       const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
@@ -158,6 +159,7 @@ class Tile {
         if (bytes > 0) ptx::cp_async<16>(to, from - within + at, bytes);
         else ptx::cp_async<16>(to, p_.codes, 0);
       } else {
+#pragma unroll 1
         for (int b = 0; b < 16; ++b) to[b] = at + b < length ? ptx::load1(from + at + b) : uint8_t{0};
       }
     }
@@ -190,6 +192,7 @@ class Tile {
       ptx::cp_async_commit();
     }
     if constexpr (kPlanes) {
+      scale_row_ = C::scale_row(p_.planes, real_row(static_cast<int>(threadIdx.x) / 2));
       load_scales(first_);
       store_scales(first_);
     }
@@ -218,26 +221,27 @@ class Tile {
 
   // ---- scales of planes: made floats once for each row and 32 columns, while the chunk before is multiplied ----
 
-  static constexpr int kScales = kTileRows * kSpans / kTileThreads;  // of a thread
+  // A thread has half of a row's.
+  static constexpr int kScales = kSpans / 2;
+  static_assert(kTileThreads == 2 * kTileRows);
   BITFOLD_DEVICE ScaleZero* scales_of(int chunk) const {
     return reinterpret_cast<ScaleZero*>(memory_ + at_.scales) + (chunk - first_) % 2 * (kTileRows * kSpans);
   }
   BITFOLD_DEVICE void load_scales(int chunk) {
     if (chunk >= last_) return;
+    const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + threadIdx.x % 2 * kScales;
+    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
-      const int entry = static_cast<int>(threadIdx.x) + i * kTileThreads;
-      const int64_t column = int64_t{chunk} * C::kColumns + entry % kSpans * 32;
-      loaded_[i] = C::load_scale(p_.planes, real_row(entry / kSpans), smaller(column, p_.k - 1));
+      if (i > 0 && p_.wide_groups) loaded_[i] = loaded_[0];
+      else loaded_[i] = C::load_scale(p_.planes, scale_row_, p_.planes.pieces.divide(smaller(first + i, end)));
     }
   }
   BITFOLD_DEVICE void store_scales(int chunk) const {
     if (chunk >= last_) return;
+    ScaleZero* to = scales_of(chunk) + static_cast<int>(threadIdx.x) * kScales;
 #pragma unroll
-    for (int i = 0; i < kScales; ++i) {
-      const int entry = static_cast<int>(threadIdx.x) + i * kTileThreads;
-      scales_of(chunk)[entry] = C::scale_zero(p_.planes, loaded_[i]);
-    }
+    for (int i = 0; i < kScales; ++i) to[i] = C::scale_zero(p_.planes, loaded_[i]);
   }
 
   // ---- products ----
@@ -448,7 +452,8 @@ class Tile {
   int skews_[kTiles][2];
   typename C::Head heads_[kTiles][2];
   float sums_[kTiles][kGroups][4];
-  LoadedScaleZero loaded_[kPlanes ? kScales : 1];
+  typename C::ScaleRow scale_row_;
+  LoadedScaleZero loaded_[kScales];
 };
 
 template <int Row, int Tokens>
