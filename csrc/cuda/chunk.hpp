@@ -47,7 +47,6 @@ struct LoadedScaleZero {
   uint32_t bits;
   uint32_t more;  // the zero point, or the bits of what multiplies a nested scale
 };
-struct NoScales {};
 
 // What a lane looks at: one row's chunk.
 struct Lane {

@@ -52,7 +52,6 @@ struct SmallBlocks {
   static constexpr int kColumns = 256, kBlock = sizeof(Block<Row>), kBytes = 8 * kBlock, kAlign = Align;
   static constexpr int kSpan = 2, kMins = 0, kTables = 0;
   static constexpr bool kPlanes = false;
-  using ScaleRow = NoScales;
   static constexpr int column(int unit, int step, int t, int half) {
     return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half / 2 + 2 * (half % 2);
   }
@@ -230,7 +229,6 @@ struct Chunk<kQ8_0> {
   static constexpr int kColumns = 128, kBlock = sizeof(Block<kQ8_0>), kBytes = 4 * kBlock, kAlign = 2;
   static constexpr int kSpan = 2, kMins = 0, kTables = 0;
   static constexpr bool kPlanes = false;
-  using ScaleRow = NoScales;
   static constexpr int column(int unit, int step, int t, int half) {
     return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half;
   }
@@ -257,7 +255,6 @@ template <int Row, int Align>
 struct LargeBlocks {
   static constexpr int kColumns = 256, kBytes = sizeof(Block<Row>), kAlign = Align, kTables = 0;
   static constexpr bool kPlanes = false;
-  using ScaleRow = NoScales;
   // Where a field of the block lies.
   BITFOLD_DEVICE static const Block<Row>& block(const uint8_t* chunk) {
     return *reinterpret_cast<const Block<Row>*>(chunk);

@@ -48,7 +48,8 @@ class Tile {
   static constexpr int kParts = kUnits / kXUnits;  // stages of x of a chunk
   static constexpr int kXUnit = kGroups * kUnitBytes;
   static constexpr bool kPlanes = C::kPlanes;
-  static constexpr int kSpans = C::kColumns / 32;  // scales of a row of planes
+  static constexpr int kUnrolled = Tokens <= 64 ? 16 : 1;  // copies: the sums of many tokens leave them few registers
+  static constexpr int kSpans = C::kColumns / 32;          // scales of a row of planes
 
  public:
   BITFOLD_DEVICE explicit Tile(const TileParameter& p)
@@ -128,7 +129,7 @@ class Tile {
     int piece = thread % kPieces<C>;
     const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + int64_t{next_chunk_} * C::kBytes;
     uint8_t* to = w_stage(next_w_) + row * kStride<C> + 16 * piece;
-#pragma unroll
+#pragma unroll(kUnrolled)
     for (int i = 0; i < kTileRows * kPieces<C>; i += kTileThreads) {
       if (i + kTileThreads <= kTileRows * kPieces<C> || i + thread < kTileRows * kPieces<C>) {
         const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
@@ -170,7 +171,7 @@ class Tile {
     constexpr int kEach = kXUnit / 16;
     if (next_unit_ >= last_ * kUnits) return;
     const uint8_t* from = p_.x + (int64_t{next_unit_} * p_.groups + group0_) * kUnitBytes;
-#pragma unroll
+#pragma unroll(kUnrolled)
     for (int i = 0; i < kXUnits * kEach; i += kTileThreads) {
       const int piece = i + static_cast<int>(threadIdx.x), unit = piece / kEach, within = piece % kEach;
       if (within < groups_ * (kUnitBytes / 16) && piece < kXUnits * kEach) {
@@ -192,7 +193,6 @@ class Tile {
       ptx::cp_async_commit();
     }
     if constexpr (kPlanes) {
-      scale_row_ = C::scale_row(p_.planes, real_row(static_cast<int>(threadIdx.x) / 2));
       load_scales(first_);
       store_scales(first_);
     }
@@ -231,10 +231,11 @@ class Tile {
     if (chunk >= last_) return;
     const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + threadIdx.x % 2 * kScales;
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
+    const auto row = C::scale_row(p_.planes, real_row(static_cast<int>(threadIdx.x) / 2));
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       if (i > 0 && p_.wide_groups) loaded_[i] = loaded_[0];
-      else loaded_[i] = C::load_scale(p_.planes, scale_row_, p_.planes.pieces.divide(smaller(first + i, end)));
+      else loaded_[i] = C::load_scale(p_.planes, row, p_.planes.pieces.divide(smaller(first + i, end)));
     }
   }
   BITFOLD_DEVICE void store_scales(int chunk) const {
@@ -249,7 +250,7 @@ class Tile {
   BITFOLD_DEVICE Lane lane(int tile, int i) const {
     const int row = 16 * tile + 8 * i;
     Lane lane{};
-    lane.bytes = rows_ + row * kStride<C> + (kSkewed<C> ? skews_[tile][i] : 0);
+    lane.bytes = rows_ + row * kStride<C>;
     lane.scales = kPlanes ? scales_ + row * kSpans : nullptr;
     lane.tables = memory_ + at_.tables;
     lane.t = lane_ % 4;
@@ -257,7 +258,8 @@ class Tile {
   }
   BITFOLD_DEVICE void open(int chunk) {
     const int first_row = row_warp_ * (kTiles * 16) + lane_ / 4;
-    rows_ = w_stage(w_) + first_row * kStride<C>;
+    // Rows have an even number of bytes, so that all of a lane's, eight apart, begin at the same place of a piece.
+    rows_ = w_stage(w_) + first_row * kStride<C> + skew(row0_ + first_row, chunk);
     if constexpr (kPlanes) {
       scales_ = scales_of(chunk) + first_row * kSpans;
       load_scales(chunk + 1);
@@ -266,7 +268,6 @@ class Tile {
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if constexpr (kSkewed<C>) skews_[r][i] = skew(real_row(first_row + 16 * r + 8 * i), chunk);
         heads_[r][i] = C::head(lane(r, i).bytes);
       }
     }
@@ -446,13 +447,11 @@ class Tile {
   const int first_, last_;     // chunks
   Ring w_, x_, next_w_, next_x_;
   int next_chunk_, next_unit_;
-  // Of the chunk at hand: the lane's first row, and where its rows begin in their first pieces.
+  // Of the chunk at hand: the lane's first row.
   const uint8_t* rows_;
   const ScaleZero* scales_;
-  int skews_[kTiles][2];
   typename C::Head heads_[kTiles][2];
   float sums_[kTiles][kGroups][4];
-  typename C::ScaleRow scale_row_;
   LoadedScaleZero loaded_[kScales];
 };
 
@@ -487,7 +486,7 @@ template <>
 bool tile_in_words<BITFOLD_PART>(const Weight& w) {
   constexpr int kAlign = Chunk<BITFOLD_PART>::kAlign;
   const int64_t row_bytes = tile_row_bytes(w);
-  return reinterpret_cast<uintptr_t>(w.codes) % 16 == 0 && row_bytes % kAlign == 0;
+  return reinterpret_cast<uintptr_t>(w.codes) % 16 == 0 && row_bytes % larger(kAlign, 2) == 0;
 }
 template <>
 PlaneMatrix tile_planes<BITFOLD_PART>(const Weight& w) {
