@@ -43,7 +43,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
 inline void describe_device(int& capability, int& multiprocessors, int64_t& shared_bytes) {
   capability = emulator::config().capability;
   multiprocessors = emulator::config().multiprocessors;
-  shared_bytes = emulator::kSharedBytes;
+  shared_bytes = emulator::config().shared_bytes;
 }
 
 inline void fill(void* device, uint8_t byte, int64_t bytes, Stream) {

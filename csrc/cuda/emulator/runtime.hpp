@@ -25,12 +25,15 @@ enum class Order : uint8_t { Sequential, Priority };
 // When the bytes of cp_async arrive: when waited for (before, the place holds poison), at once, or either.
 enum class Delivery : uint8_t { Late, Early, Random };
 
+inline constexpr int64_t kSharedBytes = 227 * 1024;  // what one block may have
+
 struct Config {
   uint64_t seed = 1;
   Order order = Order::Sequential;
   Delivery delivery = Delivery::Late;
   uint8_t poison = 0xff;  // every byte of shared memory at the start: as floats NaN; 0x00 and others find integers
   int multiprocessors = 132;
+  int64_t shared_bytes = kSharedBytes;  // less than what one block may have, where smaller
   int capability = 90;
 };
 Config& config();
@@ -48,7 +51,6 @@ struct Shape {
   int64_t parameter_bytes;
   const char* name;
 };
-inline constexpr int64_t kSharedBytes = 227 * 1024;  // what one block may have
 
 // Runs body(context) once for each thread of the grid, and throws what it throws or what it does wrong.
 void run(const Shape& shape, void (*body)(void* context), void* context);
