@@ -9,7 +9,6 @@ from itertools import product
 import bitfold
 import numpy as np
 import oracle
-import oracle_gguf
 import torch
 from bitfold import _C
 
@@ -191,15 +190,3 @@ def random_planes(
         for name in ("nested_scales", "nested_offset"):
             planes[name] = rng.uniform(0.01, 0.1, shapes[name][1]).astype(np.float32).view(np.uint32)
     return planes
-
-
-def tame_blocks(rng: np.random.Generator, format: str, n: int, count: int) -> np.ndarray:
-    """n rows of `count` blocks of any codes and any integers, with scales of ordinary size and either sign."""
-    layout = oracle_gguf.LAYOUTS[format]
-    cube = rng.integers(0, 256, (n, count, layout.bytes)).astype(np.uint8)
-    if not layout.halves:
-        cube[:, :, 0] = rng.integers(120, 131, (n, count))
-    for at in layout.halves:
-        half = (rng.standard_normal((n, count)) * 0.05).astype(np.float16)
-        cube[:, :, at : at + 2] = half.view(np.uint8).reshape(n, count, 2)
-    return cube.reshape(n, -1)

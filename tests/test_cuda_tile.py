@@ -13,7 +13,8 @@ import oracle
 import oracle_gguf
 import pytest
 import torch
-from cases import DTYPES, block_formats, random_planes, tame_blocks, to_qtensor
+from cases import DTYPES, block_formats, random_planes, to_qtensor
+from test_gguf_blocks import tame_blocks
 
 GPUS = [name for name in devices.NAMES if name != "cpu"]
 pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no GPU and no emulator")

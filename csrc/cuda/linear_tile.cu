@@ -211,12 +211,13 @@ class Tile {
     copy_x();
     ptx::cp_async_commit();
   }
+  // Until all but the newest x_stages - 2 groups have arrived.
+  template <int Newest = 2>
   BITFOLD_DEVICE void wait() const {
-    switch (p_.shape.x_stages) {
-      case 2: return ptx::cp_async_wait<0>();
-      case 3: return ptx::cp_async_wait<1>();
-      default: return ptx::cp_async_wait<2>();
+    if constexpr (Newest > 0) {
+      if (p_.shape.x_stages < Newest + 2) return wait<Newest - 1>();
     }
+    ptx::cp_async_wait<Newest>();
   }
 
   // ---- scales of planes: made floats once for each row and 32 columns, while the chunk before is multiplied ----
@@ -362,8 +363,7 @@ class Tile {
 
   BITFOLD_DEVICE void finish() {
     auto* out = reinterpret_cast<float*>(memory_);
-    ptx::cp_async_wait<0>();
-    ptx::sync_block();
+    ptx::sync_block();  // all copies have arrived, and all stages were looked at
     for (int turn = 0; turn < kColumnWarps; ++turn) {
       if (turn == column_warp_) put_sums(out, turn > 0);
       ptx::sync_block();

@@ -44,6 +44,10 @@ def linear(format: str, m: int, n: int, k: int, dtype: str = "fp16", **more) -> 
     return Case("linear", format, n, k, m, dtype, **more)
 
 
+def columns_of_a_block(format: str) -> int:
+    return bitfold.formats.parse(format).group
+
+
 # ---- what there is of each kernel ----
 
 ROWS = [
@@ -54,6 +58,20 @@ ROWS = [
     linear("int4-g128", 4, 17, 16384, "bf16", multiprocessors=1),  # several rounds of the pieces on their way
     linear("int4-channel", 8, 50, 16384, "bf16", multiprocessors=1),  # k in slices
     linear("nf4-b64-dq", 1, 17, 192),
+]  # fmt: skip
+TILE = [
+    *(linear(format, m, 75, 512, dtype) for format in (*PLANES, *block_formats())
+      for m, dtype in ((9, "bf16"), (40, "fp16"))),
+    *(linear(format, 3, 33, 288 if columns_of_a_block(format) == 32 else 256, "bf16", bias=True)
+      for format in block_formats()),
+    *(linear(format, 20, 33, 296, "bf16", bias=True)
+      for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
+    *(linear(format, 9, 140, 1536, "bf16", multiprocessors=132)  # k over several blocks
+      for format in ("int4-g128-asym", "q4_k", "q6_k")),
+    linear("int4-g128", 80, 140, 1024, "bf16", multiprocessors=132),
+    linear("q4_k", 128, 130, 1024, multiprocessors=1),
+    linear("nf4-b64-dq", 16, 17, 192),
+    linear("int4-g32", 9, 128, 288),  # whole rows that end within a chunk
 ]  # fmt: skip
 FLOOR = [
     *(linear(format, 3, 7, columns(format), "fp32", bias=True) for format in (*PLANES, *block_formats())),
@@ -78,6 +96,7 @@ PACK = [
 ]
 KERNELS = {
     "linear_rows": ROWS,
+    "linear_tile": TILE,
     "linear_floor": FLOOR,
     "linear_grad_x": GRAD,
     "decode": DECODE,
