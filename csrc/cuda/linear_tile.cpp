@@ -45,10 +45,15 @@ TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu&
   TileShape shape{};
   int per_multiprocessor = 1;
   bool fits = false;
-  for (shape.tokens = 128; shape.tokens >= 16; shape.tokens /= 2) {
-    if (shape.tokens > 16 && shape.tokens / 2 >= m) continue;
-    if (shape.tokens <= 32 && fit_stages(size, half, &shape) && shape.w_stages > 2) per_multiprocessor = 2, fits = true;
-    else fits = fit_stages(size, gpu.shared_bytes, &shape);
+  for (const int tokens : {kManyTokens, kFewTokens}) {
+    if (tokens == kManyTokens && m <= kFewTokens) continue;
+    shape.tokens = tokens;
+    if (tokens == kFewTokens && fit_stages(size, half, &shape) && shape.w_stages > 2) {
+      fits = true;
+      per_multiprocessor = 2;
+    } else {
+      fits = fit_stages(size, gpu.shared_bytes, &shape);
+    }
     if (fits) break;
   }
   if (!fits) throw std::runtime_error("linear_tile: this GPU has too little shared memory");

@@ -48,8 +48,9 @@ class Tile {
   static constexpr int kParts = kUnits / kXUnits;  // stages of x of a chunk
   static constexpr int kXUnit = kGroups * kUnitBytes;
   static constexpr bool kPlanes = C::kPlanes;
-  static constexpr int kUnrolled = Tokens <= 64 ? 16 : 1;  // copies: the sums of many tokens leave them few registers
-  static constexpr int kSpans = C::kColumns / 32;          // scales of a row of planes
+  static constexpr int kUnrolled =
+      Tokens == kFewTokens ? 16 : 1;               // copies: the sums of many tokens leave them few registers
+  static constexpr int kSpans = C::kColumns / 32;  // scales of a row of planes
 
  public:
   BITFOLD_DEVICE explicit Tile(const TileParameter& p)
@@ -456,7 +457,8 @@ class Tile {
 };
 
 template <int Row, int Tokens>
-__global__ void __launch_bounds__(kTileThreads, Tokens <= 32 ? 2 : 1) linear_tile_kernel(const TileParameter p) {
+__global__ void __launch_bounds__(kTileThreads, Tokens == kFewTokens ? 2 : 1)
+    linear_tile_kernel(const TileParameter p) {
   Tile<Row, Tokens>(p).run();
 }
 
@@ -495,12 +497,8 @@ PlaneMatrix tile_planes<BITFOLD_PART>(const Weight& w) {
 }
 template <>
 void tile_launch<BITFOLD_PART>(const TileParameter& p, Stream stream) {
-  switch (p.shape.tokens) {
-    case 16: return launch_tile<BITFOLD_PART, 16>(p, stream);
-    case 32: return launch_tile<BITFOLD_PART, 32>(p, stream);
-    case 64: return launch_tile<BITFOLD_PART, 64>(p, stream);
-    default: return launch_tile<BITFOLD_PART, 128>(p, stream);
-  }
+  if (p.shape.tokens == kFewTokens) return launch_tile<BITFOLD_PART, kFewTokens>(p, stream);
+  return launch_tile<BITFOLD_PART, kManyTokens>(p, stream);
 }
 
 }  // namespace bitfold::cuda

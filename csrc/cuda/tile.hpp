@@ -16,6 +16,9 @@ inline constexpr int kColumnWarps = 2;
 inline constexpr int kTileThreads = kWarp * kRowWarps * kColumnWarps;
 inline constexpr int kTileRows = kRowWarps * kTiles * 16;
 
+// Tokens of a block at most: a GPU with little shared memory takes few in turn.
+inline constexpr int kFewTokens = 32, kManyTokens = 128;
+
 // Bytes of x in order: 8 tokens, one unit.
 inline constexpr int kUnitBytes = 2 * kWarp * 16;
 
@@ -31,7 +34,7 @@ struct ChunkSize {
 };
 
 struct TileShape {
-  int tokens;              // of a block: 16, 32, 64 or 128
+  int tokens;              // of a block: kFewTokens or kManyTokens
   int x_stages, w_stages;  // that wait in shared memory
   int splits;              // of k, over blocks
   int row_blocks, token_blocks;
@@ -39,7 +42,9 @@ struct TileShape {
 };
 
 // Units of a stage of x: few tokens have whole chunks.
-BITFOLD_HOST_DEVICE constexpr int tile_x_units(int tokens, int units) { return tokens <= 32 ? units : kColumnWarps; }
+BITFOLD_HOST_DEVICE constexpr int tile_x_units(int tokens, int units) {
+  return tokens == kFewTokens ? units : kColumnWarps;
+}
 
 // Where a block's shared memory has what; bytes.
 struct TilePlaces {
@@ -110,13 +115,14 @@ constexpr int64_t tile_row_bytes(const Weight& w) {
 }
 
 // The formats that have tiles.
-#define BITFOLD_TILE_ROWS(X)                                                                                     \
-  X(kE4m3)                                                                                                       \
-  X(kE5m2)                                                                                                       \
-  X(kInt8)                                                                                                       \
-  X(kInt4)                                                                                                       \
-  X(kInt3) X(kInt2) X(kNf4) X(kFp4) X(kQ4_0) X(kQ4_1) X(kQ5_0) X(kQ5_1) X(kQ8_0) X(kQ2K) X(kQ3K) X(kQ4K) X(kQ5K) \
-      X(kQ6K) X(kIq4Nl) X(kIq4Xs) X(kMxfp4)
+#define BITFOLD_TILE_ROWS(X)                                                                                    \
+  X(kE4m3)                                                                                                      \
+  X(kE5m2)                                                                                                      \
+  X(kInt8)                                                                                                      \
+  X(kInt4)                                                                                                      \
+  X(kInt3)                                                                                                      \
+  X(kInt2) X(kNf4) X(kFp4) X(kQ4_0) X(kQ4_1) X(kQ5_0) X(kQ5_1) X(kQ8_0) X(kQ2K) X(kQ3K) X(kQ4K) X(kQ5K) X(kQ6K) \
+      X(kIq4Nl) X(kIq4Xs) X(kMxfp4)
 
 // Defined for each format in a unit of its own (linear_tile.cu).
 template <int Row>
