@@ -132,13 +132,13 @@ def schedules():
 
 
 @pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's schedule can't be chosen")
-@pytest.mark.parametrize("m", [9, 40, 128])
+@pytest.mark.parametrize("m", [9, 80])
 @pytest.mark.parametrize(
     "format", ["int4-g128-asym", "nf4-b64-dq", "int8-g32", "q2_k", "q4_k", "q6_k", "mxfp4"]
 )
 def test_bits_depend_on_no_schedule(format, m, rng):
     """Blocks, warps and lanes in any order, copies late or early; k over several blocks on many multiprocessors."""
-    n, k = 140, 1280
+    n, k = 140, 1024
     qtensor, w = make(rng, format, n, k)
     x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
     with devices.use("emulated"):

@@ -48,9 +48,8 @@ class Tile {
   static constexpr int kParts = kUnits / kXUnits;  // stages of x of a chunk
   static constexpr int kXUnit = kGroups * kUnitBytes;
   static constexpr bool kPlanes = C::kPlanes;
-  static constexpr int kUnrolled =
-      Tokens == kFewTokens ? 16 : 1;               // copies: the sums of many tokens leave them few registers
-  static constexpr int kSpans = C::kColumns / 32;  // scales of a row of planes
+  static constexpr int kUnrolled = Tokens == kFewTokens ? 2 : 1;  // copies: the sums leave them few registers
+  static constexpr int kSpans = C::kColumns / 32;                 // scales of a row of planes
 
  public:
   BITFOLD_DEVICE explicit Tile(const TileParameter& p)
