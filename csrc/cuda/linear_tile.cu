@@ -5,8 +5,8 @@
 // ahead; so does x, which arrange has put into the order in which codes come out of those bytes. A warp decodes 64
 // columns of 32 rows (a unit), multiplies them with all tokens in fresh sums, and adds these, scaled, to its own.
 // Everything is added in an order that the shape alone determines.
+#include "cuda/chunk_blocks.hpp"
 #include "cuda/chunk_planes.hpp"
-#include "cuda/fragments_blocks.hpp"
 #include "cuda/tile.hpp"
 
 namespace bitfold::cuda {
