@@ -114,18 +114,6 @@ constexpr int64_t tile_row_bytes(const Weight& w) {
   return plane_extent(plane_laws(w.format).items[kCodes], w.n, w.k).columns;
 }
 
-// The formats that have tiles.
-#define BITFOLD_TILE_ROWS(X) \
-  X(kE4m3)                   \
-  X(kE5m2)                   \
-  X(kInt8)                   \
-  X(kInt4)                   \
-  X(kInt3)                   \
-  X(kInt2)                   \
-  X(kNf4)                    \
-  X(kFp4)                    \
-  X(kQ4_0) X(kQ4_1) X(kQ5_0) X(kQ5_1) X(kQ8_0) X(kQ2K) X(kQ3K) X(kQ4K) X(kQ5K) X(kQ6K) X(kIq4Nl) X(kIq4Xs) X(kMxfp4)
-
 // Defined for each format in a unit of its own (linear_tile.cu).
 template <int Row>
 ChunkSize tile_chunk();

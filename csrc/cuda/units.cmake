@@ -5,7 +5,7 @@
 # too many instances for one unit.
 set(planes kE4m3 kE5m2 kInt8 kInt4 kInt3 kInt2 kNf4 kFp4)
 set(blocks kQ4_0 kQ4_1 kQ5_0 kQ5_1 kQ8_0 kQ2K kQ3K kQ4K kQ5K kQ6K kIq4Nl kIq4Xs kMxfp4)
-set(BITFOLD_CUDA_UNITS gpu arrange)
+set(BITFOLD_CUDA_UNITS gpu arrange tile)
 foreach(row IN LISTS planes)
   list(APPEND BITFOLD_CUDA_UNITS linear_rows/${row})
 endforeach()
@@ -17,7 +17,7 @@ set(BITFOLD_CUDA_EXACT_UNITS
   decode pack
   linear_floor
   encode encode_blocks encode_affine encode_symmetric encode_iq4 encode_legacy)
-set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp csrc/cuda/linear_tile.cpp)
+set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp)
 
 # The generated source of `unit`, which ends in `.extension`, into `out`.
 function(cuda_unit unit extension out)

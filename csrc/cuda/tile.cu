@@ -1,5 +1,7 @@
 // Products with 9 to 128 tokens: how the kernel is cut, where its workspace has what, and which unit has the format.
+#include <array>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda/kernels.hpp"
 #include "cuda/tile.hpp"
@@ -79,13 +81,15 @@ template <int Row>
 constexpr Unit unit_of() {
   return {tile_chunk<Row>, tile_order<Row>, tile_in_words<Row>, tile_planes<Row>, tile_launch<Row>};
 }
-Unit unit_of(int row) {
-  switch (row) {
-#define BITFOLD_TILE(Row) \
-  case Row: return unit_of<Row>();
-    BITFOLD_TILE_ROWS(BITFOLD_TILE)
-    default: throw std::logic_error("this format has no tile kernel");
-  }
+template <int... I>
+constexpr std::array<Unit, sizeof...(I)> units(std::integer_sequence<int, I...>) {
+  return {unit_of<kE4m3 + I>()...};
+}
+// All formats but fp16 and bf16, the first two.
+const Unit& unit_of(int row) {
+  static constexpr auto kUnits = units(std::make_integer_sequence<int, kRowCount - kE4m3>());
+  if (row < kE4m3) throw std::logic_error("this format has no tile kernel");
+  return kUnits[static_cast<size_t>(row - kE4m3)];
 }
 
 // ---- the workspace ----
@@ -118,7 +122,7 @@ int64_t linear_tile_workspace(const LinearArgs& args) {
 
 void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
   if (args.w.n == 0) return;
-  const Unit unit = unit_of(args.w.format.row);
+  const Unit& unit = unit_of(args.w.format.row);
   const ChunkSize size = unit.chunk();
   const TileShape shape = tile_shape(size, args.x.rows, args.w.n, args.w.k, gpu());
   const Workspace at = workspace_of(size, shape, args.x.rows, args.w.k);
