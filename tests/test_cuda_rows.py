@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import DTYPES, random_planes, to_qtensor
+from cases import DTYPES, block_formats, random_planes, to_qtensor, weights
 
 GPUS = [name for name in devices.NAMES if name != "cpu"]
 pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no GPU and no emulator")
@@ -222,3 +222,23 @@ def test_views(gpu, format, k, dtype, rng):
     stepped = torch.zeros(2 * m, 3 * k, dtype=x.dtype)[::2, ::3].copy_(x)
     for view in (x.t().contiguous().t(), shifted, stepped):
         assert_same(bitfold.linear(view, qtensor), expected)
+
+
+@pytest.mark.parametrize("format", block_formats())
+def test_blocks(gpu, format, rng):
+    """Chunks in turns, rows that end within one, tiles of less than 16 rows; and the same bits in any batch."""
+    columns = bitfold.formats.parse(format).group
+    for n, k, dtype in (
+        (37, 4608 + columns, torch.float16),
+        (16, columns, torch.bfloat16),
+        (5, 2048, torch.bfloat16),
+    ):
+        qtensor = bitfold.encode(torch.from_numpy(weights(rng, n, k)), format)
+        w = qtensor.decode(torch.float64).numpy()
+        x = torch.from_numpy(rng.standard_normal((8, k))).to(dtype)
+        y = bitfold.linear(x, qtensor)
+        exact = x.double().numpy() @ w.T
+        tolerance = 1e-3 if dtype == torch.float16 else 4e-3
+        assert np.linalg.norm(y.double().numpy() - exact) <= tolerance * np.linalg.norm(exact)
+        for m in (1, 2, 7):
+            assert_same(bitfold.linear(x[:m], qtensor), y[:m])

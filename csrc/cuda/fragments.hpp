@@ -42,7 +42,8 @@
 //     Scales mins(const Slot& slot, uint32_t (&a)[4]) const;          // where kMins > 0
 //   };
 //
-// fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k.
+// fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k, and
+// fragments_chunks.hpp blocks.
 #pragma once
 
 #include <cstddef>

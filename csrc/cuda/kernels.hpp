@@ -9,8 +9,7 @@ namespace bitfold::cuda {
 void linear_floor(const LinearArgs& args, Stream stream);
 
 // m <= kRows.
-int64_t linear_rows_workspace(const LinearArgs& args);
-void linear_rows(const LinearArgs& args, void* workspace, Stream stream);
+void linear_rows(const LinearArgs& args, Stream stream);
 
 // kRows < m <= kTile.
 int64_t linear_tile_workspace(const LinearArgs& args);

@@ -17,18 +17,13 @@ bool empty(const LinearArgs& args) { return args.x.rows == 0 || args.w.n == 0; }
 }  // namespace
 
 int64_t linear_workspace(const LinearArgs& args) {
-  if (empty(args)) return 0;
-  switch (regime(args)) {
-    case Regime::Rows: return linear_rows_workspace(args);
-    case Regime::Tile: return linear_tile_workspace(args);
-    default: return 0;
-  }
+  return !empty(args) && regime(args) == Regime::Tile ? linear_tile_workspace(args) : 0;
 }
 
 void linear(const LinearArgs& args, void* workspace, Stream stream) {
   if (empty(args)) return;
   switch (regime(args)) {
-    case Regime::Rows: return linear_rows(args, workspace, stream);
+    case Regime::Rows: return linear_rows(args, stream);
     case Regime::Tile: return linear_tile(args, workspace, stream);
     case Regime::Floor: return linear_floor(args, stream);
     case Regime::Matmul: throw std::logic_error("torch multiplies here: the border decodes");

@@ -11,6 +11,7 @@
 // Compiled once for each format (BITFOLD_PART).
 #include <utility>
 
+#include "cuda/fragments_chunks.hpp"
 #include "cuda/fragments_ragged.hpp"
 #include "cuda/linear_rows.hpp"
 #include "cuda/tokens.hpp"
@@ -319,7 +320,9 @@ void launch_widest(const LinearArgs& args, Stream stream, std::integer_sequence<
 
 template <>
 void linear_rows_of<BITFOLD_PART>(const LinearArgs& args, Stream stream) {
-  launch_widest<BITFOLD_PART>(args, stream, Pieces<BITFOLD_PART>::Widths());
+  constexpr int kRow = BITFOLD_PART;
+  if constexpr (kFormats[kRow].grid == Grid::Block) launch_rows<ChunkFragments<kRow>, 1>(args, stream);
+  else launch_widest<kRow>(args, stream, Pieces<kRow>::Widths());
 }
 
 }  // namespace bitfold::cuda

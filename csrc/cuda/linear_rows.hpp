@@ -5,7 +5,7 @@
 
 namespace bitfold::cuda {
 
-// Defined for each format with planes, in a unit of its own.
+// Defined for each format but the casts, in a unit of its own.
 template <int Row>
 void linear_rows_of(const LinearArgs& args, Stream stream);
 

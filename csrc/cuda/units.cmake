@@ -6,11 +6,8 @@
 set(planes kE4m3 kE5m2 kInt8 kInt4 kInt3 kInt2 kNf4 kFp4)
 set(blocks kQ4_0 kQ4_1 kQ5_0 kQ5_1 kQ8_0 kQ2K kQ3K kQ4K kQ5K kQ6K kIq4Nl kIq4Xs kMxfp4)
 set(BITFOLD_CUDA_UNITS gpu arrange tile)
-foreach(row IN LISTS planes)
-  list(APPEND BITFOLD_CUDA_UNITS linear_rows/${row})
-endforeach()
 foreach(row IN LISTS planes blocks)
-  list(APPEND BITFOLD_CUDA_UNITS linear_tile/${row})
+  list(APPEND BITFOLD_CUDA_UNITS linear_rows/${row} linear_tile/${row})
 endforeach()
 # Those that promise the CPU's bytes: nvcc must not contract a multiplication and an addition.
 set(BITFOLD_CUDA_EXACT_UNITS

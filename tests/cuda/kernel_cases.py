@@ -57,6 +57,8 @@ ROWS = [
     linear("int4-g128", 8, 530, 1280, "bf16", multiprocessors=1),  # many tiles for each block
     linear("int4-g128", 4, 17, 16384, "bf16", multiprocessors=1),  # several rounds of the pieces on their way
     linear("int4-channel", 8, 50, 16384, "bf16", multiprocessors=1),  # k in slices
+    *(linear(format, m, 37, 2048 if m == 8 else 1024, dtype)
+      for format in block_formats() for m, dtype in ((3, "bf16"), (8, "fp16"))),
     linear("nf4-b64-dq", 1, 17, 192),
 ]  # fmt: skip
 TILE = [

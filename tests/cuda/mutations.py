@@ -39,7 +39,6 @@ CASES = {
     r"pack\.cu": ("pack",),
 }
 
-NO_ROOM = "pieces of formats with planes wait in registers"
 # What is dropped without notice, and why: the file, the text and which of those in the file.
 UNSEEN = {
     (
@@ -47,9 +46,6 @@ UNSEEN = {
         "ptx::sync_block();",
         4,
     ): "a block of threads comes back for more after 2^20 others alone",
-    ("linear_rows.cu", "ptx::sync_warp();", 1): NO_ROOM,
-    ("linear_rows.cu", "ptx::sync_warp();", 2): NO_ROOM,
-    ("linear_rows.cu", "ptx::cp_async_wait<kAhead - 1>();", 1): NO_ROOM,
 }
 
 DROPPED = [r"ptx::sync_block\(\);", r"ptx::sync_warp\(\);", r"ptx::bar_(?:sync|arrive)\([^;]*\);"]

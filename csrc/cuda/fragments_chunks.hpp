@@ -1,0 +1,156 @@
+// GGUF's blocks as sources of fragments (fragments.hpp). Blocks begin at any even byte (MXFP4's at any), so a warp
+// copies its 16 rows' chunk to shared memory as it lies there and opens it from there (chunk.hpp,
+// chunk_blocks.hpp).
+#pragma once
+
+#include "cuda/chunk.hpp"
+#include "cuda/chunk_blocks.hpp"
+
+namespace bitfold::cuda {
+
+struct BlockMatrix {
+  const uint8_t* blocks;
+  int64_t n;
+  int64_t row_bytes;
+};
+
+template <int Row>
+class ChunkFragments {
+  using C = Chunk<Row>;
+  static constexpr int kSpans = kUnitSteps / C::kSpan;  // of a unit
+  // What holds a row's chunk that begins anywhere in 16 bytes: an odd number of them, so that what the lanes of 8 rows
+  // read at once lies in different banks.
+  static constexpr int kQuads = (C::kBytes + 16 - smaller(C::kAlign, 16) + 15) / 16;
+  static constexpr int kStride = 16 * (kQuads | 1);
+
+ public:
+  static constexpr int kColumns = C::kColumns;
+  static constexpr int kSteps = kColumns / 16;
+  static constexpr int kSections = kSteps / C::kSpan;
+  static constexpr int kMins = C::kMins;
+  static constexpr int kLaneBytes = C::kBytes / 4;
+  static constexpr int kRoom = 16 * kStride;
+  static constexpr float kUnit = 1.0f / kDown;
+
+  static constexpr int column(int step, int t, int half) {
+    return C::column(step / kUnitSteps, step % kUnitSteps, t, half);
+  }
+
+  using Matrix = BlockMatrix;
+  static Matrix matrix(const Weight& w) {
+    constexpr FormatRow kFormat = kFormats[Row];
+    return {static_cast<const uint8_t*>(w.codes), w.n, w.k / kFormat.group * kFormat.block_bytes};
+  }
+
+  struct Tables {
+    alignas(16) uint8_t bytes[larger(C::kTables, 16)];
+  };
+  BITFOLD_DEVICE static void fill(Tables& tables, int thread, int threads) {
+    if constexpr (C::kTables > 0) C::fill(tables.bytes, thread, threads);
+  }
+
+  struct Slot {
+    Lane lane[2];
+    typename C::Head head[2];
+    Operands<C::kSpan> unit[2];
+  };
+
+  ChunkFragments() = default;
+  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
+    for (int i = 0; i < 2; ++i) {
+      row_[i] = w.blocks + smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1) * w.row_bytes;
+    }
+  }
+
+  // The lanes of a row copy 16 bytes each in turn.
+  BITFOLD_DEVICE void fetch(Slot&, int piece, std::byte* room) const {
+    const int64_t at = int64_t{piece} * C::kBytes;
+    const int first = ptx::lane_id() % 4;
+    if (at + 16 * kQuads <= w_->row_bytes) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint8_t* from = align(row_[i] + at);
+#pragma unroll
+        for (int quad = 0; quad < kQuads; quad += 4) {
+          if (quad + first < kQuads) ptx::cp_async<16>(mine(room, i) + 16 * (quad + first), from + 16 * (quad + first));
+        }
+      }
+    } else {
+      fetch_end(at, room);
+    }
+  }
+
+  BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint8_t* from = row_[i] + int64_t{piece} * C::kBytes;
+      const auto* bytes = reinterpret_cast<const uint8_t*>(mine(room, i)) + (from - align(from));
+      slot.lane[i] = {bytes, nullptr, tables_->bytes, ptx::lane_id() % 4};
+      slot.head[i] = C::head(bytes);
+    }
+  }
+
+  BITFOLD_DEVICE void step(Slot& slot, int step, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (step % kUnitSteps == 0) C::unit(slot.lane[i], slot.head[i], step / kUnitSteps, slot.unit[i]);
+      a[kLow0 + i] = slot.unit[i].halves[step % kUnitSteps][0];
+      a[kLow1 + i] = slot.unit[i].halves[step % kUnitSteps][1];
+    }
+  }
+
+  BITFOLD_DEVICE Scales scales(const Slot& slot, int section) const {
+    return {{slot.unit[0].scales[section % kSpans], slot.unit[1].scales[section % kSpans]}};
+  }
+
+  BITFOLD_DEVICE Scales mins(const Slot& slot, uint32_t (&a)[4]) const {
+    Scales scales{};
+    if constexpr (kMins > 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t two[2];
+        scales.of[i] = C::mins(slot.lane[i], slot.head[i], two);
+        a[kLow0 + i] = two[0];
+        a[kLow1 + i] = two[1];
+      }
+    }
+    return scales;
+  }
+
+ private:
+  // A chunk at the row's end: what is behind that is zero.
+  BITFOLD_DEVICE void fetch_end(int64_t at, std::byte* room) const {
+    for (int i = 0; i < 2; ++i) {
+      const uint8_t* begin = i == 0 ? row_[0] : row_[1];
+      const uint8_t* from = align(begin + at);
+#pragma unroll 1
+      for (int quad = ptx::lane_id() % 4; quad < kQuads; quad += 4) {
+        const int64_t left = begin + w_->row_bytes - from - 16 * quad;
+        const auto bytes = static_cast<int>(smaller<int64_t>(larger<int64_t>(left, 0), 16));
+        ptx::cp_async<16>(mine(room, i) + 16 * quad, bytes > 0 ? from + 16 * quad : w_->blocks, bytes);
+      }
+    }
+  }
+
+  // Where the chunk of row g + 8 i lies.
+  template <class T>
+  BITFOLD_DEVICE static T* mine(T* room, int i) {
+    return room + (ptx::lane_id() / 4 + 8 * i) * kStride;
+  }
+  // Planes begin at multiples of 16 bytes, so this is never before them.
+  BITFOLD_DEVICE static const uint8_t* align(const uint8_t* p) {
+    return p - (C::kAlign < 16 ? reinterpret_cast<uintptr_t>(p) % 16 : 0);
+  }
+
+  const Matrix* w_;
+  const Tables* tables_;
+  const uint8_t* row_[2];
+};
+
+template <int Row, int Columns, Scale Stored, bool Zeros>
+  requires(kFormats[Row].grid == Grid::Block)
+class Fragments<Row, Columns, Stored, Zeros> : public ChunkFragments<Row> {
+  using ChunkFragments<Row>::ChunkFragments;
+};
+
+}  // namespace bitfold::cuda
