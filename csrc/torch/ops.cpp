@@ -301,6 +301,7 @@ Tensor decoded_for(const Device& device, const Tensor& x, const Weight& w, const
   return decoded;
 }
 
+// Of contiguous rows: torch may multiply others in another order, and strides must not change the bits.
 template <class... Arguments>
 Tensor torch_product(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
@@ -329,7 +330,8 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
   if (device.gpu() && kind != Activations::Float)
     fail("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
   if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul)
-    return torch_product("aten::linear", x, decoded_for(device, x, w, planes[0]), dense_bias);
+    return torch_product("aten::linear", torch::stable::contiguous(x), decoded_for(device, x, w, planes[0]),
+                         dense_bias);
   Tensor y = empty_rows(x, n);
   device.linear({w, rows, dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), nullptr, kind}, x);
   return y;
@@ -342,7 +344,7 @@ Tensor linear_grad_x(const Tensor& grad, const std::vector<Tensor>& planes, cons
   std::optional<Tensor> owner;
   const MatrixIn rows = activations(device, grad, "grad", "n", n, &owner);
   if (device.gpu() && cuda::plan_grad_x(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul)
-    return torch_product("aten::matmul", grad, decoded_for(device, grad, w, planes[0]));
+    return torch_product("aten::matmul", torch::stable::contiguous(grad), decoded_for(device, grad, w, planes[0]));
   Tensor dx = empty_rows(grad, k);
   device.linear_grad_x({w, rows, dx.mutable_data_ptr(), nullptr});
   return dx;
