@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import bitfold
+import devices
 import numpy as np
 import oracle
 import pytest
@@ -67,11 +68,13 @@ def assert_close(
 
 def multiplied(w: np.ndarray, format: str, x: torch.Tensor) -> np.ndarray:
     """The decoded weights as the plan says that they are multiplied: exact, or rounded to bf16."""
-    if bitfold.plan_linear(format, x[..., 0].numel(), *w.shape, x.dtype).operands != "bfloat16":
+    plan = bitfold.plan_linear(format, x[..., 0].numel(), *w.shape, x.dtype, devices.plan_device())
+    if plan.operands != "bfloat16":
         return w
     return oracle.from_dtype(oracle.to_dtype(w, "bf16"), "bf16").astype(np.float64)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", some_formats())
@@ -90,6 +93,7 @@ def test_accuracy(format, dtype, rng):
             )
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_accuracy_of_long_sums(dtype, rng):
     for format in ("int4-g128", "nf4-b64", "fp16"):
@@ -99,6 +103,7 @@ def test_accuracy_of_long_sums(dtype, rng):
             assert_close(bitfold.linear(x, qtensor), x, multiplied(w, format, x), None, f"{format} m={m}")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", some_formats())
 def test_empty_sizes(format):
     for n, k in [(0, 0), (0, 40), (5, 0)]:
@@ -113,6 +118,7 @@ def test_empty_sizes(format):
                 assert torch.equal(y, bias.expand(m, n))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", some_formats())
 def test_strides_and_leading_dimensions(format, dtype, rng):
@@ -156,6 +162,7 @@ def test_same_bits_for_any_threads_and_every_run(format, rng, threads):
             assert all(torch.equal(outputs[0], other) for other in outputs[1:]), f"{format} m={m} {dtype}"
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("format", [f for f in some_formats() if fused(f)])
 def test_fused_rows_do_not_depend_on_each_other(format, rng):
@@ -169,6 +176,7 @@ def test_fused_rows_do_not_depend_on_each_other(format, rng):
             assert torch.equal(together, alone[-m:]), f"{format} {name} m={m}"
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("format", [f for f in some_formats() if oracle.parse(f).kind == "codebook"])
 def test_flat_layout(format, rng):
     for n, k in [(1, 1), (5, 35), (33, 57), (3, 0), (0, 3)]:
@@ -205,6 +213,7 @@ def test_the_plan_names_the_regime():
     refusal(lambda: bitfold.plan_linear("int4", -1, 64, 256), "m")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("format", some_formats())
 def test_any_codes(format, rng):
@@ -222,6 +231,7 @@ def test_any_codes(format, rng):
             )
 
 
+@pytest.mark.usefixtures("device")
 def test_nan_and_infinity_stay_in_their_row(rng):
     """A bad activation spoils the outputs of its row alone, in every regime."""
     for format in some_formats():
@@ -236,6 +246,7 @@ def test_nan_and_infinity_stay_in_their_row(rng):
                 assert finite[[i for i in range(m) if i != 1]].all(), format
 
 
+@pytest.mark.usefixtures("device")
 def test_padding_bits_and_neighbours_are_not_read_as_weights(rng):
     """Planes inside larger buffers full of NaN and ones give what planes of their own give."""
     for format in some_formats():
@@ -256,6 +267,7 @@ def test_padding_bits_and_neighbours_are_not_read_as_weights(rng):
 # ---- gradient with respect to x ----
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", some_formats())
@@ -264,7 +276,7 @@ def test_grad_x_accuracy(format, dtype, rng):
         qtensor, w = make(rng, format, n, k)
         for m in (0, 1, 9) if n < 20 else (2, 33):
             grad = draw(rng, m, n, dtype=dtype)
-            dx = torch.ops.bitfold.linear_grad_x(grad, list(qtensor.planes.values()), qtensor.format, n, k)
+            dx = devices.ops().linear_grad_x(grad, list(qtensor.planes.values()), qtensor.format, n, k)
             assert_close(dx, grad, w.T, None, f"{format} m={m} n={n} k={k}")
 
 
@@ -341,6 +353,7 @@ def test_no_decoded_copy_of_the_matrix(format, dtype, layout):
     assert max(grown) < 8 * 2**20, f"{[size >> 20 for size in grown]} MiB"
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @pytest.mark.parametrize("format", ["fp8-e4m3", "fp8-e5m2"])
 def test_a_nan_code_reaches_its_output_alone(format, rng):
