@@ -32,6 +32,7 @@ class Mutation(NamedTuple):
 
 # Which cases run a file's code; the first that matches.
 CASES = {
+    r"linear_tile\.cu|arrange\.cu|chunk.*\.hpp": ("linear_tile",),
     r"linear_rows\.cu|tokens\.hpp|fragments.*\.hpp": ("linear_rows",),
     r"linear_floor\.cu": ("linear_floor", "linear_grad_x"),
     r"decode\.cu|runs\.hpp": ("decode",),
@@ -82,6 +83,23 @@ WRONG = [
     ("fragments_planes.hpp", "row + g + 8 * i", "row + g + 4 * i"),
     ("fragments_planes.hpp", "w.n - 1", "w.n"),
     ("fragments_planes.hpp", "kLaneBytes * t", "kLaneBytes * (t ^ 1)"),
+    # linear_tile: stages, units, turns of warps, and who adds what
+    ("linear_tile.cu", "slot + 1 == slots ? 0 : slot + 1", "slot"),
+    ("linear_tile.cu", "next_chunk_ + 1 < p_.chunks", "true"),
+    ("linear_tile.cu", "row0_ + kTileRows <= p_.n", "row0_ <= p_.n"),
+    ("linear_tile.cu", "smaller(within + length - at, 16)", "16"),
+    ("linear_tile.cu", "smaller<int64_t>(row0_ + row, p_.n - 1)", "row0_ + row"),
+    ("linear_tile.cu", "turn > 0", "turn > 1"),
+    ("linear_tile.cu", "part * kXUnits + q", "part * kXUnits"),
+    ("linear_tile.cu", "chunk % kColumnWarps == column_warp_", "column_warp_ == 0 || chunk > 0"),
+    ("linear_tile.cu", "scale[i / 2]", "scale[i % 2]"),
+    ("linear_tile.cu", "lane_ % 4 * 2 + i % 2", "lane_ % 4 * 2 + i / 2"),
+    ("linear_tile.cu", "static_cast<uint32_t>(p_.shape.splits) - 1", "0"),
+    ("linear_tile.cu", "row + i >= p_.n", "row + i > p_.n"),
+    ("arrange.cu", "token >= args.m || column >= args.k", "token >= args.m"),
+    ("arrange.cu", "14 - (field - 127)", "16 - (field - 127)"),
+    ("arrange.cu", "sub % 8 / 2", "sub % 8 / 4"),
+    ("chunk_planes.hpp", "s < 2 || kNarrow ? first.zero : second.zero", "first.zero"),
     # decode: rows, runs and ends
     ("runs.hpp", "kRow.high_first ? j ^ 1 : j", "j"),
     ("runs.hpp", "4 * (r >> 2 & 1)", "4 * (r >> 3 & 1)"),
