@@ -74,8 +74,7 @@ def copy_ceiling(nbytes: int, seconds: float) -> tuple[Ceiling, dict[str, Any]]:
 
 
 def gpu() -> dict[str, Any]:
-    """Name, compute capability, multiprocessors, bytes of memory and of the second cache, the CUDA of torch and of the
-    driver."""
+    """Name, compute capability, multiprocessors, bytes of memory and of the second cache, and the CUDA of torch."""
     found = torch.cuda.get_device_properties()
     return {
         "name": found.name,
@@ -84,5 +83,4 @@ def gpu() -> dict[str, Any]:
         "memory": found.total_memory,
         "L2": found.L2_cache_size,
         "cuda": torch.version.cuda,
-        "driver_cuda": torch._C._cuda_getDriverVersion(),
     }
