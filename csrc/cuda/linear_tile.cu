@@ -383,7 +383,7 @@ class Tile {
       reinterpret_cast<float4*>(partial + int64_t{blockIdx.y} * kSize)[i] = sums(i);
     }
     ptx::fence();
-    ptx::sync_block();  // nobody looks at `out` any more
+    ptx::sync_block();  // all sums are written before the block counts, and nobody looks at `out` any more
     auto& arrived = *reinterpret_cast<uint32_t*>(memory_);
     if (threadIdx.x == 0) arrived = ptx::atomic_add(p_.arrivals + block, 1u);
     ptx::sync_block();

@@ -47,6 +47,12 @@ UNSEEN = {
         "ptx::sync_block();",
         4,
     ): "a block of threads comes back for more after 2^20 others alone",
+    ("linear_rows.cu", "ptx::sync_warp();", 2): "all lanes of q4_k meet in an mma after their last look",
+    (
+        "linear_tile.cu",
+        "ptx::sync_block();",
+        4,
+    ): "only a block beside it sees sums too early; here they take turns",
 }
 
 DROPPED = [r"ptx::sync_block\(\);", r"ptx::sync_warp\(\);", r"ptx::bar_(?:sync|arrive)\([^;]*\);"]
