@@ -104,4 +104,4 @@ def main(toolkit: Path, folder: Path, architectures: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute(), sys.argv[3])  # CMake wants whole paths
