@@ -61,7 +61,9 @@ ROWS = [
       for format in block_formats() for m, dtype in ((3, "bf16"), (8, "fp16"))),
     linear("nf4-b64-dq", 1, 17, 192),
 ]  # fmt: skip
-TILE = [
+TILE = [  # the largest first: ThreadSanitizer gets the last of each format
+    linear("int4-g128", 80, 140, 1024, "bf16", multiprocessors=132),
+    linear("q4_k", 128, 130, 1024, multiprocessors=1),
     *(linear(format, m, 75, 512, dtype) for format in (*PLANES, *block_formats())
       for m, dtype in ((9, "bf16"), (40, "fp16"))),
     *(linear(format, 3, 33, 288 if columns_of_a_block(format) == 32 else 256, "bf16", bias=True)
@@ -70,8 +72,6 @@ TILE = [
       for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
     *(linear(format, 9, 140, 1536, "bf16", multiprocessors=132)  # k over several blocks
       for format in ("int4-g128-asym", "q4_k", "q6_k")),
-    linear("int4-g128", 80, 140, 1024, "bf16", multiprocessors=132),
-    linear("q4_k", 128, 130, 1024, multiprocessors=1),
     linear("nf4-b64-dq", 16, 17, 192),
     linear("int4-g32", 9, 128, 288),  # whole rows that end within a chunk
 ]  # fmt: skip
