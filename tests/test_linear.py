@@ -69,8 +69,10 @@ def assert_close(
 def multiplied(w: np.ndarray, format: str, x: torch.Tensor) -> np.ndarray:
     """The decoded weights as the plan says that they are multiplied: exact, or rounded to bf16."""
     plan = bitfold.plan_linear(format, x[..., 0].numel(), *w.shape, x.dtype, devices.plan_device())
-    if plan.operands != "bfloat16":
-        return w
+    return to_bf16(w) if plan.operands == "bfloat16" else w
+
+
+def to_bf16(w: np.ndarray) -> np.ndarray:
     return oracle.from_dtype(oracle.to_dtype(w, "bf16"), "bf16").astype(np.float64)
 
 
@@ -277,7 +279,9 @@ def test_grad_x_accuracy(format, dtype, rng):
         for m in (0, 1, 9) if n < 20 else (2, 33):
             grad = draw(rng, m, n, dtype=dtype)
             dx = devices.ops().linear_grad_x(grad, list(qtensor.planes.values()), qtensor.format, n, k)
-            assert_close(dx, grad, w.T, None, f"{format} m={m} n={n} k={k}")
+            # A GPU's gradients of more than 8 rows of bf16 are torch's product with a weight of bf16 (docs/cuda.md).
+            rounds = devices.plan_device() == "cuda" and m > ROWS_AT_ONCE and dtype == torch.bfloat16
+            assert_close(dx, grad, (to_bf16(w) if rounds else w).T, None, f"{format} m={m} n={n} k={k}")
 
 
 @pytest.mark.parametrize("format", ["nf4-b32-dq", "fp4-b64"])

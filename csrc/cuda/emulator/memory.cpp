@@ -84,6 +84,7 @@ void cp_async_wait(int groups) {
   for (; self.arrived < there; ++self.arrived) acquire(&self.copy_tokens[self.arrived % kCopyTokens]);
   size_t count = 0;
   while (count < self.copies.size() && self.copies[count].group < there) deliver(self.copies[count++]);
+  const Unseen unseen;
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(count));
 }
 
