@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a machine with an NVIDIA GPU can show, in one run of less than nine minutes: builds for the GPU at
+# Everything that only a machine with an NVIDIA GPU can show, in one run, whose steps have limits that add up to nine minutes: builds for the GPU at
 # hand, runs the tests on it, compute-sanitizer on a few small cases, and the benchmarks; prints a summary and leaves one JSON.
 #
 #   bench/gpu.sh [--full] [OUT]      OUT: a folder, by default build/gpu/out; --full: the whole grid, which takes longer
@@ -49,12 +49,12 @@ fi
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv >"$out/gpu.csv" 2>&1
 
-if step configure 60 configure && step compile 300 compile; then
+if step configure 30 configure && step compile 180 compile; then
   export BITFOLD_TEST_DEVICES=cuda  # of the tests that run on every device
-  step tests_gpu 120 pytest tests/cuda/test_gpu.py
-  step tests_conformance 150 pytest tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
+  step tests_gpu 60 pytest tests/cuda/test_gpu.py
+  step tests_conformance 80 pytest tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
   if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
+    step sanitizer 40 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
     if grep -q "Device not supported\|Unable to attach" "$out/sanitizer.log"; then
       skip sanitizer "compute-sanitizer can't attach to this GPU"
     fi
@@ -67,14 +67,14 @@ if step configure 60 configure && step compile 300 compile; then
         --shape 14336x4096 --shape 4096x4096 --batches 1,2,4,8,16,32,64,128,256,512,1024,4096 --dtypes bf16,fp16 \
         --formats int4-g128,int4-g128-asym,nf4,nf4-dq,fp4,int8,fp8,int3-g64,q4_k,q6_k,q8_0 --seconds 1 --out "$out/bench.json"
     else
-      step bench 200 "$python" -m bitfold bench --device cuda --ops linear,decode --shape 8192x28672 \
+      step bench 100 "$python" -m bitfold bench --device cuda --ops linear,decode --shape 8192x28672 \
         --batches 1,16,64,128,256,1024,4096 --dtypes bf16 --formats int4-g128,nf4,q4_k --seconds 0.5 --out "$out/bench.json"
     fi
   else
     skip bench "this Python has no typer and rich, which bitfold's command line needs"
   fi
   if [ -x "$build/bench/bench_gpu" ]; then
-    step kernels $([ $grid = full ] && echo 3000 || echo 120) \
+    step kernels $([ $grid = full ] && echo 3000 || echo 50) \
       "$build/bench/bench_gpu" --grid=$grid --benchmark_out="$out/kernels.json" --benchmark_out_format=json
   else
     skip kernels "google-benchmark or cuBLAS was not found"
