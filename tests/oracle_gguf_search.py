@@ -208,7 +208,7 @@ def search_positive(n: int, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, n
     a, b = total(w * x * f(found)), total(w * f(found) * f(found))
     codes = byte(found)
     for _ in range(5):
-        before = codes.copy()
+        changed = False  # counted where sums change: a number below 0 may wrap to the byte that was there
         for i in range(x.shape[1]):
             weighted, old = w[:, i] * x[:, i], f(codes[:, i])
             a2, b2 = a - weighted * old, b - w[:, i] * old * old
@@ -218,7 +218,8 @@ def search_positive(n: int, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, n
             moved &= a2 * a2 * b > a * a * b2
             codes[:, i] = np.where(moved, byte(new), codes[:, i])
             a, b = np.where(moved, a2, a), np.where(moved, b2, b)
-        if (codes == before).all():
+            changed |= bool(moved.any())
+        if not changed:
             break
     tiny = largest < EPS
     scale = np.where(b > 0, ratio(a, b), F32(0))

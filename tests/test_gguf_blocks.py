@@ -298,6 +298,7 @@ def test_extremes(format, rng):
         encode_both(x, format, f"{format} {name}")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.isa
 @every_block
 def test_extremes_with_importance(format, rng):
