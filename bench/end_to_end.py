@@ -61,7 +61,7 @@ def make_model(shape: dict[str, int]) -> Any:
     return model
 
 
-def subject(name: str, base: Any, prompt: Tensor) -> Subject:
+def subject(name: str, base: Any, prompt: Tensor, compiled: bool) -> Subject:
     """The model quantized with the recipe `name`, or as it is (BASE), after it has run once."""
     model = base
     if name != BASE:
@@ -77,6 +77,8 @@ def subject(name: str, base: Any, prompt: Tensor) -> Subject:
     generate(model, prompt, 2)
     for hook in hooks:
         hook.remove()
+    if compiled:  # hooks would have split the graph
+        generate(model, prompt, 2, compiled)
     calls = [partial(layer, x) for layer, x in inputs.items()]  # a dict keeps the order of the calls
     nbytes = sum(tensor.nbytes for layer in layers for tensor in layer.parameters())
     return Subject(name, model, calls, nbytes)
@@ -96,9 +98,14 @@ class Stamps:
 
 
 @torch.inference_mode()
-def generate(model: Any, prompt: Tensor, tokens: int) -> float:
-    """Seconds for each token after the first, greedy, with a static cache and no compilation."""
+def generate(model: Any, prompt: Tensor, tokens: int, compiled: bool = False) -> float:
+    """Seconds for each token after the first, greedy, with a static cache; compiled: the step by torch.compile."""
     stamps = Stamps()
+    how: dict[str, Any] = {"disable_compile": True}
+    if compiled:
+        config = hf.require_transformers().CompileConfig(mode="default", dynamic=False)
+        config._compile_all_devices = True  # without it transformers compiles on GPUs alone, and says nothing
+        how = {"compile_config": config}
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -107,8 +114,8 @@ def generate(model: Any, prompt: Tensor, tokens: int) -> float:
         do_sample=False,
         pad_token_id=0,
         cache_implementation="static",
-        disable_compile=True,
         streamer=stamps,
+        **how,
     )
     first, last = stamps.times[1], stamps.times[-1]
     return (last - first) / (len(stamps.times) - 2)
@@ -126,13 +133,15 @@ def linears_alone(calls: list[Callable[[], Tensor]], passes: int) -> float:
     return statistics.median(seconds)
 
 
-def measure(subjects: list[Subject], prompt: Tensor, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    subjects: list[Subject], prompt: Tensor, tokens: int, rounds: int, compiled: bool
+) -> list[dict[str, Any]]:
     """A row for each model, of rounds in which they take turns; one more round comes first, uncounted."""
     steps: dict[str, list[float]] = {one.name: [] for one in subjects}
     alone: dict[str, list[float]] = {one.name: [] for one in subjects}
     for round in range(rounds + 1):
         for one in subjects:
-            step = generate(one.model, prompt, tokens)
+            step = generate(one.model, prompt, tokens, compiled)
             linears = linears_alone(one.linears, max(3, tokens // 4))
             if round > 0:
                 steps[one.name].append(step)
@@ -181,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a generation")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=TINYLLAMA["num_hidden_layers"])
+    parser.add_argument("--compile", action="store_true", help="compile the step, every model's")
     parser.add_argument("--profile", action="store_true", help="print the ops of each model as well")
     args = parser.parse_args()
     facts = machine()  # before the run is a load itself
@@ -188,8 +198,8 @@ def main() -> None:
     torch.manual_seed(0)
     base = make_model({**TINYLLAMA, "num_hidden_layers": args.layers})
     prompt = torch.randint(0, TINYLLAMA["vocab_size"], (1, PROMPT))
-    subjects = [subject(name, base, prompt) for name in (BASE, *args.recipes)]
-    rows = measure(subjects, prompt, args.tokens, args.rounds)
+    subjects = [subject(name, base, prompt, args.compile) for name in (BASE, *args.recipes)]
+    rows = measure(subjects, prompt, args.tokens, args.rounds, args.compile)
     if args.profile:
         for one in subjects:
             print(one.name, profile(one, prompt, args.tokens), sep="\n")
@@ -205,6 +215,7 @@ def main() -> None:
             "tokens": args.tokens,
             "rounds": args.rounds,
             "cache": "static",
+            "compiled": args.compile,
         },
         "rows": rows,
         "bars": verdicts(rows, [bar for bar in BARS if bar.op == "generate"]),
