@@ -31,6 +31,7 @@ MODULES = [
     "ops",
     "qtensor",
     "grids",
+    "quantizers",
     "hugepages",
     "nn",
     "recipes",
@@ -40,8 +41,19 @@ MODULES = [
     "writer",
     "checkpoint",
 ]
-MODULES += ["layout", "pipeline", "budget", "gguf", "hub", "convert", "imatrix", "figures", "explain"]
-MODULES += ["evaluate", "generate", "text", "pages", "report", "explore", "bench", "cli"]
+MODULES += ["layout", "pipeline", "budget", "calibration", "gguf", "hub", "convert", "imatrix"]
+MODULES += [
+    "figures",
+    "explain",
+    "evaluate",
+    "generate",
+    "text",
+    "pages",
+    "report",
+    "explore",
+    "bench",
+    "cli",
+]
 
 pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not beside the tests")
 

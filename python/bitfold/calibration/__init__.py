@@ -1,0 +1,1 @@
+"""What quantizing with calibration data needs to know of models and files."""

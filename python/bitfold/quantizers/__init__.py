@@ -1,0 +1,1 @@
+"""Quantizers of one matrix that know its inputs. They know tensors, never a model or a file."""
