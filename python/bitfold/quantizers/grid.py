@@ -1,0 +1,171 @@
+"""The values that a weight can take once its scales are fixed, for whatever rounds weights one by one.
+
+For every format that is reached here a weight of group g and row r is
+
+    value = step[g, r] * level + offset[g, r]
+
+where the levels are whole numbers from `low` to `high` (integers: code - 2^(b-1), or the code with an offset of -zero *
+step) or a small sorted table (nf4, fp4). Rounding knows a format through this alone.
+
+Everything is transposed, [columns, rows]: the rows of the weight are independent of each other and lie side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold import grids
+from bitfold.formats import Format, parse
+from bitfold.qtensor import QTensor, encode, pack
+
+# Of the range of a group, what the search for the smallest squared error tries as the range of its scale.
+SHRINK = tuple(1.0 - i / 32 for i in range(23))
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A matrix' scales and levels.
+
+    n, k: of the weight; step, offset: float32 [groups, n]; low, high: the whole numbers that are levels, or the first
+    and last place in `table`, float32, ascending; codes: uint8, the stored code of each level, from the lowest up;
+    logical: the planes beside the codes as `bitfold.pack` takes them.
+    """
+
+    format: Format
+    n: int
+    k: int
+    step: Tensor
+    offset: Tensor
+    low: int
+    high: int
+    table: Tensor | None
+    codes: Tensor
+    logical: dict[str, Tensor]
+
+    def groups(self, columns: Tensor) -> Tensor:
+        """The group of each of `columns` (int64): int64."""
+        return columns // self.format.group if self.format.group > 0 else torch.zeros_like(columns)
+
+    def round(self, targets: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest levels to columns of numbers: targets float32 [c, n], group int64 [c] -> places, uint8 [c, n],
+        counted from the lowest level, and their values, float32 [c, n].
+
+        Whole numbers are ties to even; between two entries of a table the middle takes the lower.
+        """
+        step, offset = self.step[group], self.offset[group]
+        quotient = torch.where(step == 0, 0.0, (targets - offset) / step)
+        if self.table is None:
+            level = quotient.round().clamp(self.low, self.high)
+            place = level - self.low
+        else:
+            place = torch.bucketize(quotient, (self.table[1:] + self.table[:-1]) * 0.5)
+            level = self.table[place]
+        return place.to(torch.uint8), level * step + offset
+
+    def assemble(self, places: Tensor) -> QTensor:
+        """The quantized matrix of uint8 [k, n] places."""
+        codes = places if self.table is None else self.codes[places.to(torch.int64)]
+        planes: dict[str, Any] = dict(self.logical)
+        return pack(codes.t().contiguous(), format=self.format.canonical, **planes)
+
+
+def reach(format: str) -> Format:
+    """The format, parsed; ValueError where it has no grid of few levels."""
+    parsed = parse(format)
+    if parsed.grid not in ("integer", "codebook"):
+        raise ValueError(
+            f"format is {parsed.canonical!r}; it must be of integers (int8, int4, int3, int2) or a codebook (nf4, fp4)"
+        )
+    return parsed
+
+
+def fit(weight: Tensor, format: str, mse: bool = False) -> Grid:
+    """The grid of a float32 [n, k] weight whose groups have the scales of plain rounding (`bitfold.encode`).
+
+    mse: the range of each group is one of SHRINK times its own, that with the smallest sum of squared errors of the
+    group; for "-dq", whose scales depend on each other, a ValueError. Raises what `encode` raises.
+    """
+    parsed = reach(format)
+    if mse and parsed.scale == "nested":
+        raise ValueError(
+            f"mse is True; for {parsed.canonical} it must be False: nested scales depend on each other"
+        )
+    grid = of(encode(weight, parsed.canonical))
+    return _shrink(weight, grid) if mse else grid
+
+
+def of(qtensor: QTensor) -> Grid:
+    """The grid of a matrix that was quantized: its scales."""
+    parsed = reach(qtensor.format)
+    n, k = qtensor.shape
+    logical = qtensor.unpack()._asdict()
+    planes = {law.name: logical[law.name] for law in parsed.planes[1:]}
+    table, codes = _levels(parsed, qtensor.device)
+    middle = 0 if parsed.asymmetric or table is not None else 1 << parsed.bits - 1
+    step = _steps(parsed, qtensor, planes).expand(-1, n).contiguous()
+    offset = _offset(step, planes)
+    return Grid(parsed, n, k, step, offset, -middle, len(codes) - 1 - middle, table, codes, planes)
+
+
+def join(parts: Sequence[Grid], k: int) -> Grid:
+    """Grids of matrices of one group each as that of the matrix that has them side by side, k columns together."""
+    return replace(
+        parts[0],
+        k=k,
+        step=torch.cat([part.step for part in parts]),
+        offset=torch.cat([part.offset for part in parts]),
+        logical={name: torch.cat([part.logical[name] for part in parts], 1) for name in parts[0].logical},
+    )
+
+
+def _levels(format: Format, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """The table of a codebook and the code of each entry; equal values (fp4's zeros) are one, with the lower code."""
+    if format.grid == "integer":
+        return None, torch.arange(1 << format.bits, dtype=torch.uint8, device=device)
+    values = grids.code_values(format)
+    assert values is not None
+    ordered, codes = values.sort(stable=True)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[new].to(device), codes[new].to(torch.uint8).to(device)
+
+
+def _steps(format: Format, qtensor: QTensor, logical: dict[str, Tensor]) -> Tensor:
+    """The scale of every group, float32 [groups, n or 1]."""
+    if format.scale == "nested":
+        return grids.scales(qtensor)[:, :: format.group].t()
+    return logical["scales"].t().to(torch.float32)
+
+
+def _offset(step: Tensor, logical: dict[str, Tensor]) -> Tensor:
+    zeros = logical.get("zeros")
+    return torch.zeros_like(step) if zeros is None else -step * zeros.t().to(torch.float32)
+
+
+def _shrink(weight: Tensor, grid: Grid) -> Grid:
+    """The same grid with each scale times the factor of SHRINK that leaves the smallest squared error."""
+    columns = weight.t().contiguous()
+    group = grid.groups(torch.arange(grid.k, device=weight.device))
+    full = grid.logical["scales"]
+    shared = full.shape[0] < grid.n  # one scale for the matrix
+    best, least = full, torch.full_like(full, math.inf, dtype=torch.float64)
+    for factor in SHRINK:
+        scales = (full.to(torch.float32) * factor).to(full.dtype)
+        step = scales.t().to(torch.float32).expand(-1, grid.n).contiguous()
+        _, values = replace(grid, step=step, offset=_offset(step, grid.logical)).round(columns, group)
+        error = (
+            torch.zeros_like(grid.step).index_add_(0, group, (columns - values).square()).to(torch.float64)
+        )
+        total = error.sum(1)[None] if shared else error.t()
+        better = total < least
+        best, least = torch.where(better, scales, best), torch.where(better, total, least)
+    step = best.t().to(torch.float32).expand(-1, grid.n).contiguous()
+    return replace(
+        grid, step=step, offset=_offset(step, grid.logical), logical=grid.logical | {"scales": best}
+    )

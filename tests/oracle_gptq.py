@@ -1,0 +1,56 @@
+"""GPTQ as the paper's algorithm 1 has it (Frantar et al. 2022), in float64: column by column with the upper Cholesky
+factor of the inverse of the damped Hessian, no blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def damped(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """The Hessian with `damping` times its mean diagonal, over the columns that have inputs, added to its diagonal."""
+    diagonal = np.diagonal(hessian)
+    return hessian + np.eye(len(hessian)) * damping * diagonal[diagonal > 0].mean()
+
+
+def solve(
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    order: np.ndarray,
+    round_column: Callable[[np.ndarray, int, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The rounded weights, float64 [n, k].
+
+    hessian: damped. order: the columns, the first to be rounded first. round_column(w [n], i, moved [n, k]) -> values
+    [n] of column order[i], where `moved` are all weights in that order as they are then.
+    """
+    moved = weight.astype(np.float64)[:, order]
+    inverse = np.linalg.inv(hessian[np.ix_(order, order)])
+    upper = np.linalg.cholesky(inverse).T  # inverse = upper.T @ upper
+    rounded = np.empty_like(moved)
+    for i in range(len(order)):
+        rounded[:, i] = round_column(moved[:, i], i, moved)
+        error = (moved[:, i] - rounded[:, i]) / upper[i, i]
+        moved[:, i:] -= np.outer(error, upper[i, i:])
+    result = np.empty_like(rounded)
+    result[:, order] = rounded
+    return result
+
+
+def weighted_error(error: np.ndarray, hessian: np.ndarray) -> float:
+    """tr(E H Eᵀ)."""
+    return float(np.einsum("ij,ij->", error @ hessian, error))
+
+
+def by_diagonal(hessian: np.ndarray) -> np.ndarray:
+    """The columns by falling diagonal; of equal ones the left first."""
+    return np.argsort(-np.diagonal(hessian), kind="stable")
+
+
+def on_grid(step: np.ndarray, offset: np.ndarray, levels: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """The nearest of step * level + offset; levels ascending, step and offset [n]."""
+    safe = np.where(step == 0, 1.0, step)
+    position = np.where(step == 0, 0.0, (column - offset) / safe)
+    nearest = np.abs(position[:, None] - levels[None, :]).argmin(1)
+    return levels[nearest] * step + offset

@@ -1,0 +1,296 @@
+"""GPTQ of one matrix, held against the paper's algorithm in float64 (oracle_gptq.py)."""
+
+from __future__ import annotations
+
+import math
+
+import bitfold
+import numpy as np
+import oracle_gptq
+import pytest
+import torch
+from bitfold.formats import parse
+from bitfold.quantizers import grid as grids
+from bitfold.quantizers.gptq import GptqOptions, solve
+from cases import refusal
+from hypothesis import given
+from hypothesis import strategies as st
+
+INTEGERS = [
+    "int8-channel",
+    "int4-g32",
+    "int4-g16-asym",
+    "int3-g24",
+    "int2-g16",
+    "int2-g16-asym",
+    "int4-channel-asym",
+]
+OTHERS = [
+    "int3-tensor",
+    "int8-g33-sbf16",
+    "int4-g32-asym-sfp32",
+    "nf4-b32",
+    "fp4-b32",
+    "nf4-b64-dq",
+    "fp4-b33-sbf16",
+]
+
+
+def problem(
+    rng: np.random.Generator, n: int, k: int, tokens: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and the Hessian of inputs that hang together, some much larger than others; float32 numbers."""
+    weight = rng.standard_normal((n, k)) * np.exp(rng.uniform(-1, 1, (n, 1)))
+    mix = rng.standard_normal((k, k)) / math.sqrt(k) + np.eye(k)
+    x = rng.standard_normal((tokens or 4 * k, k)) @ mix * np.exp(rng.uniform(-1.5, 1.5, k))
+    return weight.astype(np.float32), (x.T @ x).astype(np.float32)
+
+
+def levels_of(format: str) -> np.ndarray:
+    """Ascending, before step and offset."""
+    parsed = parse(format)
+    if parsed.grid == "codebook":
+        return bitfold.grids.grid(format).double().numpy()
+    low = 0 if parsed.asymmetric else -(1 << parsed.bits - 1)
+    return np.arange(low, low + (1 << parsed.bits), dtype=np.float64)
+
+
+def steps_of(weight: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
+    """Step and offset of every weight, as plain rounding chooses them: float64 [n, k] each."""
+    encoded = bitfold.encode(torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32)), format)
+    step = bitfold.grids.scales(encoded).double().numpy()
+    zeros = bitfold.grids.zeros(encoded)
+    return step, np.zeros_like(step) if zeros is None else -zeros.double().numpy() * step
+
+
+def expected(weight: np.ndarray, hessian: np.ndarray, format: str, order: str, damping: float) -> np.ndarray:
+    """The rounded weights by the oracle; groups along the order lie along it."""
+    k = weight.shape[1]
+    parsed = parse(format)
+    columns = np.arange(k) if order == "none" else oracle_gptq.by_diagonal(hessian)
+    levels = levels_of(format)
+    fixed = steps_of(weight, format)
+    here: list[np.ndarray] = list(fixed)
+
+    def round_column(column: np.ndarray, i: int, moved: np.ndarray) -> np.ndarray:
+        j = columns[i]
+        if order != "static" and parsed.group > 0 and parsed.scale != "nested":
+            if i % parsed.group == 0:
+                here[:] = steps_of(moved[:, i : i + parsed.group], format)
+            return oracle_gptq.on_grid(here[0][:, 0], here[1][:, 0], levels, column)
+        return oracle_gptq.on_grid(fixed[0][:, j], fixed[1][:, j], levels, column)
+
+    wide = hessian.astype(np.float64)
+    return oracle_gptq.solve(weight, oracle_gptq.damped(wide, damping), columns, round_column)
+
+
+def decoded(solved, k: int) -> np.ndarray:
+    """The columns in their places."""
+    values = solved.qtensor.decode().double().numpy()
+    if solved.g_idx is None:
+        return values
+    back = np.empty_like(values)
+    back[:, np.argsort(solved.g_idx.numpy(), kind="stable")] = values
+    return back
+
+
+@pytest.mark.parametrize("order", ["static", "none", "groups"])
+@pytest.mark.parametrize("format", INTEGERS + OTHERS)
+def test_the_result_is_that_of_the_papers_algorithm(format, order, rng):
+    """Weights that lie in the middle of two levels may fall either way, and what follows in their row with them."""
+    if order == "groups" and format.endswith("-dq"):
+        return
+    n, k, damping = 24, 83, 0.01
+    weight, hessian = problem(rng, n, k)
+    wanted = expected(weight, hessian, format, order, damping)
+    solved = solve(
+        torch.from_numpy(weight),
+        torch.from_numpy(hessian),
+        format,
+        GptqOptions(damping, block=32, order=order),
+    )
+    got = decoded(solved, k)
+    assert solved.method == "gptq"
+    assert solved.note == ""
+    same = np.isclose(got, wanted, rtol=1e-5, atol=1e-7).all(1)
+    assert same.sum() >= n - 1, f"{n - same.sum()} rows of {n} differ"
+
+    wide = hessian.astype(np.float64)
+    whole = oracle_gptq.weighted_error(weight.astype(np.float64), wide)
+    error = oracle_gptq.weighted_error(weight - got, wide) / whole
+    assert solved.error == pytest.approx(error, rel=1e-3)
+    plain = bitfold.encode(torch.from_numpy(weight), format).decode().double().numpy()
+    rounding = oracle_gptq.weighted_error(weight - plain, wide) / whole
+    assert solved.rounding_error == pytest.approx(rounding, rel=1e-3)
+    assert error == pytest.approx(oracle_gptq.weighted_error(weight - wanted, wide) / whole, rel=5e-3)
+    # Two bits around 0 are but three values to the left of the largest: scales that follow the errors run away.
+    assert error < rounding or (format == "int2-g16" and order == "none")
+
+
+def test_groups_along_the_order_need_g_idx(rng):
+    weight, hessian = problem(rng, 8, 70)
+    solved = solve(
+        torch.from_numpy(weight), torch.from_numpy(hessian), "int4-g16", GptqOptions(order="groups")
+    )
+    order = oracle_gptq.by_diagonal(hessian)
+    assert solved.g_idx.dtype == torch.int32
+    assert solved.g_idx[torch.from_numpy(order)].tolist() == [i // 16 for i in range(70)]
+    assert (
+        solve(
+            torch.from_numpy(weight), torch.from_numpy(hessian), "int4-g128", GptqOptions(order="groups")
+        ).g_idx
+        is None
+    )
+
+
+@pytest.mark.parametrize("format", INTEGERS + OTHERS)
+def test_inputs_without_correlation_round_plainly(format, rng):
+    weight = torch.from_numpy(rng.standard_normal((9, 67)).astype(np.float32))
+    hessian = torch.diag(torch.from_numpy(rng.uniform(0.1, 5, 67).astype(np.float32)))
+    solved = solve(weight, hessian, format)
+    plain = bitfold.encode(weight, format)
+    if format.endswith("-dq"):  # plain rounding chooses codes before the scales are nested
+        assert solved.error <= solved.rounding_error
+        return
+    torch.testing.assert_close(solved.qtensor.decode(), plain.decode(), rtol=0, atol=0)
+    assert solved.error == pytest.approx(solved.rounding_error, rel=1e-5)
+
+
+def test_columns_without_inputs(rng):
+    """They have no say in the scale, and take the nearest level; a group of them alone is rounded plainly."""
+    weight, hessian = problem(rng, 6, 64)
+    dead = np.zeros(64, dtype=bool)
+    dead[[3, 20]] = dead[48:] = True
+    weight[:, dead] *= 50
+    hessian[dead] = hessian[:, dead] = 0
+    solved = solve(torch.from_numpy(weight), torch.from_numpy(hessian), "int4-g16")
+    assert solved.method == "gptq"
+    quiet = np.where(dead & (np.arange(64) < 48), 0, weight)
+    scales = bitfold.encode(torch.from_numpy(quiet), "int4-g16").unpack().scales
+    assert torch.equal(solved.qtensor.unpack().scales, scales)
+    got = solved.qtensor.decode().numpy()
+    plain = bitfold.encode(torch.from_numpy(weight), "int4-g16").decode().numpy()
+    np.testing.assert_array_equal(got[:, 48:], plain[:, 48:])
+    step = scales.float().numpy()[:, [0, 1]]
+    np.testing.assert_allclose(
+        got[:, [3, 20]], np.clip(np.rint(weight[:, [3, 20]] / step), -8, 7) * step, rtol=1e-6
+    )
+
+
+def test_damping_is_raised_where_the_factorisation_fails(rng):
+    weight, hessian = problem(rng, 4, 48, tokens=5)  # of rank 5
+    hessian -= 1e-3 * np.diag(hessian).mean() * np.eye(48, dtype=np.float32)
+    solved = solve(torch.from_numpy(weight), torch.from_numpy(hessian), "int4-g16", GptqOptions(damping=1e-5))
+    assert solved.method == "gptq"
+    assert solved.damping == pytest.approx(1e-2)
+    assert "raised from 1e-05 to 0.01" in solved.note
+
+
+def test_a_hessian_without_a_factor_is_rounded_plainly(rng):
+    weight, _ = problem(rng, 4, 32)
+    swap = torch.ones(32, 32) * -1000
+    swap.diagonal().fill_(1.0)
+    for hessian, why in ((torch.zeros(32, 32), "is 0"), (swap, "no Cholesky factor")):
+        solved = solve(torch.from_numpy(weight), hessian, "int4-g16")
+        assert solved.method == "rtn"
+        assert why in solved.note
+        plain = bitfold.encode(torch.from_numpy(weight), "int4-g16")
+        assert torch.equal(solved.qtensor.decode(), plain.decode())
+    assert solve(torch.from_numpy(weight), torch.zeros(32, 32), "int4-g16").error == 0
+
+
+@pytest.mark.parametrize(
+    "format", ["int4-g32", "int2-g16", "int3-g16-asym", "int4-tensor", "nf4-b32", "int8-channel"]
+)
+def test_the_search_by_squared_error(format, rng):
+    """Scales are the best of those tried: the error of a group falls, and by much at two bits."""
+    weight, hessian = problem(rng, 12, 64)
+    tensor = torch.from_numpy(weight)
+    plain, searched = (grids.fit(tensor, format, mse) for mse in (False, True))
+    group = plain.groups(torch.arange(64))
+
+    def misfit(grid: grids.Grid) -> torch.Tensor:
+        return (tensor.t() - grid.round(tensor.t().contiguous(), group)[1]).square().double()
+
+    assert misfit(searched).sum() <= misfit(plain).sum()
+    if format == "int2-g16":
+        assert misfit(searched).sum() < 0.8 * misfit(plain).sum()
+    chosen = searched.logical["scales"].float() / plain.logical["scales"].float()
+    assert min((chosen - f).abs().min() for f in grids.SHRINK) < 2e-3
+    solved = solve(tensor, torch.from_numpy(hessian), format, GptqOptions(mse=True))
+    assert torch.equal(solved.qtensor.unpack().scales, searched.logical["scales"])
+
+
+@given(
+    n=st.integers(1, 9),
+    k=st.integers(1, 150),
+    format=st.sampled_from(INTEGERS + OTHERS),
+    order=st.sampled_from(["static", "none", "groups"]),
+    block=st.sampled_from([1, 7, 16, 128]),
+    rank=st.integers(1, 200),
+    spread=st.sampled_from([0, 6, 30]),
+    mse=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_whatever_comes(n, k, format, order, block, rank, spread, mse, seed):
+    """Any shape, rank and spread of inputs: a finite matrix, honest errors, blocks that change next to nothing."""
+    if format.endswith("-dq") and (mse or order == "groups"):
+        return
+    rng = np.random.default_rng(seed)
+    weight = torch.from_numpy(rng.standard_normal((n, k)).astype(np.float32))
+    weight[rng.integers(n)] = 0
+    x = rng.standard_normal((rank, k)) * 10.0 ** rng.uniform(-spread / 2, spread / 2, k).round()
+    hessian = torch.from_numpy(x.T @ x)
+    solved = solve(weight, hessian, format, GptqOptions(block=block, order=order, mse=mse))
+    got = decoded(solved, k)
+    assert np.isfinite(got).all()
+    assert solved.method == "gptq"
+    whole = oracle_gptq.weighted_error(weight.double().numpy(), hessian.numpy())
+    error = oracle_gptq.weighted_error(weight.double().numpy() - got, hessian.numpy())
+    assert solved.error == pytest.approx(error / whole if whole else 0, rel=2e-2, abs=1e-6)
+
+
+def test_one_column_and_none():
+    one = solve(torch.tensor([[0.5], [-1.0]]), torch.tensor([[3.0]]), "int4-g16")
+    torch.testing.assert_close(one.qtensor.decode(), torch.tensor([[0.5], [-1.0]]), rtol=1e-3, atol=0)
+    none = solve(torch.zeros(3, 0), torch.zeros(0, 0), "int4-g16")
+    assert none.qtensor.shape == (3, 0)
+
+
+def test_huge_columns(rng):
+    """A column of inputs a million times the others: damping, a share of the mean diagonal, drowns all but it."""
+    weight, hessian = problem(rng, 8, 96)
+    hessian[17] *= 1e6
+    hessian[:, 17] *= 1e6
+    solved = solve(torch.from_numpy(weight), torch.from_numpy(hessian), "int4-g32")
+    assert solved.method == "gptq"
+    assert solved.error <= 1.0001 * solved.rounding_error
+
+
+def test_refusals(rng):
+    weight, hessian = map(torch.from_numpy, problem(rng, 4, 32))
+
+    def with_value(i: int, j: int, value: float) -> torch.Tensor:
+        changed = hessian.clone()
+        changed[i, j] = value
+        return changed
+
+    refusal(lambda: solve(weight, with_value(2, 5, math.nan), "int4-g16"), r"hessian\[2, 5\] is nan")
+    refusal(lambda: solve(weight, with_value(2, 5, math.inf), "int4-g16"), r"hessian\[2, 5\] is inf")
+    refusal(lambda: solve(weight, with_value(7, 7, -1.0), "int4-g16"), r"hessian\[7, 7\] is -1")
+    refusal(
+        lambda: solve(weight, hessian[:31, :31], "int4-g16"), r"hessian .*\[31, 31\].* must be .*\[32, 32\]"
+    )
+    refusal(lambda: solve(weight, hessian.half(), "int4-g16"), "hessian is a torch.float16")
+    refusal(lambda: solve(weight[0], hessian, "int4-g16"), "weight")
+    refusal(lambda: solve(weight, hessian, "fp8"), "fp8-e4m3-channel", "integers")
+    refusal(lambda: solve(weight, hessian, "bf16"), "bf16", "integers")
+    refusal(lambda: solve(weight, hessian, "int5"), "int5")
+    refusal(lambda: solve(weight, hessian, "nf4-b32-dq", GptqOptions(mse=True)), "mse", "nested")
+    refusal(lambda: solve(weight, hessian, "nf4-b32-dq", GptqOptions(order="groups")), "order", "nested")
+    odd = weight.clone()
+    odd[1, 3] = math.nan
+    refusal(lambda: solve(odd, hessian, "int4-g16"), r"weight\[1, 3\] is NaN")
+    refusal(lambda: GptqOptions(damping=-1), "damping is -1")
+    refusal(lambda: GptqOptions(block=0), "block is 0")
+    refusal(lambda: GptqOptions(order="act"), "order is 'act'", "static, none, groups")
