@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import _C, hf
-from bitfold.formats import parse
+from bitfold.formats import parse, plane_shapes
 from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule, embedding_scale
 from bitfold.shards import (
     CONFIG_FILE,
@@ -47,7 +47,7 @@ class ModuleEntry:
     """What config.json says of one quantized module.
 
     kind: "linear" or "embedding"; format: canonical; shape: (n, k); dtype: of an embedding's output, else
-    None.
+    None; g_idx: whether the weight has one.
     """
 
     kind: str
@@ -55,6 +55,7 @@ class ModuleEntry:
     shape: tuple[int, int]
     layout: str = "rows"
     dtype: torch.dtype | None = None
+    g_idx: bool = False
 
     def to_json(self) -> dict[str, object]:
         fields: dict[str, object] = {
@@ -65,7 +66,19 @@ class ModuleEntry:
         }
         if self.dtype is not None:
             fields["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.g_idx:
+            fields["g_idx"] = True
         return fields
+
+    def parts(self) -> dict[str, TensorSpec]:
+        """What the weight is stored as, by names within the module: its planes, and g_idx where it has one."""
+        shapes = plane_shapes(self.format, *self.shape, self.layout)
+        found = {
+            law.name: TensorSpec(law.name, law.dtype, shapes[law.name]) for law in parse(self.format).planes
+        }
+        if self.g_idx:
+            found["g_idx"] = TensorSpec("g_idx", torch.int32, (self.shape[1],))
+        return found
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,12 @@ def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
     if kind not in ("linear", "embedding"):
         raise ValueError(f"the kind '{kind}' must be linear or embedding")
     dtype = getattr(torch, fields["dtype"]) if "dtype" in fields else None
-    return ModuleEntry(kind, parse(fields["format"]).canonical, (int(n), int(k)), fields["layout"], dtype)
+    g_idx = fields.get("g_idx", False)
+    if not isinstance(g_idx, bool):
+        raise ValueError(f"g_idx is {g_idx!r}; it must be true or false")
+    return ModuleEntry(
+        kind, parse(fields["format"]).canonical, (int(n), int(k)), fields["layout"], dtype, g_idx
+    )
 
 
 def save(
@@ -197,7 +215,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 def _entry_of(module: QuantModule) -> ModuleEntry:
     if isinstance(module, QuantEmbedding):
         return ModuleEntry("embedding", module.format, module.shape, module.layout, module.dtype)
-    return ModuleEntry("linear", module.format, module.shape, module.layout)
+    return ModuleEntry("linear", module.format, module.shape, module.layout, g_idx=module.g_idx is not None)
 
 
 def _config_of(
@@ -210,7 +228,7 @@ def _config_of(
     if to_json is None:
         return {}
     config = json.loads(to_json())
-    planes = {f"{name}.{law.name}" for name, entry in modules.items() for law in parse(entry.format).planes}
+    planes = {f"{name}.{part}" for name, entry in modules.items() for part in entry.parts()}
     dtypes = [entry.dtype for entry in modules.values() if entry.dtype is not None]
     dtypes += [
         tensor.dtype for name, tensor in state.items() if tensor.is_floating_point() and name not in planes
@@ -260,10 +278,20 @@ def load(
     _assign(model, path, tensors, quantization, cast)
     if torch.device(device).type != "cpu":
         model.to(device)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, QuantModule):
+            if module.g_idx is not None:
+                _check_g_idx(path, name, module)
             module.prepare()
     return model.eval()
+
+
+def _check_g_idx(path: Path, name: str, module: QuantModule) -> None:
+    """What no shape tells: whether g_idx gives each group its columns."""
+    try:
+        _ = module.qtensor
+    except ValueError as error:
+        raise CheckpointError(f"{path}: '{name}': {error}") from None
 
 
 def _swap(model: nn.Module, quantization: QuantizationConfig) -> None:
@@ -296,6 +324,7 @@ def _swap(model: nn.Module, quantization: QuantizationConfig) -> None:
                 device="meta",
                 dtype=bias,
                 layout=entry.layout,
+                with_g_idx=entry.g_idx,
             )
         else:
             new = QuantEmbedding.empty(
@@ -324,18 +353,18 @@ def _assign(
     slots = _slots(model)
     check_shapes(path, tensors, {name: old for name, (_, _, old) in slots.items()})
     planes = {
-        f"{name}.{law.name}": law
+        f"{name}.{part}": spec.dtype
         for name, entry in quantization.modules.items()
-        for law in parse(entry.format).planes
+        for part, spec in entry.parts().items()
     }
     fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     new: dict[int, Tensor] = {}
     for name, tensor in read_tensors(sorted(tensors.values(), key=lambda stored: stored.path)):
         module, attribute, old = slots[name]
         if name in planes:
-            if tensor.dtype != planes[name].dtype:
+            if tensor.dtype != planes[name]:
                 raise CheckpointError(
-                    f"{path}: '{name}' is {tensor.dtype}, but its format has {planes[name].dtype}"
+                    f"{path}: '{name}' is {tensor.dtype}, but its format has {planes[name]}"
                 )
         elif dtype is not None and tensor.is_floating_point() and not set(name.split(".")) & set(fp32):
             tensor = tensor.to(dtype)

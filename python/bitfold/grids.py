@@ -50,7 +50,9 @@ def zeros(qtensor: QTensor) -> Tensor | None:
     unpacked = qtensor.unpack()
     ones = torch.ones_like(unpacked.scales) if unpacked.scales is not None else None
     codes = torch.zeros_like(unpacked.codes)
-    plain = pack(codes, ones, unpacked.zeros, format=format.canonical, layout=qtensor.layout)
+    plain = pack(
+        codes, ones, unpacked.zeros, format=format.canonical, layout=qtensor.layout, g_idx=qtensor.g_idx
+    )
     return -plain.decode()
 
 
@@ -80,7 +82,8 @@ def _pack_like(format: Format, codes: Tensor, qtensor: QTensor | None) -> QTenso
             planes[law.name] = torch.full(shape, value, dtype=law.dtype)
         else:
             planes[law.name] = logical[law.name]
-    return pack(codes, format=format.canonical, layout=layout, **planes)
+    g_idx = None if qtensor is None else qtensor.g_idx
+    return pack(codes, format=format.canonical, layout=layout, g_idx=g_idx, **planes)
 
 
 def code_entropy(qtensor: QTensor) -> tuple[int, float]:

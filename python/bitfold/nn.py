@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bitfold import ops
 from bitfold.formats import parse, plane_shapes
 from bitfold.hugepages import use_huge_pages
-from bitfold.qtensor import QTensor, check_activations
+from bitfold.qtensor import QTensor, check_activations, column_order, gather_columns
 
 
 class QuantModule(nn.Module):
@@ -29,6 +29,7 @@ class QuantModule(nn.Module):
 
     format: str
     layout: str
+    g_idx: nn.Parameter | None
 
     def __init__(self, qtensor: QTensor):
         super().__init__()
@@ -36,8 +37,8 @@ class QuantModule(nn.Module):
         self.layout = qtensor.layout
         self.shape = qtensor.shape
         self.plane_names = tuple(qtensor.planes)
-        for name, plane in qtensor.planes.items():
-            frozen = isinstance(plane, nn.Parameter) and not plane.requires_grad
+        for name, plane in [*qtensor.planes.items(), ("g_idx", qtensor.g_idx)]:
+            frozen = plane is None or (isinstance(plane, nn.Parameter) and not plane.requires_grad)
             self.register_parameter(name, plane if frozen else nn.Parameter(plane, requires_grad=False))  # type: ignore[arg-type]
 
     def planes(self) -> list[Tensor]:
@@ -48,9 +49,8 @@ class QuantModule(nn.Module):
     @property
     def qtensor(self) -> QTensor:
         """The weight; shares the planes of this module."""
-        return QTensor(
-            self.format, self.shape, dict(zip(self.plane_names, self.planes(), strict=True)), self.layout
-        )
+        planes = dict(zip(self.plane_names, self.planes(), strict=True))
+        return QTensor(self.format, self.shape, planes, self.layout, self.g_idx)
 
     def prepare(self) -> None:
         """What the kernels want of the planes; called after loading, never inside forward.
@@ -103,28 +103,37 @@ def empty_qtensor(
     k: int,
     device: torch.device | str | None = None,
     layout: str = "rows",
+    with_g_idx: bool = False,
 ) -> QTensor:
-    """An n x k matrix with uninitialised planes (device "meta": no memory at all), to load into."""
+    """An n x k matrix with uninitialised planes (device "meta": no memory at all), to load into. with_g_idx: its g_idx
+    is that of neighbouring columns.
+    """
     parsed = parse(format)
     parsed.check_columns(k)
     shapes = plane_shapes(parsed, n, k, layout)
     planes = {
         law.name: torch.empty(shapes[law.name], dtype=law.dtype, device=device) for law in parsed.planes
     }
-    return QTensor(parsed.canonical, (n, k), planes, layout)
+    group = max(parsed.group, 1)
+    g_idx = torch.arange(k, dtype=torch.int32, device=device) // group if with_g_idx else None
+    return QTensor(parsed.canonical, (n, k), planes, layout, g_idx)
 
 
 class QuantLinear(QuantModule):
     """nn.Linear on a quantized weight: [..., in_features] -> [..., out_features], in the dtype of its input.
 
     qtensor: [out_features, in_features]; bias: [out_features] or None, of the dtype of the inputs to come; a
-    Parameter is kept as it is. Differentiable with respect to input and bias.
+    Parameter is kept as it is. Differentiable with respect to input and bias. Where qtensor has g_idx, the columns of
+    the input are gathered once, in an order that `prepare` works out.
 
     activations: "float" or "int8", as in `bitfold.linear`; may be set at any time. It is no part of the state dict.
     """
 
     bias: nn.Parameter | None
     _activations = "float"
+    _order: Tensor | None = (
+        None  # of the columns in the planes, from `prepare` until something may change g_idx
+    )
 
     def __init__(self, qtensor: QTensor, bias: Tensor | None = None, activations: str = "float"):
         super().__init__(qtensor)
@@ -146,10 +155,23 @@ class QuantLinear(QuantModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         layout: str = "rows",
+        with_g_idx: bool = False,
     ) -> QuantLinear:
         """One with uninitialised planes, to load into; dtype is the bias's."""
         values = torch.empty(n, device=device, dtype=dtype) if bias else None
-        return cls(empty_qtensor(format, n, k, device, layout), values)
+        return cls(empty_qtensor(format, n, k, device, layout, with_g_idx), values)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._order = None if self.g_idx is None or self.g_idx.is_meta else column_order(self.g_idx)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        self._order = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._order = None
+        super()._load_from_state_dict(*args)
 
     @property
     def activations(self) -> str:
@@ -165,10 +187,13 @@ class QuantLinear(QuantModule):
         parameters = self._parameters
         planes: list[Tensor] = [parameters[name] for name in self.plane_names]  # type: ignore[misc]
         n, k = self.shape
+        if parameters["g_idx"] is not None:
+            x = gather_columns(x, self._order if self._order is not None else column_order(self.g_idx))  # type: ignore[arg-type]
         return ops.linear(x, planes, self.format, n, k, parameters["bias"], self.layout, self._activations)
 
     def extra_repr(self) -> str:
         activations = "" if self._activations == "float" else f", activations={self._activations}"
+        activations += "" if self.g_idx is None else ", with g_idx"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}{activations}"
@@ -208,6 +233,8 @@ class QuantEmbedding(QuantModule):
         dtype: torch.dtype = torch.float32,
         scale: float = 1.0,
     ):
+        if qtensor.g_idx is not None:
+            raise ValueError("qtensor has g_idx; the weight of an embedding must have none")
         super().__init__(qtensor)
         self.num_embeddings, self.embedding_dim = qtensor.shape
         self.padding_idx = padding_idx

@@ -25,7 +25,8 @@ class Unpacked(NamedTuple):
 
     codes: uint8 [n, k] (cast families: the floats themselves); scales: the scale dtype, or uint8 where
     nested, [n or 1, G]; zeros: uint8 [n or 1, G]; nested_scales: float32 [ceil(n * G / 256)]; nested_offset:
-    float32 [1]. None where the format has no such plane.
+    float32 [1]. None where the format has no such plane. g_idx: int32 [k], the group of each column; None where column
+    j is of group j // group.
     """
 
     codes: Tensor
@@ -33,6 +34,7 @@ class Unpacked(NamedTuple):
     zeros: Tensor | None = None
     nested_scales: Tensor | None = None
     nested_offset: Tensor | None = None
+    g_idx: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,20 +44,27 @@ class QTensor:
     format: any spelling, kept as the canonical string; shape: (n, k); planes: tensors by name, kept in the
     order of the format; layout: "rows", or "flat" (bitsandbytes tensors whose blocks straddle rows).
 
+    g_idx: int32 [k], the group of each column, for matrices whose groups aren't neighbouring columns (GPTQ's
+    act-order); kept as it is. The planes then hold the columns in the order `column_order(g_idx)`, in which those of a
+    group lie together.
+
     Raises ValueError where a plane is missing, unknown, or of another shape, dtype or device than the format
-    says.
+    says, and where g_idx doesn't give every group its columns.
     """
 
     format: str
     shape: tuple[int, int]
     planes: dict[str, Tensor]
     layout: str = "rows"
+    g_idx: Tensor | None = None
 
     def __post_init__(self) -> None:
         format = parse(self.format)
         check_layout(self.layout)
         n, k = self.shape
         check_planes(format, n, k, self.planes, self.layout)
+        if self.g_idx is not None:
+            check_g_idx(self.g_idx, format, k, self.layout, self.device)
         object.__setattr__(self, "format", format.canonical)
         object.__setattr__(self, "shape", (n, k))
         object.__setattr__(self, "planes", {law.name: self.planes[law.name] for law in format.planes})
@@ -66,22 +75,25 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all planes."""
-        return sum(plane.nbytes for plane in self.planes.values())
+        """Bytes of all planes, and of g_idx."""
+        g_idx = 0 if self.g_idx is None else self.g_idx.nbytes
+        return sum(plane.nbytes for plane in self.planes.values()) + g_idx
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all planes for each of the n * k weights (0 for an empty matrix)."""
+        """Bits of all planes and of g_idx for each of the n * k weights (0 for an empty matrix)."""
         return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> QTensor:
         """The same matrix on `device`; no plane changes its dtype."""
         planes = {name: plane.to(device, non_blocking=non_blocking) for name, plane in self.planes.items()}
-        return QTensor(self.format, self.shape, planes, self.layout)
+        g_idx = None if self.g_idx is None else self.g_idx.to(device, non_blocking=non_blocking)
+        return QTensor(self.format, self.shape, planes, self.layout, g_idx)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as a contiguous [n, k] tensor of `dtype` (float32, float16, bfloat16 or float64)."""
-        return _ops.decode(list(self.planes.values()), self.format, *self.shape, dtype, self.layout)
+        decoded = _ops.decode(list(self.planes.values()), self.format, *self.shape, dtype, self.layout)
+        return decoded if self.g_idx is None else _in_place(decoded, self.g_idx)
 
     def unpack(self) -> Unpacked:
         """Logical codes, scales and zeros; `pack` is the exact inverse.
@@ -89,10 +101,13 @@ class QTensor:
         Raises ValueError for a GGUF block format, whose blocks hold all of them together.
         """
         logical = _ops.unpack(list(self.planes.values()), self.format, *self.shape, self.layout)
-        return Unpacked(**dict(zip(self.planes, logical, strict=True)))
+        if self.g_idx is not None:
+            logical[0] = _in_place(logical[0], self.g_idx)
+        return Unpacked(**dict(zip(self.planes, logical, strict=True)), g_idx=self.g_idx)
 
     def __repr__(self) -> str:
         layout = "" if self.layout == "rows" else f", layout={self.layout!r}"
+        layout += "" if self.g_idx is None else ", with g_idx"
         n, k = self.shape
         return (
             f"QTensor({self.format!r}, {n}x{k}, {self.bits_per_weight:.4g} bits per weight, "
@@ -125,20 +140,60 @@ def check_planes(format: Format, n: int, k: int, planes: dict[str, Tensor], layo
             )
 
 
+def column_order(g_idx: Tensor) -> Tensor:
+    """The columns with those of a group together, groups and the columns of each ascending: int64 [k].
+
+    Column j of the planes is column `column_order(g_idx)[j]` of the matrix.
+    """
+    return torch.argsort(g_idx, stable=True)
+
+
+def _in_place(planes_order: Tensor, g_idx: Tensor) -> Tensor:
+    """[n, k] in the order of the planes, with every column where the matrix has it."""
+    return planes_order.index_select(1, torch.argsort(column_order(g_idx)))
+
+
+def check_g_idx(g_idx: Tensor, format: Format, k: int, layout: str, device: torch.device) -> None:
+    """Raises ValueError unless g_idx gives each group of k columns in `format` as many columns as it has."""
+    if format.grid == "block" or format.group <= 0:
+        what = "blocks" if format.grid == "block" else "no groups of columns"
+        raise ValueError(f"g_idx is given, but {format} has {what}; it must have groups, as int4-g128 has")
+    if layout != "rows":
+        raise ValueError(f"g_idx is given with the layout {layout!r}; it must be 'rows'")
+    if g_idx.dtype != torch.int32 or tuple(g_idx.shape) != (k,):
+        raise ValueError(
+            f"g_idx is a {g_idx.dtype} of shape {list(g_idx.shape)}; it must be a torch.int32 of shape [{k}]"
+        )
+    if g_idx.device != device:
+        raise ValueError(f"g_idx is on {g_idx.device}; it must be on {device} as the planes are")
+    if g_idx.is_meta:
+        return
+    wrong = (g_idx.sort().values != torch.arange(k, device=device) // format.group).nonzero()
+    if len(wrong):
+        counts = g_idx.unique(return_counts=True)[1]
+        raise ValueError(
+            f"g_idx has {len(counts)} groups, {int(g_idx.min())} to {int(g_idx.max())}, of {int(counts.min())} to "
+            f"{int(counts.max())} columns; every group but the last must have {format.group} of the {k} columns"
+        )
+
+
 def _flatten(tensor: QTensor) -> tuple[list[Tensor], Any]:
     # Lists, as JSON (torch.export's serialisation of trees) has no tuples.
-    return list(tensor.planes.values()), [tensor.format, *tensor.shape, tensor.layout, list(tensor.planes)]
+    children = [*tensor.planes.values(), *([] if tensor.g_idx is None else [tensor.g_idx])]
+    return children, [tensor.format, *tensor.shape, tensor.layout, list(tensor.planes)]
 
 
-def _unflatten(planes: Iterable[Any], context: Any) -> QTensor:
+def _unflatten(children: Iterable[Any], context: Any) -> QTensor:
     # Unchecked: tree_map puts whatever its function returned in the planes' places.
     format, n, k, layout, names = context
+    planes = list(children)
     tensor = object.__new__(QTensor)
     fields = {
         "format": format,
         "shape": (n, k),
-        "planes": dict(zip(names, planes, strict=True)),
+        "planes": dict(zip(names, planes, strict=False)),
         "layout": layout,
+        "g_idx": planes[len(names)] if len(planes) > len(names) else None,
     }
     for name, value in fields.items():
         object.__setattr__(tensor, name, value)
@@ -186,9 +241,10 @@ def pack(
     nested_scales: Tensor | None = None,
     nested_offset: Tensor | None = None,
     layout: str = "rows",
+    g_idx: Tensor | None = None,
 ) -> QTensor:
     """Packs logical codes, scales and zeros (`Unpacked` has their shapes and dtypes); the inverse of
-    `QTensor.unpack`.
+    `QTensor.unpack`. g_idx: of which group each column of the codes is, as in `QTensor`.
 
     Raises ValueError where one of them is missing, unwanted, or of another shape, dtype or range than the
     format says.
@@ -200,9 +256,12 @@ def pack(
     n, k = codes.shape
     if layout == "flat":
         codes = codes.reshape(1, -1)
+    if g_idx is not None:
+        check_g_idx(g_idx, parsed, k, layout, codes.device)
+        codes = codes.index_select(1, column_order(g_idx))
     nested = [plane for plane in (nested_scales, nested_offset) if plane is not None]
     planes = _ops.pack(codes.detach(), scales, zeros, parsed.canonical, nested)
-    return QTensor(parsed.canonical, (n, k), _named(parsed, planes), layout)
+    return QTensor(parsed.canonical, (n, k), _named(parsed, planes), layout, g_idx)
 
 
 def _named(format: Format, planes: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -229,9 +288,23 @@ def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None, *, activatio
     Raises ValueError for "int8" with a format that isn't of blocks.
     """
     n, k = qtensor.shape
+    if qtensor.g_idx is not None:
+        x = gather_columns(x, column_order(qtensor.g_idx))
     return ops.linear(
         x, list(qtensor.planes.values()), qtensor.format, n, k, bias, qtensor.layout, activations
     )
+
+
+def gather_columns(x: Tensor, order: Tensor) -> Tensor:
+    """x [..., k] with its columns in the order of the planes: once, in front of a product with a matrix that has g_idx.
+
+    Raises ValueError where x has another number of columns.
+    """
+    if x.dim() == 0 or x.shape[-1] != len(order):
+        raise ValueError(
+            f"x has shape {list(x.shape)}; its last dimension must be {len(order)}, the columns of the weight"
+        )
+    return x.index_select(-1, order)
 
 
 def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -240,7 +313,10 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
     Raises ValueError for an id outside [0, n).
     """
     n, k = qtensor.shape
-    return _ops.embedding(ids, list(qtensor.planes.values()), qtensor.format, n, k, dtype, qtensor.layout)
+    rows = _ops.embedding(ids, list(qtensor.planes.values()), qtensor.format, n, k, dtype, qtensor.layout)
+    if qtensor.g_idx is None:
+        return rows
+    return rows.index_select(-1, torch.argsort(column_order(qtensor.g_idx)))
 
 
 @dataclass(frozen=True)

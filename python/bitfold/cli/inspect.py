@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitfold import hf
-from bitfold.checkpoint import QuantizationConfig, read_quantization
+from bitfold.checkpoint import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.cli.console import Json, natural, out, print_json, size, table
-from bitfold.formats import parse, plane_shapes
 from bitfold.gguf import mixes
 from bitfold.gguf.magic import is_gguf
 from bitfold.pipeline import REPORT_FILE
@@ -138,25 +137,24 @@ def _rows(
     rows: dict[str, Row] = {}
     owners = {}
     for name, entry in quantization.modules.items() if quantization else ():
-        names = [f"{name}.{law.name}" for law in parse(entry.format).planes]
-        owners.update(dict.fromkeys(names, name))
+        owners.update({f"{name}.{part}": name for part in entry.parts()})
     for name, tensor in tensors.items():
         module = owners.get(name)
         if module is None or quantization is None:
             rows[name] = Row(name, tensor.dtype, tensor.shape, tensor.nbytes)
             continue
         entry = quantization.modules[module]
-        _check_plane(tensor, name.rpartition(".")[2], entry.format, entry.shape, entry.layout)
+        _check_part(tensor, entry)
         before = rows[module].nbytes if module in rows else 0
         rows[module] = Row(module, entry.format, entry.shape, before + tensor.nbytes, errors.get(module))
     return [rows[name] for name in sorted(rows, key=natural)]
 
 
-def _check_plane(tensor: StoredTensor, plane: str, format: str, shape: tuple[int, int], layout: str) -> None:
-    wanted = plane_shapes(format, *shape, layout)[plane]
+def _check_part(tensor: StoredTensor, entry: ModuleEntry) -> None:
+    wanted = entry.parts()[tensor.name.rpartition(".")[2]].shape
     if tensor.shape != wanted:
         raise CheckpointError(
-            f"{tensor.path}: '{tensor.name}' has shape {list(tensor.shape)}, {CONFIG_FILE} says {format}, "
+            f"{tensor.path}: '{tensor.name}' has shape {list(tensor.shape)}, {CONFIG_FILE} says {entry.format}, "
             f"which makes it {list(wanted)}"
         )
 

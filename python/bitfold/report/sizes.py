@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfold.checkpoint import QuantizationConfig
-from bitfold.formats import parse
 from bitfold.shards import StoredTensor, read_directory
 from bitfold.text import natural
 
@@ -69,7 +68,7 @@ def tensor_sizes(path: Path, quantization: QuantizationConfig, base: Path | None
     sizes: dict[str, TensorSize] = {}
     planes: set[str] = set()
     for name, entry in quantization.modules.items():
-        names = {law.name: f"{name}.{law.name}" for law in parse(entry.format).planes}
+        names = {part: f"{name}.{part}" for part in entry.parts()}
         planes.update(names.values())
         if names["codes"] in stored:  # a tied module's planes lie under the name of the other
             parts = {plane: stored[full].nbytes for plane, full in names.items()}
