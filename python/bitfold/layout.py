@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitfold import hf
 from bitfold.checkpoint import check_shapes, listed
@@ -40,14 +40,15 @@ class Source:
     """A model directory before quantizing.
 
     stored: its tensors by name, from the headers of its files (has_weights) or as config.json makes them;
-    state: the tensors of the model, on the meta device but for buffers; config: config.json; model_config: the
-    configuration as transformers reads it.
+    model: what config.json describes, without weights (the meta device; its buffers are real); state: its tensors;
+    config: config.json; model_config: the configuration as transformers reads it.
     """
 
     path: Path
     config: dict[str, Any]
     model_config: Any
     stored: Mapping[str, StoredTensor]
+    model: nn.Module
     state: Mapping[str, Tensor]
     infos: Mapping[str, ModuleInfo]
     ignored: Any
@@ -100,6 +101,7 @@ def read_source(path: Path, *, config_suffices: bool = False) -> Source:
         config=config,
         model_config=model.config,
         stored=stored,
+        model=model,
         state=state,
         infos=describe(model),
         ignored=hf.ignored_names(model),

@@ -26,9 +26,25 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class CalibrationSummary:
+    """How a weight was quantized by what its layer multiplied.
+
+    method: "gptq", ...; "rtn" where that could not be done, and `note` says why; output_error, rounding_error: of the
+    layer's output over the calibration data, squared, relative to the output's square, with these codes and with those
+    of plain rounding (None: not measured); damping: of the Hessian, relative to its mean diagonal.
+    """
+
+    method: str
+    output_error: float | None = None
+    rounding_error: float | None = None
+    damping: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class ModuleSummary:
     """One quantized weight. relative_rmse: norm of (decoded - source) over norm of source; bytes of weight
-    and planes."""
+    and planes; calibration: None where the weight was rounded to nearest."""
 
     name: str
     format: str
@@ -36,6 +52,7 @@ class ModuleSummary:
     relative_rmse: float
     bytes_before: int
     bytes_after: int
+    calibration: CalibrationSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -89,14 +106,15 @@ def describe(model: nn.Module) -> dict[str, ModuleInfo]:
                 tied_to=None if owner == name else owner,
                 obstacle=None if type(module) is base else obstacle,
             )
-        elif stacks := _stacks(module):
-            shape = tuple(next(iter(stacks.values())).shape)
+        elif found := stacks(module):
+            shape = tuple(next(iter(found.values())).shape)
             obstacle = "it is a stack of experts in one 3-D parameter"
-            infos[name] = ModuleInfo("experts", shape, tuple(stacks), obstacle=obstacle)
+            infos[name] = ModuleInfo("experts", shape, tuple(found), obstacle=obstacle)
     return infos
 
 
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The stacks of experts among a module's own parameters, by name."""
     if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return {}
     parameters = module.named_parameters(recurse=False)

@@ -1,0 +1,257 @@
+"""One decoder block while it is quantized: what a method may ask of it and do to it.
+
+A block is run as often as something is asked, from the inputs that are held for every sample, by `Workers`, a sample on
+one thread each. So what a layer gets is always what the block makes of it as it is now, with the layers before it
+quantized or rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfold.calibration.activations import Activations
+from bitfold.calibration.blocks import Call, Compute, stays_stored
+from bitfold.calibration.workers import Workers
+from bitfold.nn import QuantLinear
+from bitfold.qtensor import QTensor
+from bitfold.recipes import Rule
+
+_STRIP = 256  # rows of a Hessian that are one piece of work
+_WAVE_BYTES = 256 << 20  # inputs of a layer that are held at a time, unless one sample has more
+
+
+class BlockRun:
+    """A decoder block, its weights loaded, and the samples that go into it.
+
+    name: "model.layers.3"; module: the block, with the weights of its linear layers as they are stored and all else
+    in `dtype`, in which it computes; rules: what the recipe says of each linear layer that it quantizes, by the name
+    within the block ("self_attn.q_proj"); groups: these names, those together that have the same input, in the order
+    in which they run; never_run: those that the block has but doesn't use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        rules: Mapping[str, Rule],
+        call: Call,
+        inputs: Activations,
+        workers: Workers,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self.module, self.rules, self.dtype = name, module, dict(rules), dtype
+        self.call, self.samples = call, inputs.data.shape[0]
+        self.device = next(module.parameters()).device
+        self._inputs, self._workers = inputs, workers
+        self._hessian: tuple[str, Tensor] | None = None
+        self.groups = self._find_groups() if self.rules else ()
+        grouped = {name for group in self.groups for name in group}
+        self.never_run = tuple(name for name in self.rules if name not in grouped)
+
+    # ---- what a method may ask ----
+
+    def linear(self, name: str) -> nn.Linear:
+        """A linear layer by its name within the block."""
+        layer = self.module.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def hessian(self, name: str) -> Tensor:
+        """The sum of x x^T over all inputs x of a linear layer: float32 [k, k], both halves filled.
+
+        Summed sample by sample in fp32, in an order that depends on nothing but the samples. The last one is kept, and
+        serves all layers of a group. Raises ValueError where an input isn't finite.
+        """
+        first = next(group for group in self.groups if name in group)[0]
+        if self._hessian is None or self._hessian[0] != first:
+            self._hessian = None  # its memory goes before the next one comes
+            self._hessian = (first, self._sum_hessian(first))
+        return self._hessian[1]
+
+    def inputs(self, name: str) -> Iterator[Tensor]:
+        """What a linear layer multiplies, of each sample in order: [tokens, k]."""
+        for wave in self._waves(self.linear(name).in_features):
+            yield from self._inputs_of(name, wave)
+
+    def arguments(self, name: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What a part of the block is called with, of each sample in order: args, kwargs, to call it again.
+
+        name: of a submodule ("self_attn"), "" for the block itself. The tensors must not be changed.
+        """
+        for sample in range(self.samples):
+            yield self._workers.map(lambda s: self._arguments_of(name, s), [sample])[0]
+
+    def compute(self, function: Callable[[], Any]) -> Any:
+        """Run a function as the block is run: on one thread, without gradients, weights converted where they are
+        multiplied."""
+
+        def work(_: int) -> Any:
+            with Compute(self.dtype):
+                return function()
+
+        return self._workers.map(work, [0])[0]
+
+    # ---- what becomes of the block ----
+
+    def settle(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Round tensors to what the checkpoint will hold of them, by name within the block, so that what comes after
+        sees the model as it will be loaded."""
+        state = self.module.state_dict()
+        self.set({name: state[name].to(dtype) for name, dtype in dtypes.items()})
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Give tensors of the block, by name within it, other values, in the dtypes that `BlockModel.load` gives
+        them."""
+        for name, value in values.items():
+            owner, _, attribute = name.rpartition(".")
+            module = self.module.get_submodule(owner)
+            old = getattr(module, attribute)
+            dtype = value.dtype if stays_stored(module, attribute, value) else self.dtype
+            new = value.to(old.device, dtype)
+            setattr(
+                module,
+                attribute,
+                nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new,
+            )
+
+    def replace(self, name: str, qtensor: QTensor) -> None:
+        """Put a quantized layer in the place of a linear one; it is what the block runs from now on."""
+        parent, _, attribute = name.rpartition(".")
+        setattr(self.module.get_submodule(parent), attribute, QuantLinear(qtensor, self.linear(name).bias))
+
+    def write_outputs(self) -> None:
+        """Run the block as it is now, and put what comes out in the place of what went in, for the next block.
+
+        Raises ValueError, naming the block, where it isn't finite.
+        """
+        self._hessian = None
+
+        def work(sample: int) -> None:
+            with Compute(self.dtype):
+                output = self._run(sample)
+            if not output.isfinite().all():
+                raise ValueError(
+                    f"{self.name}: its output for sample {sample} is not finite in {self._dtype_name()}: another "
+                    "dtype, such as float32, may do, or a weight is broken"
+                )
+            self._inputs.write(sample, output[0])
+
+        for wave in self._waves(1):
+            self._workers.map(work, wave)
+
+    # ---- how ----
+
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def _run(self, sample: int) -> Tensor:
+        """The block's output [1, tokens, hidden] for one sample."""
+        hidden = self._inputs.data[sample : sample + 1].to(self.device)
+        output = self.module(hidden, *self.call.args, **self.call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _waves(self, k: int) -> Iterator[range]:
+        """Runs of samples that are worked on at a time: as many as there are workers, if inputs of k columns fit."""
+        tokens = self._inputs.data.shape[1]
+        count = max(1, min(self._workers.count, _WAVE_BYTES // (4 * tokens * k)))
+        for start in range(0, self.samples, count):
+            yield range(start, min(start + count, self.samples))
+
+    def _find_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Layers by their input, from the first sample: the same tensor, not an equal one."""
+        watch = _Watch(self.dtype, {self.linear(name).weight.data_ptr(): name for name in self.rules})
+
+        def work(sample: int) -> None:
+            with watch:
+                self._run(sample)
+
+        self._workers.map(work, [0])
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name, xs in watch.found.items():
+            groups.setdefault((xs[0].data_ptr(), xs[0].numel()), []).append(name)
+        return tuple(tuple(group) for group in groups.values())
+
+    def _inputs_of(self, name: str, samples: range) -> list[Tensor]:
+        address = self.linear(name).weight.data_ptr()
+
+        def work(sample: int) -> Tensor:
+            watch = _Watch(self.dtype, {address: name}, first_only=True)
+            try:
+                with watch:
+                    self._run(sample)
+            except _Seen:
+                pass
+            return torch.cat([x.reshape(-1, x.shape[-1]) for x in watch.found[name]])
+
+        return self._workers.map(work, samples)
+
+    def _arguments_of(self, name: str, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        part = self.module.get_submodule(name)
+        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args, kwargs))
+            raise _Seen
+
+        handle = part.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with Compute(self.dtype):
+                self._run(sample)
+        except _Seen:
+            return found[0]
+        finally:
+            handle.remove()
+        raise ValueError(f"{self.name} never runs its part {name!r}")
+
+    def _sum_hessian(self, name: str) -> Tensor:
+        k = self.linear(name).in_features
+        hessian = torch.zeros(k, k, dtype=torch.float32, device=self.device)
+        starts = range(0, k, _STRIP)
+        for wave in self._waves(k):
+            xs = self._inputs_of(name, wave)
+
+            def add(start: int, xs: list[Tensor] = xs) -> None:
+                """One strip of the lower half, all samples of the wave one after the other."""
+                stop = min(start + _STRIP, k)
+                for x in xs:
+                    hessian[start:stop, :stop].addmm_(x[:, start:stop].float().t(), x[:, :stop].float())
+
+            self._workers.map(add, reversed(starts))
+        if not hessian.diagonal().isfinite().all():
+            raise ValueError(
+                f"{self.name}: the inputs of {name} are not finite in {self._dtype_name()}: another dtype, such as "
+                "float32, may do, or a weight is broken"
+            )
+        for start in starts:
+            stop = min(start + _STRIP, k)
+            hessian[:start, start:stop] = hessian[start:stop, :start].t()
+        return hessian
+
+
+class _Seen(Exception):
+    """What was looked for has been seen: the rest of the block isn't needed."""
+
+
+class _Watch(Compute):
+    """Notes what certain weights are multiplied with.
+
+    wanted: names by the address of the weight's first byte; found: inputs by name, in the order in which they run;
+    first_only: stop, by _Seen, when all of them have been seen.
+    """
+
+    def __init__(self, dtype: torch.dtype, wanted: Mapping[int, str], first_only: bool = False) -> None:
+        super().__init__(dtype)
+        self._wanted, self._first_only = wanted, first_only
+        self.found: dict[str, list[Tensor]] = {}
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        name = self._wanted.get(weight.data_ptr())
+        if name is not None:
+            self.found.setdefault(name, []).append(input)
+            if self._first_only and len(self.found) == len(self._wanted):
+                raise _Seen
+        return super().linear(input, weight, bias)

@@ -1,0 +1,54 @@
+"""The ways to choose codes, as the loop over the blocks sees them: the seam to bitfold.quantizers.
+
+For each block the loop loads its weights, makes a BlockRun of it (collect.py: what may be asked and done), and calls
+
+    prepare(run, names)     once, before anything is rounded, with all layers of the block that have the method: it may
+                            rewrite the block, as long as the block computes the same (folding a scale into the norm
+                            before a layer); what it sets as a parameter or buffer of run.module is what is stored
+    round(run, name)        for each layer, group by group in the order in which they run, each after the groups
+                            before it have been replaced by what was made of them
+
+A method is a row of METHODS; its options are in `run.rules[name].options`, their type in bitfold.recipes.METHODS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bitfold.calibration.collect import BlockRun
+from bitfold.qtensor import QTensor
+from bitfold.quantize import CalibrationSummary, encode_named
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A layer's new weight, and what is to be said of it (None: of plain rounding, where nothing was looked at)."""
+
+    qtensor: QTensor
+    summary: CalibrationSummary | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """See the head of this file. needs_inputs: a layer that no input reaches can't be rounded so."""
+
+    round: Callable[[BlockRun, str], Rounded]
+    prepare: Callable[[BlockRun, Sequence[str]], None] | None = None
+    needs_inputs: bool = True
+
+
+def _format(run: BlockRun, name: str) -> str:
+    format = run.rules[name].format
+    assert format is not None
+    return format
+
+
+def round_plainly(run: BlockRun, name: str) -> Rounded:
+    """Rounding to nearest: the weight alone."""
+    return Rounded(encode_named(f"{run.name}.{name}.weight", run.linear(name).weight, _format(run, name)))
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(round_plainly, needs_inputs=False),
+}
