@@ -85,7 +85,7 @@ BITFOLD_SIMD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 BITFOLD_SIMD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 BITFOLD_SIMD F div(F a, F b) { return _mm512_div_ps(a, b); }
 BITFOLD_SIMD F sqrt(F a) { return _mm512_sqrt_ps(a); }
-BITFOLD_SIMD F abs(F a) { return _mm512_abs_ps(a); }
+BITFOLD_SIMD F abs(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }  // SIMDe's abs leaves -0
 BITFOLD_SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 BITFOLD_SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
 BITFOLD_SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
