@@ -94,6 +94,7 @@ def decoded(solved, k: int) -> np.ndarray:
     return back
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("order", ["static", "none", "groups"])
 @pytest.mark.parametrize("format", INTEGERS + OTHERS)
 def test_the_result_is_that_of_the_papers_algorithm(format, order, rng):
@@ -107,7 +108,7 @@ def test_the_result_is_that_of_the_papers_algorithm(format, order, rng):
         torch.from_numpy(weight),
         torch.from_numpy(hessian),
         format,
-        GptqOptions(damping, block=32, order=order),
+        GptqOptions(damping, order=order),
     )
     got = decoded(solved, k)
     assert solved.method == "gptq"
@@ -125,6 +126,45 @@ def test_the_result_is_that_of_the_papers_algorithm(format, order, rng):
     assert error == pytest.approx(oracle_gptq.weighted_error(weight - wanted, wide) / whole, rel=5e-3)
     # Two bits around 0 are but three values to the left of the largest: scales that follow the errors run away.
     assert error < rounding or (format == "int2-g16" and order == "none")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 64, 65, 97, 200])
+def test_the_factor_is_that_of_float64(k, dtype, rng):
+    """And what is not asked for isn't read: Hessians may be views."""
+    _, hessian = problem(rng, 1, k)
+    order = rng.permutation(k)
+    whole = torch.zeros(2 * k, k + 1, dtype=dtype)
+    view = whole[::2, 1:]
+    view.copy_(torch.from_numpy(hessian))
+    factor, info = torch.ops.bitfold.gptq_factor(view, torch.from_numpy(order), 2.0, 0.5)
+    assert info.tolist() == [0]
+    wanted = np.linalg.cholesky(hessian.astype(np.float64)[np.ix_(order, order)] / 2 + 0.5 * np.eye(k)).T
+    np.testing.assert_allclose(factor.numpy(), wanted, rtol=1e-4, atol=2e-5 * np.abs(wanted).max())
+    assert not factor.tril(-1).any()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("bad", [0, 1, 40, 63, 64, 98])
+def test_the_factor_names_the_column_where_it_ends(bad, rng):
+    _, hessian = problem(rng, 1, 99)
+    hessian[bad] = hessian[:, bad] = 0
+    hessian[bad, bad] = -1e-3
+    _, info = torch.ops.bitfold.gptq_factor(torch.from_numpy(hessian), torch.arange(99), 1.0, 0.0)
+    assert info.tolist() == [bad + 1]
+
+
+@pytest.mark.parametrize("order", ["static", "none", "groups"])
+def test_any_number_of_threads_gives_the_same_bits(order, rng, threads):
+    weight, hessian = map(torch.from_numpy, problem(rng, 150, 333))
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        solved = solve(weight, hessian, "int4-g32-asym", GptqOptions(order=order))
+        results.append([*solved.qtensor.planes.values(), torch.tensor([solved.error, solved.rounding_error])])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_groups_along_the_order_need_g_idx(rng):
@@ -226,14 +266,13 @@ def test_the_search_by_squared_error(format, rng):
     k=st.integers(1, 150),
     format=st.sampled_from(INTEGERS + OTHERS),
     order=st.sampled_from(["static", "none", "groups"]),
-    block=st.sampled_from([1, 7, 16, 128]),
     rank=st.integers(1, 200),
     spread=st.sampled_from([0, 6, 30]),
     mse=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_whatever_comes(n, k, format, order, block, rank, spread, mse, seed):
-    """Any shape, rank and spread of inputs: a finite matrix, honest errors, blocks that change next to nothing."""
+def test_whatever_comes(n, k, format, order, rank, spread, mse, seed):
+    """Any shape, rank and spread of inputs: a finite matrix and honest errors."""
     if format.endswith("-dq") and (mse or order == "groups"):
         return
     rng = np.random.default_rng(seed)
@@ -241,7 +280,7 @@ def test_whatever_comes(n, k, format, order, block, rank, spread, mse, seed):
     weight[rng.integers(n)] = 0
     x = rng.standard_normal((rank, k)) * 10.0 ** rng.uniform(-spread / 2, spread / 2, k).round()
     hessian = torch.from_numpy(x.T @ x)
-    solved = solve(weight, hessian, format, GptqOptions(block=block, order=order, mse=mse))
+    solved = solve(weight, hessian, format, GptqOptions(order=order, mse=mse))
     got = decoded(solved, k)
     assert np.isfinite(got).all()
     assert solved.method == "gptq"
@@ -265,6 +304,42 @@ def test_huge_columns(rng):
     solved = solve(torch.from_numpy(weight), torch.from_numpy(hessian), "int4-g32")
     assert solved.method == "gptq"
     assert solved.error <= 1.0001 * solved.rounding_error
+
+
+def test_the_ops_refuse(rng):
+    """What `solve` can't ask for."""
+    columns, factor = torch.ops.bitfold.gptq_columns, torch.ops.bitfold.gptq_factor
+    w, u, one = torch.zeros(4, 8), torch.eye(8), torch.ones(1, 4)
+    order, group = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+
+    def call(
+        weight=w,
+        order=order,
+        factor=u,
+        begin=0,
+        step=one,
+        group=group,
+        table=None,
+        low=0,
+        high=3,
+        behind=None,
+    ):
+        return columns(weight, order, factor, begin, step, step, group, table, low, high, behind)
+
+    refusal(lambda: call(weight=w.double()), "weight is a float64", "float32")
+    refusal(lambda: call(weight=w.t()), "weight")
+    refusal(lambda: call(order=order + 1), "order holds 8", "below 8")
+    refusal(lambda: call(order=order.int()), "order is a int32", "int64")
+    refusal(lambda: call(group=group + 1), "group holds 1", "below 1")
+    refusal(lambda: call(begin=1), "begin is 1")
+    refusal(lambda: call(factor=torch.eye(9)), "behind is None")
+    refusal(lambda: call(factor=torch.eye(9), behind=torch.zeros(2, 4)), r"behind .*\[1, 4\]")
+    refusal(lambda: call(step=one.t()), r"step .*\[4, 4\]")
+    refusal(lambda: call(table=torch.zeros(17), high=16), "high is 16", "below 16")
+    refusal(lambda: call(low=0, high=256), "256 levels")
+    refusal(lambda: factor(torch.zeros(3, 4), order, 1.0, 0.0), "hessian", "square")
+    refusal(lambda: factor(u, order, 0.0, 0.0), "unit is 0")
+    refusal(lambda: factor(u, order, 1.0, math.nan), "damping is nan")
 
 
 def test_refusals(rng):
@@ -292,5 +367,4 @@ def test_refusals(rng):
     odd[1, 3] = math.nan
     refusal(lambda: solve(odd, hessian, "int4-g16"), r"weight\[1, 3\] is NaN")
     refusal(lambda: GptqOptions(damping=-1), "damping is -1")
-    refusal(lambda: GptqOptions(block=0), "block is 0")
     refusal(lambda: GptqOptions(order="act"), "order is 'act'", "static, none, groups")

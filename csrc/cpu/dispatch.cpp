@@ -20,6 +20,7 @@ namespace bitfold::cpu {
   void fill_decode_blocks_##name(Kernels&);           \
   void fill_blocks_##name(Kernels&);                  \
   void fill_int8_##name(Kernels&);                    \
+  void fill_gptq_##name(Kernels&);                    \
   void fill_encode_blocks_affine_##name(Kernels&);    \
   void fill_encode_blocks_symmetric_##name(Kernels&); \
   void fill_encode_blocks_iq4_##name(Kernels&);       \
@@ -36,6 +37,7 @@ namespace bitfold::cpu {
     fill_decode_blocks_##name(kernels);           \
     fill_blocks_##name(kernels);                  \
     fill_int8_##name(kernels);                    \
+    fill_gptq_##name(kernels);                    \
     fill_encode_blocks_affine_##name(kernels);    \
     fill_encode_blocks_symmetric_##name(kernels); \
     fill_encode_blocks_iq4_##name(kernels);       \

@@ -10,6 +10,11 @@
 
 namespace bitfold::cpu {
 
+// GPTQ's, in gptq.hpp.
+struct PanelProduct;
+struct PanelRound;
+struct PanelFactor;
+
 // w / scale and zero decide the codes of one group: integer and minifloat divide, codebooks multiply by 1 / scale.
 struct QuantizeArgs {
   const float* w;
@@ -144,6 +149,9 @@ struct Kernels {
   void (*round_bf16)(const float* from, int64_t columns, int rows, uint16_t* to);
   void (*tile_bf16)(const TileArgs<uint16_t>&);
   void (*axpy)(const AxpyArgs&);
+  void (*panel_product)(const PanelProduct&);
+  void (*panel_round)(const PanelRound&);
+  int64_t (*panel_factor)(const PanelFactor&);  // the column whose pivot is not positive, or -1
 };
 
 // The kernels of this process, chosen at first use: the best that the CPU has, or BITFOLD_ISA's.

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/cpu.hpp"
+#include "cpu/gptq.hpp"
 #include "cuda/architectures.hpp"
 #include "cuda/cuda.hpp"
 #include "torch/border.hpp"
@@ -140,6 +141,16 @@ void Device::linear(LinearArgs args, const Tensor& like) const {
 void Device::linear_grad_x(LinearGradArgs args) const {
   args.parallel_for = parallel_for;
   on(gpu_, [&] { cuda::linear_grad_x(args, stream_); }, [&] { cpu::linear_grad_x(args); });
+}
+
+int64_t Device::gptq_factor(GptqFactorArgs args) const {
+  args.parallel_for = parallel_for;
+  return cpu::gptq_factor(args);
+}
+
+void Device::gptq_columns(GptqColumnsArgs args) const {
+  args.parallel_for = parallel_for;
+  cpu::gptq_columns(args);
 }
 
 }  // namespace bitfold::border

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "formats/args.hpp"
+#include "formats/gptq.hpp"
 
 namespace bitfold::border {
 
@@ -32,6 +33,8 @@ class Device {
   void unpack(PackArgs args) const;
   void linear(LinearArgs args, const Tensor& like) const;  // `like`: workspace is allocated beside it
   void linear_grad_x(LinearGradArgs args) const;
+  int64_t gptq_factor(GptqFactorArgs args) const;
+  void gptq_columns(GptqColumnsArgs args) const;
 
  private:
   std::string what_;

@@ -9,6 +9,7 @@
 
 #include "cuda/plan.hpp"
 #include "torch/border.hpp"
+#include "torch/gptq.hpp"
 
 namespace bitfold {
 namespace {
@@ -40,6 +41,10 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") "
       "-> Tensor");
+  library.def("gptq_factor(Tensor hessian, Tensor order, float unit, float damping) -> Tensor[]");
+  library.def(
+      "gptq_columns(Tensor weight, Tensor order, Tensor factor, int begin, Tensor step, Tensor offset, Tensor group, "
+      "Tensor? table, int low, int high, Tensor? behind=None, bool round=True) -> Tensor[]");
 }
 
 // Planes decide where an op runs.
@@ -359,6 +364,8 @@ void implement(Library& library) {
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_grad_x", TORCH_BOX(&linear_grad_x));
   library.impl("embedding", TORCH_BOX(&embedding));
+  library.impl("gptq_factor", TORCH_BOX(&gptq_factor));
+  library.impl("gptq_columns", TORCH_BOX(&gptq_columns));
 }
 
 // With CUDA's key also where there are no kernels for it: Device says so in a sentence.

@@ -96,6 +96,35 @@ def _embedding_shape(
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
+def _gptq_factor_shape(hessian: Tensor, order: Tensor, unit: float, damping: float) -> list[Tensor]:
+    _check_device(hessian, order)
+    k = hessian.shape[0]
+    return [hessian.new_empty((k, k), dtype=torch.float32), hessian.new_empty(1, dtype=torch.int64)]
+
+
+def _gptq_columns_shape(
+    weight: Tensor,
+    order: Tensor,
+    factor: Tensor,
+    begin: int,
+    step: Tensor,
+    offset: Tensor,
+    group: Tensor,
+    table: Tensor | None,
+    low: int,
+    high: int,
+    behind: Tensor | None = None,
+    round: bool = True,
+) -> list[Tensor]:
+    _check_device(weight, order, factor, step, offset, group, table, behind)
+    n, c = weight.shape
+    return [
+        weight.new_empty((n, c if round else 0), dtype=torch.uint8),
+        weight.new_empty((0 if behind is None else c, n)),
+        weight.new_empty(n, dtype=torch.float64),
+    ]
+
+
 # ---- gradients: with respect to x, grad and bias; packed weights are constants ----
 
 
@@ -131,7 +160,7 @@ def _register_gradients(namespace: str) -> None:
     register = torch.library.register_autograd
     register(f"{namespace}::linear", linear_backward, setup_context=_linear_context)
     register(f"{namespace}::linear_grad_x", linear_grad_x_backward, setup_context=_linear_grad_x_context)
-    for name in ("encode", "decode", "pack", "unpack", "embedding"):
+    for name in ("encode", "decode", "pack", "unpack", "embedding", "gptq_factor", "gptq_columns"):
         register(f"{namespace}::{name}", _refuse_backward(name))
 
 
@@ -179,6 +208,8 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "linear": _linear_shape,
     "linear_grad_x": _linear_grad_x_shape,
     "embedding": _embedding_shape,
+    "gptq_factor": _gptq_factor_shape,
+    "gptq_columns": _gptq_columns_shape,
 }
 _libraries: list[torch.library.Library] = []  # what they registered goes with them
 

@@ -2,23 +2,22 @@
 have been moved to make up for the errors so far.
 
 What is made small is the error of the layer's output over the inputs that its Hessian H = sum of x xᵀ has seen:
-tr(E H Eᵀ), E = W - Q. With the Cholesky factor L Lᵀ = H + damping that is the squared norm of E L, and its component c
+tr(E H Eᵀ), E = W - Q. With U upper and Uᵀ U = H + damping that is the squared norm of E Uᵀ, and its component c
 
-    (E L)_c = L_cc e_c + s_c,    s_c = sum over j > c of e_j L_jc
+    (E Uᵀ)_c = U_cc e_c + s_c,    s_c = sum over j > c of U_cj e_j
 
 is touched by the columns from c on alone. So the columns are rounded from the last to the first: when the turn comes to
-column c, s_c is known, and the weight is rounded where the component would be nought, at w_c + s_c / L_cc. These are
+column c, s_c is known, and the weight is rounded where the component would be nought, at w_c + s_c / U_cc. These are
 the paper's steps, which it writes with a factor of the inverse of H; the factor of H itself needs no inverse, and half
 the work. The columns that matter most lie last.
 
-s is worked out in blocks: what a block gets from the blocks behind it is one product of matrices, and what is left is a
-triangle within the block. Everything is transposed, [columns, rows].
+Both the factor and the loop over columns are native (csrc/cpu/gptq.cpp): torch's own give other bits with another
+number of threads, which one rounded weight turns into other weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,8 @@ from bitfold.qtensor import QTensor, encode
 from bitfold.quantizers import grid as grids
 from bitfold.quantizers.grid import Grid
 
+_ops = torch.ops.bitfold
+
 ORDERS = ("static", "none", "groups")
 # Damping is raised tenfold from at least LEAST_RAISED while the Cholesky factorisation fails, and not beyond MOST.
 LEAST_RAISED, MOST = 1e-4, 1.0
@@ -36,19 +37,17 @@ LEAST_RAISED, MOST = 1e-4, 1.0
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """damping: what is added to the Hessian's diagonal, in units of its mean over the columns that have inputs; block:
-    columns that are rounded between products of matrices; order:
+    """damping: what is added to the Hessian's diagonal, in units of its mean over the columns that have inputs; order:
 
     - "static": columns in the order of falling diagonal, groups and their scales as plain rounding has them;
     - "none": left to right, the scale of each group found when its turn comes, from the weights as they are then;
     - "groups": in the order of falling diagonal with groups along it (`Solved.g_idx`), their scales as in "none";
 
     mse: scales are those with the smallest squared error of the group, not those that reach its largest weight.
-    measure: whether `Solved` says errors, which costs up to twice the time of everything else.
+    measure: whether `Solved` says errors, for which the loop over columns runs twice more.
     """
 
     damping: float = 0.01
-    block: int = 128
     order: str = "static"
     mse: bool = False
     measure: bool = True
@@ -56,8 +55,6 @@ class GptqOptions:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping is {self.damping}; it must be finite and at least 0")
-        if self.block < 1:
-            raise ValueError(f"block is {self.block}; it must be at least 1")
         if self.order not in ORDERS:
             raise ValueError(f"order is {self.order!r}; it must be one of {', '.join(ORDERS)}")
 
@@ -83,7 +80,7 @@ class Solved:
 
 def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = GptqOptions()) -> Solved:
     """Quantizes `weight`, [n, k] of any float dtype, to `format` for inputs with this Hessian: float32 or float64
-    [k, k], symmetric, the sum of x xᵀ over the inputs x times any positive factor.
+    [k, k], symmetric, the sum of x xᵀ over the inputs x times any positive factor. Both on the CPU.
 
     A column whose inputs are all 0 costs nothing however it is rounded: it has no say in the scale of its group, unless
     all columns of the group are like it, and is rounded to the nearest level.
@@ -93,7 +90,7 @@ def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = G
     """
     parsed = grids.reach(format)
     _check(weight, hessian, parsed, options)
-    wide = weight.detach().to(torch.float32)
+    wide = weight.detach().to(torch.float32).contiguous()
     diagonal = hessian.diagonal().to(torch.float64)
     live = diagonal > 0
     unit = float(diagonal.sum() / live.sum().clamp(min=1))  # the mean over live columns
@@ -104,28 +101,21 @@ def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = G
         error = _direct_error(wide, plain, hessian) if options.measure else math.nan
         return Solved(plain, error, error, damping, "rtn", note)
     search = _without(wide, live, parsed)
-    group, g_idx = _groups(parsed, order, options.order)
-    # Column c of the work, and of the matrix as it is stored.
-    place = order if g_idx is None else g_idx.argsort(stable=True).argsort()[order]
-    columns = wide.t()[order]
-    moving = options.order != "static" and parsed.group > 0 and parsed.scale != "nested"
-    if moving:
-        places, grid, loss = _moving(columns, search.t()[order], factor, parsed, group, options)
+    g_idx = _g_idx(parsed, order) if options.order == "groups" else None
+    if options.order != "static" and parsed.group > 0 and parsed.scale != "nested":
+        qtensor, loss = _moving(wide, search, order, factor, parsed, g_idx, options.mse)
     else:
-        source = search if g_idx is None else search[:, g_idx.argsort(stable=True)]
-        as_plain = source is wide and not options.mse
-        grid = grids.of(plain) if as_plain else grids.fit(source, parsed.canonical, options.mse)
-        places, loss = _fixed(columns, factor, grid, group, options.block)
-    stored = torch.empty_like(places)
-    stored[place] = places
-    solved = grid.assemble(stored)
-    error = rounding_error = math.nan
-    if options.measure:
-        decoded = solved.decode().t()[place]
-        whole = _energy(columns, factor, damping)
-        error = _ratio(loss - damping * _square(columns - decoded), whole)
-        rounding_error = _ratio(_energy(columns - plain.decode().t()[order], factor, damping), whole)
-    return Solved(solved, error, rounding_error, damping, "gptq", note, g_idx)
+        as_plain = search is wide and not options.mse
+        grid = grids.of(plain) if as_plain else grids.fit(search, parsed.canonical, options.mse)
+        codes, _, losses = _columns(wide, order, factor, 0, grid, grid.groups(order))
+        qtensor, loss = grid.assemble(codes), float(losses.sum())
+    if not options.measure:
+        return Solved(qtensor, math.nan, math.nan, damping, "gptq", note, g_idx)
+    whole = _energy(wide, order, factor, damping)
+    decoded = qtensor.decode() if g_idx is None else qtensor.decode()[:, g_idx.argsort(stable=True).argsort()]
+    error = _ratio(loss - damping * _square(wide - decoded), whole)
+    rounding_error = _ratio(_energy(wide - plain.decode(), order, factor, damping), whole)
+    return Solved(qtensor, error, rounding_error, damping, "gptq", note, g_idx)
 
 
 # ---- what comes in ----
@@ -178,30 +168,24 @@ def _order(diagonal: Tensor, order: str) -> Tensor:
     return diagonal.argsort(descending=True, stable=True).flip(0)
 
 
-def _groups(format: Format, order: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """The group of each column in `order`, and g_idx where groups don't lie as the format has them."""
+def _g_idx(format: Format, order: Tensor) -> Tensor | None:
+    """The group of every column where groups lie along the order: int32 [k]. None for a single group."""
     k = len(order)
-    if format.group <= 0:
-        return torch.zeros_like(order), None
-    if kind != "groups" or k <= format.group:
-        return order // format.group, None
-    group = torch.arange(k - 1, -1, -1, device=order.device) // format.group
+    if format.group <= 0 or k <= format.group:
+        return None
     g_idx = torch.empty(k, dtype=torch.int32, device=order.device)
-    g_idx[order] = group.to(torch.int32)
-    return group, g_idx
+    g_idx[order] = (torch.arange(k - 1, -1, -1, device=order.device) // format.group).to(torch.int32)
+    return g_idx
 
 
 def _factor(hessian: Tensor, order: Tensor, unit: float, damping: float) -> tuple[Tensor | None, float, str]:
-    """The lower factor of the damped Hessian over its unit, in float32; the damping that it took, and a note."""
+    """The factor of the damped Hessian over its unit, float32; the damping that it took, and a note."""
     if unit == 0:
         return None, damping, "rounded plainly: the Hessian is 0"
-    scaled = (hessian[order][:, order] / unit).to(torch.float32)
     tried = damping
     while True:
-        damped = scaled.clone()
-        damped.diagonal().add_(tried)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(factor.diagonal().isfinite().all()):
+        factor, info = _ops.gptq_factor(hessian, order, unit, tried)
+        if int(info) == 0:
             raised = f"damping raised from {damping:g} to {tried:g}: the Hessian has no Cholesky factor below"
             return factor, tried, raised if tried > damping else ""
         if tried >= MOST:
@@ -216,75 +200,62 @@ def _factor(hessian: Tensor, order: Tensor, unit: float, damping: float) -> tupl
 # ---- rounding ----
 
 
-def _blocks(k: int, block: int) -> Iterator[tuple[int, int]]:
-    """Blocks of columns from the last to the first, (begin, end)."""
-    for end in range(k, 0, -block):
-        yield max(0, end - block), end
-
-
-def _fixed(columns: Tensor, factor: Tensor, grid: Grid, group: Tensor, block: int) -> tuple[Tensor, float]:
-    """Places on a grid that is known beforehand, uint8 [k, n], and the squared norm of E L."""
-    k, n = columns.shape
-    places = torch.empty(k, n, dtype=torch.uint8, device=columns.device)
-    errors = torch.empty_like(columns)
-    loss = 0.0
-    for begin, end in _blocks(k, block):
-        span = slice(begin, end)
-        sums = factor[end:, span].t() @ errors[end:]
-        places[span], errors[span], lost = _round_columns(
-            columns[span], sums, factor[span, span], grid, group[span]
-        )
-        loss += lost
-    return places, loss
+def _columns(
+    weight: Tensor,
+    order: Tensor,
+    factor: Tensor,
+    begin: int,
+    grid: Grid,
+    group: Tensor,
+    behind: Tensor | None = None,
+) -> list[Tensor]:
+    """Places, errors and losses of columns from `begin` on (csrc/torch/gptq.hpp)."""
+    return _ops.gptq_columns(
+        weight, order, factor, begin, grid.step, grid.offset, group, grid.table, grid.low, grid.high, behind
+    )
 
 
 def _moving(
-    columns: Tensor, search: Tensor, factor: Tensor, format: Format, group: Tensor, options: GptqOptions
-) -> tuple[Tensor, Grid, float]:
-    """The same where each group gets its scale when its turn comes: from the weights that are best for the columns
-    still free, all of them real numbers."""
-    k, n = columns.shape
-    places = torch.empty(k, n, dtype=torch.uint8, device=columns.device)
-    errors = torch.empty_like(columns)
+    weight: Tensor,
+    search: Tensor,
+    order: Tensor,
+    factor: Tensor,
+    format: Format,
+    g_idx: Tensor | None,
+    mse: bool,
+) -> tuple[QTensor, float]:
+    """The quantized matrix where each group gets its scale when its turn comes, and the squared norm of E Uᵀ.
+
+    The scale is that of the weights as they are then: those that are best for the columns still free, if all of them
+    were real numbers.
+    """
+    n, k = weight.shape
+    group = order // format.group if g_idx is None else g_idx[order]
+    # Where each column is stored.
+    place = order if g_idx is None else g_idx.argsort(stable=True).argsort()[order]
+    places = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty(k, n, device=weight.device)
+    one = torch.ones(1, n, device=weight.device)
     parts: list[Grid] = []
     loss = 0.0
     first = k
     while first > 0:
         end, first = first, first - int((group[:first] == group[first - 1]).sum())
-        inside = torch.empty(end - first, n, device=columns.device)
-        sums = factor[end:, first:end].t() @ errors[end:]
-        triangle = factor[first:end, first:end]
-        moved = search[first:end] + torch.linalg.solve_triangular(triangle.t(), sums, upper=True)
-        part = grids.fit(moved.t(), format.canonical, options.mse)
+        columns, behind = order[first:end], errors[end:]
+        inside = torch.arange(end - first, device=weight.device)
+        zero = torch.zeros_like(inside)
+        free = search[:, columns].contiguous()
+        _, shifts, _ = _ops.gptq_columns(
+            free, inside, factor, first, one, one, zero, None, 0, 0, behind, round=False
+        )
+        part = grids.fit(free - shifts.t(), format.canonical, mse)
         parts.append(part)
-        for begin, stop in _blocks(end - first, options.block):
-            span, whole = slice(begin, stop), slice(first + begin, first + stop)
-            near = sums[span] + triangle[stop:, span].t() @ inside[stop:]
-            zero = torch.zeros(stop - begin, dtype=torch.int64, device=columns.device)
-            places[whole], inside[span], lost = _round_columns(
-                columns[whole], near, triangle[span, span], part, zero
-            )
-            loss += lost
-        errors[first:end] = inside
-    return places, grids.join(parts, k), loss
-
-
-def _round_columns(
-    columns: Tensor, sums: Tensor, triangle: Tensor, grid: Grid, group: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """Rounds the columns of a block from the last to the first: columns, sums [c, n], triangle [c, c] -> places, errors
-    [c, n], and the squared norm of the block's components of E L."""
-    places = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-    errors = torch.empty_like(columns)
-    sums = sums.clone()
-    loss = torch.zeros(columns.shape[1], device=columns.device)
-    for c in range(len(columns) - 1, -1, -1):
-        diagonal = triangle[c, c]
-        place, value = grid.round((columns[c] + sums[c] / diagonal)[None], group[c : c + 1])
-        places[c], errors[c] = place[0], columns[c] - value[0]
-        loss += (sums[c] + diagonal * errors[c]).square()
-        sums[:c] += triangle[c, :c, None] * errors[c]
-    return places, errors, float(loss.to(torch.float64).sum())
+        codes, errors[first:end], losses = _columns(
+            weight[:, columns].contiguous(), inside, factor, first, part, zero, behind
+        )
+        places[:, place[first:end]] = codes
+        loss += float(losses.sum())
+    return grids.join(parts, k).assemble(places), loss
 
 
 # ---- errors ----
@@ -294,13 +265,13 @@ def _square(matrix: Tensor) -> float:
     return float(matrix.square().sum(1, dtype=torch.float64).sum())
 
 
-def _energy(columns: Tensor, factor: Tensor, damping: float, block: int = 512) -> float:
-    """tr(M H Mᵀ) of the undamped H over its unit, Mᵀ = columns [k, n]."""
-    total = sum(
-        _square(factor[begin:, begin:end].t() @ columns[begin:])
-        for begin, end in _blocks(len(columns), block)
+def _energy(matrix: Tensor, order: Tensor, factor: Tensor, damping: float) -> float:
+    """tr(M H Mᵀ) of the undamped H over its unit: the loss of M where every weight becomes 0."""
+    nought = torch.zeros(1, len(matrix), device=matrix.device)
+    _, _, losses = _ops.gptq_columns(
+        matrix, order, factor, 0, nought, nought, torch.zeros_like(order), None, 0, 0
     )
-    return max(0.0, total - damping * _square(columns))
+    return max(0.0, float(losses.sum()) - damping * _square(matrix))
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -308,7 +279,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _direct_error(weight: Tensor, qtensor: QTensor, hessian: Tensor) -> float:
-    """The same from the Hessian itself, where there is no factor."""
+    """The error of plain rounding from the Hessian itself, where there is no factor."""
     wide = hessian.to(torch.float64)
 
     def energy(matrix: Tensor) -> float:

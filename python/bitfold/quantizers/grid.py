@@ -7,7 +7,7 @@ For every format that is reached here a weight of group g and row r is
 where the levels are whole numbers from `low` to `high` (integers: code - 2^(b-1), or the code with an offset of -zero *
 step) or a small sorted table (nf4, fp4). Rounding knows a format through this alone.
 
-Everything is transposed, [columns, rows]: the rows of the weight are independent of each other and lie side by side.
+Scales are transposed, [groups, rows]: the rows of a weight are independent of each other, and lie side by side.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class Grid:
         return place.to(torch.uint8), level * step + offset
 
     def assemble(self, places: Tensor) -> QTensor:
-        """The quantized matrix of uint8 [k, n] places."""
+        """The quantized matrix of uint8 [n, k] places."""
         codes = places if self.table is None else self.codes[places.to(torch.int64)]
         planes: dict[str, Any] = dict(self.logical)
-        return pack(codes.t().contiguous(), format=self.format.canonical, **planes)
+        return pack(codes, format=self.format.canonical, **planes)
 
 
 def reach(format: str) -> Format:

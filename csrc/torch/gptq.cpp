@@ -1,0 +1,116 @@
+#include "torch/gptq.hpp"
+
+#include <cmath>
+
+namespace bitfold::border {
+namespace {
+
+void require(const Device& device, const Tensor& tensor, const std::string& what, ScalarType type,
+             std::initializer_list<int64_t> shape) {
+  device.require(tensor, what);
+  bool fits = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string wanted;
+  int64_t axis = 0;
+  for (const int64_t size : shape) {
+    wanted += (axis > 0 ? ", " : "") + std::to_string(size);
+    fits = fits && tensor.size(axis++) == size;
+  }
+  if (!fits) {
+    fail(what + " is a " + dtype_name(tensor.scalar_type()) + " of shape " + shape_text(tensor) + "; it must be a " +
+         dtype_name(type) + " of shape [" + wanted + "]");
+  }
+  if (!tensor.is_contiguous()) fail(what + " is not contiguous; it must be");
+}
+
+void on_the_cpu(const Device& device) {
+  if (device.gpu()) fail("weight or hessian is on a GPU, for which GPTQ has no kernels; it must be on the CPU");
+}
+
+// Contiguous int64 numbers below `end`.
+const int64_t* indices(const Device& device, const Tensor& tensor, const std::string& what, int64_t count,
+                       int64_t end) {
+  require(device, tensor, what, ScalarType::Long, {count});
+  const auto* data = static_cast<const int64_t*>(tensor.const_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    if (data[i] < 0 || data[i] >= end) {
+      fail(what + " holds " + std::to_string(data[i]) + "; it must be at least 0 and below " + std::to_string(end));
+    }
+  }
+  return data;
+}
+
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+}  // namespace
+
+std::vector<Tensor> gptq_factor(const Tensor& hessian, const Tensor& order, double unit, double damping) {
+  const Device device(hessian, "hessian");
+  on_the_cpu(device);
+  if (hessian.dim() != 2 || hessian.size(0) != hessian.size(1))
+    fail("hessian has shape " + shape_text(hessian) + "; it must be square");
+  if (hessian.scalar_type() != ScalarType::Float && hessian.scalar_type() != ScalarType::Double)
+    fail(std::string("hessian is ") + dtype_name(hessian.scalar_type()) + "; it must be float32 or float64");
+  if (!(unit > 0.0) || !std::isfinite(unit))
+    fail("unit is " + std::to_string(unit) + "; it must be finite and above 0");
+  if (!(damping >= 0.0) || !std::isfinite(damping))
+    fail("damping is " + std::to_string(damping) + "; it must be finite and at least 0");
+  const int64_t k = hessian.size(0);
+  const int64_t* columns = indices(device, order, "order", k, k);
+  std::optional<Tensor> owner;
+  const MatrixIn matrix = read_matrix(hessian, "hessian", &owner);
+  Tensor factor = empty_beside(hessian, {k, k}, ScalarType::Float);
+  Tensor info = empty_beside(hessian, {1}, ScalarType::Long);
+  *static_cast<int64_t*>(info.mutable_data_ptr()) =
+      device.gptq_factor({matrix, columns, unit, damping, static_cast<float*>(factor.mutable_data_ptr()), nullptr});
+  return {factor, info};
+}
+
+std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, const Tensor& factor, int64_t begin,
+                                 const Tensor& step, const Tensor& offset, const Tensor& group,
+                                 std::optional<Tensor> table, int64_t low, int64_t high, std::optional<Tensor> behind,
+                                 bool round) {
+  const Device device(weight, "weight");
+  on_the_cpu(device);
+  if (weight.dim() != 2) fail("weight has shape " + shape_text(weight) + "; it must have two dimensions");
+  if (factor.dim() != 2) fail("factor has shape " + shape_text(factor) + "; it must have two dimensions");
+  const int64_t n = weight.size(0), c = weight.size(1), k = factor.size(0);
+  require(device, weight, "weight", ScalarType::Float, {n, c});
+  require(device, factor, "factor", ScalarType::Float, {k, k});
+  if (begin < 0 || begin + c > k) {
+    fail("begin is " + std::to_string(begin) + "; " + std::to_string(c) + " columns from there on must be within " +
+         std::to_string(k));
+  }
+  const int64_t groups = step.dim() > 0 ? step.size(0) : 0;
+  require(device, step, "step", ScalarType::Float, {groups, n});
+  require(device, offset, "offset", ScalarType::Float, {groups, n});
+  if (table) {
+    require(device, *table, "table", ScalarType::Float, {high + 1});
+    if (low != 0 || high < 0 || high >= kGptqLevels)
+      fail("high is " + std::to_string(high) + "; with a table low must be 0 and high below " +
+           std::to_string(kGptqLevels));
+  } else if (low > high || high - low > 255) {
+    fail("low is " + std::to_string(low) + " and high " + std::to_string(high) + "; there must be 1 to 256 levels");
+  }
+  if (behind) require(device, *behind, "behind", ScalarType::Float, {k - begin - c, n});
+  else if (begin + c < k) fail("behind is None; it must hold the errors of the columns that were rounded before");
+  Tensor codes = empty_beside(weight, {n, round ? c : 0}, ScalarType::Byte);
+  Tensor errors = empty_beside(weight, {behind ? c : 0, n}, ScalarType::Float);
+  Tensor loss = empty_beside(weight, {n}, ScalarType::Double);
+  device.gptq_columns({
+      .weight = {weight.const_data_ptr(), DType::F32, n, c, c, 1},
+      .order = indices(device, order, "order", c, c),
+      .group = indices(device, group, "group", c, groups),
+      .factor = floats(factor),
+      .k = k,
+      .begin = begin,
+      .behind = behind ? floats(*behind) : nullptr,
+      .grid = {floats(step), floats(offset), groups, table ? floats(*table) : nullptr, low, high, round},
+      .codes = static_cast<uint8_t*>(codes.mutable_data_ptr()),
+      .errors = behind ? static_cast<float*>(errors.mutable_data_ptr()) : nullptr,
+      .loss = static_cast<double*>(loss.mutable_data_ptr()),
+      .parallel_for = nullptr,
+  });
+  return {codes, errors, loss};
+}
+
+}  // namespace bitfold::border

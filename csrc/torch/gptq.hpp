@@ -1,0 +1,22 @@
+// GPTQ's two ops (gptq.cpp): their functions, which ops.cpp registers with all the others.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "torch/border.hpp"
+
+namespace bitfold::border {
+
+// The factor [k, k] of a damped Hessian, upper, and an int64 [1]: 0, or 1 + the column where there is none.
+std::vector<Tensor> gptq_factor(const Tensor& hessian, const Tensor& order, double unit, double damping);
+
+// Codes uint8 [n, c] (places of levels), errors [c, n] where `behind` is given (else [0, n]), and the loss of each row,
+// float64 [n], of columns [begin, begin + c) of the factor (formats/gptq.hpp).
+std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, const Tensor& factor, int64_t begin,
+                                 const Tensor& step, const Tensor& offset, const Tensor& group,
+                                 std::optional<Tensor> table, int64_t low, int64_t high, std::optional<Tensor> behind,
+                                 bool round);
+
+}  // namespace bitfold::border
