@@ -114,19 +114,16 @@ struct Chunk<kE5m2> : PlaneChunk<kE5m2> {};
 
 // Codebooks: the halves of both codes of a byte, once for each lane, in a bank of its own: lane l finds those of byte e
 // at 128 e + 4 l.
-template <int Row>
-struct CodebookChunk : PlaneChunk<Row> {
+template <>
+struct Chunk<kNf4> : PlaneChunk<kNf4> {
   static constexpr int kTables = 256 * kWarp * 4;
-  BITFOLD_DEVICE static void fill(uint8_t* tables, int thread, int threads) {
+  BITFOLD_DEVICE static void fill(int row, uint8_t* tables, int thread, int threads) {
     auto* pairs = reinterpret_cast<uint32_t*>(tables);
-    for (int i = thread; i < 256 * kWarp; i += threads) {
-      const auto code = static_cast<uint32_t>(i / kWarp);
-      pairs[i] = ptx::floats_to_halves(code_value<Row>(code >> 4, 0), code_value<Row>(code & 15u, 0));
-    }
+    for (int i = thread; i < 256 * kWarp; i += threads) pairs[i] = codebook_pair(row, static_cast<uint32_t>(i / kWarp));
   }
-  BITFOLD_DEVICE static void unit(const Lane& lane, const typename PlaneChunk<Row>::Head&, int unit, Operands<2>& out) {
+  BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
     uint32_t words[4];
-    PlaneChunk<Row>::load(lane.bytes + unit * (kUnit / 2), lane.t, words);
+    load(lane.bytes + unit * (kUnit / 2), lane.t, words);
     const auto mine = static_cast<uint32_t>(8 * ptx::lane_id());
 #pragma unroll
     for (int s = 0; s < kUnitSteps; ++s) {
@@ -141,9 +138,5 @@ struct CodebookChunk : PlaneChunk<Row> {
     out.scales[1] = lane.scales[2 * unit + 1].scale;
   }
 };
-template <>
-struct Chunk<kNf4> : CodebookChunk<kNf4> {};
-template <>
-struct Chunk<kFp4> : CodebookChunk<kFp4> {};
 
 }  // namespace bitfold::cuda

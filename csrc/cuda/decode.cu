@@ -2,10 +2,8 @@
 //
 // Bound by memory: a thread takes runs of eight columns, so that a warp reads and writes whole sectors and a thread
 // stores 16 bytes at once, and four of them, far apart, whose loads are in flight together.
-#include <array>
-#include <utility>
-
 #include "cuda/cuda.hpp"
+#include "cuda/format_switch.hpp"
 #include "cuda/runs.hpp"
 
 namespace bitfold::cuda {
@@ -82,9 +80,9 @@ BITFOLD_DEVICE void store_run(const DecodeRuns& d, int64_t at, int count, const 
   }
 }
 
+// A thread's runs of a tile.
 template <int Row>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeRuns d) {
-  const float* codebook = load_codebook<Row>();
+BITFOLD_DEVICE void decode_runs(const DecodeRuns& d, const Codebook& book) {
   const int64_t total = d.rows * d.row_runs;
 #pragma unroll
   for (int step = 0; step < kRunsPerThread; ++step) {
@@ -99,27 +97,36 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeRuns d) {
     const int64_t column = place.run * kRun;
     const auto count = static_cast<int>(smaller<int64_t>(kRun, d.columns - column));
     float values[kRun] = {};
-    decode_run<Row>(d.w, row, column, count, codebook, values);
+    decode_run<Row>(d.w, row, column, count, book.values, values);
     store_run(d, place.row * d.columns + column, count, values);
   }
 }
 
-template <int Row>
-void launch_decode(const DecodeRuns& d, Stream stream) {
+template <class Rows>
+__global__ void __launch_bounds__(kThreads, 5) decode_kernel(const DecodeRuns d) {
+  Codebook& book = shared<Codebook>();
+  fill_codebook(d.w.w.format.row, book);
+  switch_row(d.w.w.format.row, Rows(), [&]<int Row>() { decode_runs<Row>(d, book); });
+}
+
+template <class Rows>
+bool launch_decode(const DecodeRuns& d, Stream stream) {
+  if (!has_row(d.w.w.format.row, Rows())) return false;
   const int64_t blocks = ceil_div(d.rows * d.row_runs, kTileRuns);
   launch({.grid = dim3(static_cast<unsigned>(blocks)),
           .block = dim3(kThreads),
-          .shared_bytes = kHasCodebook<Row> ? static_cast<int64_t>(sizeof(Codebook)) : 0,
+          .shared_bytes = sizeof(Codebook),
           .name = "decode",
           .stream = stream},
-         decode_kernel<Row>, d);
+         decode_kernel<Rows>, d);
+  return true;
 }
 
-template <int... Rows>
-constexpr auto launchers(std::integer_sequence<int, Rows...>) {
-  return std::array{&launch_decode<Rows>...};
+// Formats that need about as many registers share a kernel.
+template <class... Rows>
+void launch_one_of(const DecodeRuns& d, Stream stream) {
+  (void)(... || launch_decode<Rows>(d, stream));
 }
-constexpr auto kLaunchers = launchers(std::make_integer_sequence<int, kRowCount>());
 
 }  // namespace
 
@@ -137,7 +144,7 @@ void decode(const DecodeArgs& args, Stream stream) {
                      .rows = rows,
                      .columns = columns,
                      .row_runs = ceil_div(columns, int64_t{kRun})};
-  kLaunchers[static_cast<size_t>(w.format.row)](d, stream);
+  launch_one_of<CastRows, PlaneRows, SmallBlockRows, LargeBlockRows>(d, stream);
 }
 
 }  // namespace bitfold::cuda

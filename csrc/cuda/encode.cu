@@ -4,6 +4,7 @@
 // the codes of eight columns, which are whole bytes of any stream, so that groups may begin anywhere. A scale per
 // matrix is chosen from the ranges of its rows. Nothing waits, until the first fault is read back at the end.
 #include "cuda/encode.hpp"
+#include "cuda/format_switch.hpp"
 #include "cuda/lane.hpp"
 #include "formats/codec.hpp"
 #include "search/codes.inl"
@@ -120,7 +121,7 @@ BITFOLD_DEVICE void store_piece(uint8_t* to, uint64_t codes, int64_t bytes) {
 }
 
 template <int Row>
-__global__ void __launch_bounds__(kThreads) encode_codes(PlanesArgs a) {
+BITFOLD_DEVICE void encode_codes_as(const PlanesArgs& a) {
   constexpr int kBits = kFormats[Row].bits;
   constexpr bool kHighFirst = kFormats[Row].high_first;
   const int64_t pieces = bitfold::ceil_div(a.w.columns, kPiece), count = a.w.rows * pieces;
@@ -149,6 +150,10 @@ __global__ void __launch_bounds__(kThreads) encode_codes(PlanesArgs a) {
     store_piece(static_cast<uint8_t*>(a.out.codes) + a.first_byte(r, a.w.columns) + first / kPiece * kBits, word,
                 bitfold::ceil_div(present * kBits, 8));
   }
+}
+
+__global__ void __launch_bounds__(kThreads) encode_codes(PlanesArgs a) {
+  switch_row(a.format.row, PlaneRows(), [&]<int Row>() { encode_codes_as<Row>(a); });
 }
 
 // Zeros from a byte each to their stream; a thread, eight of them.
@@ -343,25 +348,12 @@ void start(const char* name, Kernel kernel, const PlanesArgs& a, int64_t count, 
   if (count > 0) launch({grid_for(count, each), threads, 0, name, stream}, kernel, a);
 }
 
-Kernel codes_kernel(int row) {
-  switch (row) {
-    case kE4m3: return encode_codes<kE4m3>;
-    case kE5m2: return encode_codes<kE5m2>;
-    case kInt8: return encode_codes<kInt8>;
-    case kInt4: return encode_codes<kInt4>;
-    case kInt3: return encode_codes<kInt3>;
-    case kInt2: return encode_codes<kInt2>;
-    case kNf4: return encode_codes<kNf4>;
-    default: return encode_codes<kFp4>;
-  }
-}
-
 void encode_planes(const PlanesArgs& a, Stream stream) {
   const int64_t rows = a.w.rows, pieces = rows * bitfold::ceil_div(a.w.columns, kPiece), groups = rows * a.groups;
   if (a.row.grid == Grid::Cast) return start("encode_cast", encode_cast, a, pieces, kThreads, stream);
   start("encode_grids", encode_grids, a, groups, kWarps, stream);
   if (a.per_tensor()) start("encode_tensor_grid", encode_tensor_grid, a, 1, 1, stream, kWarp);
-  start("encode_codes", codes_kernel(a.format.row), a, pieces, kThreads, stream);
+  start("encode_codes", encode_codes, a, pieces, kThreads, stream);
   if (a.zeros != nullptr) {
     const int64_t zero_rows = a.per_tensor() ? 1 : rows;
     start("encode_zeros", encode_zeros, a, zero_rows * bitfold::ceil_div(a.groups, kPiece), kThreads, stream);

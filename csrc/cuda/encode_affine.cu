@@ -5,9 +5,13 @@
 namespace bitfold::cuda {
 namespace {
 
-template <int Row, bool Weighted>
+// Shared memory, not registers, says how many of these threads a multiprocessor has: both searches share a kernel.
+template <int Row>
 struct Super {
-  BITFOLD_DEVICE static void run(const EncodeBlocksArgs& a, const float*) { search::encode_super<Row, Weighted>(a); }
+  BITFOLD_DEVICE static void run(const EncodeBlocksArgs& a, const float*) {
+    if (a.importance != nullptr) search::encode_super<Row, true>(a);
+    else search::encode_super<Row, false>(a);
+  }
 };
 template <int Row>
 struct Small {
@@ -16,19 +20,13 @@ struct Small {
   }
 };
 
-template <int Row>
-void start_super(const char* name, const BlocksArgs& a, Stream stream) {
-  if (a.importance != nullptr) start_encoder<Row, Super<Row, true>>(name, a, stream);
-  else start_encoder<Row, Super<Row, false>>(name, a, stream);
-}
-
 }  // namespace
 
 void encode_affine(int row, const BlocksArgs& a, Stream stream) {
   switch (row) {
-    case kQ2K: return start_super<kQ2K>("encode q2_k", a, stream);
-    case kQ4K: return start_super<kQ4K>("encode q4_k", a, stream);
-    case kQ5K: return start_super<kQ5K>("encode q5_k", a, stream);
+    case kQ2K: return start_encoder<kQ2K, Super<kQ2K>>("encode q2_k", a, stream);
+    case kQ4K: return start_encoder<kQ4K, Super<kQ4K>>("encode q4_k", a, stream);
+    case kQ5K: return start_encoder<kQ5K, Super<kQ5K>>("encode q5_k", a, stream);
     case kQ4_1: return start_encoder<kQ4_1, Small<kQ4_1>>("encode q4_1", a, stream);
     default: return start_encoder<kQ5_1, Small<kQ5_1>>("encode q5_1", a, stream);
   }

@@ -5,16 +5,18 @@
 namespace bitfold::cuda {
 namespace {
 
-template <bool Weighted>
+// Shared memory, not registers, says how many of these threads a multiprocessor has: both searches share a kernel.
 struct Q3K {
   BITFOLD_DEVICE static void run(const EncodeBlocksArgs& a, const float*) {
-    if constexpr (Weighted) search::encode_q3_k_weighted(a);
+    if (a.importance != nullptr) search::encode_q3_k_weighted(a);
     else search::encode_q3_k(a);
   }
 };
-template <bool Weighted>
 struct Q6K {
-  BITFOLD_DEVICE static void run(const EncodeBlocksArgs& a, const float*) { search::encode_q6_k<Weighted>(a); }
+  BITFOLD_DEVICE static void run(const EncodeBlocksArgs& a, const float*) {
+    if (a.importance != nullptr) search::encode_q6_k<true>(a);
+    else search::encode_q6_k<false>(a);
+  }
 };
 template <int Row, int N>
 struct Small {
@@ -26,14 +28,9 @@ struct Small {
 }  // namespace
 
 void encode_symmetric(int row, const BlocksArgs& a, Stream stream) {
-  const bool weighted = a.importance != nullptr;
   switch (row) {
-    case kQ3K:
-      if (weighted) return start_encoder<kQ3K, Q3K<true>>("encode q3_k", a, stream);
-      return start_encoder<kQ3K, Q3K<false>>("encode q3_k", a, stream);
-    case kQ6K:
-      if (weighted) return start_encoder<kQ6K, Q6K<true>>("encode q6_k", a, stream);
-      return start_encoder<kQ6K, Q6K<false>>("encode q6_k", a, stream);
+    case kQ3K: return start_encoder<kQ3K, Q3K>("encode q3_k", a, stream);
+    case kQ6K: return start_encoder<kQ6K, Q6K>("encode q6_k", a, stream);
     case kQ4_0: return start_encoder<kQ4_0, Small<kQ4_0, 8>>("encode q4_0", a, stream);
     default: return start_encoder<kQ5_0, Small<kQ5_0, 16>>("encode q5_0", a, stream);
   }

@@ -12,7 +12,7 @@
 // that order, fp16, four halves for each lane and step (B operands b0, b1). Nothing here knows how many tokens there
 // are.
 //
-//   template <int Row, int Columns> class Fragments {
+//   class Source {
 //     static constexpr int kColumns;    // of a piece
 //     static constexpr int kSteps;      // of a piece, even: each pair of them is 16 bytes of x for a lane
 //     static constexpr int kSections;   // of a piece; each is kSteps / kSections steps
@@ -30,16 +30,17 @@
 //     static Matrix matrix(const Weight& w);
 //
 //     struct Tables {};  // of the block, in shared memory
-//     static void fill(Tables& tables, int thread, int threads);  // by all threads; a barrier follows
+//     static void fill(const Matrix& w, Tables& tables, int thread, int threads);  // by all threads; a barrier follows
 //
 //     struct Slot {};  // a lane's registers of a piece on its way
-//     Fragments() = default;
-//     Fragments(const Matrix& w, int64_t row, const Tables& tables);  // rows [row, row + 16); past n, the last again
-//     void fetch(Slot& slot, int piece, std::byte* room) const;       // starts the loads (to `room`: cp_async)
-//     void open(Slot& slot, int piece, const std::byte* room) const;  // the bytes are there (all lanes' in `room`)
-//     void step(Slot& slot, int step, uint32_t (&a)[4]) const;        // in order, from a loop that is unrolled
-//     Scales scales(const Slot& slot, int section) const;
-//     Scales mins(const Slot& slot, uint32_t (&a)[4]) const;          // where kMins > 0
+//     Source() = default;
+//     Source(const Matrix& w, int64_t row, const Tables& tables);  // rows [row, row + 16); past n, the last again
+//     static Manner manner(const Matrix& w);
+//     template <Manner> void fetch(Slot& slot, int piece, std::byte* room) const;  // starts the loads (`room`:
+//     cp_async) template <Manner> void open(Slot& slot, int piece, const std::byte* room) const;  // they, and all
+//     lanes', are there void step(Slot& slot, int step, uint32_t (&a)[4]) const;  // in order, from a loop that is
+//     unrolled template <Manner> Scales scales(const Slot& slot, int section) const; Scales mins(const Slot& slot,
+//     uint32_t (&a)[4]) const;  // where kMins > 0
 //   };
 //
 // fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k, and
@@ -59,10 +60,10 @@ struct Scales {
   float of[2];
 };
 
-// Stored: how scales are, where that is known while compiling: F32, Nested, or F16 for both kinds of 16 bits. None: the
-// matrix is asked. Zeros: whether there may be zero points.
-template <int Row, int Columns, Scale Stored = Scale::None, bool Zeros = true>
-class Fragments;
+// What a loop over pieces may take for granted of a matrix. Plain: the format's usual scales and no zero points. Full:
+// the same with zero points, or nested scales in the place of the usual ones. Any: nothing, it asks the matrix at each
+// piece.
+enum class Manner : uint8_t { Plain, Full, Any };
 
 struct NoTables {};
 

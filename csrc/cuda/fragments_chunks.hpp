@@ -45,7 +45,7 @@ class ChunkFragments {
   struct Tables {
     alignas(16) uint8_t bytes[larger(C::kTables, 16)];
   };
-  BITFOLD_DEVICE static void fill(Tables& tables, int thread, int threads) {
+  BITFOLD_DEVICE static void fill(const Matrix&, Tables& tables, int thread, int threads) {
     if constexpr (C::kTables > 0) C::fill(tables.bytes, thread, threads);
   }
 
@@ -55,6 +55,8 @@ class ChunkFragments {
     Operands<C::kSpan> unit[2];
   };
 
+  BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
+
   ChunkFragments() = default;
   BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
     for (int i = 0; i < 2; ++i) {
@@ -63,6 +65,7 @@ class ChunkFragments {
   }
 
   // The lanes of a row copy 16 bytes each in turn.
+  template <Manner>
   BITFOLD_DEVICE void fetch(Slot&, int piece, std::byte* room) const {
     const int64_t at = int64_t{piece} * C::kBytes;
     const int first = ptx::lane_id() % 4;
@@ -80,6 +83,7 @@ class ChunkFragments {
     }
   }
 
+  template <Manner>
   BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -99,6 +103,7 @@ class ChunkFragments {
     }
   }
 
+  template <Manner>
   BITFOLD_DEVICE Scales scales(const Slot& slot, int section) const {
     return {{slot.unit[0].scales[section % kSpans], slot.unit[1].scales[section % kSpans]}};
   }
@@ -145,12 +150,6 @@ class ChunkFragments {
   const Matrix* w_;
   const Tables* tables_;
   const uint8_t* row_[2];
-};
-
-template <int Row, int Columns, Scale Stored, bool Zeros>
-  requires(kFormats[Row].grid == Grid::Block)
-class Fragments<Row, Columns, Stored, Zeros> : public ChunkFragments<Row> {
-  using ChunkFragments<Row>::ChunkFragments;
 };
 
 }  // namespace bitfold::cuda

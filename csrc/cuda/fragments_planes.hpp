@@ -6,6 +6,8 @@
 // exponent: a field whose lowest bit is bit p of a half, or'ed with the half 2^(10 - p), is the number 2^(10 - p) +
 // code, and subtracting 2^(10 - p) + zero is exact. So no sum of x is needed for zero points. Codebooks go through a
 // table of pairs (a byte of two codes is 32 bits of two halves) of which each lane has a copy in a bank of its own.
+//
+// How scales are stored and whether there are zero points is asked at every piece, but where a Manner knows it.
 #pragma once
 
 #include <utility>
@@ -107,17 +109,23 @@ struct PlaneCodes<kE4m3> {
   }
 };
 
+// The halves of both codes of a byte. nf4 and fp4 differ in nothing but this, so that kernels are nf4's for both.
+BITFOLD_DEVICE uint32_t codebook_pair(int row, uint32_t byte) {
+  const auto value = [row](uint32_t code) {
+    return row == kFp4 ? code_value<kFp4>(code, 0) : code_value<kNf4>(code, 0);
+  };
+  return ptx::floats_to_halves(value(byte >> 4), value(byte & 15u));
+}
+
 // Entry e is the halves of the codes e / 16 and e % 16, once for each lane: lane l finds its own at byte 256 e + 4 l,
 // which one permutation puts together, and always in bank l. Half of the place stays empty.
 struct PairTables {
   uint32_t pairs[256][64];
   float dynamic_map[256];
 
-  template <int Row>
-  BITFOLD_DEVICE void fill(int thread, int threads) {
+  BITFOLD_DEVICE void fill(int row, int thread, int threads) {
     for (int i = thread; i < 256 * kWarp; i += threads) {
-      const auto code = static_cast<uint32_t>(i / kWarp);
-      pairs[code][i % kWarp] = ptx::floats_to_halves(code_value<Row>(code >> 4, 0), code_value<Row>(code & 15u, 0));
+      pairs[i / kWarp][i % kWarp] = codebook_pair(row, static_cast<uint32_t>(i / kWarp));
     }
     for (int i = thread; i < 256; i += threads) dynamic_map[i] = kDynamicMap[static_cast<size_t>(i)];
   }
@@ -129,8 +137,8 @@ struct PairTables {
   }
 };
 
-template <int Row>
-struct CodebookCodes {
+template <>
+struct PlaneCodes<kNf4> {
   using Tables = PairTables;
   static constexpr float kUnit = 1.0f;
   static constexpr int column(int step, int half) { return 4 * step + half; }
@@ -138,10 +146,6 @@ struct CodebookCodes {
     return tables.pair(words[step / 2], 2 * (step % 2) + r);
   }
 };
-template <>
-struct PlaneCodes<kNf4> : CodebookCodes<kNf4> {};
-template <>
-struct PlaneCodes<kFp4> : CodebookCodes<kFp4> {};
 
 // ---- scales and zero points ----
 
@@ -157,7 +161,9 @@ struct PlaneMatrix {
   int64_t row_scales;  // from the first scale of a row to that of the next: 0 where the matrix has one
   int64_t row_zeros;   // the same of zeros, in bytes
   Divider pieces;      // of a group
+  int row;             // of the table of formats
   Scale scale;
+  int scale_bytes;
 };
 
 // Bytes from the zero points of a row to those of the next.
@@ -165,10 +171,8 @@ inline int64_t row_zero_bytes(const Format& format, int64_t k) {
   return format.group == kPerTensor ? 0 : bitfold::ceil_div(groups_in_row(format, k) * format.bits(), 8);
 }
 
-template <int Row>
-PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
+inline PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
   constexpr uint32_t kAll = (1u << 31) - 1;
-  constexpr int kBits = kFormats[Row].bits;
   const int64_t group = w.format.group, groups = groups_in_row(w.format, w.k);
   const auto pieces = group < 1 ? kAll : static_cast<uint32_t>(smaller<int64_t>(group / columns_of_piece, kAll));
   return {
@@ -178,77 +182,93 @@ PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
       .nested_scales = w.nested_scales,
       .nested_offset = w.nested_offset,
       .n = w.n,
-      .row_bytes = bitfold::ceil_div(w.k * kBits, 8),
+      .row_bytes = bitfold::ceil_div(w.k * w.format.bits(), int64_t{8}),
       .row_scales = group == kPerTensor ? 0 : groups,
       .row_zeros = row_zero_bytes(w.format, w.k),
       .pieces = Divider::of(pieces),
+      .row = w.format.row,
       .scale = w.format.scale,
+      .scale_bytes = static_cast<int>(dtype_bits(scale_dtype(w.format.scale)) / 8),
   };
 }
 
-// What a lane has loaded of the scale of a row's group; to be looked at when the loads have arrived.
-template <Scale Stored>
-struct LoadedScale {
-  uint32_t bits;
-  float nested;
+// What a lane has loaded of the scales of a group of its two rows, to be looked at when it has arrived.
+// `stored` is how scales are stored: F32, Nested, or F16 for both kinds of 16 bits.
+struct LoadedScales {
+  uint32_t bits[2];
+  uint32_t nested[2];
 
-  BITFOLD_DEVICE static bool is(const PlaneMatrix& w, Scale scale) {
-    return Stored == Scale::None ? w.scale == scale : Stored == scale;
-  }
-  BITFOLD_DEVICE static int bytes(const PlaneMatrix& w) { return is(w, Scale::F32) ? 4 : is(w, Scale::Nested) ? 1 : 2; }
-  // byte: of the plane.
-  template <class Byte>
-  BITFOLD_DEVICE void load(const PlaneMatrix& w, Byte byte) {
-    const uint8_t* from = w.scales + byte;
-    if (is(w, Scale::F32)) {
-      bits = ptx::load4(from);
-    } else if (is(w, Scale::Nested)) {
-      bits = ptx::load1(from);
-      nested = ptx::uint_as_float(ptx::load4(w.nested_scales + byte / static_cast<Byte>(kNestedGroup)));
+  BITFOLD_DEVICE void load(const PlaneMatrix& w, Scale stored, const uint8_t* const (&from)[2]) {
+    if (stored == Scale::F32) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) bits[i] = ptx::load4(from[i]);
+    } else if (stored == Scale::Nested) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        bits[i] = ptx::load1(from[i]);
+        nested[i] = ptx::load4(w.nested_scales + static_cast<uint32_t>(from[i] - w.scales) / kNestedGroup);
+      }
     } else {
-      bits = ptx::load2(from);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) bits[i] = ptx::load2(from[i]);
     }
   }
-  BITFOLD_DEVICE float value(const PlaneMatrix& w, const float* dynamic_map) const {
-    if (is(w, Scale::F32)) return ptx::uint_as_float(bits);
-    if (!is(w, Scale::Nested)) {
-      const auto half = static_cast<uint16_t>(bits);
-      return w.scale == Scale::BF16 ? ptx::bf16_to_float(half) : ptx::half_to_float(half);
+  // dynamic_map: of nested scales.
+  BITFOLD_DEVICE Scales values(const PlaneMatrix& w, Scale stored, const float* dynamic_map) const {
+    Scales scales;
+    if (stored == Scale::F32) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scales.of[i] = ptx::uint_as_float(bits[i]);
+    } else if (stored == Scale::Nested) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scales.of[i] = ptx::add(ptx::mul(dynamic_map[bits[i]], ptx::uint_as_float(nested[i])), *w.nested_offset);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto half = static_cast<uint16_t>(bits[i]);
+        scales.of[i] = w.scale == Scale::BF16 ? ptx::bf16_to_float(half) : ptx::half_to_float(half);
+      }
     }
-    return ptx::add(ptx::mul(dynamic_map[bits], nested), *w.nested_offset);
+    return scales;
   }
 };
 
-// The same of zero points: the bytes that hold code `group` of a row, and where in them it begins.
+// The same of zero points. Codes of 3 bits may straddle two bytes: then even lanes have the first, odd ones the second.
 template <int Bits>
-struct LoadedZero {
+struct LoadedZeros {
   static constexpr bool kStraddles = 8 % Bits != 0;
-  uint32_t low, high, shift;
+  uint32_t bytes[2];
 
-  BITFOLD_DEVICE void load(const uint8_t* row, uint32_t group) {
+  // rows: bytes from the plane's begin to the two rows' zero points.
+  BITFOLD_DEVICE void load(const PlaneMatrix& w, const uint32_t (&rows)[2], uint32_t group) {
     const uint32_t bit = group * Bits;
-    shift = bit % 8;
-    low = ptx::load1(row + bit / 8);
-    high = kStraddles && shift + Bits > 8 ? ptx::load1(row + bit / 8 + 1) : 0;
+    uint32_t at = bit / 8;
+    if (kStraddles && bit % 8 + Bits > 8) at += ptx::lane_id() % 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) bytes[i] = ptx::load1(w.zeros + rows[i] + at);
   }
-  BITFOLD_DEVICE void symmetric() { low = 1u << (Bits - 1), high = 0, shift = 0; }
-  BITFOLD_DEVICE uint32_t value() const {
-    return ((kStraddles ? low | high << 8 : low) >> shift) & ((1u << Bits) - 1u);
+  // In both halves. By all lanes of a warp.
+  BITFOLD_DEVICE uint32_t pair(int i, uint32_t group) const {
+    uint32_t bits = bytes[i];
+    if constexpr (kStraddles) {
+      bits = ptx::prmt(bits, ptx::shuffle_xor(bits, 1), ptx::lane_id() % 2 == 0 ? 0x1140 : 0x1104);
+    }
+    return 0x00010001u * (bits >> group * Bits % 8 & ((1u << Bits) - 1u));
   }
 };
 
 // ---- the source ----
 
-template <int Row, int Columns, Scale Stored, bool Zeros>
+template <int Row, int Columns>
 class PlaneFragments {
   using Codes = PlaneCodes<Row>;
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
-  static constexpr bool kZeros = kInteger && Zeros;
   static constexpr bool kNested = kFormats[Row].nested;
   static constexpr int kLaneColumns = Columns / 4;
   static constexpr uint32_t kMiddle = 0x00010001u << (kBits - 1);
-  static constexpr int64_t kFar = int64_t{1} << 32;
   // int3: a lane's 6 bytes lie in 8 that it shares with its neighbour.
   static constexpr int kWords = Row == kInt3 ? 2 : kLaneColumns * kBits / 32;
   static_assert(Row == kInt3 ? Columns == 64 : kWords == 1 || kWords == 2 || kWords == 4);
@@ -268,26 +288,32 @@ class PlaneFragments {
   static bool fits(const Weight& w) {
     const int64_t group = w.format.group;
     return w.layout == Layout::Rows && w.k % Columns == 0 && (group < 1 || group % Columns == 0) &&
-           knows_scale(w.format.scale) && (Zeros || w.zeros == nullptr) &&
-           groups_in_row(w.format, w.k) * w.n < kFar / 4;
-  }
-  static constexpr bool knows_scale(Scale scale) {
-    return Stored == Scale::None || scale == Stored || (Stored == Scale::F16 && scale == Scale::BF16);
+           groups_in_row(w.format, w.k) * w.n < int64_t{1} << 32;
   }
 
   using Matrix = PlaneMatrix;
-  static Matrix matrix(const Weight& w) { return plane_matrix<Row>(w, Columns); }
+  static Matrix matrix(const Weight& w) { return plane_matrix(w, Columns); }
 
   using Tables = typename Codes::Tables;
-  BITFOLD_DEVICE static void fill(Tables& tables, int thread, int threads) {
-    if constexpr (kFormats[Row].grid == Grid::Codebook) tables.template fill<Row>(thread, threads);
+  BITFOLD_DEVICE static void fill(const Matrix& w, Tables& tables, int thread, int threads) {
+    if constexpr (kFormats[Row].grid == Grid::Codebook) tables.fill(w.row, thread, threads);
   }
 
   struct Slot {
     uint32_t words[2][kWords];
-    LoadedScale<Stored> scale[2];
-    LoadedZero<kBits> zero[2];
+    LoadedScales scales;
+    LoadedZeros<kBits> zeros;
+    uint32_t zero[2];  // of an open piece, in both halves
   };
+
+  BITFOLD_DEVICE static Manner manner(const Matrix& w) {
+    const Scale stored = stored_as<Manner::Any>(w);
+    if (w.zeros == nullptr && stored == stored_as<Manner::Plain>(w)) return Manner::Plain;
+    if constexpr (kInteger || kNested) {
+      if ((kNested || w.zeros != nullptr) && stored == stored_as<Manner::Full>(w)) return Manner::Full;
+    }
+    return Manner::Any;
+  }
 
   PlaneFragments() = default;
   BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
@@ -295,56 +321,70 @@ class PlaneFragments {
     for (int i = 0; i < 2; ++i) {
       const int64_t mine = smaller<int64_t>(row + g + 8 * i, w.n - 1);
       codes_[i] = w.codes + mine * w.row_bytes + (Row == kInt3 ? 6 * t / 4 * 4 : kLaneBytes * t);
-      scales_[i] = static_cast<uint32_t>(mine * w.row_scales * LoadedScale<Stored>::bytes(w));
+      scales_[i] = w.scales + mine * w.row_scales * w.scale_bytes;
       zeros_[i] = static_cast<uint32_t>(mine * w.row_zeros);
     }
   }
 
+  template <Manner M>
   BITFOLD_DEVICE void fetch(Slot& slot, int piece, std::byte*) const {
-    const int64_t at = int64_t{piece} * (Columns * kBits / 8);
     const uint32_t group = w_->pieces.divide(static_cast<uint32_t>(piece));
+    const uint8_t* scales[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      load_words(codes_[i] + at, slot.words[i]);
-      slot.scale[i].load(*w_, scales_[i] + group * static_cast<uint32_t>(LoadedScale<Stored>::bytes(*w_)));
+      load_words(codes_[i] + int64_t{piece} * (Columns * kBits / 8), slot.words[i]);
+      scales[i] = scales_[i] + uint64_t{group} * static_cast<uint32_t>(w_->scale_bytes);
     }
-    if constexpr (kZeros) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) slot.zero[i].symmetric();
-      if (w_->zeros != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) slot.zero[i].load(w_->zeros + zeros_[i], group);
-      }
-    }
+    slot.scales.load(*w_, stored_as<M>(*w_), scales);
+    if (has_zeros<M>(*w_)) slot.zeros.load(*w_, zeros_, group);
   }
 
-  BITFOLD_DEVICE void open(Slot& slot, int, const std::byte*) const {
+  template <Manner M>
+  BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte*) const {
+    if constexpr (Row == kInt3) {  // lanes 1 and 3 begin in the middle of a word
+      const uint32_t shift = 16 * (ptx::lane_id() % 2);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (Row == kInt3) {  // lanes 1 and 3 begin in the middle of a word
-        const uint32_t shift = 16 * (ptx::lane_id() % 2);
+      for (int i = 0; i < 2; ++i) {
         slot.words[i][0] = ptx::funnel_right(slot.words[i][0], slot.words[i][1], shift);
         slot.words[i][1] >>= shift;
       }
+    }
+    slot.zero[0] = slot.zero[1] = kMiddle;
+    if (has_zeros<M>(*w_)) {
+      const uint32_t group = w_->pieces.divide(static_cast<uint32_t>(piece));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) slot.zero[i] = slot.zeros.pair(i, group);
     }
   }
 
   BITFOLD_DEVICE void step(const Slot& slot, int step, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t zero = kZeros ? 0x00010001u * slot.zero[i].value() : kMiddle;
-      a[kLow0 + i] = Codes::value(slot.words[i], step, 0, zero, *tables_);
-      a[kLow1 + i] = Codes::value(slot.words[i], step, 1, zero, *tables_);
+      a[kLow0 + i] = Codes::value(slot.words[i], step, 0, slot.zero[i], *tables_);
+      a[kLow1 + i] = Codes::value(slot.words[i], step, 1, slot.zero[i], *tables_);
     }
   }
 
+  template <Manner M>
   BITFOLD_DEVICE Scales scales(const Slot& slot, int) const {
     const float* dynamic_map = nullptr;
     if constexpr (kNested) dynamic_map = tables_->dynamic_map;
-    return {{slot.scale[0].value(*w_, dynamic_map), slot.scale[1].value(*w_, dynamic_map)}};
+    return slot.scales.values(*w_, stored_as<M>(*w_), dynamic_map);
   }
 
  private:
+  template <Manner M>
+  BITFOLD_DEVICE static Scale stored_as(const Matrix& w) {
+    if (M == Manner::Plain) return kFormats[Row].scale;
+    if (M == Manner::Full) return kNested ? Scale::Nested : kFormats[Row].scale;
+    return w.scale == Scale::F32 || (kNested && w.scale == Scale::Nested) ? w.scale : Scale::F16;
+  }
+
+  template <Manner M>
+  BITFOLD_DEVICE static bool has_zeros(const Matrix& w) {
+    return kInteger && (M == Manner::Full || (M == Manner::Any && w.zeros != nullptr));
+  }
+
   // Loads that leave nothing of a sector for others take no place in the first cache.
   BITFOLD_DEVICE static void load_words(const uint8_t* from, uint32_t (&words)[kWords]) {
     if constexpr (Row == kInt3) {
@@ -363,43 +403,8 @@ class PlaneFragments {
 
   const Matrix* w_;
   const Tables* tables_;
-  const uint8_t* codes_[2];
-  uint32_t scales_[2], zeros_[2];  // bytes from the plane's begin to that of the row
-};
-
-template <int Row, int Columns, Scale Stored, bool Zeros>
-  requires(kFormats[Row].grid == Grid::Minifloat || kFormats[Row].grid == Grid::Integer ||
-           kFormats[Row].grid == Grid::Codebook)
-class Fragments<Row, Columns, Stored, Zeros> : public PlaneFragments<Row, Columns, Stored, Zeros> {
-  using PlaneFragments<Row, Columns, Stored, Zeros>::PlaneFragments;
-};
-
-// Columns of the pieces that a format has, the widest first, and the scales that are known while compiling. Whatever
-// they don't fit has pieces of kNarrow columns of any scale, or is ragged.
-template <int Row>
-struct Pieces {
-  using Widths = std::integer_sequence<int, 64>;
-  static constexpr int kNarrow = 32;
-};
-struct NibblePieces {
-  using Widths = std::integer_sequence<int, 128, 64>;
-  static constexpr int kNarrow = 32;
-};
-template <>
-struct Pieces<kInt4> : NibblePieces {};
-template <>
-struct Pieces<kNf4> : NibblePieces {};
-template <>
-struct Pieces<kFp4> : NibblePieces {};
-template <>
-struct Pieces<kInt3> {
-  using Widths = std::integer_sequence<int, 64>;
-  static constexpr int kNarrow = 64;
-};
-template <>
-struct Pieces<kInt2> {
-  using Widths = std::integer_sequence<int, 128, 64>;
-  static constexpr int kNarrow = 64;
+  const uint8_t *codes_[2], *scales_[2];  // of the two rows
+  uint32_t zeros_[2];                     // from the plane's begin
 };
 
 }  // namespace bitfold::cuda

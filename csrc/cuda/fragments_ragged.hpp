@@ -1,5 +1,6 @@
-// The formats with planes as sources of fragments for any k and any group: 16 columns at a time, loaded
-// byte by byte. Right rather than fast; fragments_planes.hpp has what models come in.
+// The formats with planes as a source of fragments for any k and any group: 16 columns at a time, loaded byte by byte,
+// codes through a table of their numbers. Right rather than fast, and so one kernel for all of them;
+// fragments_planes.hpp has what models come in.
 //
 // Groups have at least 16 columns, so a piece belongs to at most two. It is multiplied twice: once with the columns of
 // the first group, the others being zero, and once with those of the second.
@@ -9,31 +10,24 @@
 
 namespace bitfold::cuda {
 
-// Four codes of `bits` bits from bit `shift` of a word on as halves: value(r) has codes 2 r and 2 r + 1, less the zero.
-template <int Row>
-BITFOLD_DEVICE uint32_t ragged_value(uint32_t word, int shift, int r, uint32_t zero,
-                                     const typename PlaneCodes<Row>::Tables& tables) {
-  constexpr int kBits = kFormats[Row].bits;
-  if constexpr (kBits == 8 || kFormats[Row].grid == Grid::Codebook) {
-    return PlaneCodes<Row>::value(&word, 0, r, zero, tables);
-  } else {
-    const uint32_t codes = word >> (shift + 2 * r * kBits);
-    return field_value<kBits>((codes & ((1u << kBits) - 1u)) | codes >> kBits << 16, 0, zero);
+// What a code is before its zero point and its scale.
+BITFOLD_DEVICE float code_number(int row, uint32_t code) {
+  switch (row) {
+    case kE4m3: return code_value<kE4m3>(code, 0);
+    case kE5m2: return code_value<kE5m2>(code, 0);
+    case kNf4: return code_value<kNf4>(code, 0);
+    case kFp4: return code_value<kFp4>(code, 0);
+    default: return static_cast<float>(code);
   }
 }
 
-template <int Row>
 class RaggedFragments {
-  static constexpr int kBits = kFormats[Row].bits;
-  static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
-  static constexpr int kBytes = (4 * kBits + 7) / 8;  // of a lane's four codes
-
  public:
   static constexpr int kColumns = 16;
   static constexpr int kSteps = 2;
   static constexpr int kSections = 2;
   static constexpr int kMins = 0;
-  static constexpr int kLaneBytes = kBytes;
+  static constexpr int kLaneBytes = 32;  // four at most, but many loads
   static constexpr int kRoom = 0;
   static constexpr float kUnit = 1.0f;
 
@@ -42,91 +36,118 @@ class RaggedFragments {
   struct Matrix {
     PlaneMatrix planes;
     int64_t group;  // columns; k where there is one
-    int64_t groups;
+    int groups;
+    int bits;
+    bool high_first;
+    bool integer;
   };
   static Matrix matrix(const Weight& w) {
-    return {plane_matrix<Row>(w, 1), w.format.group < 1 ? larger<int64_t>(w.k, kColumns) : w.format.group,
-            groups_in_row(w.format, w.k)};
+    const FormatRow& format = w.format.info();
+    return {.planes = plane_matrix(w, 1),
+            .group = w.format.group < 1 ? larger<int64_t>(w.k, kColumns) : w.format.group,
+            .groups = static_cast<int>(groups_in_row(w.format, w.k)),
+            .bits = format.bits,
+            .high_first = format.high_first,
+            .integer = format.grid == Grid::Integer};
   }
 
-  using Tables = typename PlaneCodes<Row>::Tables;
-  BITFOLD_DEVICE static void fill(Tables& tables, int thread, int threads) {
-    PlaneFragments<Row, 64, Scale::None, true>::fill(tables, thread, threads);
+  struct Tables {
+    uint16_t numbers[256];  // halves
+    float dynamic_map[256];
+  };
+  BITFOLD_DEVICE static void fill(const Matrix& w, Tables& tables, int thread, int threads) {
+    for (int i = thread; i < 256; i += threads) {
+      const auto code = static_cast<uint32_t>(i);
+      tables.numbers[i] = code >> w.bits == 0 ? ptx::float_to_half(code_number(w.planes.row, code)) : uint16_t{0};
+      tables.dynamic_map[i] = kDynamicMap[static_cast<size_t>(i)];
+    }
   }
 
   struct Slot {
-    uint32_t word[2];
-    LoadedScale<Scale::None> scale[2][2];  // of a row, of a group
-    uint32_t zero[2][2];
-    int first_columns;  // of the first group
+    uint32_t word[2];  // a lane's four codes
+    LoadedScales scales[2];
+    uint32_t zero[2][2];  // of a section, of a row
+    int first_columns;    // of the first group
     int shift;
   };
+
+  BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
   RaggedFragments() = default;
   BITFOLD_DEVICE RaggedFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
     for (int i = 0; i < 2; ++i) {
-      row_[i] = smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.planes.n - 1);
+      const int64_t mine = smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.planes.n - 1);
+      codes_[i] = w.planes.codes + mine * w.planes.row_bytes;
+      scales_[i] = w.planes.scales + mine * w.planes.row_scales * w.planes.scale_bytes;
+      zeros_[i] = w.planes.zeros == nullptr ? nullptr : w.planes.zeros + mine * w.planes.row_zeros;
     }
   }
 
+  template <Manner>
   BITFOLD_DEVICE void fetch(Slot& slot, int piece, std::byte*) const {
     const PlaneMatrix& planes = w_->planes;
-    const int64_t column = int64_t{piece} * kColumns, bit = (column + 4 * (ptx::lane_id() % 4)) * kBits;
-    const int64_t group = column / w_->group;
+    const int column = piece * kColumns;
+    const int64_t bit = (int64_t{column} + 4 * (ptx::lane_id() % 4)) * w_->bits, byte = bit / 8;
+    const auto group = static_cast<int>(planes.pieces.divide(static_cast<uint32_t>(column)));
     slot.first_columns = static_cast<int>(smaller<int64_t>((group + 1) * w_->group - column, kColumns));
     slot.shift = static_cast<int>(bit % 8);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint8_t* row = planes.codes + row_[i] * planes.row_bytes;
       slot.word[i] = 0;
 #pragma unroll
-      for (int byte = 0; byte < kBytes; ++byte) {
-        const int64_t at = bit / 8 + byte;
-        if (at < planes.row_bytes) slot.word[i] |= uint32_t{ptx::load1(row + at)} << 8 * byte;
-      }
-#pragma unroll
-      for (int section = 0; section < 2; ++section) {
-        const int64_t entry = smaller<int64_t>(group + section, w_->groups - 1);
-        const int64_t number = row_[i] * planes.row_scales + entry;
-        slot.scale[i][section].load(planes, number * LoadedScale<Scale::None>::bytes(planes));
-        if constexpr (kInteger) {
-          uint32_t zero = 1u << (kBits - 1);
-          if (planes.zeros != nullptr) {
-            zero = read_code(planes.zeros + row_[i] * planes.row_zeros, entry, kBits, false);
-          }
-          slot.zero[i][section] = zero * 0x00010001u;
+      for (int j = 0; j < 4; ++j) {
+        if (8 * j < slot.shift + 4 * w_->bits && byte + j < planes.row_bytes) {
+          slot.word[i] |= uint32_t{ptx::load1(codes_[i] + byte + j)} << 8 * j;
         }
       }
     }
+#pragma unroll
+    for (int section = 0; section < 2; ++section) {
+      const int entry = smaller(group + section, w_->groups - 1);
+      const uint8_t* scales[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scales[i] = scales_[i] + int64_t{entry} * planes.scale_bytes;
+        slot.zero[section][i] = w_->integer ? 1u << (w_->bits - 1) : 0;
+        if (planes.zeros != nullptr) slot.zero[section][i] = read_code(zeros_[i], entry, w_->bits, false);
+      }
+      slot.scales[section].load(planes, planes.scale, scales);
+    }
   }
 
+  template <Manner>
   BITFOLD_DEVICE void open(Slot&, int, const std::byte*) const {}
 
   BITFOLD_DEVICE void step(const Slot& slot, int step, uint32_t (&a)[4]) const {
     const int column = 4 * (ptx::lane_id() % 4);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t first = (column + 2 * r < slot.first_columns ? 0x0000ffffu : 0u) |
-                             (column + 2 * r + 1 < slot.first_columns ? 0xffff0000u : 0u);
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t zero = ptx::hsub2(magic(0) + slot.zero[step][i], magic(0));  // the whole number as a half
+      uint32_t halves[4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t zero = kInteger ? slot.zero[i][step] : 0;
-        a[2 * r + i] = ragged_value<Row>(slot.word[i], slot.shift, r, zero, *tables_) & (step == 0 ? first : ~first);
+      for (int c = 0; c < 4; ++c) {
+        const bool mine = (column + c < slot.first_columns) == (step == 0);  // of this step's group
+        halves[c] = mine ? ptx::hsub2(tables_->numbers[code(slot, i, c)], zero) & 0xffffu : 0;
       }
+      a[kLow0 + i] = halves[0] | halves[1] << 16;
+      a[kLow1 + i] = halves[2] | halves[3] << 16;
     }
   }
 
+  template <Manner>
   BITFOLD_DEVICE Scales scales(const Slot& slot, int section) const {
-    const float* dynamic_map = nullptr;
-    if constexpr (kFormats[Row].nested) dynamic_map = tables_->dynamic_map;
-    return {
-        {slot.scale[0][section].value(w_->planes, dynamic_map), slot.scale[1][section].value(w_->planes, dynamic_map)}};
+    return slot.scales[section].values(w_->planes, w_->planes.scale, tables_->dynamic_map);
   }
 
  private:
+  BITFOLD_DEVICE uint32_t code(const Slot& slot, int i, int c) const {
+    const int place = w_->high_first ? c ^ 1 : c;
+    return slot.word[i] >> (slot.shift + place * w_->bits) & ((1u << w_->bits) - 1u);
+  }
+
   const Matrix* w_;
   const Tables* tables_;
-  int64_t row_[2];
+  const uint8_t *codes_[2], *scales_[2], *zeros_[2];  // of the two rows
 };
 
 }  // namespace bitfold::cuda

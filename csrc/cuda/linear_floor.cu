@@ -5,8 +5,8 @@
 // one after the other and the lanes' are added as a tree. Backwards a lane has a run of columns, the warps of a block
 // share the rows of the weight, and their sums are added in order. Nothing depends on who comes first.
 #include <bit>
-#include <utility>
 
+#include "cuda/format_switch.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/matrix.hpp"
 #include "cuda/runs.hpp"
@@ -23,34 +23,14 @@ struct FloorArgs {
 
 // ---- the decoded weight, whatever its format ----
 
-// By all threads of the block; `book` is in shared memory.
-BITFOLD_DEVICE void fill_codebook(int row, Codebook& book) {
-  const auto i = static_cast<size_t>(threadIdx.x);
-  if (i < 16) {
-    if (row == kNf4) book.values[i] = kNf4Values[i];
-    else if (row == kFp4) book.values[i] = kFp4Values[i];
-    else if (row == kMxfp4) book.values[i] = static_cast<float>(kMxfp4Values[i]);
-    else book.values[i] = static_cast<float>(kIq4Values[i]);
-  }
-  ptx::sync_block();
-}
-
-template <int Row>
-BITFOLD_DEVICE void decode_one(const WeightRuns& w, int64_t row, int64_t column, int count, const Codebook& book,
-                               float* weights) {
-  float values[kRun] = {};
-  decode_run<Row>(w, row, column, count, book.values, values);
-  for (int i = 0; i < kRun; ++i) weights[i] = values[i];
-}
-template <int... Rows>
-BITFOLD_DEVICE void decode_one_of(const WeightRuns& w, int64_t row, int64_t column, int count, const Codebook& book,
-                                  float* weights, std::integer_sequence<int, Rows...>) {
-  (void)((w.w.format.row == Rows && (decode_one<Rows>(w, row, column, count, book, weights), true)) || ...);
-}
 // One function has all formats, and is called: in each of the kernels' loops they would be compiled again and again.
 [[gnu::noinline]] __device__ void decode_any(const WeightRuns& w, int64_t row, int64_t column, int count,
                                              const Codebook& book, float* weights) {
-  decode_one_of(w, row, column, count, book, weights, std::make_integer_sequence<int, kRowCount>());
+  switch_row(w.w.format.row, RowsBetween<0, kRowCount>(), [&]<int Row>() {
+    float values[kRun] = {};
+    decode_run<Row>(w, row, column, count, book.values, values);
+    for (int i = 0; i < kRun; ++i) weights[i] = values[i];
+  });
 }
 
 BITFOLD_DEVICE float multiply_add(float a, float b, float c) { return ptx::fma(a, b, c); }

@@ -14,8 +14,8 @@ void linear_rows(const LinearArgs& args, Stream stream) {
     case kInt4: return linear_rows_of<kInt4>(args, stream);
     case kInt3: return linear_rows_of<kInt3>(args, stream);
     case kInt2: return linear_rows_of<kInt2>(args, stream);
-    case kNf4: return linear_rows_of<kNf4>(args, stream);
-    case kFp4: return linear_rows_of<kFp4>(args, stream);
+    case kNf4:
+    case kFp4: return linear_rows_of<kNf4>(args, stream);
     case kQ4_0: return linear_rows_of<kQ4_0>(args, stream);
     case kQ4_1: return linear_rows_of<kQ4_1>(args, stream);
     case kQ5_0: return linear_rows_of<kQ5_0>(args, stream);

@@ -8,9 +8,7 @@
 // Where x of 8 tokens is larger than shared memory, k is cut into slices (by n, k and GPU alone), whose sums are added
 // in order.
 //
-// Compiled once for each format (BITFOLD_PART).
-#include <utility>
-
+// Compiled once for each format, and once for what its kernels don't fit (BITFOLD_PART).
 #include "cuda/fragments_chunks.hpp"
 #include "cuda/fragments_ragged.hpp"
 #include "cuda/linear_rows.hpp"
@@ -80,9 +78,10 @@ struct Feed {
   int begin, end;                                    // pieces of the unit
   const int warp = ptx::shuffle(ptx::warp_id(), 0);  // which tells the compiler that all lanes have the same
 
+  template <Manner M>
   BITFOLD_DEVICE void fetch(int d, int piece) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) source[r].fetch(slots[d][r], piece, rooms[d][r]);
+    for (int r = 0; r < R; ++r) source[r].template fetch<M>(slots[d][r], piece, rooms[d][r]);
   }
   // After each place of a piece, whether there is one or not: so there are always kAhead - 1 groups behind a slot's.
   BITFOLD_DEVICE void commit() {
@@ -98,12 +97,13 @@ struct Feed {
 #pragma unroll
     for (int d = 0; d < kAhead; ++d) {
       const int piece = begin + warp + d * kWarps;
-      if (piece < end) fetch(d, piece);
+      if (piece < end) fetch<Manner::Any>(d, piece);
       commit();
     }
   }
 
   // One piece of R tiles with all tokens. x: this lane's 16 bytes of the piece's first pair.
+  template <Manner M>
   BITFOLD_DEVICE void product(int d, int piece, const uint4* x, int odd, const uint32_t* mins, float (&total)[R][4]) {
     constexpr int kSectionSteps = Source::kSteps / Source::kSections;
     float part[R][4];
@@ -112,7 +112,7 @@ struct Feed {
       ptx::sync_warp();
     }
 #pragma unroll
-    for (int r = 0; r < R; ++r) source[r].open(slots[d][r], piece, rooms[d][r]);
+    for (int r = 0; r < R; ++r) source[r].template open<M>(slots[d][r], piece, rooms[d][r]);
     uint4 quad{};
 #pragma unroll
     for (int step = 0; step < Source::kSteps; ++step) {
@@ -126,7 +126,7 @@ struct Feed {
         if (step % kSectionSteps == 0) ptx::mma_f16_zero(part[r], a, b);
         else ptx::mma_f16(part[r], a, b);
         if (step % kSectionSteps == kSectionSteps - 1) {
-          add_scaled(total[r], part[r], source[r].scales(slots[d][r], step / kSectionSteps));
+          add_scaled(total[r], part[r], source[r].template scales<M>(slots[d][r], step / kSectionSteps));
         }
       }
     }
@@ -152,6 +152,7 @@ struct Feed {
   }
 
   // x: the slice's.
+  template <Manner M>
   BITFOLD_DEVICE void multiply(uint4* x, int m, float (&total)[R][4]) {
     const int token = smaller(ptx::lane_id() / 4, m - 1);  // columns of tokens that aren't there hold the last one
     const int odd = 4 * (token & 1);
@@ -164,9 +165,9 @@ struct Feed {
         const int piece = first + d * kWarps;
         if (piece < end) {
           const int tokens = (piece - begin) * m;  // each a piece of its own
-          product(d, piece, mine + tokens * Tokens<Source>::kQuads, odd, mins + 4 * tokens * Tokens<Source>::kMinWords,
-                  total);
-          if (piece + kAhead * kWarps < end) fetch(d, piece + kAhead * kWarps);
+          product<M>(d, piece, mine + tokens * Tokens<Source>::kQuads, odd,
+                     mins + 4 * tokens * Tokens<Source>::kMinWords, total);
+          if (piece + kAhead * kWarps < end) fetch<M>(d, piece + kAhead * kWarps);
           commit();
         }
       }
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
   feed.rooms = memory.rooms[ptx::warp_id()];
   Unit unit{0, 0, 0};
   feed.start(args, memory.tables, unit);  // W doesn't wait for x
-  Source::fill(memory.tables, static_cast<int>(threadIdx.x), kThreads);
+  Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);
   if (args.resident) {
     for (int s = 0; s < args.slices; ++s) {
       const int first = s * args.slice;
@@ -235,7 +236,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
     }
     float total[R][4] = {};
     const int place = args.resident ? unit.slice : 0;
-    feed.multiply(x + place * slice_quads, args.x.m, total);
+    uint4* mine = x + place * slice_quads;
+    switch (Source::manner(args.w)) {
+      case Manner::Plain: feed.template multiply<Manner::Plain>(mine, args.x.m, total); break;
+      case Manner::Full: feed.template multiply<Manner::Full>(mine, args.x.m, total); break;
+      case Manner::Any: feed.template multiply<Manner::Any>(mine, args.x.m, total); break;
+    }
     const Unit done = unit;
     const bool more = unit.next(tiles, args.slices);
     if (more) feed.start(args, memory.tables, unit);
@@ -292,28 +298,37 @@ void launch_tiles(const LinearArgs& args, Stream stream) {
   return 2 * turns(32) <= turns(16) ? launch_rows<Source, 2>(args, stream) : launch_rows<Source, 1>(args, stream);
 }
 
-template <class Source>
-bool launch_where_it_fits(const LinearArgs& args, Stream stream) {
+// The kernels of a format with planes, the widest pieces first: their columns, and the most tiles at a time. Codes of 8
+// bits leave the instructions that a tile of its own costs.
+template <int Columns, int Tiles>
+struct Pieces {};
+template <class... Widest>
+struct Choice {};
+
+template <int Row>
+struct KernelsOf : Choice<Pieces<64, 1>, Pieces<32, 1>> {};
+template <>
+struct KernelsOf<kInt4> : Choice<Pieces<128, 2>, Pieces<64, 2>, Pieces<32, 1>> {};
+template <>
+struct KernelsOf<kInt3> : Choice<Pieces<64, 2>> {};
+template <>
+struct KernelsOf<kInt2> : Choice<Pieces<128, 2>, Pieces<64, 2>> {};
+template <>
+struct KernelsOf<kNf4> : Choice<Pieces<64, 2>, Pieces<32, 1>> {};
+
+template <int Row, int Columns, int Tiles>
+bool launch_where_it_fits(const LinearArgs& args, Stream stream, Pieces<Columns, Tiles>) {
+  using Source = PlaneFragments<Row, Columns>;
   if (!Source::fits(args.w)) return false;
-  launch_tiles<Source>(args, stream);
+  if constexpr (Tiles == 1) launch_rows<Source, 1>(args, stream);
+  else launch_tiles<Source>(args, stream);
   return true;
 }
 
-// The usual scales, and having no zero points, have kernels of their own, which don't ask at every piece.
-template <int Row, int... Columns>
-void launch_widest(const LinearArgs& args, Stream stream, std::integer_sequence<int, Columns...>) {
-  constexpr Scale kUsual = kFormats[Row].scale;
-  bool launched = (... || launch_where_it_fits<Fragments<Row, Columns, kUsual, false>>(args, stream));
-  if constexpr (kFormats[Row].grid == Grid::Integer) {
-    launched = launched || (... || launch_where_it_fits<Fragments<Row, Columns, kUsual, true>>(args, stream));
-  }
-  if constexpr (kFormats[Row].nested) {
-    launched = launched || (... || launch_where_it_fits<Fragments<Row, Columns, Scale::Nested, false>>(args, stream));
-  }
-  if (launched) return;
-  using Narrow = Fragments<Row, Pieces<Row>::kNarrow>;
-  return Narrow::fits(args.w) ? launch_rows<Narrow, 1>(args, stream)
-                              : launch_rows<RaggedFragments<Row>, 1>(args, stream);
+template <int Row, class... Widest>
+void launch_widest(const LinearArgs& args, Stream stream, Choice<Widest...>) {
+  const bool launched = (... || launch_where_it_fits<Row>(args, stream, Widest{}));
+  if (!launched) linear_rows_of<kRagged>(args, stream);
 }
 
 }  // namespace
@@ -321,8 +336,9 @@ void launch_widest(const LinearArgs& args, Stream stream, std::integer_sequence<
 template <>
 void linear_rows_of<BITFOLD_PART>(const LinearArgs& args, Stream stream) {
   constexpr int kRow = BITFOLD_PART;
-  if constexpr (kFormats[kRow].grid == Grid::Block) launch_rows<ChunkFragments<kRow>, 1>(args, stream);
-  else launch_widest<kRow>(args, stream, Pieces<kRow>::Widths());
+  if constexpr (kRow == kRagged) launch_rows<RaggedFragments, 1>(args, stream);
+  else if constexpr (kRow >= kQ4_0) launch_rows<ChunkFragments<kRow>, 1>(args, stream);
+  else launch_widest<kRow>(args, stream, KernelsOf<kRow>());
 }
 
 }  // namespace bitfold::cuda

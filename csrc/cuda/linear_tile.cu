@@ -66,7 +66,9 @@ class Tile {
         last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)) {}
 
   BITFOLD_DEVICE void run() {
-    if constexpr (C::kTables > 0) C::fill(memory_ + at_.tables, static_cast<int>(threadIdx.x), kTileThreads);
+    if constexpr (C::kTables > 0) {
+      C::fill(p_.planes.row, memory_ + at_.tables, static_cast<int>(threadIdx.x), kTileThreads);
+    }
     start();
     for (int chunk = first_; chunk < last_; ++chunk) {
 #pragma unroll 1
@@ -491,7 +493,7 @@ bool tile_in_words<BITFOLD_PART>(const Weight& w) {
 }
 template <>
 PlaneMatrix tile_planes<BITFOLD_PART>(const Weight& w) {
-  if constexpr (Chunk<BITFOLD_PART>::kPlanes) return plane_matrix<BITFOLD_PART>(w, 32);
+  if constexpr (Chunk<BITFOLD_PART>::kPlanes) return plane_matrix(w, 32);
   else return {};
 }
 template <>

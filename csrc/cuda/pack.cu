@@ -19,8 +19,7 @@ struct Streams {
 
 enum class Direction : uint8_t { Pack, Unpack };
 
-template <Direction To>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const Streams s) {
+__global__ void __launch_bounds__(kThreads) pack_kernel(const Streams s, Direction to) {
   const int64_t pieces = ceil_div<int64_t>(s.columns, kCodes);
   const int64_t i = blockIdx.x * int64_t{kThreads} + static_cast<int64_t>(threadIdx.x);
   if (i >= s.rows * pieces) return;
@@ -28,37 +27,35 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const Streams s) {
   uint8_t* codes = s.codes + row * s.columns + piece * kCodes;
   uint8_t* packed = s.packed + row * ceil_div<int64_t>(s.columns * s.bits, 8) + piece * s.bits;
   const int64_t count = smaller<int64_t>(kCodes, s.columns - piece * kCodes);
-  if constexpr (To == Direction::Pack) pack_codes(codes, count, s.bits, s.high_first, packed);
+  if (to == Direction::Pack) pack_codes(codes, count, s.bits, s.high_first, packed);
   else unpack_codes(packed, count, s.bits, s.high_first, codes);
 }
 
-template <Direction To>
-void run(const Streams& s, Stream stream) {
+void run(const Streams& s, Direction to, Stream stream) {
   const int64_t pieces = s.rows * ceil_div<int64_t>(s.columns, kCodes);
   if (pieces == 0) return;
   launch({.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(pieces, kThreads))),
           .block = dim3(kThreads),
           .shared_bytes = 0,
-          .name = To == Direction::Pack ? "pack" : "unpack",
+          .name = to == Direction::Pack ? "pack" : "unpack",
           .stream = stream},
-         pack_kernel<To>, s);
+         pack_kernel, s, to);
 }
 
-template <Direction To>
-void run(const PackArgs& args, Stream stream) {
+void run(const PackArgs& args, Direction to, Stream stream) {
   const FormatRow& info = args.format.info();
   const bool flat = args.layout == Layout::Flat;
   const int64_t rows = flat ? 1 : args.n, columns = flat ? args.n * args.k : args.k;
-  run<To>(Streams{args.codes, args.packed_codes, rows, columns, info.bits, info.high_first}, stream);
+  run(Streams{args.codes, args.packed_codes, rows, columns, info.bits, info.high_first}, to, stream);
   if (args.zeros == nullptr) return;
-  run<To>(Streams{args.zeros, args.packed_zeros, args.format.group == kPerTensor ? 1 : rows,
-                  groups_in_row(args.format, columns), info.bits, false},
-          stream);
+  run(Streams{args.zeros, args.packed_zeros, args.format.group == kPerTensor ? 1 : rows,
+              groups_in_row(args.format, columns), info.bits, false},
+      to, stream);
 }
 
 }  // namespace
 
-void pack(const PackArgs& args, Stream stream) { run<Direction::Pack>(args, stream); }
-void unpack(const PackArgs& args, Stream stream) { run<Direction::Unpack>(args, stream); }
+void pack(const PackArgs& args, Stream stream) { run(args, Direction::Pack, stream); }
+void unpack(const PackArgs& args, Stream stream) { run(args, Direction::Unpack, stream); }
 
 }  // namespace bitfold::cuda

@@ -65,23 +65,16 @@ struct Codebook {
   float values[16];
 };
 
-// By all threads of the block.
-template <int Row>
-BITFOLD_DEVICE const float* load_codebook() {
-  if constexpr (!kHasCodebook<Row>) {
-    return nullptr;
-  } else {
-    Codebook& book = shared<Codebook>();
-    const auto i = static_cast<size_t>(threadIdx.x);
-    if (i < 16) {
-      if constexpr (Row == kNf4) book.values[i] = kNf4Values[i];
-      else if constexpr (Row == kFp4) book.values[i] = kFp4Values[i];
-      else if constexpr (Row == kMxfp4) book.values[i] = static_cast<float>(kMxfp4Values[i]);
-      else book.values[i] = static_cast<float>(kIq4Values[i]);
-    }
-    ptx::sync_block();
-    return book.values;
+// Of the format's row, where it has one. By all threads of the block.
+BITFOLD_DEVICE void fill_codebook(int row, Codebook& book) {
+  const auto i = static_cast<size_t>(threadIdx.x);
+  if (i < 16) {
+    if (row == kNf4) book.values[i] = kNf4Values[i];
+    else if (row == kFp4) book.values[i] = kFp4Values[i];
+    else if (row == kMxfp4) book.values[i] = static_cast<float>(kMxfp4Values[i]);
+    else book.values[i] = static_cast<float>(kIq4Values[i]);
   }
+  ptx::sync_block();
 }
 
 // ---- formats with planes ----

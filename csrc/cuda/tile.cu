@@ -83,9 +83,9 @@ constexpr Unit unit_of() {
 }
 template <int... I>
 constexpr std::array<Unit, sizeof...(I)> units(std::integer_sequence<int, I...>) {
-  return {unit_of<kE4m3 + I>()...};
+  return {unit_of<kE4m3 + I == kFp4 ? kNf4 : kE4m3 + I>()...};
 }
-// All formats but fp16 and bf16, the first two.
+// All formats but fp16 and bf16, the first two; fp4 is nf4's.
 const Unit& unit_of(int row) {
   static constexpr auto kUnits = units(std::make_integer_sequence<int, kRowCount - kE4m3>());
   if (row < kE4m3) throw std::logic_error("this format has no tile kernel");

@@ -59,6 +59,8 @@ ROWS = [
     linear("int4-channel", 8, 50, 16384, "bf16", multiprocessors=1),  # k in slices
     *(linear(format, m, 37, 2048 if m == 8 else 1024, dtype)
       for format in block_formats() for m, dtype in ((3, "bf16"), (8, "fp16"))),
+    *(linear(format, 3, 33, 512, "bf16")  # the other two ways of scales and zero points
+      for format in ("int4-g64-asym", "int3-g64-asym", "int4-g128-sfp32", "int4-g32-asym-sbf16", "fp4-b64")),
     linear("nf4-b64-dq", 1, 17, 192),
 ]  # fmt: skip
 TILE = [  # the largest first: ThreadSanitizer gets the last of each format
@@ -108,7 +110,7 @@ KERNELS = {
 
 # What runs in every test run: of units with one format each, these formats, and everything that is encoded, since most
 # formats have a search of their own. The others are slow tests.
-QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K)"
+QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K|Ragged)"
 QUICK_FAMILIES = ("int4", "nf4", "q4_k")
 
 

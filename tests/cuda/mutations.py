@@ -89,6 +89,13 @@ WRONG = [
     ("fragments_planes.hpp", "row + g + 8 * i", "row + g + 4 * i"),
     ("fragments_planes.hpp", "w.n - 1", "w.n"),
     ("fragments_planes.hpp", "kLaneBytes * t", "kLaneBytes * (t ^ 1)"),
+    ("fragments_planes.hpp", "w.zeros == nullptr && stored ==", "stored =="),
+    ("fragments_planes.hpp", "mine * w.row_zeros", "row * w.row_zeros"),
+    ("fragments_planes.hpp", "w.scale == Scale::F32 || (kNested", "(kNested"),
+    ("fragments_ragged.hpp", "w_->high_first ? c ^ 1 : c", "c"),
+    ("fragments_ragged.hpp", "(group + 1) * w_->group - column", "w_->group"),
+    ("fragments_ragged.hpp", "smaller(group + section, w_->groups - 1)", "group"),
+    ("fragments_ragged.hpp", "byte + j < planes.row_bytes", "true"),
     # linear_tile: stages, units, turns of warps, and who adds what
     ("linear_tile.cu", "slot + 1 == slots ? 0 : slot + 1", "slot"),
     ("linear_tile.cu", "next_chunk_ + 1 < p_.chunks", "true"),

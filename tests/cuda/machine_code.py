@@ -1,0 +1,252 @@
+"""What the compiler made of the CUDA kernels: the instructions in their libraries, and how many their inner loops have.
+
+    python tests/cuda/machine_code.py <folder of CUDA's bin> <library or cubin>
+
+prints the tables of docs/cuda.md: an inner loop's instructions for so many weights, and what the busiest unit of a
+multiprocessor needs for them. `faults` is the list of what must be there and isn't, or must not be and is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    code: str  # with all that follows its name: LDG.E.128.CONSTANT
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.code.split(".")[0]
+
+
+@dataclass
+class Kernel:
+    """Registers of a thread, and bytes of its stack, where spilled registers are too."""
+
+    name: str
+    registers: int = 0
+    stack: int = 0
+    code: list[Instruction] = field(default_factory=list)
+
+    def has(self, name: str, *parts: str) -> bool:
+        return any(i.name == name and set(parts) <= set(i.code.split(".")) for i in self.code)
+
+    def inner_loops(self, name: str) -> list[list[Instruction]]:
+        """Loops with instructions `name` that have no smaller such loop inside, in the order of their addresses."""
+        found: list[tuple[int, int]] = []
+        ends = [(int(i.operands.split("0x")[-1], 16), i.address) for i in self.code if is_jump_back(i)]
+        for first, last in sorted(ends, key=lambda ends: ends[1] - ends[0]):
+            if any(first <= a and b <= last for a, b in found):
+                continue
+            if any(i.name == name for i in self.between(first, last)):
+                found.append((first, last))
+        return [self.between(first, last) for first, last in sorted(found)]
+
+    def between(self, first: int, last: int) -> list[Instruction]:
+        return [i for i in self.code if first <= i.address <= last and i.name != "NOP"]
+
+
+def is_jump_back(i: Instruction) -> bool:
+    match = re.search(r"0x([0-9a-f]+)$", i.operands) if i.name == "BRA" else None
+    return match is not None and int(match[1], 16) < i.address
+
+
+def read(bin: Path, library: Path) -> list[Kernel]:
+    """The kernels in `library`, for the first of its architectures where there are several."""
+    environment = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"}
+
+    def cuobjdump(option: str) -> str:
+        command = [bin / "cuobjdump", option, library]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    found: dict[str, Kernel] = {}
+    kernel = Kernel("")
+    for line in cuobjdump("-sass").split("\n"):
+        if match := re.match(r"\s*Function : (\S+)", line):
+            kernel = Kernel(match[1])
+            found.setdefault(match[1], kernel)
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
+            kernel.code.append(Instruction(int(match[1], 16), match[2], match[3].strip()))
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("--dump-resource-usage"))
+    for name, registers, stack in usage:
+        if name in found:  # not what the linker adds
+            found[name].registers, found[name].stack = int(registers), int(stack)
+    names = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(found), capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for kernel, name in zip(found.values(), names, strict=False):
+        kernel.name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N_\w+::|bitfold::(cuda::)?", "", name)
+    return sorted(found.values(), key=lambda kernel: kernel.name)
+
+
+# ---- what must be there ----
+
+
+def faults(kernels: list[Kernel]) -> list[str]:
+    """Sentences about kernels that lack the instructions that they are made for, or use memory in their loops."""
+    said = []
+    for kernel in kernels:
+        for test, sentence in EXPECTED:
+            said += [f"{kernel.name}: {sentence}"] if not test(kernel) else []
+    if not any(kernel.name.startswith("linear_rows") for kernel in kernels):
+        said.append("there is no kernel for few rows")
+    return said
+
+
+def loads_of(kernel: Kernel) -> int:
+    """Bytes of the widest load from global memory that goes past the first cache."""
+    sizes = [int(part) for i in kernel.code if i.name == "LDG" and "NA" in i.code.split(".")
+             for part in i.code.split(".") if part in ("64", "128")]  # fmt: skip
+    return max(sizes, default=32) // 8
+
+
+def fragments(kernel: Kernel) -> tuple[int, int, int] | None:
+    """Format, columns of a piece and tiles of a kernel for few rows of a format with planes."""
+    match = re.fullmatch(r"linear_rows_kernel<PlaneFragments<(\d+), (\d+)>, (\d+)>", kernel.name)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+BITS = {2: 8, 3: 8, 4: 8, 5: 4, 6: 3, 7: 2, 8: 4}  # of the formats with planes, by their row in the table
+
+
+def lane_bytes(kernel: Kernel) -> int:
+    """What a lane loads at once of a row's codes."""
+    source = fragments(kernel)
+    assert source is not None
+    row, columns, _ = source
+    return columns // 4 * BITS[row] // 8
+
+
+def is_rows(kernel: Kernel) -> bool:
+    return kernel.name.startswith("linear_rows_kernel")
+
+
+def is_tile(kernel: Kernel) -> bool:
+    return kernel.name.startswith("linear_tile_kernel")
+
+
+def copies(kernel: Kernel) -> bool:
+    """Kernels whose packed bytes go to shared memory by asynchronous copies."""
+    return is_tile(kernel) or kernel.name.startswith("linear_rows_kernel<ChunkFragments")
+
+
+def spills(kernel: Kernel) -> int:
+    return sum(i.name in ("LDL", "STL") for loop in kernel.inner_loops("HMMA") for i in loop)
+
+
+# A property of a kernel, and what is to be said where it doesn't hold.
+EXPECTED = [
+    (lambda k: not (is_rows(k) or is_tile(k)) or k.has("HMMA", "16816", "F32"), "no tensor core multiplies with fp32 sums"),
+    (lambda k: not copies(k) or k.has("LDGSTS", "128"), "no asynchronous copies of 16 bytes"),
+    (lambda k: not is_rows(k) or spills(k) == 0, "registers are spilled in an inner loop"),
+    (lambda k: not (is_tile(k) and k.name.endswith("128>")) or k.stack == 0, "it has a stack"),
+    (lambda k: not is_tile(k) or k.stack <= 64, "it has a stack of more than 64 bytes"),
+    (lambda k: not (fragments(k) and lane_bytes(k) >= 8) or loads_of(k) == lane_bytes(k),
+     "codes aren't loaded as wide as they lie"),
+    (lambda k: not k.name.startswith("linear_rows_kernel<PlaneFragments<5,") or k.has("LOP3", "LUT"),
+     "codes aren't taken apart by LOP3"),
+    (lambda k: not k.name.startswith("linear_rows_kernel<PlaneFragments<8,") or k.has("PRMT"),
+     "a codebook's places aren't put together by PRMT"),
+    (lambda k: not k.name.startswith("decode_kernel") or k.has("STG", "128"), "no stores of 16 bytes"),
+    (lambda k: not (is_rows(k) or is_tile(k)) or not k.has("ATOMG", "ADD", "F32"), "sums are added by atomics"),
+]  # fmt: skip
+
+
+# ---- how many ----
+
+# Instructions that the integer unit runs; the others go to the units of floating point, memory or branches.
+INTEGER = {"LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "IMNMX", "VIADDMNMX", "PLOP3", "P2R", "R2P",
+           "FSETP", "FSEL", "SGXT", "BREV", "FMNMX", "F2FP"}  # fmt: skip
+# A loop of the kernels for few rows: its kernel, which of its loops, the format that takes it, bits of a weight (with
+# scales in blocks), and steps of mma for minima.
+LOOPS = [
+    ("PlaneFragments<4, 64>, 1", "Plain", "int8-channel", 8, 0),
+    ("PlaneFragments<4, 64>, 1", "Full", "int8-channel-asym", 8, 0),
+    ("PlaneFragments<2, 64>, 1", "Plain", "fp8-e4m3-channel", 8, 0),
+    ("PlaneFragments<3, 64>, 1", "Plain", "fp8-e5m2-channel", 8, 0),
+    ("PlaneFragments<5, 128>, 2", "Plain", "int4-g128", 4, 0),
+    ("PlaneFragments<5, 128>, 2", "Full", "int4-g128-asym", 4, 0),
+    ("PlaneFragments<5, 64>, 2", "Plain", "int4-g64", 4, 0),
+    ("PlaneFragments<5, 64>, 2", "Full", "int4-g64-asym", 4, 0),
+    ("PlaneFragments<5, 32>, 1", "Plain", "int4-g32", 4, 0),
+    ("PlaneFragments<8, 64>, 2", "Plain", "nf4-b64, fp4-b64", 4, 0),
+    ("PlaneFragments<8, 64>, 2", "Full", "nf4-b64-dq", 4, 0),
+    ("PlaneFragments<6, 64>, 2", "Plain", "int3-g64", 3, 0),
+    ("PlaneFragments<6, 64>, 2", "Full", "int3-g64-asym", 3, 0),
+    ("PlaneFragments<7, 64>, 2", "Plain", "int2-g64", 2, 0),
+    ("PlaneFragments<7, 128>, 2", "Plain", "int2-g128", 2, 0),
+    ("ChunkFragments<17>, 1", "Any", "q4_k", 4.5, 1),
+    ("ChunkFragments<10>, 1", "Any", "q4_0", 4.5, 0),
+    ("ChunkFragments<19>, 1", "Any", "q6_k", 6.5625, 0),
+]
+TILES = {5: "int4-g128", 8: "nf4-b64", 10: "q4_0", 17: "q4_k", 21: "iq4_xs", 19: "q6_k"}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of the kernel for few rows, for 512 bytes of codes of a tile of 16 rows."""
+
+    format: str
+    instructions: float
+    integer: float
+    shared: float  # wavefronts
+    mma: float
+
+    @property
+    def clocks(self) -> float:
+        """Of a multiprocessor, if nothing but its busiest unit counts."""
+        return max(self.instructions / 4, self.integer / 2, self.shared, self.mma / 0.62)
+
+    @property
+    def share(self) -> float:
+        """Of the clocks in which 4.3 TB/s bring 512 bytes to each of 132 multiprocessors at 1.8 GHz."""
+        return self.clocks / (512 * 132 * 1.8e9 / 4.3e12)
+
+
+def loop(kernels: list[Kernel], name: str, manner: str, format: str, bits: float, minima: int) -> Loop:
+    """bits: of a weight; minima: steps of mma beside those of 256 columns."""
+    (kernel,) = (k for k in kernels if k.name == f"linear_rows_kernel<{name}>")
+    # The less a loop asks about the matrix the shorter it is.
+    loops = sorted(kernel.inner_loops("HMMA"), key=lambda loop: len(loop) / count(loop)["HMMA"])
+    code = loops[("Plain", "Full").index(manner) if manner != "Any" else -1]
+    counts = count(code)
+    part = counts["HMMA"] * 16 / (16 + minima) * 32 * bits / 512
+    shared = sum(4 if "128" in i.code.split(".") else 2 if "64" in i.code.split(".") else 1
+                 for i in code if i.name in ("LDS", "LDSM", "SHFL"))  # fmt: skip
+    return Loop(format, len(code) / part, sum(counts[name] for name in INTEGER) / part, shared / part,
+                counts["HMMA"] / part)  # fmt: skip
+
+
+def count(loop: list[Instruction]) -> Counter[str]:
+    return Counter(i.name for i in loop)
+
+
+def main(bin: Path, library: Path) -> None:
+    kernels = read(bin, library)
+    print("| format | instructions | integer unit | shared memory | mma | clocks | share |\n" + "| --- " * 7 + "|")
+    for name, manner, format, bits, minima in LOOPS:
+        one = loop(kernels, name, manner, format, bits, minima)
+        print(f"| {format} | {one.instructions:.0f} | {one.integer:.0f} | {one.shared:.0f} | {one.mma:.0f} "
+              f"| {one.clocks:.1f} | {one.share:.0%} |")  # fmt: skip
+    print("\n| format | instructions | mma | FFMA | loads from shared memory | everything else |\n" + "| --- " * 6 + "|")
+    for row, format in TILES.items():
+        (kernel,) = (k for k in kernels if k.name == f"linear_tile_kernel<{row}, 32>")
+        code = max(kernel.inner_loops("HMMA"), key=lambda loop: count(loop)["HMMA"])
+        counts = count(code)
+        parts = counts["HMMA"], counts["FFMA"], counts["LDS"]
+        print(f"| {format} | {len(code)} | {' | '.join(map(str, parts))} | {len(code) - sum(parts)} |")
+    for sentence in faults(kernels):
+        print(sentence)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute())
