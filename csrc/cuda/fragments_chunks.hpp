@@ -1,10 +1,10 @@
 // GGUF's blocks as sources of fragments (fragments.hpp). Blocks begin at any even byte (MXFP4's at any), so a warp
 // copies its 16 rows' chunk to shared memory as it lies there and opens it from there (chunk.hpp,
-// chunk_blocks.hpp).
+// chunk_blocks_*.hpp).
 #pragma once
 
 #include "cuda/chunk.hpp"
-#include "cuda/chunk_blocks.hpp"
+#include "cuda/chunk_blocks_large.hpp"
 
 namespace bitfold::cuda {
 

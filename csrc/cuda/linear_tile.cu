@@ -5,65 +5,42 @@
 // ahead; so does x, which arrange has put into the order in which codes come out of those bytes. A warp decodes 64
 // columns of 32 rows (a unit), multiplies them with all tokens in fresh sums, and adds these, scaled, to its own.
 // Everything is added in an order that the shape alone determines.
-#include "cuda/chunk_blocks.hpp"
+#include "cuda/chunk_blocks_large.hpp"
 #include "cuda/chunk_planes.hpp"
-#include "cuda/tile.hpp"
+#include "cuda/tile_copies.hpp"
+#include "cuda/tile_sums.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
-// Rows of a chunk in shared memory: whole pieces of 16 bytes, also of rows that begin within one, and an odd number of
-// them, so that the words that a warp reads at once lie in banks of their own.
-template <class C>
-inline constexpr int kPieces = (C::kBytes + 16 - smaller(C::kAlign, 16) + 15) / 16;
-template <class C>
-inline constexpr bool kSkewed = C::kAlign < 16;
-template <class C>
-inline constexpr int kStride = 16 * (kPieces<C> | 1);
-template <class C>
-inline constexpr int kSumBytes = kWarp * C::kMins;
-
-template <class C>
-BITFOLD_HOST_DEVICE constexpr ChunkSize chunk_size() {
-  const int row_scales = C::kPlanes ? C::kColumns / 32 * static_cast<int>(sizeof(ScaleZero)) : 0;
-  return {C::kColumns, kStride<C>, kSumBytes<C>, row_scales, C::kTables};
-}
-
-struct alignas(1024) Bytes {
-  uint8_t bytes[1024];
-};
-
-// Slots that are filled and emptied in turn.
-struct Ring {
-  int slot = 0;
-  BITFOLD_DEVICE void next(int slots) { slot = slot + 1 == slots ? 0 : slot + 1; }
-};
-
 template <int Row, int Tokens>
-class Tile {
+class Tile : TileCopies<Row, Tokens> {
+  using Copies = TileCopies<Row, Tokens>;
   using C = Chunk<Row>;
-  static constexpr int kGroups = Tokens / 8;
-  static constexpr int kUnits = C::kColumns / kUnit;
-  static constexpr int kXUnits = tile_x_units(Tokens, kUnits);
+  using Copies::at_;
+  using Copies::first_;
+  using Copies::group0_;
+  using Copies::groups_;
+  using Copies::kGroups;
+  using Copies::kUnits;
+  using Copies::kXUnit;
+  using Copies::kXUnits;
+  using Copies::last_;
+  using Copies::memory_;
+  using Copies::p_;
+  using Copies::row0_;
+  using Copies::w_;
+  using Copies::x_;
   static constexpr int kParts = kUnits / kXUnits;  // stages of x of a chunk
-  static constexpr int kXUnit = kGroups * kUnitBytes;
   static constexpr bool kPlanes = C::kPlanes;
-  static constexpr int kUnrolled = Tokens == kFewTokens ? 2 : 1;  // copies: the sums leave them few registers
-  static constexpr int kSpans = C::kColumns / 32;                 // scales of a row of planes
+  static constexpr int kSpans = C::kColumns / 32;  // scales of a row of planes
 
  public:
   BITFOLD_DEVICE explicit Tile(const TileParameter& p)
-      : p_(p),
-        at_(tile_places(chunk_size<C>(), Tokens, p.shape.x_stages, p.shape.w_stages)),
-        memory_(shared<Bytes>().bytes),
+      : Copies(p),
         lane_(ptx::lane_id()),
         row_warp_(ptx::warp_id() % kRowWarps),
-        column_warp_(ptx::warp_id() / kRowWarps),
-        row0_(int64_t{blockIdx.x} * kTileRows),
-        group0_(static_cast<int>(blockIdx.z) * kGroups),
-        groups_(smaller(kGroups, p.groups - group0_)),
-        first_(static_cast<int>(int64_t{p.chunks} * blockIdx.y / p.shape.splits)),
-        last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)) {}
+        column_warp_(ptx::warp_id() / kRowWarps) {}
 
   BITFOLD_DEVICE void run() {
     if constexpr (C::kTables > 0) {
@@ -73,13 +50,13 @@ class Tile {
     for (int chunk = first_; chunk < last_; ++chunk) {
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
-        wait();
+        this->wait();
         ptx::sync_block();
-        issue(part == 0);
+        this->issue(part == 0);
         if (part == 0) open(chunk);
 #pragma unroll 1
         for (int q = column_warp_; q < kXUnits; q += kColumnWarps)
-          multiply(part * kXUnits + q, x_stage(x_) + q * kXUnit);
+          multiply(part * kXUnits + q, this->x_stage(x_) + q * kXUnit);
         x_.next(p_.shape.x_stages);
       }
       if constexpr (C::kMins > 0) {
@@ -88,112 +65,12 @@ class Tile {
       if constexpr (kPlanes) store_scales(chunk + 1);
       w_.next(p_.shape.w_stages);
     }
-    finish();
+    TileSums<Tokens>(p_, memory_, group0_).finish(sums_);
   }
 
  private:
-  // ---- copies ----
-
-  BITFOLD_DEVICE uint8_t* w_stage(Ring ring) const { return memory_ + at_.w + ring.slot * (kTileRows * kStride<C>); }
-  BITFOLD_DEVICE uint8_t* sums_stage(Ring ring) const {
-    return memory_ + at_.sums + ring.slot * (kGroups * kSumBytes<C>);
-  }
-  BITFOLD_DEVICE uint8_t* x_stage(Ring ring) const { return memory_ + at_.x + ring.slot * (kXUnits * kXUnit); }
-
-  BITFOLD_DEVICE int64_t real_row(int row) const { return smaller<int64_t>(row0_ + row, p_.n - 1); }
-  // Where in its first piece a row's chunk begins.
-  BITFOLD_DEVICE int skew(int64_t row, int chunk) const {
-    if (!kSkewed<C> || !p_.in_words) return 0;
-    return static_cast<int>(static_cast<uint32_t>(row) * static_cast<uint32_t>(p_.row_bytes) +
-                            static_cast<uint32_t>(chunk) * C::kBytes) &
-           15;
-  }
-
-  // The next chunk of W, and its sums of x.
-  BITFOLD_DEVICE void copy_w() {
-    if (next_chunk_ >= last_) return;
-    if (p_.in_words && next_chunk_ + 1 < p_.chunks && row0_ + kTileRows <= p_.n) copy_whole();
-    else copy_edge();
-    if constexpr (C::kMins > 0) {
-      const uint8_t* sums = p_.sums + (int64_t{next_chunk_} * p_.groups + group0_) * kSumBytes<C>;
-      for (int i = static_cast<int>(threadIdx.x); i < groups_ * (kSumBytes<C> / 16); i += kTileThreads) {
-        ptx::cp_async<16>(sums_stage(next_w_) + 16 * i, sums + 16 * i);
-      }
-    }
-    next_w_.next(p_.shape.w_stages);
-    ++next_chunk_;
-  }
-  // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kTileThreads at a time.
-  BITFOLD_DEVICE void copy_whole() const {
-    constexpr int kRowStep = kTileThreads / kPieces<C>, kPieceStep = kTileThreads % kPieces<C>;
-    const auto thread = static_cast<int>(threadIdx.x);
-    const int row = thread / kPieces<C>;
-    int piece = thread % kPieces<C>;
-    const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + int64_t{next_chunk_} * C::kBytes;
-    uint8_t* to = w_stage(next_w_) + row * kStride<C> + 16 * piece;
-#pragma unroll(kUnrolled)
-    for (int i = 0; i < kTileRows * kPieces<C>; i += kTileThreads) {
-      if (i + kTileThreads <= kTileRows * kPieces<C> || i + thread < kTileRows * kPieces<C>) {
-        const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
-        ptx::cp_async<16>(to, from - within + 16 * piece);
-      }
-      piece += kPieceStep;
-      from += kRowStep * p_.row_bytes;
-      to += kRowStep * kStride<C> + 16 * kPieceStep;
-      if (piece >= kPieces<C>) {
-        piece -= kPieces<C>;
-        from += p_.row_bytes;
-        to += kStride<C> - 16 * kPieces<C>;
-      }
-    }
-  }
-  // What lies beyond a row's end becomes zero, and rows that aren't there are the last.
-  BITFOLD_DEVICE void copy_edge() const {
-    const int64_t begin = int64_t{next_chunk_} * C::kBytes;
-    const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kPieces<C>; i += kTileThreads) {
-      const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
-      const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
-      uint8_t* to = w_stage(next_w_) + row * kStride<C> + at;
-      if (p_.in_words) {
-        const int within = skew(real_row(row), next_chunk_), bytes = smaller(within + length - at, 16);
-        if (at >= within + C::kBytes) continue;
-        if (bytes > 0) ptx::cp_async<16>(to, from - within + at, bytes);
-        else ptx::cp_async<16>(to, p_.codes, 0);
-      } else {
-#pragma unroll 1
-        for (int b = 0; b < 16; ++b) to[b] = at + b < length ? ptx::load1(from + at + b) : uint8_t{0};
-      }
-    }
-  }
-
-  // The next units of x.
-  BITFOLD_DEVICE void copy_x() {
-    constexpr int kEach = kXUnit / 16;
-    if (next_unit_ >= last_ * kUnits) return;
-    const uint8_t* from = p_.x + (int64_t{next_unit_} * p_.groups + group0_) * kUnitBytes;
-#pragma unroll(kUnrolled)
-    for (int i = 0; i < kXUnits * kEach; i += kTileThreads) {
-      const int piece = i + static_cast<int>(threadIdx.x), unit = piece / kEach, within = piece % kEach;
-      if (within < groups_ * (kUnitBytes / 16) && piece < kXUnits * kEach) {
-        ptx::cp_async<16>(x_stage(next_x_) + 16 * piece, from + unit * p_.groups * kUnitBytes + 16 * within);
-      }
-    }
-    next_x_.next(p_.shape.x_stages);
-    next_unit_ += kXUnits;
-  }
-
-  // Stages 0 ... x_stages - 2 of x are a group of copies each, and those of W are distributed over them.
   BITFOLD_DEVICE void start() {
-    next_chunk_ = first_;
-    next_unit_ = first_ * kUnits;
-    int chunks = p_.shape.w_stages - 1;
-    for (int groups = p_.shape.x_stages - 1; groups > 0; --groups) {
-      for (int now = groups == 1 ? chunks : smaller(chunks, 1); now > 0; --now, --chunks) copy_w();
-      copy_x();
-      ptx::cp_async_commit();
-    }
+    this->start_copies();
     if constexpr (kPlanes) {
       load_scales(first_);
       store_scales(first_);
@@ -206,20 +83,6 @@ class Tile {
         for (int i = 0; i < 4; ++i) sums_[r][j][i] = 0.0f;
       }
     }
-  }
-  // What comes while this stage is multiplied; the newest group.
-  BITFOLD_DEVICE void issue(bool chunk) {
-    if (chunk) copy_w();
-    copy_x();
-    ptx::cp_async_commit();
-  }
-  // Until all but the newest x_stages - 2 groups have arrived.
-  template <int Newest = 2>
-  BITFOLD_DEVICE void wait() const {
-    if constexpr (Newest > 0) {
-      if (p_.shape.x_stages < Newest + 2) return wait<Newest - 1>();
-    }
-    ptx::cp_async_wait<Newest>();
   }
 
   // ---- scales of planes: made floats once for each row and 32 columns, while the chunk before is multiplied ----
@@ -234,7 +97,7 @@ class Tile {
     if (chunk >= last_) return;
     const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + threadIdx.x % 2 * kScales;
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
-    const auto row = C::scale_row(p_.planes, real_row(static_cast<int>(threadIdx.x) / 2));
+    const auto row = C::scale_row(p_.planes, this->real_row(static_cast<int>(threadIdx.x) / 2));
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       if (i > 0 && p_.wide_groups) loaded_[i] = loaded_[0];
@@ -262,7 +125,7 @@ class Tile {
   BITFOLD_DEVICE void open(int chunk) {
     const int first_row = row_warp_ * (kTiles * 16) + lane_ / 4;
     // Rows have an even number of bytes, so that all of a lane's, eight apart, begin at the same place of a piece.
-    rows_ = w_stage(w_) + first_row * kStride<C> + skew(row0_ + first_row, chunk);
+    rows_ = this->w_stage(w_) + first_row * kStride<C> + this->skew(row0_ + first_row, chunk);
     if constexpr (kPlanes) {
       scales_ = scales_of(chunk) + first_row * kSpans;
       load_scales(chunk + 1);
@@ -338,7 +201,7 @@ class Tile {
           a[r][kLow1 + i] = mins[1];
         }
       }
-      const uint8_t* b = sums_stage(w_) + lane_ * C::kMins;
+      const uint8_t* b = this->sums_stage(w_) + lane_ * C::kMins;
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         if (j >= groups_) break;
@@ -361,94 +224,7 @@ class Tile {
     }
   }
 
-  // ---- the way out ----
-
-  BITFOLD_DEVICE void finish() {
-    auto* out = reinterpret_cast<float*>(memory_);
-    ptx::sync_block();  // all copies have arrived, and all stages were looked at
-    for (int turn = 0; turn < kColumnWarps; ++turn) {
-      if (turn == column_warp_) put_sums(out, turn > 0);
-      ptx::sync_block();
-    }
-    constexpr int kQuads = kTileRows / 4;
-    const int count = static_cast<int>(smaller<int64_t>(Tokens, p_.m - int64_t{group0_} * 8)) * kQuads;
-    const auto sums = [&](int i) { return reinterpret_cast<const float4*>(out + i / kQuads * kOutStride)[i % kQuads]; };
-    if (p_.shape.splits == 1) {
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads)
-        put(sums(i), i / kQuads, i % kQuads * 4);
-      return;
-    }
-    constexpr int kSize = Tokens * kTileRows;
-    const auto block = static_cast<int>(blockIdx.z * gridDim.x + blockIdx.x);
-    float* partial = p_.partial + int64_t{block} * p_.shape.splits * kSize;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
-      reinterpret_cast<float4*>(partial + int64_t{blockIdx.y} * kSize)[i] = sums(i);
-    }
-    ptx::fence();
-    ptx::sync_block();  // all sums are written before the block counts, and nobody looks at `out` any more
-    auto& arrived = *reinterpret_cast<uint32_t*>(memory_);
-    if (threadIdx.x == 0) arrived = ptx::atomic_add(p_.arrivals + block, 1u);
-    ptx::sync_block();
-    if (arrived != static_cast<uint32_t>(p_.shape.splits) - 1) return;
-    ptx::fence();
-    // The last to come adds all of them, in their order.
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
-      float4 sum = ptx::load_written16(partial + i * 4);
-      for (int s = 1; s < p_.shape.splits; ++s) {
-        const float4 more = ptx::load_written16(partial + int64_t{s} * kSize + i * 4);
-        sum.x = ptx::add(sum.x, more.x), sum.y = ptx::add(sum.y, more.y);
-        sum.z = ptx::add(sum.z, more.z), sum.w = ptx::add(sum.w, more.w);
-      }
-      put(sum, i / kQuads, i % kQuads * 4);
-    }
-  }
-
-  BITFOLD_DEVICE void put_sums(float* out, bool add) const {
-#pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = 8 * j + lane_ % 4 * 2 + i % 2;
-          const int row = 16 * (row_warp_ * kTiles + r) + lane_ / 4 + 8 * (i / 2);
-          float& place = out[token * kOutStride + row];
-          place = add ? ptx::add(place, sums_[r][j][i]) : sums_[r][j][i];
-        }
-      }
-    }
-  }
-
-  // Four rows of W and one token.
-  BITFOLD_DEVICE void put(const float4& sum, int block_token, int block_row) const {
-    const int64_t token = int64_t{group0_} * 8 + block_token, row = row0_ + block_row;
-    const float factor = p_.factors[token];
-    const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-    const auto* bias = static_cast<const uint16_t*>(p_.bias);
-    uint16_t* y = static_cast<uint16_t*>(p_.y) + token * p_.n + row;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (row + i >= p_.n) return;
-      // Twice, and the rest of the power of two: neither overflows where the result doesn't.
-      float value = ptx::mul(ptx::add(sums[i], sums[i]), factor);
-      const bool half = p_.dtype == DType::F16;
-      if (bias != nullptr) {
-        const uint16_t bits = ptx::load2(bias + row + i);
-        value = ptx::add(value, half ? ptx::half_to_float(bits) : ptx::bf16_to_float(bits));
-      }
-      y[i] = half ? ptx::float_to_half(value) : ptx::float_to_bf16(value);
-    }
-  }
-
-  const TileParameter& p_;
-  const TilePlaces at_;
-  uint8_t* const memory_;
   const int lane_, row_warp_, column_warp_;
-  const int64_t row0_;
-  const int group0_, groups_;  // of 8 tokens
-  const int first_, last_;     // chunks
-  Ring w_, x_, next_w_, next_x_;
-  int next_chunk_, next_unit_;
   // Of the chunk at hand: the lane's first row.
   const uint8_t* rows_;
   const ScaleZero* scales_;

@@ -32,7 +32,7 @@ class Mutation(NamedTuple):
 
 # Which cases run a file's code; the first that matches.
 CASES = {
-    r"linear_tile\.cu|arrange\.cu|chunk.*\.hpp": ("linear_tile",),
+    r"linear_tile\.cu|tile_.*\.hpp|arrange\.cu|chunk.*\.hpp": ("linear_tile",),
     r"linear_rows\.cu|tokens\.hpp|fragments.*\.hpp": ("linear_rows",),
     r"linear_floor\.cu": ("linear_floor", "linear_grad_x"),
     r"decode\.cu|runs\.hpp": ("decode",),
@@ -49,9 +49,9 @@ UNSEEN = {
     ): "a block of threads comes back for more after 2^20 others alone",
     ("linear_rows.cu", "ptx::sync_warp();", 2): "all lanes of q4_k meet in an mma after their last look",
     (
-        "linear_tile.cu",
+        "tile_sums.hpp",
         "ptx::sync_block();",
-        4,
+        3,
     ): "only a block beside it sees sums too early; here they take turns",
 }
 
@@ -97,18 +97,18 @@ WRONG = [
     ("fragments_ragged.hpp", "smaller(group + section, w_->groups - 1)", "group"),
     ("fragments_ragged.hpp", "byte + j < planes.row_bytes", "true"),
     # linear_tile: stages, units, turns of warps, and who adds what
-    ("linear_tile.cu", "slot + 1 == slots ? 0 : slot + 1", "slot"),
-    ("linear_tile.cu", "next_chunk_ + 1 < p_.chunks", "true"),
-    ("linear_tile.cu", "row0_ + kTileRows <= p_.n", "row0_ <= p_.n"),
-    ("linear_tile.cu", "smaller(within + length - at, 16)", "16"),
-    ("linear_tile.cu", "smaller<int64_t>(row0_ + row, p_.n - 1)", "row0_ + row"),
-    ("linear_tile.cu", "turn > 0", "turn > 1"),
+    ("tile_copies.hpp", "slot + 1 == slots ? 0 : slot + 1", "slot"),
+    ("tile_copies.hpp", "next_chunk_ + 1 < p_.chunks", "true"),
+    ("tile_copies.hpp", "row0_ + kTileRows <= p_.n", "row0_ <= p_.n"),
+    ("tile_copies.hpp", "smaller(within + length - at, 16)", "16"),
+    ("tile_copies.hpp", "smaller<int64_t>(row0_ + row, p_.n - 1)", "row0_ + row"),
+    ("tile_sums.hpp", "turn > 0", "turn > 1"),
     ("linear_tile.cu", "part * kXUnits + q", "part * kXUnits"),
     ("linear_tile.cu", "chunk % kColumnWarps == column_warp_", "column_warp_ == 0 || chunk > 0"),
     ("linear_tile.cu", "scale[i / 2]", "scale[i % 2]"),
-    ("linear_tile.cu", "lane_ % 4 * 2 + i % 2", "lane_ % 4 * 2 + i / 2"),
-    ("linear_tile.cu", "static_cast<uint32_t>(p_.shape.splits) - 1", "0"),
-    ("linear_tile.cu", "row + i >= p_.n", "row + i > p_.n"),
+    ("tile_sums.hpp", "lane % 4 * 2 + i % 2", "lane % 4 * 2 + i / 2"),
+    ("tile_sums.hpp", "static_cast<uint32_t>(p_.shape.splits) - 1", "0"),
+    ("tile_sums.hpp", "row + i >= p_.n", "row + i > p_.n"),
     ("arrange.cu", "token >= args.m || column >= args.k", "token >= args.m"),
     ("arrange.cu", "14 - (field - 127)", "16 - (field - 127)"),
     ("arrange.cu", "sub % 8 / 2", "sub % 8 / 4"),
