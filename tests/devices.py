@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import bitfold
 import pytest
 import torch
+from toolchain import tool
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -39,15 +39,6 @@ OPS = ("encode", "decode", "pack", "unpack", "linear", "linear_grad_x", "embeddi
 # ---- the emulator ----
 
 
-def _tool(name: str) -> str:
-    """A program of this Python environment, or of the PATH."""
-    own = Path(sys.executable).parent / name
-    found = str(own) if own.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed, and the kernels for GPUs can't be built for the emulator")
-    return found
-
-
 @functools.cache
 def emulated() -> ModuleType:
     """The module _emulated: built in build/emulated where its sources changed, or BITFOLD_EMULATED_DIR's."""
@@ -55,9 +46,9 @@ def emulated() -> ModuleType:
     if "BITFOLD_EMULATED_DIR" not in os.environ:
         if not (ROOT / "csrc").is_dir():
             pytest.skip("the sources are not beside the tests")
-        cmake = _tool("cmake")
+        cmake = tool("cmake")
         options = {
-            "CMAKE_MAKE_PROGRAM": _tool("ninja"),
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "CMAKE_BUILD_TYPE": "Debug",  # adds nothing to the flags but what follows
             "CMAKE_CXX_FLAGS_DEBUG": "-O1",
             "BITFOLD_CUDA": "off",

@@ -7,10 +7,9 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from toolchain import tool
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,15 +22,6 @@ VARIANTS = {
     "thread": "-O1 -g1 -fsanitize=thread",
     "mutants": "-O1 -g1 -fsanitize=address -include mutant.hpp",  # mutations.py
 }
-
-
-def tool(name: str) -> str:
-    """A program of this Python environment, or of the PATH."""
-    own = Path(sys.executable).parent / name
-    found = str(own) if own.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 @functools.cache
