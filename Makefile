@@ -36,7 +36,8 @@ test-cuda: setup
 	$(BIN)/python -m pytest -m "slow or not slow" tests/cuda $(ARGS)
 
 cuda: $(VENV)/.stamp-requirements $(CUDA_VENV)/.stamp
-	$(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build/cuda "$(CUDA_ARCHS)"
+	PYTHONPATH=tests $(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build/cuda "$(CUDA_ARCHS)"
+	$(BIN)/python -m pytest -q tests/cuda/test_module.py
 
 lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

@@ -7,6 +7,7 @@
 #include "cpu/plan.hpp"
 #include "cuda/plan.hpp"
 #include "formats/format.hpp"
+#include "torch/stream.hpp"
 
 namespace py = pybind11;
 
@@ -147,6 +148,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_features", &cpu_features, "Instruction sets that were built, and whether this CPU has them.");
   module.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
   module.def("build_info", &build_info, "How this module was built.");
+  module.def(
+      "current_stream",
+      [](int32_t device) { return reinterpret_cast<uintptr_t>(border::current_stream(device)); }, py::arg("device"),
+      "torch's current CUDA stream of a device, as ops find it: a cudaStream_t.");
 }
 
 }  // namespace

@@ -21,6 +21,12 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
+def test_the_current_stream_is_torch_s():
+    assert bitfold._C.current_stream(0) == torch.cuda.current_stream().cuda_stream
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert bitfold._C.current_stream(0) == torch.cuda.current_stream().cuda_stream != 0
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_work_is_queued_on_the_current_stream(format):
     """Behind a long kernel and a copy on a side stream; on any other stream it would see zeros."""
