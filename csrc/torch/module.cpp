@@ -149,9 +149,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
   module.def("build_info", &build_info, "How this module was built.");
   module.def(
-      "current_stream",
-      [](int32_t device) { return reinterpret_cast<uintptr_t>(border::current_stream(device)); }, py::arg("device"),
-      "torch's current CUDA stream of a device, as ops find it: a cudaStream_t.");
+      "current_stream", [](int32_t device) { return reinterpret_cast<uintptr_t>(border::current_stream(device)); },
+      py::arg("device"), "torch's current CUDA stream of a device, as ops find it: a cudaStream_t.");
 }
 
 }  // namespace
