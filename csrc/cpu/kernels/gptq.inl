@@ -7,30 +7,37 @@ namespace bitfold::cpu {
 namespace {
 
 constexpr int kVectors = kPanel / kLanes;  // of a row of a panel
-// Sums that are held in registers: kTileColumns columns of a by two vectors of b.
+// Sums that are held in registers: kSumColumns columns of a by two vectors of b.
 constexpr int kSumColumns = kLanes == 16 ? 8 : 4;
+// Rows of a and b that stay in the first cache, 16 KB of each, while all sums take them up.
+constexpr int64_t kDepth = 128;
+
+BITFOLD_SIMD void product_tile(const float* a, const float* b, int64_t count, float* to) {
+  F sums[kSumColumns][2];
+  for (int i = 0; i < kSumColumns; ++i) {
+    for (int v = 0; v < 2; ++v) sums[i][v] = load(to + i * kPanel + v * kLanes);
+  }
+  for (int64_t l = 0; l < count; ++l) {
+    const F first = load(b), second = load(b + kLanes);
+    for (int i = 0; i < kSumColumns; ++i) {
+      const F factor = splat(a[i]);
+      sums[i][0] = fma(factor, first, sums[i][0]);
+      sums[i][1] = fma(factor, second, sums[i][1]);
+    }
+    a += kPanel;
+    b += kPanel;
+  }
+  for (int i = 0; i < kSumColumns; ++i) {
+    for (int v = 0; v < 2; ++v) store(to + i * kPanel + v * kLanes, sums[i][v]);
+  }
+}
 
 void product(const PanelProduct& p) {
-  for (int64_t r = 0; r < kPanel; r += 2 * kLanes) {
-    for (int64_t c = 0; c < kPanel; c += kSumColumns) {
-      F sums[kSumColumns][2];
-      for (int i = 0; i < kSumColumns; ++i) {
-        for (int v = 0; v < 2; ++v) sums[i][v] = load(p.sums + (c + i) * kPanel + r + v * kLanes);
-      }
-      const float* a = p.a + c;
-      const float* b = p.b + r;
-      for (int64_t l = 0; l < p.count; ++l) {
-        const F first = load(b), second = load(b + kLanes);
-        for (int i = 0; i < kSumColumns; ++i) {
-          const F factor = splat(a[i]);
-          sums[i][0] = fma(factor, first, sums[i][0]);
-          sums[i][1] = fma(factor, second, sums[i][1]);
-        }
-        a += kPanel;
-        b += kPanel;
-      }
-      for (int i = 0; i < kSumColumns; ++i) {
-        for (int v = 0; v < 2; ++v) store(p.sums + (c + i) * kPanel + r + v * kLanes, sums[i][v]);
+  for (int64_t l = 0; l < p.count; l += kDepth) {
+    const int64_t count = smaller(kDepth, p.count - l);
+    for (int64_t r = 0; r < kPanel; r += 2 * kLanes) {
+      for (int64_t c = 0; c < kPanel; c += kSumColumns) {
+        product_tile(p.a + l * kPanel + c, p.b + l * kPanel + r, count, p.sums + c * kPanel + r);
       }
     }
   }
