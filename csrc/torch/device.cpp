@@ -73,6 +73,8 @@ auto on(bool gpu, const OnGpu& on_gpu, const OnCpu& on_cpu) {
   else return on_cpu();
 }
 
+[[noreturn]] void only_on_the_cpu() { fail("there are kernels for the CPU alone; tensors must be on the CPU"); }
+
 }  // namespace
 
 Device::Device(const Tensor& tensor, std::string what)
@@ -143,14 +145,17 @@ void Device::linear_grad_x(LinearGradArgs args) const {
   on(gpu_, [&] { cuda::linear_grad_x(args, stream_); }, [&] { cpu::linear_grad_x(args); });
 }
 
+// What only the CPU has: the border has said so already where `gpu_` holds.
 int64_t Device::gptq_factor(GptqFactorArgs args) const {
   args.parallel_for = parallel_for;
-  return cpu::gptq_factor(args);
+  int64_t failed = 0;
+  on(gpu_, only_on_the_cpu, [&] { failed = cpu::gptq_factor(args); });
+  return failed;
 }
 
 void Device::gptq_columns(GptqColumnsArgs args) const {
   args.parallel_for = parallel_for;
-  cpu::gptq_columns(args);
+  on(gpu_, only_on_the_cpu, [&] { cpu::gptq_columns(args); });
 }
 
 }  // namespace bitfold::border
