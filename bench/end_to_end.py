@@ -66,6 +66,7 @@ def subject(name: str, base: Any, prompt: Tensor, compiled: bool) -> Subject:
     model = base
     if name != BASE:
         model = copy.deepcopy(base)
+        model.__dict__.pop("_compiled_call", None)  # that of `base`, with its weights
         bitfold.quantize(model, name)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, bitfold.QuantLinear))]
     # The hook runs for the prompt and for each token; what the last token brought stays.
