@@ -12,7 +12,7 @@ import torch
 from bitfold.formats import parse
 from bitfold.quantizers import grid as grids
 from bitfold.quantizers.gptq import GptqOptions, solve
-from cases import refusal
+from cases import block_formats, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,6 +165,40 @@ def test_any_number_of_threads_gives_the_same_bits(order, rng, threads):
         results.append([*solved.qtensor.planes.values(), torch.tensor([solved.error, solved.rounding_error])])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("format", block_formats())
+def test_blocks_keep_their_scales_and_take_other_codes(format, rng):
+    """Every code in every place decodes to its level; what GPTQ writes is the paper's result on the blocks' grid."""
+    n, k, damping = 12, 512, 0.01
+    weight, hessian = problem(rng, n, k)
+    tensor = torch.from_numpy(weight)
+    diagonal = torch.from_numpy(hessian).diagonal().double()
+    grid = grids.fit(tensor, format, importance=(diagonal / diagonal.mean()).float())
+    group = grid.groups(torch.arange(k))
+    levels = grid.table if grid.table is not None else torch.arange(grid.low, grid.high + 1.0)
+    places = torch.from_numpy(rng.integers(0, len(levels), (n, k), dtype=np.uint8))
+    step, offset = grid.step[group].t(), grid.offset[group].t()
+    wanted = levels[places.long()] * step + offset
+    torch.testing.assert_close(grid.assemble(places).decode(), wanted, rtol=0, atol=0)
+
+    columns = oracle_gptq.by_diagonal(hessian)
+    steps, offsets, values = step.double().numpy(), offset.double().numpy(), levels.double().numpy()
+
+    def round_column(column: np.ndarray, i: int, moved: np.ndarray) -> np.ndarray:
+        j = columns[i]
+        return oracle_gptq.on_grid(steps[:, j], offsets[:, j], values, column)
+
+    wide = hessian.astype(np.float64)
+    wanted = oracle_gptq.solve(weight, oracle_gptq.damped(wide, damping), columns, round_column)
+    solved = solve(tensor, torch.from_numpy(hessian), format)
+    got = solved.qtensor.decode().double().numpy()
+    same = np.isclose(got, wanted, rtol=1e-5, atol=1e-7).all(1)
+    assert same.sum() >= n - 2, f"{n - same.sum()} rows of {n} differ"
+    ratio = oracle_gptq.weighted_error(weight - got, wide) / oracle_gptq.weighted_error(weight - wanted, wide)
+    assert ratio == pytest.approx(1, rel=5e-3)
+    assert solved.error < solved.rounding_error
 
 
 def test_groups_along_the_order_need_g_idx(rng):
@@ -362,7 +396,10 @@ def test_refusals(rng):
     refusal(lambda: solve(weight, hessian, "bf16"), "bf16", "integers")
     refusal(lambda: solve(weight, hessian, "int5"), "int5")
     refusal(lambda: solve(weight, hessian, "nf4-b32-dq", GptqOptions(mse=True)), "mse", "nested")
-    refusal(lambda: solve(weight, hessian, "nf4-b32-dq", GptqOptions(order="groups")), "order", "nested")
+    refusal(lambda: solve(weight, hessian, "nf4-b32-dq", GptqOptions(order="groups")), "order", "depend on")
+    refusal(lambda: solve(weight, hessian, "q4_0", GptqOptions(order="groups")), "order", "depend on")
+    refusal(lambda: solve(weight, hessian, "q4_0", GptqOptions(mse=True)), "mse", "searched")
+    refusal(lambda: solve(weight, hessian, "q4_k"), "k is 32", "256")
     odd = weight.clone()
     odd[1, 3] = math.nan
     refusal(lambda: solve(odd, hessian, "int4-g16"), r"weight\[1, 3\] is NaN")

@@ -146,6 +146,26 @@ void Device::linear_grad_x(LinearGradArgs args) const {
 }
 
 // What only the CPU has: the border has said so already where `gpu_` holds.
+void Device::block_grid(cpu::BlockGridArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, only_on_the_cpu, [&] { cpu::block_grid(args); });
+}
+
+void Device::put_block_codes(cpu::BlockCodesArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, only_on_the_cpu, [&] { cpu::put_block_codes(args); });
+}
+
+int64_t Device::block_shape(const Format& format, int64_t* levels) const {
+  int64_t span = 0;
+  on(gpu_, only_on_the_cpu, [&] {
+    const cpu::BlockShape shape = cpu::block_shape(format);
+    span = shape.span;
+    *levels = shape.levels;
+  });
+  return span;
+}
+
 int64_t Device::gptq_factor(GptqFactorArgs args) const {
   args.parallel_for = parallel_for;
   int64_t failed = 0;

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/block_codes.hpp"
 #include "formats/args.hpp"
 #include "formats/gptq.hpp"
 
@@ -33,6 +34,9 @@ class Device {
   void unpack(PackArgs args) const;
   void linear(LinearArgs args, const Tensor& like) const;  // `like`: workspace is allocated beside it
   void linear_grad_x(LinearGradArgs args) const;
+  int64_t block_shape(const Format& format, int64_t* levels) const;  // columns with a step of their own
+  void block_grid(cpu::BlockGridArgs args) const;
+  void put_block_codes(cpu::BlockCodesArgs args) const;
   int64_t gptq_factor(GptqFactorArgs args) const;
   void gptq_columns(GptqColumnsArgs args) const;
 

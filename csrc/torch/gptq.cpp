@@ -39,6 +39,14 @@ const int64_t* indices(const Device& device, const Tensor& tensor, const std::st
   return data;
 }
 
+// Blocks of an n x k weight.
+Weight read_blocks(const Device& device, const Tensor& blocks, const std::string& format, int64_t n, int64_t k) {
+  if (device.gpu()) fail("blocks are on a GPU, where they aren't taken apart; they must be on the CPU");
+  const Weight w = read_weight(device, {blocks}, format, n, k, "rows");
+  if (!w.format.is_block()) fail("format is '" + format + "'; it must be one of GGUF's blocks");
+  return w;
+}
+
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
 }  // namespace
@@ -63,6 +71,33 @@ std::vector<Tensor> gptq_factor(const Tensor& hessian, const Tensor& order, doub
   *static_cast<int64_t*>(info.mutable_data_ptr()) =
       device.gptq_factor({matrix, columns, unit, damping, static_cast<float*>(factor.mutable_data_ptr()), nullptr});
   return {factor, info};
+}
+
+std::vector<Tensor> block_grid(const Tensor& blocks, const std::string& format, int64_t n, int64_t k) {
+  const Device device(blocks, "blocks");
+  const Weight w = read_blocks(device, blocks, format, n, k);
+  int64_t count = 0;
+  const int64_t span = device.block_shape(w.format, &count);
+  Tensor step = empty_beside(blocks, {k / span, n}, ScalarType::Float);
+  Tensor offset = empty_beside(blocks, {k / span, n}, ScalarType::Float);
+  Tensor levels = empty_beside(blocks, {count}, ScalarType::Float);
+  Tensor codes = empty_beside(blocks, {count}, ScalarType::Byte);
+  device.block_grid({w.format, n, k, w.codes, static_cast<float*>(step.mutable_data_ptr()),
+                     static_cast<float*>(offset.mutable_data_ptr()), static_cast<float*>(levels.mutable_data_ptr()),
+                     static_cast<uint8_t*>(codes.mutable_data_ptr()), nullptr});
+  return {step, offset, levels, codes};
+}
+
+Tensor put_block_codes(const Tensor& blocks, const Tensor& codes, const std::string& format) {
+  const Device device(blocks, "blocks");
+  if (codes.dim() != 2) fail("codes has shape " + shape_text(codes) + "; it must have two dimensions");
+  const int64_t n = codes.size(0), k = codes.size(1);
+  const Weight w = read_blocks(device, blocks, format, n, k);
+  require(device, codes, "codes", ScalarType::Byte, {n, k});
+  Tensor out = torch::stable::clone(blocks);
+  device.put_block_codes(
+      {w.format, n, k, static_cast<const uint8_t*>(codes.const_data_ptr()), out.mutable_data_ptr(), nullptr});
+  return out;
 }
 
 std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, const Tensor& factor, int64_t begin,

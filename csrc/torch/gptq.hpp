@@ -1,4 +1,4 @@
-// GPTQ's two ops (gptq.cpp): their functions, which ops.cpp registers with all the others.
+// GPTQ's ops (gptq.cpp): their functions, which ops.cpp registers with all the others.
 #pragma once
 
 #include <optional>
@@ -18,5 +18,11 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
                                  const Tensor& step, const Tensor& offset, const Tensor& group,
                                  std::optional<Tensor> table, int64_t low, int64_t high, std::optional<Tensor> behind,
                                  bool round);
+
+// GGUF's blocks as a grid: step and offset float32 [spans, n], levels float32 [l] ascending, uint8 [l] how they are
+// stored.
+std::vector<Tensor> block_grid(const Tensor& blocks, const std::string& format, int64_t n, int64_t k);
+// Blocks with the same scales and uint8 [n, k] codes as they are stored.
+Tensor put_block_codes(const Tensor& blocks, const Tensor& codes, const std::string& format);
 
 }  // namespace bitfold::border

@@ -41,6 +41,8 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") "
       "-> Tensor");
+  library.def("block_grid(Tensor blocks, str format, SymInt n, SymInt k) -> Tensor[]");
+  library.def("put_block_codes(Tensor blocks, Tensor codes, str format) -> Tensor");
   library.def("gptq_factor(Tensor hessian, Tensor order, float unit, float damping) -> Tensor[]");
   library.def(
       "gptq_columns(Tensor weight, Tensor order, Tensor factor, int begin, Tensor step, Tensor offset, Tensor group, "
@@ -364,6 +366,8 @@ void implement(Library& library) {
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_grad_x", TORCH_BOX(&linear_grad_x));
   library.impl("embedding", TORCH_BOX(&embedding));
+  library.impl("block_grid", TORCH_BOX(&block_grid));
+  library.impl("put_block_codes", TORCH_BOX(&put_block_codes));
   library.impl("gptq_factor", TORCH_BOX(&gptq_factor));
   library.impl("gptq_columns", TORCH_BOX(&gptq_columns));
 }

@@ -96,6 +96,16 @@ def _embedding_shape(
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
+def _block_grid_shape(blocks: Tensor, format: str, n: int, k: int) -> list[Tensor]:
+    # How many scales and levels a type of blocks has is known to csrc/formats/block_codes.hpp alone.
+    raise NotImplementedError("bitfold::block_grid is not for torch.compile: it has no shape without data")
+
+
+def _put_block_codes_shape(blocks: Tensor, codes: Tensor, format: str) -> Tensor:
+    _check_device(blocks, codes)
+    return torch.empty_like(blocks)
+
+
 def _gptq_factor_shape(hessian: Tensor, order: Tensor, unit: float, damping: float) -> list[Tensor]:
     _check_device(hessian, order)
     k = hessian.shape[0]
@@ -124,6 +134,8 @@ def _gptq_columns_shape(
         weight.new_empty(n, dtype=torch.float64),
     ]
 
+
+_OF_QUANTIZERS = ("block_grid", "put_block_codes", "gptq_factor", "gptq_columns")
 
 # ---- gradients: with respect to x, grad and bias; packed weights are constants ----
 
@@ -160,7 +172,7 @@ def _register_gradients(namespace: str) -> None:
     register = torch.library.register_autograd
     register(f"{namespace}::linear", linear_backward, setup_context=_linear_context)
     register(f"{namespace}::linear_grad_x", linear_grad_x_backward, setup_context=_linear_grad_x_context)
-    for name in ("encode", "decode", "pack", "unpack", "embedding", "gptq_factor", "gptq_columns"):
+    for name in ("encode", "decode", "pack", "unpack", "embedding", *_OF_QUANTIZERS):
         register(f"{namespace}::{name}", _refuse_backward(name))
 
 
@@ -208,6 +220,8 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "linear": _linear_shape,
     "linear_grad_x": _linear_grad_x_shape,
     "embedding": _embedding_shape,
+    "block_grid": _block_grid_shape,
+    "put_block_codes": _put_block_codes_shape,
     "gptq_factor": _gptq_factor_shape,
     "gptq_columns": _gptq_columns_shape,
 }

@@ -40,7 +40,8 @@ class GptqOptions:
     """damping: what is added to the Hessian's diagonal, in units of its mean over the columns that have inputs; order:
 
     - "static": columns in the order of falling diagonal, groups and their scales as plain rounding has them;
-    - "none": left to right, the scale of each group found when its turn comes, from the weights as they are then;
+    - "none": left to right, the scale of each group found when its turn comes, from the weights as they are then
+      (nested scales and blocks: as with "static");
     - "groups": in the order of falling diagonal with groups along it (`Solved.g_idx`), their scales as in "none";
 
     mse: scales are those with the smallest squared error of the group, not those that reach its largest weight.
@@ -102,11 +103,13 @@ def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = G
         return Solved(plain, error, error, damping, "rtn", note)
     search = _without(wide, live, parsed)
     g_idx = _g_idx(parsed, order) if options.order == "groups" else None
-    if options.order != "static" and parsed.group > 0 and parsed.scale != "nested":
+    if options.order != "static" and _moves(parsed):
         qtensor, loss = _moving(wide, search, order, factor, parsed, g_idx, options.mse)
     else:
-        as_plain = search is wide and not options.mse
-        grid = grids.of(plain) if as_plain else grids.fit(search, parsed.canonical, options.mse)
+        blocks = parsed.grid == "block"
+        as_plain = search is wide and not options.mse and not blocks
+        weights = (diagonal / unit).to(torch.float32) if blocks else None
+        grid = grids.of(plain) if as_plain else grids.fit(search, parsed.canonical, options.mse, weights)
         codes, _, losses = _columns(wide, order, factor, 0, grid, grid.groups(order))
         qtensor, loss = grid.assemble(codes), float(losses.sum())
     if not options.measure:
@@ -142,9 +145,9 @@ def _check(weight: Tensor, hessian: Tensor, format: Format, options: GptqOptions
     if len(negative):
         i = int(negative[0])
         raise ValueError(f"hessian[{i}, {i}] is {float(hessian[i, i]):.3g}; a diagonal must be at least 0")
-    if options.order == "groups" and format.scale == "nested":
+    if options.order == "groups" and format.group > 0 and not _moves(format):
         raise ValueError(
-            f"order is 'groups'; for {format.canonical} it must be 'static' or 'none': nested scales have no g_idx"
+            f"order is 'groups'; for {format.canonical} it must be 'static' or 'none': its scales depend on each other"
         )
 
 
@@ -198,6 +201,11 @@ def _factor(hessian: Tensor, order: Tensor, unit: float, damping: float) -> tupl
 
 
 # ---- rounding ----
+
+
+def _moves(format: Format) -> bool:
+    """Whether scales of groups can be found one by one."""
+    return format.group > 0 and format.scale != "nested" and format.grid != "block"
 
 
 def _columns(

@@ -5,7 +5,8 @@ For every format that is reached here a weight of group g and row r is
     value = step[g, r] * level + offset[g, r]
 
 where the levels are whole numbers from `low` to `high` (integers: code - 2^(b-1), or the code with an offset of -zero *
-step) or a small sorted table (nf4, fp4). Rounding knows a format through this alone.
+step; most of GGUF's blocks, a group being what has a scale of its own) or a small sorted table (nf4, fp4, iq4_nl,
+iq4_xs, mxfp4). Rounding knows a format through this alone.
 
 Scales are transposed, [groups, rows]: the rows of a weight are independent of each other, and lie side by side.
 """
@@ -24,6 +25,8 @@ from bitfold import grids
 from bitfold.formats import Format, parse
 from bitfold.qtensor import QTensor, encode, pack
 
+_ops = torch.ops.bitfold
+
 # Of the range of a group, what the search for the smallest squared error tries as the range of its scale.
 SHRINK = tuple(1.0 - i / 32 for i in range(23))
 
@@ -32,14 +35,16 @@ SHRINK = tuple(1.0 - i / 32 for i in range(23))
 class Grid:
     """A matrix' scales and levels.
 
-    n, k: of the weight; step, offset: float32 [groups, n]; low, high: the whole numbers that are levels, or the first
-    and last place in `table`, float32, ascending; codes: uint8, the stored code of each level, from the lowest up;
-    logical: the planes beside the codes as `bitfold.pack` takes them.
+    n, k: of the weight; width: columns of a group, 0 for all; step, offset: float32 [groups, n]; low, high: the whole
+    numbers that are levels, or the first and last place in `table`, float32, ascending; codes: uint8, the stored code
+    of each level, from the lowest up; logical: the planes beside the codes as `bitfold.pack` takes them, or the blocks
+    that hold the scales.
     """
 
     format: Format
     n: int
     k: int
+    width: int
     step: Tensor
     offset: Tensor
     low: int
@@ -50,7 +55,7 @@ class Grid:
 
     def groups(self, columns: Tensor) -> Tensor:
         """The group of each of `columns` (int64): int64."""
-        return columns // self.format.group if self.format.group > 0 else torch.zeros_like(columns)
+        return columns // self.width if self.width > 0 else torch.zeros_like(columns)
 
     def round(self, targets: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest levels to columns of numbers: targets float32 [c, n], group int64 [c] -> places, uint8 [c, n],
@@ -70,7 +75,11 @@ class Grid:
 
     def assemble(self, places: Tensor) -> QTensor:
         """The quantized matrix of uint8 [n, k] places."""
-        codes = places if self.table is None else self.codes[places.to(torch.int64)]
+        in_order = torch.equal(self.codes, torch.arange(len(self.codes), dtype=torch.uint8))
+        codes = places if in_order else self.codes[places.to(torch.int64)]
+        if self.format.grid == "block":
+            blocks = _ops.put_block_codes(self.logical["blocks"], codes, self.format.canonical)
+            return QTensor(self.format.canonical, (self.n, self.k), {"blocks": blocks})
         planes: dict[str, Any] = dict(self.logical)
         return pack(codes, format=self.format.canonical, **planes)
 
@@ -78,25 +87,28 @@ class Grid:
 def reach(format: str) -> Format:
     """The format, parsed; ValueError where it has no grid of few levels."""
     parsed = parse(format)
-    if parsed.grid not in ("integer", "codebook"):
+    if parsed.grid not in ("integer", "codebook", "block"):
         raise ValueError(
-            f"format is {parsed.canonical!r}; it must be of integers (int8, int4, int3, int2) or a codebook (nf4, fp4)"
+            f"format is {parsed.canonical!r}; it must be of integers (int8, int4, int3, int2), a codebook (nf4, fp4) "
+            "or one of GGUF's blocks"
         )
     return parsed
 
 
-def fit(weight: Tensor, format: str, mse: bool = False) -> Grid:
+def fit(weight: Tensor, format: str, mse: bool = False, importance: Tensor | None = None) -> Grid:
     """The grid of a float32 [n, k] weight whose groups have the scales of plain rounding (`bitfold.encode`).
 
     mse: the range of each group is one of SHRINK times its own, that with the smallest sum of squared errors of the
-    group; for "-dq", whose scales depend on each other, a ValueError. Raises what `encode` raises.
+    group; a ValueError for "-dq", whose scales depend on each other, and for blocks, whose encoders search themselves.
+    importance: float32 [k], what the square of a column's error counts in the search of blocks; others have none.
+    Raises what `encode` raises.
     """
     parsed = reach(format)
-    if mse and parsed.scale == "nested":
-        raise ValueError(
-            f"mse is True; for {parsed.canonical} it must be False: nested scales depend on each other"
-        )
-    grid = of(encode(weight, parsed.canonical))
+    block = parsed.grid == "block"
+    if mse and (parsed.scale == "nested" or block):
+        why = "their scales are searched for anyway" if block else "nested scales depend on each other"
+        raise ValueError(f"mse is True; for {parsed.canonical} it must be False: {why}")
+    grid = of(encode(weight, parsed.canonical, importance=importance if block else None))
     return _shrink(weight, grid) if mse else grid
 
 
@@ -104,13 +116,26 @@ def of(qtensor: QTensor) -> Grid:
     """The grid of a matrix that was quantized: its scales."""
     parsed = reach(qtensor.format)
     n, k = qtensor.shape
+    if parsed.grid == "block":
+        return _of_blocks(parsed, n, k, qtensor.planes["blocks"])
     logical = qtensor.unpack()._asdict()
     planes = {law.name: logical[law.name] for law in parsed.planes[1:]}
     table, codes = _levels(parsed, qtensor.device)
     middle = 0 if parsed.asymmetric or table is not None else 1 << parsed.bits - 1
     step = _steps(parsed, qtensor, planes).expand(-1, n).contiguous()
     offset = _offset(step, planes)
-    return Grid(parsed, n, k, step, offset, -middle, len(codes) - 1 - middle, table, codes, planes)
+    width = max(parsed.group, 0)
+    return Grid(parsed, n, k, width, step, offset, -middle, len(codes) - 1 - middle, table, codes, planes)
+
+
+def _of_blocks(format: Format, n: int, k: int, blocks: Tensor) -> Grid:
+    step, offset, levels, codes = _ops.block_grid(blocks, format.canonical, n, k)
+    whole = torch.equal(levels, levels[0] + torch.arange(len(levels)))
+    low = int(levels[0]) if whole else 0
+    table = None if whole else levels
+    width = k // max(1, len(step))
+    high = low + len(levels) - 1
+    return Grid(format, n, k, width, step, offset, low, high, table, codes, {"blocks": blocks})
 
 
 def join(parts: Sequence[Grid], k: int) -> Grid:
