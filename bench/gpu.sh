@@ -21,11 +21,12 @@ out=$(cd "$out" && pwd)
 steps=$out/steps.tsv
 : >"$steps"
 
-# step NAME SECONDS COMMAND...: its output goes to a file of its own; a failure is noted and the others go on.
+# step NAME SECONDS COMMAND...: its output goes to a file of its own; a failure is noted and the others go on. A command may be one
+# of the functions below, which timeout only reaches through another bash.
 step() {
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  timeout "$limit" bash -c '"$@"' "$name" "$@" >"$out/$name.log" 2>&1
   local code=$?
   printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - start))" | tee -a "$steps"
   if [ "$code" != 0 ]; then tail -n 15 "$out/$name.log"; fi
@@ -40,8 +41,14 @@ configure() {
   cmake -S . -B "$build" -G Ninja -DBITFOLD_CUDA=on -DBITFOLD_BENCH=$bench ${BENCHMARK:+-DFETCHCONTENT_SOURCE_DIR_BENCHMARK="$BENCHMARK"} \
     -DPython_EXECUTABLE="$(command -v "$python")"
 }
-compile() { cmake --build "$build" && cp -r python/bitfold "$site/" && cp "$build"/_C*.so "$site/bitfold/"; }
-pytest() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
+compile() {
+  # An editable bitfold of this Python would come before PYTHONPATH.
+  echo 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]' >"$site/sitecustomize.py"
+  cmake --build "$build" && cp -r python/bitfold "$site/" && cp "$build"/_C*.so "$site/bitfold/"
+}
+run_tests() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
+export -f configure compile run_tests
+export build python site
 
 if [ -n "${WHEELS:-}" ]; then
   step wheels 60 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
@@ -51,8 +58,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max
 
 if step configure 30 configure && step compile 180 compile; then
   export BITFOLD_TEST_DEVICES=cuda  # of the tests that run on every device
-  step tests_gpu 60 pytest tests/cuda/test_gpu.py
-  step tests_conformance 80 pytest tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
+  step tests_gpu 60 run_tests tests/cuda/test_gpu.py
+  step tests_conformance 80 run_tests tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
   if command -v compute-sanitizer >/dev/null; then
     step sanitizer 40 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
     if grep -q "Device not supported\|Unable to attach" "$out/sanitizer.log"; then
