@@ -196,6 +196,7 @@ class Loop:
     """A loop of the kernel for few rows, for 512 bytes of codes of a tile of 16 rows."""
 
     format: str
+    columns: int  # of a piece
     instructions: float
     integer: float
     shared: float  # wavefronts
@@ -222,36 +223,39 @@ def loop(kernels: list[Kernel], name: str, manner: str, format: str, bits: float
     part = counts["HMMA"] * 16 / (16 + minima) * 32 * bits / 512
     shared = sum(4 if "128" in i.code.split(".") else 2 if "64" in i.code.split(".") else 1
                  for i in code if i.name in ("LDS", "LDSM", "SHFL"))  # fmt: skip
-    return Loop(format, len(code) / part, sum(counts[name] for name in INTEGER) / part, shared / part,
-                counts["HMMA"] / part)  # fmt: skip
+    source = fragments(kernel)
+    return Loop(format, source[1] if source else 256, len(code) / part,
+                sum(counts[name] for name in INTEGER) / part, shared / part, counts["HMMA"] / part)  # fmt: skip
 
 
 def count(loop: list[Instruction]) -> Counter[str]:
     return Counter(i.name for i in loop)
 
 
+def print_table(head: str, rows: list[tuple[object, ...]]) -> None:
+    names = head.split(", ")
+    for row in [names, ["---"] * len(names), *rows]:
+        print("|", " | ".join(map(str, row)), "|")
+    print()
+
+
 def print_loops(kernels: list[Kernel]) -> None:
     """The tables of docs/cuda.md."""
-    print(
-        "| format | instructions | integer unit | shared memory | mma | clocks | share |\n"
-        + "| --- " * 7
-        + "|"
-    )
+    rows: list[tuple[object, ...]] = []
     for name, manner, format, bits, minima in LOOPS:
         one = loop(kernels, name, manner, format, bits, minima)
-        print(f"| {format} | {one.instructions:.0f} | {one.integer:.0f} | {one.shared:.0f} | {one.mma:.0f} "
-              f"| {one.clocks:.1f} | {one.share:.0%} |")  # fmt: skip
-    print(
-        "\n| format | instructions | mma | FFMA | loads of shared memory | everything else |\n"
-        + "| --- " * 6
-        + "|"
+        counts = (f"{count:.0f}" for count in (one.instructions, one.integer, one.shared, one.mma))
+        rows.append((format, one.columns, *counts, f"{one.clocks:.1f}", f"{one.share:.0%}"))
+    print_table(
+        "format, columns of a piece, instructions, integer unit, shared memory, mma, clocks, share", rows
     )
+    rows = []
     for row, format in TILES.items():
         (kernel,) = (k for k in kernels if k.name == f"linear_tile_kernel<{row}, 32>")
         code = max(kernel.inner_loops("HMMA"), key=lambda loop: count(loop)["HMMA"])
-        counts = count(code)
-        parts = counts["HMMA"], counts["FFMA"], counts["LDS"]
-        print(f"| {format} | {len(code)} | {' | '.join(map(str, parts))} | {len(code) - sum(parts)} |")
+        parts = [count(code)[name] for name in ("HMMA", "FFMA", "LDS")]
+        rows.append((format, len(code), *parts, len(code) - sum(parts)))
+    print_table("format, instructions, mma, FFMA, loads from shared memory, everything else", rows)
 
 
 if __name__ == "__main__":
