@@ -35,8 +35,9 @@ test-kernels:
 test-cuda: setup
 	$(BIN)/python -m pytest -m "slow or not slow" tests/cuda $(ARGS)
 
+# Beside build/ and not in it, so that ccache finds the CPU's kernels of the module again: paths from there are the same.
 cuda: $(VENV)/.stamp-requirements $(CUDA_VENV)/.stamp
-	PYTHONPATH=tests $(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build/cuda "$(CUDA_ARCHS)"
+	PYTHONPATH=tests $(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build-cuda "$(CUDA_ARCHS)"
 	$(BIN)/python -m pytest -q tests/cuda/test_module.py
 
 lint: setup
@@ -51,7 +52,7 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist $(VENV)/.stamp-package
+	rm -rf build build-cuda dist $(VENV)/.stamp-package
 
 distclean: clean
 	rm -rf $(VENV) $(CUDA_VENV)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SITE = ROOT / "build" / "cuda" / "site"
+SITE = ROOT / "build-cuda" / "site"
 
 pytestmark = [
     pytest.mark.skipif(not list(SITE.glob("bitfold/_C.*.so")), reason="`make cuda` was not run"),
