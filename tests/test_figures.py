@@ -58,6 +58,7 @@ def test_recipes_command(capsys):
         "pattern": "*",
         "format": "int4-g128",
         "method": "rtn",
+        "options": None,
     }
     assert data["measured"]["commit"] == demo_figures().commit
     assert run(["recipes"]) == 0

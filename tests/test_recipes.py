@@ -5,6 +5,7 @@ from pathlib import Path
 import bitfold
 import pytest
 from bitfold import Recipe, Rule, formats, recipes
+from bitfold.quantizers.gptq import GptqOptions
 from bitfold.recipes import ModuleInfo
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -46,6 +47,8 @@ PRESETS = {
     "nf4-dq": "nf4-b64-dq",
     "fp4": "fp4-b64",
     "fp8": "fp8-e4m3-channel",
+    "gptq-int4-g128": "int4-g128",
+    "gptq-int3-g64": "int3-g64",
 }
 
 
@@ -68,6 +71,13 @@ def test_presets_take_linears_and_keep_embeddings_and_head(name):
         assert assignment.reason
     assert "embedding" in result["model.embed_tokens"].reason
     assert "output head" in result["lm_head"].reason
+
+
+def test_presets_with_a_method_need_calibration_and_have_it_in_their_name():
+    for name, preset in bitfold.RECIPES.items():
+        methods = {rule.method for rule in preset.rules}
+        assert preset.needs_calibration == (methods != {"rtn"})
+        assert name.startswith("gptq-") == (methods == {"gptq"})
 
 
 @pytest.mark.parametrize("attention", ["self_attn", "attn", "attention", "self_attention"])
@@ -93,6 +103,14 @@ def test_any_format_is_a_recipe():
     assert recipes.get(tensor) is tensor
 
 
+def test_any_format_with_a_method_in_front_is_a_recipe():
+    found = recipes.get("gptq-nf4-b32")
+    assert found.name == "gptq-nf4-b32"
+    assert found.rules == (Rule("*", "nf4-b32", "gptq"),)
+    assert found.needs_calibration
+    assert not recipes.get("nf4-b32").needs_calibration
+
+
 @pytest.mark.parametrize(
     ("typo", "suggestion"),
     [
@@ -101,6 +119,10 @@ def test_any_format_is_a_recipe():
         ("q4", "int4-g128"),
         ("fb16", "bf16"),
         ("int4-g8", "16"),
+        ("gptq-int4-g8", "gptq-int4-g128"),
+        ("gptq-int4-128", "gptq-int4-g128"),
+        ("gtpq-int4-g128", "gptq-int4-g128"),
+        ("gptq", "gptq-int4-g128"),
     ],
 )
 def test_unknown_recipes_get_suggestions(typo, suggestion):
@@ -261,7 +283,7 @@ def test_toml(tmp_path):
         ("[[rules]]\nmatch = '*'\n", "rule 1 has no format"),
         ("[[rules]]\nformat = 4\n", "format is 4; it must be a string"),
         ("[[rules]]\nformat = 'int44'\n", "int44"),
-        ("[[rules]]\nformat = 'int4'\nmethod = 'gptq'\n", "method of rule"),
+        ("[[rules]]\nformat = 'int4'\nmethod = 'magic'\n", "method of rule"),
     ],
 )
 def test_bad_toml(tmp_path, text, message):
@@ -288,3 +310,41 @@ def test_rows_that_are_no_whole_blocks_are_told_before_anything_changes():
         recipes.assign(Recipe("blocks", "", (Rule("*", "q4_k"),)), modules)
     kept = Recipe("blocks", "", (Rule("*.up"), Rule("*", "q4_k")))
     assert [item.format for item in recipes.assign(kept, modules).values()] == [None, "q4_k"]
+
+
+# ---- methods ----
+
+
+def test_options_of_a_method_in_toml(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[[rules]]\nmatch = "*.self_attn.*"\nformat = "int4"\n'
+        'method = "gptq"\ndamping = 1\norder = "none"\nmse = true\n'
+        '[[rules]]\nformat = "int3-g64"\nmethod = "gptq"\n'
+    )
+    one, two = recipes.get(path).rules
+    assert one == Rule("*.self_attn.*", "int4", "gptq", GptqOptions(damping=1, order="none", mse=True))
+    assert two == Rule("*", "int3-g64", "gptq")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('method = "gptqq"', "must be one of rtn, gptq"),
+        ("damping = 0.1", "unknown key 'damping'"),
+        ('method = "gptq"\ndampin = 0.1', "did you mean 'damping'"),
+        ('method = "gptq"\ndamping = "much"', "damping is 'much'; it must be a float"),
+        ('method = "gptq"\nmse = 1', "mse is 1; it must be a bool"),
+        ('method = "gptq"\ndamping = -1', "damping is -1"),
+    ],
+)
+def test_options_that_will_not_do(line, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'[[rules]]\nformat = "int4"\n{line}\n')
+    with pytest.raises(ValueError, match=message):
+        recipes.get(path)
+
+
+def test_options_belong_to_their_method():
+    with pytest.raises(ValueError, match=r"options of rule '\*' are GptqOptions; for rtn they must be None"):
+        Rule("*", "int4", "rtn", GptqOptions())

@@ -16,6 +16,7 @@ from bitfold.recipes import RECIPES, Recipe, Rule
 
 if TYPE_CHECKING:
     from bitfold.budget import plan_checkpoint
+    from bitfold.calibration.run import quantize_calibrated
     from bitfold.checkpoint import save
     from bitfold.convert import convert_checkpoint
     from bitfold.evaluate import compare, perplexity
@@ -31,6 +32,7 @@ _LAZY = {
     "load_tokenizer": "hub",
     "perplexity": "evaluate",
     "plan_checkpoint": "budget",
+    "quantize_calibrated": "calibration.run",
     "quantize_checkpoint": "pipeline",
     "quantize_gguf": "gguf.quantize",
     "save": "checkpoint",
@@ -61,6 +63,7 @@ __all__ = [
     "plan_checkpoint",
     "plan_linear",
     "quantize",
+    "quantize_calibrated",
     "quantize_checkpoint",
     "quantize_gguf",
     "save",

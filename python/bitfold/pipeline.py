@@ -19,7 +19,7 @@ from bitfold import layout, recipes
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
-from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, summarize
+from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, refuse_calibration, summarize
 from bitfold.recipes import Assignment, Recipe
 from bitfold.shards import CheckpointError, read_tensors
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
@@ -64,6 +64,7 @@ def quantize_checkpoint(
     """
     source, target = Path(source), Path(target)
     recipe = recipes.get(recipe)
+    refuse_calibration(recipe)
     target = check_target(target, force=force)
     if source.resolve().is_relative_to(target):
         raise CheckpointError(f"{target} is or contains the model to quantize; choose another output")
@@ -88,7 +89,7 @@ def quantize_checkpoint(
                     writer.write(f"{step.module}.{plane}", values)
                 del qtensor, values
             del tensor
-            _give_back_memory()
+            give_back_memory()
             done += step.stored.nbytes
             if progress is not None:
                 progress(step.name, done, bytes_before)
@@ -102,12 +103,12 @@ def quantize_checkpoint(
         writer.add_json(REPORT_FILE, report(summary))
         for file in files_to_copy(source):
             writer.add_copy(file)
-        section = _quantization_config(recipe, steps, model, assignments)
+        section = quantization_config(recipe, steps, model, assignments)
         writer.commit({**model.config, "quantization_config": section.to_json()})
     return summary
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return freed heap pages to the system: glibc keeps what aligned blocks of changing size left behind, which
     would add up to several matrices."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -128,7 +129,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
             raise ValueError(f"{name}: element {place} is {flat[index].item()}; it must be finite")
 
 
-def _quantization_config(
+def quantization_config(
     recipe: Recipe,
     steps: list[Step],
     source: Source,
@@ -159,6 +160,8 @@ def report(summary: QuantizationSummary) -> dict[str, object]:
     modules = []
     for module in summary.modules:
         fields = dataclasses.asdict(module)
+        if module.calibration is None:
+            del fields["calibration"]
         fields["bits_per_weight"] = 8 * module.bytes_after / math.prod(module.shape)
         modules.append(fields)
     return {

@@ -29,8 +29,8 @@ Progress = Callable[[str, int, int], None]
 class CalibrationSummary:
     """How a weight was quantized by what its layer multiplied.
 
-    method: "gptq", ...; "rtn" where that could not be done, and `note` says why; output_error, rounding_error: of the
-    layer's output over the calibration data, squared, relative to the output's square, with these codes and with those
+    method: "gptq", ...; "rtn" where that could not be done, and `note` says why; output_error, rounding_error: norm of
+    the change of the layer's output over the calibration data, over norm of the output, with these codes and with those
     of plain rounding (None: not measured); damping: of the Hessian, relative to its mean diagonal.
     """
 
@@ -158,6 +158,7 @@ def quantize(
     """
     recipe = get(recipe)
     infos = describe(model)
+    refuse_calibration(recipe)
     formats = {name: item.format for name, item in assign(recipe, infos).items() if item.format is not None}
     for name in formats:
         _check_swappable(name, model.get_submodule(name))
@@ -179,6 +180,16 @@ def quantize(
     if not quiet:
         print(summary)
     return summary
+
+
+def refuse_calibration(recipe: Recipe) -> None:
+    """Raises ValueError where a recipe can't be followed by looking at the weights alone."""
+    if recipe.needs_calibration:
+        methods = sorted({rule.method for rule in recipe.rules if rule.needs_calibration})
+        raise ValueError(
+            f"recipe {recipe.name!r} needs a text to calibrate on ({', '.join(methods)}): give --calibration FILE "
+            "(bitfold.quantize_calibrated)"
+        )
 
 
 def _check_swappable(name: str, module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from bitfold.qtensor import QTensor
 from bitfold.recipes import Rule
 
 _STRIP = 256  # rows of a Hessian that are one piece of work
+_BUNDLE = 2048  # tokens whose products are summed in fp32, unless one sample has more
 _WAVE_BYTES = 256 << 20  # inputs of a layer that are held at a time, unless one sample has more
 
 
@@ -63,7 +64,8 @@ class BlockRun:
     def hessian(self, name: str) -> Tensor:
         """The sum of x x^T over all inputs x of a linear layer: float32 [k, k], both halves filled.
 
-        Summed sample by sample in fp32, in an order that depends on nothing but the samples. The last one is kept, and
+        Products of about _BUNDLE tokens are summed in fp32, these sums in float64: in an order that depends on nothing
+        but the samples, and so well that hardly a bit of the result would depend on it. The last Hessian is kept, and
         serves all layers of a group. Raises ValueError where an input isn't finite.
         """
         first = next(group for group in self.groups if name in group)[0]
@@ -154,10 +156,12 @@ class BlockRun:
         output = self.module(hidden, *self.call.args, **self.call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def _waves(self, k: int) -> Iterator[range]:
-        """Runs of samples that are worked on at a time: as many as there are workers, if inputs of k columns fit."""
+    def _waves(self, k: int, bundle: int = 1) -> Iterator[range]:
+        """Runs of samples that are worked on at a time, whole bundles: as many as there are workers, if inputs of k
+        columns fit."""
         tokens = self._inputs.data.shape[1]
-        count = max(1, min(self._workers.count, _WAVE_BYTES // (4 * tokens * k)))
+        bundles = max(1, min(self._workers.count, _WAVE_BYTES // (4 * tokens * bundle * k)))
+        count = bundle * bundles
         for start in range(0, self.samples, count):
             yield range(start, min(start + count, self.samples))
 
@@ -209,26 +213,31 @@ class BlockRun:
 
     def _sum_hessian(self, name: str) -> Tensor:
         k = self.linear(name).in_features
-        hessian = torch.zeros(k, k, dtype=torch.float32, device=self.device)
+        sums = torch.zeros(k, k, dtype=torch.float64, device=self.device)
         starts = range(0, k, _STRIP)
-        for wave in self._waves(k):
+        bundle = max(1, _BUNDLE // self._inputs.data.shape[1])
+        for wave in self._waves(k, bundle):
             xs = self._inputs_of(name, wave)
+            parts = [torch.cat(xs[i : i + bundle]).float() for i in range(0, len(xs), bundle)]
+            del xs
 
-            def add(start: int, xs: list[Tensor] = xs) -> None:
-                """One strip of the lower half, all samples of the wave one after the other."""
+            def add(start: int, parts: list[Tensor] = parts) -> None:
+                """One strip of the lower half, all bundles of the wave one after the other."""
                 stop = min(start + _STRIP, k)
-                for x in xs:
-                    hessian[start:stop, :stop].addmm_(x[:, start:stop].float().t(), x[:, :stop].float())
+                for x in parts:
+                    sums[start:stop, :stop] += x[:, start:stop].t() @ x[:, :stop]
 
             self._workers.map(add, reversed(starts))
+        hessian = torch.empty(k, k, dtype=torch.float32, device=self.device)
+        for start in starts:
+            stop = min(start + _STRIP, k)
+            hessian[start:stop, :stop] = sums[start:stop, :stop]
+            hessian[:start, start:stop] = hessian[start:stop, :start].t()
         if not hessian.diagonal().isfinite().all():
             raise ValueError(
                 f"{self.name}: the inputs of {name} are not finite in {self._dtype_name()}: another dtype, such as "
                 "float32, may do, or a weight is broken"
             )
-        for start in starts:
-            stop = min(start + _STRIP, k)
-            hessian[:start, start:stop] = hessian[start:stop, :start].t()
         return hessian
 
 

@@ -13,12 +13,14 @@ A method is a row of METHODS; its options are in `run.rules[name].options`, thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bitfold.calibration.collect import BlockRun
 from bitfold.qtensor import QTensor
 from bitfold.quantize import CalibrationSummary, encode_named
+from bitfold.quantizers import gptq
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,33 @@ def round_plainly(run: BlockRun, name: str) -> Rounded:
     return Rounded(encode_named(f"{run.name}.{name}.weight", run.linear(name).weight, _format(run, name)))
 
 
+def _round_gptq(run: BlockRun, name: str) -> Rounded:
+    options = run.rules[name].options or gptq.GptqOptions()
+    if options.order == "groups":
+        raise ValueError(
+            f"order of {run.name}.{name} is 'groups', which needs a g_idx that checkpoints don't hold yet: it must be "
+            "'static' or 'none'"
+        )
+    try:
+        solved = gptq.solve(run.linear(name).weight, run.hessian(name), _format(run, name), options)
+    except ValueError as error:
+        raise ValueError(f"{run.name}.{name}.weight: {error}") from error
+    summary = CalibrationSummary(
+        method=solved.method,
+        output_error=_root(solved.error),
+        rounding_error=_root(solved.rounding_error),
+        damping=solved.damping,
+        note=solved.note,
+    )
+    return Rounded(solved.qtensor, summary)
+
+
+def _root(squared: float) -> float | None:
+    """The relative norm of an error whose relative square is known (NaN: it isn't)."""
+    return None if math.isnan(squared) else math.sqrt(squared)
+
+
 METHODS: dict[str, Method] = {
     "rtn": Method(round_plainly, needs_inputs=False),
+    "gptq": Method(_round_gptq),
 }

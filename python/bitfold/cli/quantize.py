@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bitfold.budget import Entry, plan_checkpoint
-from bitfold.cli.console import Json, out, paragraph, print_json, progress, quiet_transformers, table
+from bitfold.calibration.data import SAMPLES, SEQUENCE_LENGTH
+from bitfold.calibration.run import quantize_calibrated
+from bitfold.cli.console import (
+    Json,
+    out,
+    paragraph,
+    parse_device,
+    parse_dtype,
+    print_json,
+    progress,
+    quiet_transformers,
+    table,
+)
 from bitfold.cli.quantize_gguf import DEFAULT_MIX, Options, quantize_to_gguf
 from bitfold.gguf import mixes
 from bitfold.pipeline import quantize_checkpoint, report
@@ -50,6 +63,41 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what each tensor would get, and write nothing.")
     ] = False,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text to calibrate on, for gptq- and awq- recipes: a file, JSON lines (.jsonl, field text), or "
+            "dataset:NAME[:CONFIG[:SPLIT]]."
+        ),
+    ] = "",
+    samples: Annotated[int, typer.Option(help="Calibration: rows of tokens.")] = SAMPLES,
+    sequence_length: Annotated[
+        int,
+        typer.Option(
+            help=f"Calibration: tokens of a row; 0: the model's context, at most {SEQUENCE_LENGTH}."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Calibration: which rows of the text.")] = 0,
+    allow_uncalibrated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-uncalibrated", help="Calibration: round plainly, and mark, what the text never reaches."
+        ),
+    ] = False,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Calibration: folder for finished blocks. Default: a hidden one beside OUT."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Calibration: drop the blocks of a run that was stopped.")
+    ] = False,
+    activations: Annotated[
+        str, typer.Option(help="Calibration: keep what goes into a block in ram, or on disk.")
+    ] = "ram",
+    dtype: Annotated[
+        str, typer.Option(help="Calibration: compute in float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Calibration: where to compute.")] = "cpu",
     imatrix: Annotated[
         Path | None, typer.Option(help="GGUF: importance of columns, as 'bitfold imatrix' writes it.")
     ] = None,
@@ -71,7 +119,8 @@ def quantize(
     errors: Annotated[bool, typer.Option("--errors", help="GGUF: measure the error of each tensor.")] = False,
     json: Json = False,
 ) -> None:
-    """Quantize a model into a new directory or a GGUF file, streaming: memory holds a weight at most."""
+    """Quantize a model into a new directory or a GGUF file, streaming: memory holds a weight at most, a decoder block
+    with --calibration. A calibration that was stopped goes on where it was."""
     if shard_size <= 0:
         raise ValueError(f"--shard-size is {shard_size}, it must be positive")
     if model.is_dir():  # a GGUF file needs no transformers, whose import takes a second
@@ -86,7 +135,26 @@ def quantize(
         allow_requantize=allow_requantize,
         errors=errors,
     )
+    calibrated = _Calibrated(
+        text=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        allow_uncalibrated=allow_uncalibrated,
+        work_dir=work_dir,
+        restart=restart,
+        activations=activations,
+        dtype=dtype,
+        device=device,
+    )
+    if not calibration and calibrated != _Calibrated():
+        name = next(f.name for f in fields(calibrated) if getattr(calibrated, f.name) != f.default)
+        raise ValueError(f"--{name.replace('_', '-')} is given, which is for --calibration: name a text")
     if _means_gguf(model, output, recipe):
+        if calibration:
+            raise ValueError(
+                "--calibration is given; a GGUF file has no use for it: 'bitfold imatrix' is its way"
+            )
         if clamp or shard_size != SHARD_BYTES / 1e9:
             raise ValueError(
                 f"{'--clamp' if clamp else '--shard-size'} is given; a GGUF file has no use for it"
@@ -101,6 +169,12 @@ def quantize(
         return
     if output is None:
         raise ValueError("OUT is missing; name the directory to make, or add --dry-run")
+    if calibration:
+        if clamp:
+            raise ValueError("--clamp is given; --calibration has no use for it")
+        summary = _calibrate(model, output, recipe, calibrated, force, int(shard_size * 1e9))
+        _show_result(summary, output, json)
+        return
     with progress("quantizing") as update:
         summary = quantize_checkpoint(
             model,
@@ -111,10 +185,50 @@ def quantize(
             shard_bytes=int(shard_size * 1e9),
             progress=update,
         )
-    if json:
-        print_json({"output": output, **report(summary)})
-    else:
-        _show(summary, output)
+    _show_result(summary, output, json)
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """The options for --calibration."""
+
+    text: str = ""
+    samples: int = SAMPLES
+    sequence_length: int = 0
+    seed: int = 0
+    allow_uncalibrated: bool = False
+    work_dir: Path | None = None
+    restart: bool = False
+    activations: str = "ram"
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def _calibrate(
+    model: Path, output: Path, recipe: str, options: _Calibrated, force: bool, shard_bytes: int
+) -> QuantizationSummary:
+    dtype = parse_dtype(options.dtype)
+    if dtype is None:
+        raise ValueError("--dtype is empty, it must be float32, bfloat16 or float16")
+    with progress("calibrating") as update:
+        return quantize_calibrated(
+            model,
+            output,
+            recipe,
+            options.text,
+            samples=options.samples,
+            sequence_length=options.sequence_length or None,
+            seed=options.seed,
+            allow_uncalibrated=options.allow_uncalibrated,
+            dtype=dtype,
+            device=parse_device(options.device),
+            activations=options.activations,
+            work_dir=options.work_dir,
+            restart=options.restart,
+            force=force,
+            shard_bytes=shard_bytes,
+            progress=update,
+        )
 
 
 def _means_gguf(model: Path, output: Path | None, recipe: str) -> bool:
@@ -184,9 +298,21 @@ def _alike(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     return dict(sorted(named.items(), key=lambda item: natural(item[0])))
 
 
+def _show_result(summary: QuantizationSummary, output: Path, json: bool) -> None:
+    if json:
+        print_json({"output": output, **report(summary)})
+    else:
+        _show(summary, output)
+
+
 def _show(summary: QuantizationSummary, output: Path) -> None:
-    layers = table("layer", "format", "shape", "size", "bits/weight", "error")
-    for module in sorted(summary.modules, key=lambda module: natural(module.name)):
+    calibrated = any(module.calibration is not None for module in summary.modules)
+    columns = ["layer", "format", "shape", "size", "bits/weight", "error"]
+    layers = table(*columns, *(["output error", "of rounding"] if calibrated else []))
+    modules = sorted(summary.modules, key=lambda module: natural(module.name))
+    for module in modules:
+        found = module.calibration
+        errors = [found.output_error, found.rounding_error] if found else [None, None]
         layers.add_row(
             module.name,
             module.format,
@@ -194,10 +320,26 @@ def _show(summary: QuantizationSummary, output: Path) -> None:
             size(module.bytes_after),
             f"{8 * module.bytes_after / math.prod(module.shape):.3f}",
             f"{module.relative_rmse:.3%}",
+            *([_percent(error) for error in errors] if calibrated else []),
         )
     out.print(layers)
-    out.print("(error: norm of the change of the weights over norm of the weights)\n")
+    out.print("(error: norm of the change of the weights over norm of the weights)")
+    if calibrated:
+        out.print(
+            paragraph(
+                "(output error: norm of the change of the layer's output on the calibration text over norm of the "
+                "output; of rounding: with every weight rounded to nearest)"
+            )
+        )
+    for module in modules:
+        if module.calibration is not None and module.calibration.note:
+            out.print(paragraph(f"- {module.name}: {module.calibration.note}", indent="  "), markup=False)
+    out.print()
     out.print(
         f"{output}: recipe {summary.recipe}, {size(summary.bytes_before)} -> {size(summary.bytes_after)}, "
         f"{summary.share:.1%} of {summary.parameters:,} parameters quantized"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.3%}"

@@ -1,0 +1,393 @@
+"""Quantizing a model directory by what its layers multiply: block after block, each finished one durable.
+
+What a layer gets is what the blocks and layers before it, quantized, make of the text. A block's weights are mapped
+when its turn comes and gone when it is done; what stays is the samples' activations. Layers outside of the blocks (an
+output head that the recipe names) and embeddings are rounded to nearest, as `quantize_checkpoint` does it.
+
+Nothing is written to the target until all blocks are finished; then their tensors are copied out of the journal
+(journal.py) and the rest is quantized from the source, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold import _C, hf, layout, recipes
+from bitfold.calibration import data, overlap
+from bitfold.calibration.activations import Activations, are_kept
+from bitfold.calibration.blocks import BlockModel, Call
+from bitfold.calibration.collect import BlockRun
+from bitfold.calibration.journal import Journal
+from bitfold.calibration.methods import METHODS, Rounded, round_plainly
+from bitfold.calibration.workers import Workers
+from bitfold.formats import parse
+from bitfold.layout import Source, Step
+from bitfold.pipeline import (
+    REPORT_FILE,
+    check_finite,
+    give_back_memory,
+    quantization_config,
+    report,
+)
+from bitfold.qtensor import QTensor
+from bitfold.quantize import (
+    CalibrationSummary,
+    ModuleSummary,
+    QuantizationSummary,
+    encode_named,
+    summarize,
+)
+from bitfold.recipes import Assignment, Recipe
+from bitfold.shards import CheckpointError, StoredTensor, TensorSpec, read_tensors
+from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy, remove_abandoned
+
+ACTIVATIONS = ("ram", "disk")
+_BLOCK = 1000  # units of progress for a block
+_PIECE = 1 << 24  # bytes of a file that are hashed at a time
+
+Progress = Callable[[str, int, int], None]
+"""Told as work goes on: what is worked on, the work done so far, the work to do in all."""
+
+
+def quantize_calibrated(
+    source: str | Path,
+    target: str | Path,
+    recipe: str | Path | Recipe,
+    calibration: str | Path,
+    *,
+    samples: int = data.SAMPLES,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    allow_uncalibrated: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    activations: str = "ram",
+    work_dir: str | Path | None = None,
+    restart: bool = False,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> QuantizationSummary:
+    """Quantize a Hugging Face model directory into a new one, calibrated on a text.
+
+    Args:
+        source: the directory of a causal language model: config.json, safetensors, tokenizer.
+        target: the directory to make, as `quantize_checkpoint` makes it; bitfold_report.json says more, and
+            bitfold_calibration.json holds what tells whether another text overlaps with this one.
+        recipe: what `recipes.get` takes.
+        calibration: a text file, JSON lines, or "dataset:NAME" (data.py).
+        samples, sequence_length, seed: what is drawn from it; sequence_length None: 2048 or the model's context.
+        allow_uncalibrated: round plainly what the calibration text never reaches, and mark it, instead of an error.
+        dtype: to compute in. Weights stay as they are stored.
+        device: where blocks compute.
+        activations: "ram", or "disk": in two files of the work folder.
+        work_dir: for finished blocks; None: a hidden folder beside the target. A run that was stopped, however, goes on
+            from there when it is called again with the same arguments.
+        restart: drop what an earlier run left there.
+        force: replace a bitfold checkpoint that is at `target`, at the end.
+        shard_bytes: the largest size of a file.
+        progress: told as work goes on.
+
+    Memory: a block, the Hessian of one layer and what its solver takes, and the activations of all samples. The same
+    bytes come out for any number of threads, interrupted or not.
+
+    Raises:
+        CheckpointError: as `quantize_checkpoint`; the model's blocks can't be found or run one at a time; the work
+            folder is that of a run with another model, recipe or calibration.
+        ValueError: as `quantize_checkpoint`; the recipe needs no calibration; the text is empty or too short;
+            activations aren't finite (the block is named); a layer that the text never reaches, unless they are allowed.
+        OSError: a file can't be read or written.
+        MissingExtraError: transformers, or for data sets datasets, is not installed.
+    """
+    source, target = Path(source), Path(target)
+    recipe = recipes.get(recipe)
+    if not recipe.needs_calibration:
+        raise ValueError(
+            f"recipe {recipe.name!r} rounds to nearest and has no use for a text to calibrate on: give one with a "
+            "method, such as gptq-int4-g128, or leave --calibration away (bitfold.quantize_checkpoint)"
+        )
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}, it must be one of {', '.join(ACTIVATIONS)}")
+    target = check_target(target, force=force)
+    if source.resolve().is_relative_to(target):
+        raise CheckpointError(f"{target} is or contains the model to quantize; choose another output")
+    model = layout.read_source(source)
+    assignments = recipes.assign(recipe, model.infos)
+    steps = layout.steps(model, assignments)
+    blocks = BlockModel(model, steps, dtype, torch.device(device))
+    text = data.read(
+        calibration,
+        hf.load_tokenizer(source),
+        samples=samples,
+        sequence_length=sequence_length or _context(model),
+        seed=seed,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
+    folder = Path(work_dir) if work_dir is not None else target.parent / f".{target.name}.calibration"
+    job = _Job(model, recipe, assignments, steps, blocks, text, allow_uncalibrated, progress)
+    with Workers() as workers, Journal(folder, job.fingerprint(workers), restart=restart) as journal:
+        job.calibrate(journal, workers, folder if activations == "disk" else None)
+        summary = job.assemble(journal, target, force=force, shard_bytes=shard_bytes)
+        journal.drop()
+    return summary
+
+
+def _context(model: Source) -> int:
+    limit = getattr(model.model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(limit or data.SEQUENCE_LENGTH, data.SEQUENCE_LENGTH)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one run knows from its start."""
+
+    source: Source
+    recipe: Recipe
+    assignments: Mapping[str, Assignment]
+    steps: list[Step]
+    blocks: BlockModel
+    text: data.Calibration
+    allow_uncalibrated: bool
+    progress: Progress | None
+
+    def fingerprint(self, workers: Workers) -> dict[str, Any]:
+        """What must be the same for a run to go on where an earlier one was stopped, by the name that a message has."""
+        files = sorted({step.stored.path for step in self.steps})
+        hashes = workers.map(_sha256, [self.source.path / "config.json", *files])
+        return {
+            "model": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+            "recipe": "; ".join(
+                f"{r.pattern} = {r.format} {r.method} {r.options}" for r in self.recipe.rules
+            ),
+            "number of samples": self.text.ids.shape[0],
+            "sequence length": self.text.ids.shape[1],
+            "seed": self.text.seed,
+            "calibration text or tokenizer": self.text.sha256,
+            "dtype": str(self.blocks.dtype),
+            "device": self.blocks.device.type,
+            "version of bitfold": _C.__version__,
+        }
+
+    # ---- the blocks ----
+
+    def calibrate(self, journal: Journal, workers: Workers, folder: Path | None) -> None:
+        """Quantize the blocks that are not in the journal yet; folder: for activations, None: they stay in RAM."""
+        first, count = journal.finished, len(self.blocks.names)
+        if first == count:
+            return
+        hidden = self.source.model_config.get_text_config(decoder=True).hidden_size
+        shape = (*self.text.ids.shape, hidden)
+        on_disk = folder is not None and are_kept(folder, shape, self.blocks.dtype, first)
+        inputs = Activations(shape, self.blocks.dtype, folder, first if on_disk else 0)
+        self._tell("the first block's inputs", 0)
+        if on_disk:
+            calls = self.blocks.first_inputs(self.text.ids[:2], lambda sample, x: None)
+        else:
+            calls = self.blocks.first_inputs(self.text.ids, inputs.write_first)
+        for index in range(first if on_disk else 0, count):
+            run = self._run_of(index, calls[index], inputs, workers)
+            if index < first:
+                self._restore(run, journal.tensors(index), journal.report(index))
+                run.write_outputs()
+                inputs.advance()
+            else:
+                modules = self._quantize(run)
+                tensors = self._tensors_of(run)
+                run.write_outputs()
+                inputs.advance()
+                journal.add(index, tensors, modules)
+                del tensors
+            del run
+            give_back_memory()
+            self._tell(self.blocks.names[index], (index + 1) * _BLOCK)
+
+    def _run_of(self, index: int, call: Call, inputs: Activations, workers: Workers) -> BlockRun:
+        name = self.blocks.names[index]
+        rules = {}
+        for step in self.steps:
+            rule = self.assignments[step.module].rule if step.format is not None else None
+            if rule is not None and step.name.startswith(f"{name}."):
+                rules[step.module.removeprefix(f"{name}.")] = rule
+        module = self.blocks.load(index)
+        for key, parameter in module.named_parameters():
+            check_finite(f"{name}.{key}", parameter)
+        return BlockRun(name, module, rules, call, inputs, workers, self.blocks.dtype)
+
+    def _kept(self, block: str) -> dict[str, torch.dtype]:
+        """The dtypes in which the tensors of a block that are not quantized are stored, by their names within it."""
+        return {
+            step.name.removeprefix(f"{block}."): step.stored.torch_dtype
+            for step in self.steps
+            if step.name.startswith(f"{block}.") and step.format is None
+        }
+
+    def _quantize(self, run: BlockRun) -> list[dict[str, Any]]:
+        """Quantize a block's layers; returns what is to be reported."""
+        if run.never_run and not self.allow_uncalibrated:
+            raise ValueError(
+                f"the calibration text never reaches {run.name}.{run.never_run[0]}: --allow-uncalibrated "
+                "(allow_uncalibrated=True) rounds such layers plainly and marks them"
+            )
+        for name, method in METHODS.items():
+            layers = [layer for group in run.groups for layer in group if run.rules[layer].method == name]
+            if layers and method.prepare is not None:
+                method.prepare(run, layers)
+        run.settle(self._kept(run.name))
+        modules = []
+        for number, group in enumerate((*run.groups, run.never_run)):
+            rounded = {}
+            for layer in group:
+                self._tell(f"{run.name}.{layer}", self._done(run, number))
+                rounded[layer] = _round(run, layer)
+            for layer, made in rounded.items():
+                modules.append(self._summary(run, layer, made))
+                run.replace(layer, made.qtensor)
+        return [dataclasses.asdict(module) for module in modules]
+
+    def _summary(self, run: BlockRun, layer: str, made: Rounded) -> ModuleSummary:
+        weight = run.linear(layer).weight
+        summary = summarize(f"{run.name}.{layer}", weight, made.qtensor)
+        before = next(s.stored.nbytes for s in self.steps if s.name == f"{run.name}.{layer}.weight")
+        return dataclasses.replace(summary, bytes_before=before, calibration=made.summary)
+
+    def _tensors_of(self, run: BlockRun) -> dict[str, Tensor]:
+        """What a quantized block is in the checkpoint."""
+        tensors = {name: tensor.detach() for name, tensor in run.module.state_dict().items()}
+        kept = self._kept(run.name)
+        tensors = {name: tensor.to(kept.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+        return {f"{run.name}.{name}": tensor for name, tensor in tensors.items()}
+
+    def _restore(
+        self, run: BlockRun, stored: Mapping[str, StoredTensor], modules: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Make a block what it became when it was finished."""
+        tensors = dict(read_tensors(stored.values()))
+        for entry in modules:
+            planes = {
+                law.name: tensors[f"{entry['name']}.{law.name}"] for law in parse(entry["format"]).planes
+            }
+            qtensor = QTensor(entry["format"], tuple(entry["shape"]), planes).to(self.blocks.device)
+            run.replace(entry["name"].removeprefix(f"{run.name}."), qtensor)
+        run.set({name: tensors[f"{run.name}.{name}"] for name in self._kept(run.name)})
+
+    def _done(self, run: BlockRun, group: int) -> int:
+        block = self.blocks.names.index(run.name)
+        return block * _BLOCK + group * _BLOCK // (len(run.groups) + 1)
+
+    def _tell(self, what: str, done: int) -> None:
+        if self.progress is not None:
+            self.progress(what, done, len(self.blocks.names) * _BLOCK)
+
+    # ---- the checkpoint ----
+
+    def assemble(
+        self, journal: Journal, target: Path, *, force: bool, shard_bytes: int
+    ) -> QuantizationSummary:
+        """Write the checkpoint from the finished blocks and the rest of the source."""
+        finished: dict[str, StoredTensor] = {}
+        summaries: dict[str, ModuleSummary] = {}
+        for block in range(len(self.blocks.names)):
+            finished.update(journal.tensors(block))
+            for entry in journal.report(block):
+                summaries[entry["name"]] = _read_summary(entry)
+        done = [self._done_parts(step, finished) for step in self.steps]
+        specs: list[TensorSpec] = []
+        for step, parts in zip(self.steps, done, strict=True):
+            specs += [TensorSpec(p.name, p.torch_dtype, p.shape) for p in parts] if parts else step.specs()
+        with CheckpointWriter(target, specs, force=force, shard_bytes=shard_bytes) as writer:
+            for step, parts in zip(self.steps, done, strict=True):
+                for name, tensor in read_tensors(parts):
+                    writer.write(name, tensor)
+                if not parts:
+                    self._write_outside(step, writer, summaries)
+                give_back_memory()
+            summary = QuantizationSummary(
+                recipe=self.recipe.name,
+                modules=tuple(summaries[step.module] for step in self.steps if step.format is not None),
+                parameters=sum(math.prod(step.stored.shape) for step in self.steps),
+                bytes_before=sum(step.stored.nbytes for step in self.steps),
+                bytes_after=sum(spec.nbytes for spec in specs),
+            )
+            writer.add_json(REPORT_FILE, {**report(summary), "calibration": self._described()})
+            writer.add_json(overlap.FILE, overlap.to_json(overlap.sample_of(self.text.ids)))
+            for file in files_to_copy(self.source.path):
+                writer.add_copy(file)
+            section = quantization_config(self.recipe, self.steps, self.source, self.assignments)
+            writer.commit({**self.source.config, "quantization_config": section.to_json()})
+        return summary
+
+    def _done_parts(self, step: Step, finished: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+        """What a tensor of the source became in a finished block; empty where it lies in none."""
+        if step.name in finished:
+            return [finished[step.name]]
+        names = [spec.name for spec in step.specs()]
+        return [finished[name] for name in names] if names[0] in finished else []
+
+    def _write_outside(
+        self, step: Step, writer: CheckpointWriter, summaries: dict[str, ModuleSummary]
+    ) -> None:
+        """Write a tensor that is in no block: kept, or rounded to nearest."""
+        ((_, tensor),) = read_tensors([step.stored])
+        if step.format is None:
+            check_finite(step.name, tensor)
+            writer.write(step.name, tensor)
+            return
+        qtensor = encode_named(step.name, tensor, step.format)
+        summary = summarize(step.module, tensor, qtensor)
+        rule = self.assignments[step.module].rule
+        if rule is not None and rule.needs_calibration:
+            note = "rounded plainly: it is outside of the decoder blocks"
+            summary = dataclasses.replace(summary, calibration=CalibrationSummary("rtn", note=note))
+        summaries[step.module] = summary
+        for plane, values in qtensor.planes.items():
+            writer.write(f"{step.module}.{plane}", values)
+
+    def _described(self) -> dict[str, object]:
+        """What the report says of the calibration."""
+        samples, tokens = self.text.ids.shape
+        return {
+            "source": self.text.source,
+            "sha256": self.text.sha256,
+            "samples": samples,
+            "sequence_length": tokens,
+            "seed": self.text.seed,
+            "dtype": str(self.blocks.dtype).removeprefix("torch."),
+        }
+
+
+def _round(run: BlockRun, layer: str) -> Rounded:
+    method = METHODS[run.rules[layer].method]
+    if layer not in run.never_run or not method.needs_inputs:
+        return method.round(run, layer)
+    note = "rounded plainly: the calibration text never reaches it"
+    return Rounded(round_plainly(run, layer).qtensor, CalibrationSummary("rtn", note=note))
+
+
+def _read_summary(entry: Mapping[str, Any]) -> ModuleSummary:
+    """A module's summary as the journal keeps it."""
+    calibration = entry["calibration"]
+    fields = {
+        **entry,
+        "shape": tuple(entry["shape"]),
+        "calibration": None if calibration is None else CalibrationSummary(**calibration),
+    }
+    return ModuleSummary(**fields)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's bytes, read in pieces."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
