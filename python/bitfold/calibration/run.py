@@ -104,7 +104,7 @@ def quantize_calibrated(
         CheckpointError: as `quantize_checkpoint`; the model's blocks can't be found or run one at a time; the work
             folder is that of a run with another model, recipe or calibration.
         ValueError: as `quantize_checkpoint`; the recipe needs no calibration; the text is empty or too short;
-            activations aren't finite (the block is named); a layer that the text never reaches, unless they are allowed.
+            activations aren't finite (the block is named); the text never reaches a layer, unless that is allowed.
         OSError: a file can't be read or written.
         MissingExtraError: transformers, or for data sets datasets, is not installed.
     """
