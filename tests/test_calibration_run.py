@@ -61,6 +61,18 @@ def work_of(target: Path) -> Path:
 # ---- what comes out ----
 
 
+class Stop(Exception):
+    pass
+
+
+def stop_at(name: str):
+    def progress(what, done, total):
+        if what == name:
+            raise Stop
+
+    return progress
+
+
 @torch.no_grad()
 def test_codes_are_those_of_gptq_with_hooks_in_the_whole_model(source, text, whole):
     """For each group of layers a forward pass of the whole model, in which all layers before it are those that came
@@ -203,6 +215,23 @@ def test_a_recipe_may_mix_methods(source, text, tmp_path):
     assert torch.equal(model.lm_head.qtensor.planes["codes"], expected.planes["codes"])
 
 
+def test_groups_along_the_order_are_stored_and_gone_on_with(source, text, tmp_path):
+    rule = Rule("*", "int4-g16", "gptq", gptq.GptqOptions(order="groups"))
+    arguments = (source, tmp_path / "q", Recipe("act-order", "", (rule,)), text)
+    with pytest.raises(Stop):
+        quantize_calibrated(*arguments, **OPTIONS, progress=stop_at("model.layers.1"))
+    summary = quantize_calibrated(*arguments, **OPTIONS)
+    quantize_calibrated(source, tmp_path / "whole", *arguments[2:], **OPTIONS)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+    assert all(
+        module.calibration.output_error < module.calibration.rounding_error for module in summary.modules
+    )
+    assert max(module.relative_rmse for module in summary.modules) < 0.5
+    layer = bitfold.load(tmp_path / "q").model.layers[2].mlp.down_proj
+    assert layer.g_idx is not None
+    assert sorted(layer.g_idx.tolist()) == [i // 16 for i in range(128)]
+
+
 def test_threads_change_no_byte(source, text, whole, tmp_path, threads):
     threads(3)
     quantize_calibrated(source, tmp_path / "q", RECIPE, text, **OPTIONS)
@@ -227,18 +256,6 @@ def test_progress_goes_on_to_the_end(source, text, tmp_path):
 
 
 # ---- stopped and gone on ----
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(name: str):
-    def progress(what, done, total):
-        if what == name:
-            raise Stop
-
-    return progress
 
 
 @pytest.mark.parametrize("activations", ["ram", "disk"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -134,8 +134,10 @@ def quantization_config(
     steps: list[Step],
     source: Source,
     assignments: Mapping[str, Assignment],
+    with_g_idx: Collection[str] = (),
 ) -> QuantizationConfig:
-    """What `load` needs: every quantized module, and which tensors stand for others."""
+    """What `load` needs: every quantized module, and which tensors stand for others; with_g_idx: the modules that
+    have one."""
     dtypes = {step.module: step.stored.torch_dtype for step in steps}
     modules: dict[str, ModuleEntry] = {}
     tied: dict[str, str] = {}
@@ -145,7 +147,8 @@ def quantization_config(
             continue
         owner = info.tied_to or name
         dtype = dtypes[owner] if info.kind == "embedding" else None
-        modules[name] = ModuleEntry(info.kind, format, (info.shape[0], info.shape[1]), dtype=dtype)
+        shape = (info.shape[0], info.shape[1])
+        modules[name] = ModuleEntry(info.kind, format, shape, dtype=dtype, g_idx=name in with_g_idx)
         if owner != name:
             tied.update({f"{name}.{law.name}": f"{owner}.{law.name}" for law in parse(format).planes})
     kept = {step.name for step in steps if step.format is None}

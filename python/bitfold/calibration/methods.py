@@ -13,6 +13,7 @@ A method is a row of METHODS; its options are in `run.rules[name].options`, thei
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,11 +54,6 @@ def round_plainly(run: BlockRun, name: str) -> Rounded:
 
 def _round_gptq(run: BlockRun, name: str) -> Rounded:
     options = run.rules[name].options or gptq.GptqOptions()
-    if options.order == "groups":
-        raise ValueError(
-            f"order of {run.name}.{name} is 'groups', which needs a g_idx that checkpoints don't hold yet: it must be "
-            "'static' or 'none'"
-        )
     try:
         solved = gptq.solve(run.linear(name).weight, run.hessian(name), _format(run, name), options)
     except ValueError as error:
@@ -69,7 +65,7 @@ def _round_gptq(run: BlockRun, name: str) -> Rounded:
         damping=solved.damping,
         note=solved.note,
     )
-    return Rounded(solved.qtensor, summary)
+    return Rounded(dataclasses.replace(solved.qtensor, g_idx=solved.g_idx), summary)
 
 
 def _root(squared: float) -> float | None:

@@ -276,8 +276,9 @@ class _Job:
             planes = {
                 law.name: tensors[f"{entry['name']}.{law.name}"] for law in parse(entry["format"]).planes
             }
-            qtensor = QTensor(entry["format"], tuple(entry["shape"]), planes).to(self.blocks.device)
-            run.replace(entry["name"].removeprefix(f"{run.name}."), qtensor)
+            g_idx = tensors.get(f"{entry['name']}.g_idx")
+            qtensor = QTensor(entry["format"], tuple(entry["shape"]), planes, g_idx=g_idx)
+            run.replace(entry["name"].removeprefix(f"{run.name}."), qtensor.to(self.blocks.device))
         run.set({name: tensors[f"{run.name}.{name}"] for name in self._kept(run.name)})
 
     def _done(self, run: BlockRun, group: int) -> int:
@@ -322,7 +323,10 @@ class _Job:
             writer.add_json(overlap.FILE, overlap.to_json(overlap.sample_of(self.text.ids)))
             for file in files_to_copy(self.source.path):
                 writer.add_copy(file)
-            section = quantization_config(self.recipe, self.steps, self.source, self.assignments)
+            sorted_columns = [m for m in summaries if f"{m}.g_idx" in finished]
+            section = quantization_config(
+                self.recipe, self.steps, self.source, self.assignments, with_g_idx=sorted_columns
+            )
             writer.commit({**self.source.config, "quantization_config": section.to_json()})
         return summary
 
@@ -331,7 +335,9 @@ class _Job:
         if step.name in finished:
             return [finished[step.name]]
         names = [spec.name for spec in step.specs()]
-        return [finished[name] for name in names] if names[0] in finished else []
+        if names[0] not in finished:
+            return []
+        return [finished[name] for name in [*names, f"{step.module}.g_idx"] if name in finished]
 
     def _write_outside(
         self, step: Step, writer: CheckpointWriter, summaries: dict[str, ModuleSummary]
