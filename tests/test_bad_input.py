@@ -366,6 +366,94 @@ def test_wrong_options(capsys, model, quantized, tmp_path):
     refuse(capsys, tmp_path, ["quantise"], "quantise")
 
 
+# What a calibration may find.
+
+
+def calibrate(model: Path, tmp_path: Path, *options: object, recipe: str = "gptq-int4-g32") -> list:
+    text = tmp_path / "text"
+    if not text.exists():
+        text.write_text(tiny.TEXT)
+    arguments = ["quantize", model, tmp_path / "out", "--recipe", recipe, "--calibration", text]
+    return [*arguments, "--samples", 2, "--sequence-length", 16, *options]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ("text is empty",)),
+        ("\n \n", ("text is empty",)),
+        ("too short", ("9 tokens", "samples of 16", "not for 2")),
+    ],
+)
+def test_calibration_text_that_will_not_do(capsys, model, tmp_path, text, parts):
+    (tmp_path / "text").write_text(text)
+    refuse(capsys, tmp_path, calibrate(model, tmp_path), *parts)
+
+
+def test_calibration_text_that_is_not_there(capsys, model, tmp_path):
+    refuse(
+        capsys,
+        tmp_path,
+        calibrate(model, tmp_path, "--calibration", tmp_path / "nowhere"),
+        "nowhere does not exist",
+    )
+
+
+def test_activations_that_are_not_finite_name_the_block(capsys, model, tmp_path):
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38)
+
+    tiny.rewrite(model, change)
+    refuse(
+        capsys,
+        tmp_path,
+        calibrate(model, tmp_path),
+        "model.layers.0: the inputs of mlp.down_proj are not finite",
+    )
+
+
+def test_a_weight_that_is_not_finite(capsys, model, tmp_path):
+    tiny.rewrite(model, lambda tensors: tensors[UP.replace("1", "0")].__setitem__((3, 5), float("nan")))
+    refuse(
+        capsys,
+        tmp_path,
+        calibrate(model, tmp_path),
+        "model.layers.0.mlp.up_proj.weight: element [3, 5] is nan",
+    )
+
+
+def test_a_missing_shard(capsys, tmp_path):
+    model = tiny.write_llama(tmp_path / "shards", shard="60KB")
+    next(model.glob("model-00002-of-*.safetensors")).unlink()
+    refuse(capsys, tmp_path, calibrate(model, tmp_path), "model-00002-of-", "is missing")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--samples", 0], ("samples is 0",)),
+        (["--activations", "tape"], ("activations is 'tape'", "ram, disk")),
+        (["--dtype", "int8"], ("--dtype is 'int8'",)),
+        (["--device", "tpu"], ("--device is 'tpu'",)),
+        (["--clamp"], ("--clamp",)),
+        (["--recipe", "int4-g32"], ("rounds to nearest", "leave --calibration away")),
+        (["--calibration", ""], ("--samples is given", "--calibration")),
+    ],
+)
+def test_wrong_options_of_a_calibration(capsys, model, tmp_path, options, parts):
+    refuse(capsys, tmp_path, calibrate(model, tmp_path, *options), *parts)
+
+
+def test_a_recipe_that_needs_a_text(capsys, model, tmp_path):
+    refuse(
+        capsys,
+        tmp_path,
+        ["quantize", model, tmp_path / "out", "--recipe", "gptq-int4-g32"],
+        "needs a text to calibrate on",
+        "--calibration FILE",
+    )
+
+
 def test_model_without_tokenizer(capsys, quantized, tmp_path):
     for file in quantized.glob("tokenizer*"):
         file.unlink()

@@ -24,6 +24,7 @@ from bitfold.quantizers import gptq
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError
 from calibrated import OPTIONS, RECIPE, contents
+from command import call, call_json
 from tiny import one_thread  # noqa: F401
 from torch import nn
 
@@ -374,6 +375,30 @@ def test_killed_at_any_time_it_goes_on_to_the_same_bytes(activations, source, te
     assert kills >= 3
     assert contents(tmp_path / "q") == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+# ---- the command line ----
+
+
+def test_the_command_quantizes_and_eval_warns_of_the_same_text(source, text, whole, tmp_path, capsys):
+    options = ("--recipe", RECIPE, "--calibration", text, "--samples", 6, "--sequence-length", 32)
+    found = call_json(capsys, "quantize", source, tmp_path / "q", *options)
+    assert contents(tmp_path / "q") == contents(whole)
+    assert found["modules"][0]["calibration"]["method"] == "gptq"
+    code, out, _ = call(capsys, "quantize", source, tmp_path / "q", *options, "--force", "--seed", 3)
+    assert code == 0
+    assert "output error" in out
+    evaluate = ("eval", whole, "--context", 64, "--text")
+    code, out, err = call(capsys, *evaluate, text, "--json")
+    assert code == 0
+    share = json.loads(out)["calibration_overlap"]
+    assert share > overlap.NOTABLE
+    assert f"was calibrated on {share:.0%} of the passages of this text" in err
+    other = calibrated.write_text(tmp_path / "other.txt", words=300, seed=5)
+    code, out, err = call(capsys, *evaluate, other, "--json")
+    assert code == 0
+    assert json.loads(out)["calibration_overlap"] == 0
+    assert "calibrated" not in err
 
 
 # ---- quality ----

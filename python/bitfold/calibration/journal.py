@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -126,7 +127,11 @@ class Journal:
         self._clear()
         self.folder.rmdir()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.finished == 0:
+            self.drop()  # there is nothing to go on with
         os.close(self._lock)
 
 

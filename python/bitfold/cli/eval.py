@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bitfold import hub
+from bitfold.calibration.overlap import NOTABLE, share_seen
 from bitfold.cli.console import (
     Activations,
     Device,
@@ -18,6 +19,7 @@ from bitfold.cli.console import (
     out,
     print_json,
     progress,
+    say,
 )
 from bitfold.evaluate import Comparison, Perplexity, compare, compute_dtype, cut, default_context, perplexity
 
@@ -52,6 +54,12 @@ def evaluate(
         dtype=compute_dtype(subject),
         max_tokens=max_tokens or None,
     )
+    overlap = share_seen(model, windows.ids)
+    if overlap is not None and overlap >= NOTABLE:
+        say(
+            f"warning: {model} was calibrated on {overlap:.0%} of the passages of this text, so the figures flatter "
+            "it: measure on another text"
+        )
     result: Perplexity | Comparison
     with progress("evaluating") as update:
         if reference is None:
@@ -61,7 +69,9 @@ def evaluate(
                 reference, subject, windows, progress=lambda done, total: update("", done, total)
             )
     if json:
-        print_json({"model": model, "base": base, "text": text, **_fields(result)})
+        print_json(
+            {"model": model, "base": base, "text": text, "calibration_overlap": overlap, **_fields(result)}
+        )
         return
     out.print(f"protocol     {result.protocol}")
     own = result.model if isinstance(result, Comparison) else result
