@@ -401,6 +401,32 @@ def test_the_command_quantizes_and_eval_warns_of_the_same_text(source, text, who
     assert "calibrated" not in err
 
 
+# ---- several processes ----
+
+
+def test_two_processes_make_what_one_makes(source, text, tmp_path):
+    """Rows of 512 tokens: four of them are a bundle, and each process gets one."""
+    command = ["quantize", source, tmp_path / "two", "--recipe", RECIPE, "--calibration", text]
+    options = ["--samples", "7", "--sequence-length", "512", "--activations", "disk"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "-m", "bitfold", *command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters quantized") == 1
+    one = quantize_calibrated(source, tmp_path / "one", RECIPE, text, samples=7, sequence_length=512)
+    first, second = tiny.tensors_of(tmp_path / "one"), tiny.tensors_of(tmp_path / "two")
+    assert first.keys() == second.keys()
+    codes = [name for name in first if name.endswith(".codes")]
+    same = sum(int((first[name] == second[name]).sum()) for name in codes)
+    assert same / sum(first[name].numel() for name in codes) > 0.999
+    report = json.loads((tmp_path / "two" / "bitfold_report.json").read_text())
+    for module, other in zip(one.modules, report["modules"], strict=True):
+        assert module.name == other["name"]
+        assert other["calibration"]["output_error"] == pytest.approx(
+            module.calibration.output_error, rel=5e-3
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
 # ---- quality ----
 
 

@@ -19,15 +19,21 @@ from bitfold.writer import check_room, sync
 class Activations:
     """The inputs of the blocks, one block after the other.
 
-    shape: (samples, tokens, hidden); folder: where the two files go; None: RAM. `data` are the inputs of the current
+    shape: (samples, tokens, hidden); folder: where the two files go; None: RAM; rank: of the process whose samples
+    these are. `data` are the inputs of the current
     block; `write` puts an output away, `advance` makes the outputs the inputs of the next block.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None, block: int = 0
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        folder: Path | None,
+        block: int = 0,
+        rank: int = 0,
     ) -> None:
         self._shape, self._dtype, self._folder = shape, dtype, folder
-        self._block = block
+        self._block, self._rank = block, rank
         if folder is None:
             self.data = self._next = torch.empty(shape, dtype=dtype)
             return
@@ -41,7 +47,7 @@ class Activations:
 
     def _map(self, block: int) -> Tensor:
         assert self._folder is not None
-        path = str(_path(self._folder, block))
+        path = str(_path(self._folder, block, self._rank))
         with open(path, "ab"):  # from_file makes no file; what is there stays
             pass
         count = math.prod(self._shape)
@@ -59,17 +65,19 @@ class Activations:
     def advance(self) -> None:
         """Go on to the next block: the outputs, durable if they are in a file, become its inputs."""
         if self._folder is not None:
-            sync(_path(self._folder, self._block + 1))
+            sync(_path(self._folder, self._block + 1, self._rank))
         self._block += 1
         self.data, self._next = self._next, self.data
 
 
-def are_kept(folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, block: int) -> bool:
+def are_kept(
+    folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, block: int, rank: int = 0
+) -> bool:
     """Whether an earlier run left the inputs of a block that isn't the first, once all blocks before it are
     finished."""
-    path = _path(folder, block)
+    path = _path(folder, block, rank)
     return block > 0 and path.exists() and path.stat().st_size == math.prod(shape) * dtype.itemsize
 
 
-def _path(folder: Path, block: int) -> Path:
-    return folder / f"activations-{block % 2}"
+def _path(folder: Path, block: int, rank: int) -> Path:
+    return folder / f"activations-{rank}-{block % 2}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitfold.calibration.activations import Activations
 from bitfold.calibration.blocks import Call, Compute, stays_stored
+from bitfold.calibration.processes import Processes
 from bitfold.calibration.workers import Workers
 from bitfold.nn import QuantLinear
 from bitfold.qtensor import QTensor
@@ -23,6 +24,11 @@ from bitfold.recipes import Rule
 _STRIP = 256  # rows of a Hessian that are one piece of work
 _BUNDLE = 2048  # tokens whose products are summed in fp32, unless one sample has more
 _WAVE_BYTES = 256 << 20  # inputs of a layer that are held at a time, unless one sample has more
+
+
+def bundle_of(tokens: int) -> int:
+    """How many samples of so many tokens are summed in fp32."""
+    return max(1, _BUNDLE // tokens)
 
 
 class BlockRun:
@@ -43,11 +49,12 @@ class BlockRun:
         inputs: Activations,
         workers: Workers,
         dtype: torch.dtype,
+        processes: Processes | None = None,
     ) -> None:
         self.name, self.module, self.rules, self.dtype = name, module, dict(rules), dtype
         self.call, self.samples = call, inputs.data.shape[0]
         self.device = next(module.parameters()).device
-        self._inputs, self._workers = inputs, workers
+        self._inputs, self._workers, self._processes = inputs, workers, processes or Processes()
         self._hessian: tuple[str, Tensor] | None = None
         self.groups = self._find_groups() if self.rules else ()
         grouped = {name for group in self.groups for name in group}
@@ -66,7 +73,8 @@ class BlockRun:
 
         Products of about _BUNDLE tokens are summed in fp32, these sums in float64: in an order that depends on nothing
         but the samples, and so well that hardly a bit of the result would depend on it. The last Hessian is kept, and
-        serves all layers of a group. Raises ValueError where an input isn't finite.
+        serves all layers of a group. Several processes must ask together: each gets the sum over all of them. Raises
+        ValueError where an input isn't finite.
         """
         first = next(group for group in self.groups if name in group)[0]
         if self._hessian is None or self._hessian[0] != first:
@@ -215,7 +223,7 @@ class BlockRun:
         k = self.linear(name).in_features
         sums = torch.zeros(k, k, dtype=torch.float64, device=self.device)
         starts = range(0, k, _STRIP)
-        bundle = max(1, _BUNDLE // self._inputs.data.shape[1])
+        bundle = bundle_of(self._inputs.data.shape[1])
         for wave in self._waves(k, bundle):
             xs = self._inputs_of(name, wave)
             parts = [torch.cat(xs[i : i + bundle]).float() for i in range(0, len(xs), bundle)]
@@ -228,6 +236,7 @@ class BlockRun:
                     sums[start:stop, :stop] += x[:, start:stop].t() @ x[:, :stop]
 
             self._workers.map(add, reversed(starts))
+        self._processes.sum_(sums)
         hessian = torch.empty(k, k, dtype=torch.float32, device=self.device)
         for start in starts:
             stop = min(start + _STRIP, k)

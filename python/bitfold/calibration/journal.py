@@ -40,6 +40,7 @@ class Journal:
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder, self._fingerprint, self._restart = folder, dict(fingerprint), restart
+        self.finished = 0
 
     def __enter__(self) -> Journal:
         made = not self.folder.exists()

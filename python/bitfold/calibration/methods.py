@@ -34,11 +34,16 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Method:
-    """See the head of this file. needs_inputs: a layer that no input reaches can't be rounded so."""
+    """See the head of this file.
+
+    needs_inputs: a layer that no input reaches can't be rounded so; gather: what several processes must do together
+    before one of them rounds the layer for all. Without it each of them rounds it.
+    """
 
     round: Callable[[BlockRun, str], Rounded]
     prepare: Callable[[BlockRun, Sequence[str]], None] | None = None
     needs_inputs: bool = True
+    gather: Callable[[BlockRun, str], object] | None = None
 
 
 def _format(run: BlockRun, name: str) -> str:
@@ -75,5 +80,5 @@ def _root(squared: float) -> float | None:
 
 METHODS: dict[str, Method] = {
     "rtn": Method(round_plainly, needs_inputs=False),
-    "gptq": Method(_round_gptq),
+    "gptq": Method(_round_gptq, gather=BlockRun.hessian),
 }

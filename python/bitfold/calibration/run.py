@@ -10,10 +10,11 @@ Nothing is written to the target until all blocks are finished; then their tenso
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from bitfold import _C, hf, layout, recipes
 from bitfold.calibration import data, overlap
 from bitfold.calibration.activations import Activations, are_kept
 from bitfold.calibration.blocks import BlockModel, Call
-from bitfold.calibration.collect import BlockRun
+from bitfold.calibration.collect import BlockRun, bundle_of
 from bitfold.calibration.journal import Journal
 from bitfold.calibration.methods import METHODS, Rounded, round_plainly
+from bitfold.calibration.processes import Processes
 from bitfold.calibration.workers import Workers
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
@@ -131,15 +133,42 @@ def quantize_calibrated(
         sequence_length=sequence_length or _context(model),
         seed=seed,
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target)
     folder = Path(work_dir) if work_dir is not None else target.parent / f".{target.name}.calibration"
-    job = _Job(model, recipe, assignments, steps, blocks, text, allow_uncalibrated, progress)
-    with Workers() as workers, Journal(folder, job.fingerprint(workers), restart=restart) as journal:
-        job.calibrate(journal, workers, folder if activations == "disk" else None)
-        summary = job.assemble(journal, target, force=force, shard_bytes=shard_bytes)
-        journal.drop()
-    return summary
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(Processes())
+        workers = stack.enter_context(Workers())
+        share = processes.share(len(text.ids), bundle_of(text.ids.shape[1]))
+        if not share:
+            raise ValueError(
+                f"samples is {samples}, too few of {text.ids.shape[1]} tokens for {processes.size} processes: each "
+                f"must have at least {bundle_of(text.ids.shape[1])}"
+            )
+        told = progress if processes.rank == 0 else None
+        job = _Job(
+            model,
+            recipe,
+            assignments,
+            steps,
+            blocks,
+            text,
+            share,
+            processes,
+            workers,
+            allow_uncalibrated,
+            told,
+        )
+        journal = Journal(folder, job.fingerprint(), restart=restart)
+        if processes.rank == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target)
+            stack.enter_context(journal)
+        journal.finished = processes.from_rank(0, journal.finished)
+        job.calibrate(journal, folder if activations == "disk" else None)
+        summary = None
+        if processes.rank == 0:
+            summary = job.assemble(journal, target, force=force, shard_bytes=shard_bytes)
+            journal.drop()
+        return processes.from_rank(0, summary)
 
 
 def _context(model: Source) -> int:
@@ -149,7 +178,7 @@ def _context(model: Source) -> int:
 
 @dataclass(frozen=True)
 class _Job:
-    """What one run knows from its start."""
+    """What one run knows from its start. share: the samples of this process."""
 
     source: Source
     recipe: Recipe
@@ -157,13 +186,16 @@ class _Job:
     steps: list[Step]
     blocks: BlockModel
     text: data.Calibration
+    share: range
+    processes: Processes
+    workers: Workers
     allow_uncalibrated: bool
     progress: Progress | None
 
-    def fingerprint(self, workers: Workers) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a run to go on where an earlier one was stopped, by the name that a message has."""
         files = sorted({step.stored.path for step in self.steps})
-        hashes = workers.map(_sha256, [self.source.path / "config.json", *files])
+        hashes = self.workers.map(_sha256, [self.source.path / "config.json", *files])
         return {
             "model": hashlib.sha256("".join(hashes).encode()).hexdigest(),
             "recipe": "; ".join(
@@ -180,22 +212,23 @@ class _Job:
 
     # ---- the blocks ----
 
-    def calibrate(self, journal: Journal, workers: Workers, folder: Path | None) -> None:
+    def calibrate(self, journal: Journal, folder: Path | None) -> None:
         """Quantize the blocks that are not in the journal yet; folder: for activations, None: they stay in RAM."""
         first, count = journal.finished, len(self.blocks.names)
         if first == count:
             return
         hidden = self.source.model_config.get_text_config(decoder=True).hidden_size
-        shape = (*self.text.ids.shape, hidden)
-        on_disk = folder is not None and are_kept(folder, shape, self.blocks.dtype, first)
-        inputs = Activations(shape, self.blocks.dtype, folder, first if on_disk else 0)
+        rows = self.text.ids[self.share.start : self.share.stop]
+        shape, dtype, rank = (*rows.shape, hidden), self.blocks.dtype, self.processes.rank
+        on_disk = folder is not None and are_kept(folder, shape, dtype, first, rank)
+        inputs = Activations(shape, dtype, folder, first if on_disk else 0, rank)
         self._tell("the first block's inputs", 0)
         if on_disk:
-            calls = self.blocks.first_inputs(self.text.ids[:2], lambda sample, x: None)
+            calls = self.blocks.first_inputs(rows[:2], lambda sample, x: None)
         else:
-            calls = self.blocks.first_inputs(self.text.ids, inputs.write_first)
+            calls = self.blocks.first_inputs(rows, inputs.write_first)
         for index in range(first if on_disk else 0, count):
-            run = self._run_of(index, calls[index], inputs, workers)
+            run = self._run_of(index, calls[index], inputs)
             if index < first:
                 self._restore(run, journal.tensors(index), journal.report(index))
                 run.write_outputs()
@@ -205,13 +238,15 @@ class _Job:
                 tensors = self._tensors_of(run)
                 run.write_outputs()
                 inputs.advance()
-                journal.add(index, tensors, modules)
+                if rank == 0:
+                    journal.add(index, tensors, modules)
+                self.processes.wait()
                 del tensors
             del run
             give_back_memory()
             self._tell(self.blocks.names[index], (index + 1) * _BLOCK)
 
-    def _run_of(self, index: int, call: Call, inputs: Activations, workers: Workers) -> BlockRun:
+    def _run_of(self, index: int, call: Call, inputs: Activations) -> BlockRun:
         name = self.blocks.names[index]
         rules = {}
         for step in self.steps:
@@ -221,7 +256,7 @@ class _Job:
         module = self.blocks.load(index)
         for key, parameter in module.named_parameters():
             check_finite(f"{name}.{key}", parameter)
-        return BlockRun(name, module, rules, call, inputs, workers, self.blocks.dtype)
+        return BlockRun(name, module, rules, call, inputs, self.workers, self.blocks.dtype, self.processes)
 
     def _kept(self, block: str) -> dict[str, torch.dtype]:
         """The dtypes in which the tensors of a block that are not quantized are stored, by their names within it."""
@@ -245,14 +280,25 @@ class _Job:
         run.settle(self._kept(run.name))
         modules = []
         for number, group in enumerate((*run.groups, run.never_run)):
-            rounded = {}
-            for layer in group:
-                self._tell(f"{run.name}.{layer}", self._done(run, number))
-                rounded[layer] = _round(run, layer)
+            rounded = dict(self._round_group(run, group, number))
             for layer, made in rounded.items():
                 modules.append(self._summary(run, layer, made))
                 run.replace(layer, made.qtensor)
         return [dataclasses.asdict(module) for module in modules]
+
+    def _round_group(self, run: BlockRun, group: Sequence[str], number: int) -> Iterator[tuple[str, Rounded]]:
+        """Round layers that share an input; a process rounds some of them, and gets the others."""
+        own: dict[str, Rounded] = {}
+        for turn, layer in enumerate(group):
+            self._tell(f"{run.name}.{layer}", self._done(run, number))
+            method = METHODS[run.rules[layer].method]
+            shared = method.gather is not None and layer not in run.never_run
+            if method.gather is not None and shared:
+                method.gather(run, layer)
+            if not shared or turn % self.processes.size == self.processes.rank:
+                own[layer] = _round(run, layer)
+        for turn, layer in enumerate(group):
+            yield layer, self.processes.from_rank(turn % self.processes.size, own.get(layer))
 
     def _summary(self, run: BlockRun, layer: str, made: Rounded) -> ModuleSummary:
         weight = run.linear(layer).weight

@@ -13,6 +13,7 @@ import typer
 
 from bitfold.budget import Entry, plan_checkpoint
 from bitfold.calibration.data import SAMPLES, SEQUENCE_LENGTH
+from bitfold.calibration.processes import is_first
 from bitfold.calibration.run import quantize_calibrated
 from bitfold.cli.console import (
     Json,
@@ -173,7 +174,8 @@ def quantize(
         if clamp:
             raise ValueError("--clamp is given; --calibration has no use for it")
         summary = _calibrate(model, output, recipe, calibrated, force, int(shard_size * 1e9))
-        _show_result(summary, output, json)
+        if is_first():
+            _show_result(summary, output, json)
         return
     with progress("quantizing") as update:
         summary = quantize_checkpoint(
