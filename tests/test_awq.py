@@ -262,9 +262,18 @@ def test_half_of_the_products_are_the_whole_quadratic_form(k):
     torch.manual_seed(k)
     x, e = torch.randn(30, k), torch.randn(5, k)
     gram = x.T @ x
-    found = awq.quadratic(e, awq.fold_triangle(gram))
+    found = awq.quadratic(e, gram)
     expected = ((e.double() @ x.double().T) ** 2).sum()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_error_of_a_quantized_matrix_is_that_of_its_outputs():
+    weight, x = layer(12, 64, 6)
+    factors = torch.exp(torch.linspace(-1, 1, 64, dtype=torch.float64))
+    qtensor = bitfold.encode(weight * factors.float(), "int3-g32")
+    found = awq.output_error(weight * factors.float(), qtensor, x.T @ x, columns=factors)
+    w, changed = weight.double().numpy(), qtensor.decode(torch.float64).numpy() / factors.numpy()
+    assert found == pytest.approx(oracle_awq.output_error(w, changed, x.double().numpy()), rel=1e-4)
 
 
 def test_bad_input_is_named():

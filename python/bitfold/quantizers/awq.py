@@ -114,12 +114,12 @@ def search_scales(
     ranks = _total(_ranks(w, f, parts, columns, map) for w, f in zip(weights, formats, strict=True))
     order = ranks.argsort(stable=True)[: options.finalists].tolist()
     trial = sorted({0, *order})
-    triangle = fold_triangle(gram)
+    gram = gram.to(torch.float32)
     exact = torch.stack(
-        [_errors(w, f, triangle, columns[trial], map) for w, f in zip(weights, formats, strict=True)]
+        [_errors(w, f, gram, columns[trial], map) for w, f in zip(weights, formats, strict=True)]
     )  # [weights, trials]
     best = min(range(len(trial)), key=lambda i: (float(exact[:, i].sum()), i))
-    energy = tuple(float(_energy(w, triangle, map)) for w in weights)
+    energy = tuple(float(_energy(w, gram, map)) for w in weights)
     return Scaled(
         points[trial[best]],
         trial[best] / options.grid,
@@ -208,7 +208,7 @@ def _ranks(weight: Tensor, format: str, parts: _Sketch, columns: Tensor, map: Ma
     return _total(map(piece, _pieces(weight, parsed)))
 
 
-def _errors(weight: Tensor, format: str, triangle: Tensor, columns: Tensor, map: Map) -> Tensor:
+def _errors(weight: Tensor, format: str, gram: Tensor, columns: Tensor, map: Map) -> Tensor:
     """tr(E G E^T) for each row of `columns`, scales [points, k]: float64 [points]."""
     parsed, factors = parse(format), columns.to(torch.float32)
     lost = torch.tensor(math.inf, dtype=torch.float64, device=weight.device)
@@ -217,45 +217,47 @@ def _errors(weight: Tensor, format: str, triangle: Tensor, columns: Tensor, map:
         rows = rows.to(torch.float32)
         changes = [_rounding(rows * s, parsed) for s in factors]
         return torch.stack(
-            [
-                lost if e is None else quadratic(e.div_(s), triangle)
-                for e, s in zip(changes, factors, strict=True)
-            ]
+            [lost if e is None else quadratic(e.div_(s), gram) for e, s in zip(changes, factors, strict=True)]
         )
 
     return _total(map(piece, _pieces(weight, parsed)))
 
 
-def _energy(weight: Tensor, triangle: Tensor, map: Map) -> Tensor:
+def _energy(weight: Tensor, gram: Tensor, map: Map) -> Tensor:
     pieces = weight.split(max(1, _PIECE // weight.shape[1]))
-    return _total(map(lambda rows: quadratic(rows.to(torch.float32), triangle), pieces))
+    return _total(map(lambda rows: quadratic(rows.to(torch.float32), gram), pieces))
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
 
 
-def fold_triangle(gram: Tensor) -> Tensor:
-    """G in float32 with all doubled that is above the blocks on the diagonal: `quadratic` does without what is below
-    them, and with half of the products."""
-    folded = gram.to(torch.float32, copy=True)
-    for start in range(_PANEL, len(folded), _PANEL):
-        folded[:start, start : start + _PANEL] *= 2
-    return folded
-
-
-def quadratic(e: Tensor, triangle: Tensor) -> Tensor:
-    """The sum over rows of e G e^T: float64."""
-    sums = [
-        (
-            (e[:, : start + _PANEL] @ triangle[: start + _PANEL, start : start + _PANEL])
-            * e[:, start : start + _PANEL]
-        )
-        .sum(1)
-        .sum(dtype=torch.float64)
-        for start in range(0, e.shape[1], _PANEL)
-    ]
+def quadratic(e: Tensor, gram: Tensor) -> Tensor:
+    """The sum over rows of e G e^T, from one triangle of G, by half of the products: float64."""
+    sums = []
+    for start in range(0, e.shape[1], _PANEL):
+        stop = min(start + _PANEL, e.shape[1])
+        panel = e[:, start:stop]
+        product = e[:, :start] @ gram[:start, start:stop]
+        product.mul_(2).addmm_(panel, gram[start:stop, start:stop])
+        sums.append(product.mul_(panel).sum(1).sum(dtype=torch.float64))
     return torch.stack(sums).sum()
+
+
+@torch.no_grad()
+def output_error(
+    weight: Tensor, qtensor: QTensor, gram: Tensor, *, columns: Tensor | None = None, map: Map = map
+) -> float:
+    """tr(E G E^T) of any quantized matrix; columns: as in `search_clip`."""
+    factors = None if columns is None else columns.to(torch.float32)
+
+    def piece(rows: tuple[Tensor, Tensor]) -> Tensor:
+        e = rows[1].sub_(rows[0].to(torch.float32))
+        return quadratic(e if factors is None else e.div_(factors), gram)
+
+    size = max(1, _PIECE // weight.shape[1])
+    pieces = zip(weight.split(size), qtensor.decode().split(size), strict=True)
+    return float(_total(map(piece, pieces)))
 
 
 # ---- clipping ----
@@ -357,8 +359,3 @@ def _group_errors(e: Tensor, blocks: Tensor) -> Tensor:
     groups, width, _ = blocks.shape
     parts = pad(e, (0, groups * width - e.shape[1])).unflatten(1, (groups, width)).transpose(0, 1)
     return torch.einsum("grj,grj->rg", torch.bmm(parts, blocks), parts)
-
-
-def relative(error: float, energy: float) -> float:
-    """An error in units of the output's square; 0 where there is no output."""
-    return error / energy if energy > 0 else 0.0 if math.isfinite(error) else error
