@@ -49,6 +49,8 @@ PRESETS = {
     "fp8": "fp8-e4m3-channel",
     "gptq-int4-g128": "int4-g128",
     "gptq-int3-g64": "int3-g64",
+    "awq-int4-g128": "int4-g128",
+    "awq-int3-g128": "int3-g128",
 }
 
 
@@ -77,7 +79,8 @@ def test_presets_with_a_method_need_calibration_and_have_it_in_their_name():
     for name, preset in bitfold.RECIPES.items():
         methods = {rule.method for rule in preset.rules}
         assert preset.needs_calibration == (methods != {"rtn"})
-        assert name.startswith("gptq-") == (methods == {"gptq"})
+        for method in ("gptq", "awq"):
+            assert name.startswith(f"{method}-") == (methods == {method})
 
 
 @pytest.mark.parametrize("attention", ["self_attn", "attn", "attention", "self_attention"])
@@ -330,7 +333,7 @@ def test_options_of_a_method_in_toml(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('method = "gptqq"', "must be one of rtn, gptq"),
+        ('method = "gptqq"', "must be one of rtn, gptq, awq"),
         ("damping = 0.1", "unknown key 'damping'"),
         ('method = "gptq"\ndampin = 0.1', "did you mean 'damping'"),
         ('method = "gptq"\ndamping = "much"', "damping is 'much'; it must be a float"),

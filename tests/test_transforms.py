@@ -97,3 +97,38 @@ def test_bad_input_is_named():
         transforms.smooth_scales(-ones, [torch.ones(2, 3)])
     with pytest.raises(ValueError, match="weights is empty"):
         transforms.smooth_scales(ones, [])
+
+
+# ---- rotations ----
+
+
+@pytest.mark.parametrize(
+    ("size", "mixed"),
+    [
+        *((2**p, True) for p in range(8)),
+        *(
+            (size, True)
+            for size in (12, 20, 24, 28, 36, 44, 48, 60, 80, 108, 768, 896, 1536, 2304, 2560, 3584)
+        ),
+        *((size, False) for size in (3, 6, 10, 92, 172, 184)),
+    ],
+)
+def test_a_hadamard_rotation_is_orthogonal_and_mixes_all_columns(size, mixed):
+    """Entries are all of one size; where no Hadamard matrix is known they are so within blocks of a power of two."""
+    rotation = transforms.hadamard_rotation(size, 5)
+    q = rotation.apply(torch.eye(size, dtype=torch.float64)).numpy()
+    np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-13)
+    width = size if mixed else size & -size
+    inside = np.kron(np.eye(size // width), np.ones((width, width)))
+    np.testing.assert_allclose(np.abs(q), inside / np.sqrt(width), atol=1e-13)
+    x = torch.randn(3, 2, size, dtype=torch.float64)
+    np.testing.assert_allclose(rotation.apply(x), x.numpy() @ q, atol=1e-12)
+    np.testing.assert_allclose(rotation.undo(rotation.apply(x)), x, atol=1e-12)
+
+
+def test_signs_come_from_the_seed():
+    one, same, other = (transforms.hadamard_rotation(64, seed).signs for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    with pytest.raises(ValueError, match="size is 0; it must be at least 1"):
+        transforms.hadamard_rotation(0, 0)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.formats import FORMATS, parse
+from bitfold.quantizers.awq import AwqOptions
 from bitfold.quantizers.gptq import GptqOptions
 
 if sys.version_info >= (3, 11):
@@ -38,7 +39,7 @@ else:
     import tomli as tomllib
 
 KEEP = "keep"
-METHODS: dict[str, type | None] = {"rtn": None, "gptq": GptqOptions}
+METHODS: dict[str, type | None] = {"rtn": None, "gptq": GptqOptions, "awq": AwqOptions}
 """How codes are chosen, and the options that each way has: "rtn" rounds to nearest and looks at nothing but the weight,
 the others look at what the layer multiplies, and need calibration data."""
 
@@ -238,6 +239,20 @@ RECIPES: dict[str, Recipe] = {
             "int3-g64",
             "with a text for calibration, when 4 bits don't fit",
             method="gptq",
+        ),
+        _linears(
+            "awq-int4-g128",
+            "int4-g128, columns with large inputs scaled up, ranges clipped",
+            "int4-g128",
+            "with a text for calibration: a smaller loss than int4-g128 at the same size",
+            method="awq",
+        ),
+        _linears(
+            "awq-int3-g128",
+            "int3-g128, columns with large inputs scaled up, ranges clipped",
+            "int3-g128",
+            "with a text for calibration, when 4 bits don't fit",
+            method="awq",
         ),
     )
 }

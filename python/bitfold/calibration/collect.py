@@ -7,8 +7,8 @@ quantized or rewritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from bitfold.nn import QuantLinear
 from bitfold.qtensor import QTensor
 from bitfold.recipes import Rule
 
+T = TypeVar("T")
 _STRIP = 256  # rows of a Hessian that are one piece of work
 _BUNDLE = 2048  # tokens whose products are summed in fp32, unless one sample has more
 _WAVE_BYTES = 256 << 20  # inputs of a layer that are held at a time, unless one sample has more
@@ -37,7 +38,9 @@ class BlockRun:
     name: "model.layers.3"; module: the block, with the weights of its linear layers as they are stored and all else
     in `dtype`, in which it computes; rules: what the recipe says of each linear layer that it quantizes, by the name
     within the block ("self_attn.q_proj"); groups: these names, those together that have the same input, in the order
-    in which they run; never_run: those that the block has but doesn't use.
+    in which they run; never_run: those that the block has but doesn't use; config: the model's, as transformers reads
+    it; stored: the dtypes that the checkpoint will have of what isn't quantized, by name within the block; notes: what
+    a method found out before it rounds, by layer.
     """
 
     def __init__(
@@ -50,12 +53,17 @@ class BlockRun:
         workers: Workers,
         dtype: torch.dtype,
         processes: Processes | None = None,
+        *,
+        config: Any = None,
+        stored: Mapping[str, torch.dtype] | None = None,
     ) -> None:
+        self.config, self.stored = config, dict(stored or {})
+        self.notes: dict[str, Any] = {}
         self.name, self.module, self.rules, self.dtype = name, module, dict(rules), dtype
         self.call, self.samples = call, inputs.data.shape[0]
         self.device = next(module.parameters()).device
         self._inputs, self._workers, self._processes = inputs, workers, processes or Processes()
-        self._hessian: tuple[str, Tensor] | None = None
+        self._hessian: tuple[str, Tensor, Tensor] | None = None
         self.groups = self._find_groups() if self.rules else ()
         grouped = {name for group in self.groups for name in group}
         self.never_run = tuple(name for name in self.rules if name not in grouped)
@@ -79,8 +87,18 @@ class BlockRun:
         first = next(group for group in self.groups if name in group)[0]
         if self._hessian is None or self._hessian[0] != first:
             self._hessian = None  # its memory goes before the next one comes
-            self._hessian = (first, self._sum_hessian(first))
+            self._hessian = (first, *self._sum_hessian(first))
         return self._hessian[1]
+
+    def magnitudes(self, name: str) -> Tensor:
+        """The mean absolute input of each column of a linear layer: float64 [k], summed with the Hessian."""
+        self.hessian(name)
+        assert self._hessian is not None
+        return self._hessian[2]
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """function of each item, in their order, by threads with one core each."""
+        return self._workers.map(function, items)
 
     def inputs(self, name: str) -> Iterator[Tensor]:
         """What a linear layer multiplies, of each sample in order: [tokens, k]."""
@@ -105,6 +123,10 @@ class BlockRun:
 
         return self._workers.map(work, [0])[0]
 
+    def agree(self, value: T) -> T:
+        """What the first of several processes has in the place of `value`: all of them go on with the same."""
+        return self._processes.from_rank(0, value)
+
     # ---- what becomes of the block ----
 
     def settle(self, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -116,6 +138,7 @@ class BlockRun:
     def set(self, values: Mapping[str, Tensor]) -> None:
         """Give tensors of the block, by name within it, other values, in the dtypes that `BlockModel.load` gives
         them."""
+        self._hessian = None
         for name, value in values.items():
             owner, _, attribute = name.rpartition(".")
             module = self.module.get_submodule(owner)
@@ -219,24 +242,30 @@ class BlockRun:
             handle.remove()
         raise ValueError(f"{self.name} never runs its part {name!r}")
 
-    def _sum_hessian(self, name: str) -> Tensor:
+    def _sum_hessian(self, name: str) -> tuple[Tensor, Tensor]:
         k = self.linear(name).in_features
         sums = torch.zeros(k, k, dtype=torch.float64, device=self.device)
+        sizes = torch.zeros(
+            k + 1, dtype=torch.float64, device=self.device
+        )  # behind them the number of tokens
         starts = range(0, k, _STRIP)
         bundle = bundle_of(self._inputs.data.shape[1])
         for wave in self._waves(k, bundle):
             xs = self._inputs_of(name, wave)
             parts = [torch.cat(xs[i : i + bundle]).float() for i in range(0, len(xs), bundle)]
             del xs
+            sizes[k] += sum(len(x) for x in parts)
 
             def add(start: int, parts: list[Tensor] = parts) -> None:
                 """One strip of the lower half, all bundles of the wave one after the other."""
                 stop = min(start + _STRIP, k)
                 for x in parts:
                     sums[start:stop, :stop] += x[:, start:stop].t() @ x[:, :stop]
+                    sizes[start:stop] += x[:, start:stop].abs().sum(0, dtype=torch.float64)
 
             self._workers.map(add, reversed(starts))
         self._processes.sum_(sums)
+        self._processes.sum_(sizes)
         hessian = torch.empty(k, k, dtype=torch.float32, device=self.device)
         for start in starts:
             stop = min(start + _STRIP, k)
@@ -247,7 +276,7 @@ class BlockRun:
                 f"{self.name}: the inputs of {name} are not finite in {self._dtype_name()}: another dtype, such as "
                 "float32, may do, or a weight is broken"
             )
-        return hessian
+        return hessian, sizes[:k] / sizes[k]
 
 
 class _Seen(Exception):

@@ -42,11 +42,13 @@ class Feed:
 class Architecture:
     """The feeds of a block, in the order in which a block computes.
 
-    offset: what a norm adds to its weight before it multiplies.
+    offset: what a norm adds to its weight before it multiplies; writers: the layers whose outputs are added to the
+    residual stream as they are, empty where norms stand between.
     """
 
     feeds: tuple[Feed, ...]
     offset: float = 0.0
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def _split(attention_norm: str, mlp_norm: str) -> tuple[Feed, ...]:
@@ -71,7 +73,7 @@ def _fused(attention_norm: str, mlp_norm: str) -> tuple[Feed, ...]:
 
 _LLAMA = Architecture(_split("input_layernorm", "post_attention_layernorm"))
 # The norms behind attention and MLP go into the residual stream and feed no linear layer.
-_GEMMA_2 = Architecture(_split("input_layernorm", "pre_feedforward_layernorm"), offset=1.0)
+_GEMMA_2 = Architecture(_split("input_layernorm", "pre_feedforward_layernorm"), offset=1.0, writers=())
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -125,11 +127,12 @@ class Fold:
         return sums / self.spread.bincount(minlength=self.channels)
 
     @torch.no_grad()
-    def apply(self, scales: Tensor) -> Tensor:
+    def apply(self, scales: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Divide the source's channels by `scales` [channels] and multiply the columns that read them, in place.
 
-        Returns the factors of the columns, float64 [k]: of a norm those that rounding to its dtype really left
-        (`transforms.divide_norm`). Raises ValueError where scales are not positive and finite.
+        dtype: that a norm will be stored in, None: the one that it has. Returns the factors of the columns, float64
+        [k]: of a norm those that rounding to its dtype really left (`transforms.divide_norm`). Raises ValueError where
+        scales are not positive and finite.
         """
         source: Any = self.source
         if isinstance(source, nn.Linear):
@@ -138,7 +141,7 @@ class Fold:
                 source.bias.copy_(divide_rows(source.bias, scales, self.rows))
             scales = scales.to(torch.float64)
         else:
-            weight, scales = divide_norm(source.weight, scales, self.offset)
+            weight, scales = divide_norm(source.weight.to(dtype or source.weight.dtype), scales, self.offset)
             source.weight.copy_(weight)
         columns = scales[self.spread]
         for target in self.targets:

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from bitfold.calibration import scaling
 from bitfold.calibration.collect import BlockRun
 from bitfold.qtensor import QTensor
 from bitfold.quantize import CalibrationSummary, encode_named
@@ -58,7 +59,10 @@ def round_plainly(run: BlockRun, name: str) -> Rounded:
 
 
 def _round_gptq(run: BlockRun, name: str) -> Rounded:
-    options = run.rules[name].options or gptq.GptqOptions()
+    return _solve(run, name, run.rules[name].options or gptq.GptqOptions())
+
+
+def _solve(run: BlockRun, name: str, options: gptq.GptqOptions) -> Rounded:
     try:
         solved = gptq.solve(run.linear(name).weight, run.hessian(name), _format(run, name), options)
     except ValueError as error:
@@ -73,6 +77,19 @@ def _round_gptq(run: BlockRun, name: str) -> Rounded:
     return Rounded(dataclasses.replace(solved.qtensor, g_idx=solved.g_idx), summary)
 
 
+def _round_awq(run: BlockRun, name: str) -> Rounded:
+    """What `scaling.prepare` made, or GPTQ of the scaled weight."""
+    note: scaling.Note = run.notes[name]
+    if note.qtensor is not None:
+        return Rounded(note.qtensor, CalibrationSummary("awq", note.output_error, note.rounding_error))
+    made = _solve(run, name, gptq.GptqOptions())
+    assert made.summary is not None
+    method = "awq" if made.summary.method == "rtn" else f"awq, {made.summary.method}"
+    return Rounded(
+        made.qtensor, dataclasses.replace(made.summary, method=method, rounding_error=note.rounding_error)
+    )
+
+
 def _root(squared: float) -> float | None:
     """The relative norm of an error whose relative square is known (NaN: it isn't)."""
     return None if math.isnan(squared) else math.sqrt(squared)
@@ -81,4 +98,5 @@ def _root(squared: float) -> float | None:
 METHODS: dict[str, Method] = {
     "rtn": Method(round_plainly, needs_inputs=False),
     "gptq": Method(_round_gptq, gather=BlockRun.hessian),
+    "awq": Method(_round_awq, prepare=scaling.prepare),
 }

@@ -256,7 +256,18 @@ class _Job:
         module = self.blocks.load(index)
         for key, parameter in module.named_parameters():
             check_finite(f"{name}.{key}", parameter)
-        return BlockRun(name, module, rules, call, inputs, self.workers, self.blocks.dtype, self.processes)
+        return BlockRun(
+            name,
+            module,
+            rules,
+            call,
+            inputs,
+            self.workers,
+            self.blocks.dtype,
+            self.processes,
+            config=self.source.model_config,
+            stored=self._kept(name),
+        )
 
     def _kept(self, block: str) -> dict[str, torch.dtype]:
         """The dtypes in which the tensors of a block that are not quantized are stored, by their names within it."""

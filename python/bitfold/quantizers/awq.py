@@ -45,18 +45,21 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 @dataclass(frozen=True)
 class AwqOptions:
     """grid: points of alpha, 0, 1 / grid, ... below 1; finalists: how many of them are compared by the product with G;
-    clip: whether groups are clipped.
+    clip: whether groups are clipped; then: "round", or "gptq": columns are scaled, and GPTQ rounds them (unclipped).
     """
 
     grid: int = 20
     finalists: int = 4
     clip: bool = True
+    then: str = "round"
 
     def __post_init__(self) -> None:
         if self.grid < 1:
             raise ValueError(f"grid is {self.grid}; it must be at least 1")
         if self.finalists < 1:
             raise ValueError(f"finalists is {self.finalists}; it must be at least 1")
+        if self.then not in ("round", "gptq"):
+            raise ValueError(f"then is {self.then!r}; it must be 'round' or 'gptq'")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,129 @@
+"""AWQ of a decoder block: each feed of the block (mappings.py) gets its scales, each layer its clipping.
+
+All of it is done before anything of the block is rounded, with the inputs that its layers have by then: what the blocks
+before it, quantized, make of the text. Feeds from linear layers come before those from norms, so that a layer's rows
+have been divided when its own columns are scaled and it is rounded.
+
+Weights that are to be quantized are held in float32 from here on; norms are divided in the dtype that the checkpoint
+stores them in, and columns multiplied by what that left. Where a linear layer or a bias stays in 16 bits, scales are
+powers of two: so the block computes what it did before, to float32's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bitfold.calibration import mappings
+from bitfold.calibration.collect import BlockRun
+from bitfold.calibration.mappings import Fold
+from bitfold.qtensor import QTensor
+from bitfold.quantizers import awq
+from bitfold.quantizers.awq import AwqOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Note:
+    """What AWQ made of a layer.
+
+    qtensor: None where another method is to round it; output_error, rounding_error: norms of the output's change over
+    that of the output, of the result (None: there is none yet) and of plain rounding; alpha: of the scales.
+    """
+
+    qtensor: QTensor | None
+    output_error: float | None
+    rounding_error: float
+    alpha: float
+
+
+@torch.no_grad()
+def prepare(run: BlockRun, names: Sequence[str]) -> None:
+    """Scale the feeds of the block that lead to layers `names`, and quantize these; `run.notes` has a Note of each.
+
+    Raises ValueError for a model of which it isn't known what feeds what, and what `awq` raises.
+    """
+    folds = mappings.folds(run.module, run.config)
+    for fold in sorted(folds, key=lambda fold: not isinstance(fold.source, nn.Linear)):
+        layers = [name for name in fold.feed.targets if name in names]
+        if layers:
+            _scale(run, fold, layers)
+    alone = [name for name in names if name not in run.notes]
+    for name in alone:
+        ones = torch.ones(run.linear(name).in_features, dtype=torch.float64, device=run.device)
+        searched = _search(run, [name], ones[:1], spread=torch.zeros_like(ones, dtype=torch.int64))
+        _round(run, name, 0, searched, run.hessian(name), ones)
+
+
+def _scale(run: BlockRun, fold: Fold, layers: list[str]) -> None:
+    """One feed: search, fold, round."""
+    gram = run.hessian(layers[0])
+    searched = _search(run, layers, fold.reduce(run.magnitudes(layers[0])), fold.spread)
+    touched = [*fold.feed.targets, *([fold.feed.source] if isinstance(fold.source, nn.Linear) else [])]
+    run.set({f"{name}.weight": run.linear(name).weight.float() for name in touched if name in run.rules})
+    scales = searched.scales
+    if any(_is_16_bit(run, f"{name}.weight") for name in touched) or (
+        isinstance(fold.source, nn.Linear) and _is_16_bit(run, f"{fold.feed.source}.bias")
+    ):
+        scales = scales.log2().round().exp2()
+    columns = fold.apply(scales, run.stored.get(f"{fold.feed.source}.weight"))
+    for place, name in enumerate(layers):
+        _round(run, name, place, searched, gram, columns)
+
+
+def _is_16_bit(run: BlockRun, tensor: str) -> bool:
+    """Whether the checkpoint has a tensor unquantized and in fewer bits than float32."""
+    dtype = run.stored.get(tensor)
+    return dtype is not None and dtype.itemsize < 4
+
+
+def _options(run: BlockRun, name: str) -> AwqOptions:
+    return run.rules[name].options or AwqOptions()
+
+
+def _format(run: BlockRun, name: str) -> str:
+    format = run.rules[name].format
+    assert format is not None
+    return format
+
+
+def _search(run: BlockRun, layers: list[str], magnitudes: Tensor, spread: Tensor) -> awq.Scaled:
+    try:
+        searched = awq.search_scales(
+            [run.linear(name).weight for name in layers],
+            [_format(run, name) for name in layers],
+            run.hessian(layers[0]),
+            magnitudes,
+            _options(run, layers[0]),
+            spread=spread,
+            map=run.map,
+        )
+    except ValueError as error:
+        raise ValueError(f"{run.name}: {', '.join(layers)}: {error}") from error
+    return run.agree(searched)
+
+
+def _round(run: BlockRun, name: str, place: int, searched: awq.Scaled, gram: Tensor, columns: Tensor) -> None:
+    """Clip and round a layer whose columns have been multiplied by `columns` since gram was summed."""
+    weight, format, options = run.linear(name).weight, _format(run, name), _options(run, name)
+    energy = searched.energy[place]
+    rounding_error = _relative(searched.rounding_errors[place], energy)
+    if options.then != "round":
+        run.notes[name] = Note(None, None, rounding_error, searched.alpha)
+        return
+    shares = None
+    if options.clip and awq.can_clip(format):
+        shares = awq.search_clip(weight, format, gram, columns=columns, map=run.map)
+    try:
+        qtensor = awq.quantize(weight, format, shares)
+    except ValueError as error:
+        raise ValueError(f"{run.name}.{name}.weight: {error}") from error
+    left = awq.output_error(weight, qtensor, gram, columns=columns, map=run.map)
+    run.notes[name] = Note(qtensor, _relative(left, energy), rounding_error, searched.alpha)
+
+
+def _relative(error: float, energy: float) -> float:
+    return math.sqrt(max(0.0, error) / energy) if energy > 0 else 0.0
