@@ -12,12 +12,17 @@ constexpr int kSumColumns = kLanes == 16 ? 8 : 4;
 // Rows of a and b that stay in the first cache, 16 KB of each, while all sums take them up.
 constexpr int64_t kDepth = 128;
 
+template <bool Ahead>  // whether it asks for the rows of a that come next
 BITFOLD_SIMD void product_tile(const float* a, const float* b, int64_t count, float* to) {
   F sums[kSumColumns][2];
   for (int i = 0; i < kSumColumns; ++i) {
     for (int v = 0; v < 2; ++v) sums[i][v] = load(to + i * kPanel + v * kLanes);
   }
   for (int64_t l = 0; l < count; ++l) {
+    if constexpr (Ahead) {
+      prefetch(a + kDepth * kPanel);
+      prefetch(a + kDepth * kPanel + kPanel / 2);
+    }
     const F first = load(b), second = load(b + kLanes);
     for (int i = 0; i < kSumColumns; ++i) {
       const F factor = splat(a[i]);
@@ -36,8 +41,11 @@ void product(const PanelProduct& p) {
   for (int64_t l = 0; l < p.count; l += kDepth) {
     const int64_t count = smaller(kDepth, p.count - l);
     for (int64_t r = 0; r < kPanel; r += 2 * kLanes) {
-      for (int64_t c = 0; c < kPanel; c += kSumColumns) {
-        product_tile(p.a + l * kPanel + c, p.b + l * kPanel + r, count, p.sums + c * kPanel + r);
+      const float* a = p.a + l * kPanel;
+      const float* b = p.b + l * kPanel + r;
+      if (r == 0) product_tile<true>(a, b, count, p.sums);
+      for (int64_t c = r == 0 ? kSumColumns : 0; c < kPanel; c += kSumColumns) {
+        product_tile<false>(a + c, b, count, p.sums + c * kPanel + r);
       }
     }
   }
