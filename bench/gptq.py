@@ -31,6 +31,7 @@ from torch import Tensor
 FORMAT, GROUP = "int4-g128", 128
 TIME_BAR = 0.6  # of llm-compressor's seconds
 ERROR_BAR = 1.005  # times the error of the float64 run
+ORDERS = [order + mse for order in gptq.ORDERS for mse in ("", "+mse")]
 ROWS = 64  # that errors are told of
 
 # llm-compressor's side: answers every line with the seconds of one run, and leaves the weights.
@@ -194,6 +195,20 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def options_table(n: int, k: int) -> str:
+    """The error of every order, with and without the search by squared error, over plain rounding's."""
+    weight, hessian = problem(n, k)
+    lines = [f"error over plain rounding's, {n} x {k}", f"{'':14} " + " ".join(f"{o:>12}" for o in ORDERS)]
+    for format in ("int4-g128", "int3-g64", "int2-g64-asym"):
+        ratios = []
+        for order in ORDERS:
+            name, _, mse = order.partition("+")
+            solved = gptq.solve(weight, hessian, format, gptq.GptqOptions(order=name, mse=bool(mse)))
+            ratios.append(solved.error / solved.rounding_error)
+        lines.append(f"{format:14} " + " ".join(f"{ratio:12.3f}" for ratio in ratios))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,7 +218,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer", help="a Python that has llmcompressor")
     parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .txt")
+    parser.add_argument("--orders", action="store_true", help="only the errors of all orders, no times")
     options = parser.parse_args()
+    if options.orders:
+        print(options_table(options.size, options.size))
+        return
     report = measure(options.size, options.size, options.runs, options.threads, options.peer)
     text = table(report)
     print(text)
