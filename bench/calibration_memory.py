@@ -35,8 +35,9 @@ from bitfold.calibration.run import quantize_calibrated
 def level():
     fields = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Rss"))
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
-source, target, recipe, text, options = sys.argv[1:6]
-bitfold.linear(torch.randn(64, 64), bitfold.encode(torch.randn(64, 64), "int4-g32"))
+source, target, recipe, text, options, small = sys.argv[1:7]
+# What is imported, and what libraries make at their first use, belongs to no model.
+quantize_calibrated(small, target + "-small", recipe, text, samples=2, sequence_length=32)
 start = peak = level()
 running, at, now = True, "", ""
 def watch():
@@ -48,7 +49,6 @@ def watch():
 def progress(what, done, total):
     global now
     now = what
-    print(what, round(level() / 1e6), file=sys.stderr)
 thread = threading.Thread(target=watch)
 thread.start()
 began = time.perf_counter()
@@ -124,7 +124,10 @@ def write_tokenizer(path: Path) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     block = write_model(folder / "model", args)
-    write_tokenizer(folder / "model")
+    small = argparse.Namespace(hidden=128, ffn=128, layers=1)
+    write_model(folder / "small", small)
+    for name in ("model", "small"):
+        write_tokenizer(folder / name)
     letters = "".join(
         random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=2 * args.samples * args.tokens)
     )
@@ -139,7 +142,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         args.recipe,
         folder / "text.txt",
     ]
-    done = subprocess.run([*command, json.dumps(options)], stdout=subprocess.PIPE, text=True, check=True)
+    command += [json.dumps(options), folder / "small"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     activations = 0 if args.activations == "disk" else 4 * args.samples * args.tokens * args.hidden
     size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))

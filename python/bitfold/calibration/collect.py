@@ -18,6 +18,7 @@ from bitfold.calibration.blocks import Call, Compute, stays_stored
 from bitfold.calibration.processes import Processes
 from bitfold.calibration.workers import Workers
 from bitfold.nn import QuantLinear
+from bitfold.pipeline import give_back_memory
 from bitfold.qtensor import QTensor
 from bitfold.recipes import Rule
 
@@ -243,12 +244,30 @@ class BlockRun:
         raise ValueError(f"{self.name} never runs its part {name!r}")
 
     def _sum_hessian(self, name: str) -> tuple[Tensor, Tensor]:
+        sums, sizes = self._sum_products(name)
+        self._processes.sum_(sums)
+        self._processes.sum_(sizes)
+        k = len(sums)
+        hessian = torch.empty(k, k, dtype=torch.float32, device=self.device)
+        for start in range(0, k, _STRIP):
+            stop = min(start + _STRIP, k)
+            hessian[start:stop, :stop] = sums[start:stop, :stop]
+            hessian[:start, start:stop] = hessian[start:stop, :start].t()
+        del sums
+        give_back_memory()  # a solver is to come
+        if not hessian.diagonal().isfinite().all():
+            raise ValueError(
+                f"{self.name}: the inputs of {name} are not finite in {self._dtype_name()}: another dtype, such as "
+                "float32, may do, or a weight is broken"
+            )
+        return hessian, sizes[:k] / sizes[k]
+
+    def _sum_products(self, name: str) -> tuple[Tensor, Tensor]:
+        """The lower half of the sum of x x^T over this process's samples, float64 [k, k]; the sum of |x|, and behind it
+        the number of tokens, float64 [k + 1]."""
         k = self.linear(name).in_features
         sums = torch.zeros(k, k, dtype=torch.float64, device=self.device)
-        sizes = torch.zeros(
-            k + 1, dtype=torch.float64, device=self.device
-        )  # behind them the number of tokens
-        starts = range(0, k, _STRIP)
+        sizes = torch.zeros(k + 1, dtype=torch.float64, device=self.device)
         bundle = bundle_of(self._inputs.data.shape[1])
         for wave in self._waves(k, bundle):
             xs = self._inputs_of(name, wave)
@@ -257,26 +276,14 @@ class BlockRun:
             sizes[k] += sum(len(x) for x in parts)
 
             def add(start: int, parts: list[Tensor] = parts) -> None:
-                """One strip of the lower half, all bundles of the wave one after the other."""
+                """One strip, all bundles of the wave one after the other."""
                 stop = min(start + _STRIP, k)
                 for x in parts:
                     sums[start:stop, :stop] += x[:, start:stop].t() @ x[:, :stop]
                     sizes[start:stop] += x[:, start:stop].abs().sum(0, dtype=torch.float64)
 
-            self._workers.map(add, reversed(starts))
-        self._processes.sum_(sums)
-        self._processes.sum_(sizes)
-        hessian = torch.empty(k, k, dtype=torch.float32, device=self.device)
-        for start in starts:
-            stop = min(start + _STRIP, k)
-            hessian[start:stop, :stop] = sums[start:stop, :stop]
-            hessian[:start, start:stop] = hessian[start:stop, :start].t()
-        if not hessian.diagonal().isfinite().all():
-            raise ValueError(
-                f"{self.name}: the inputs of {name} are not finite in {self._dtype_name()}: another dtype, such as "
-                "float32, may do, or a weight is broken"
-            )
-        return hessian, sizes[:k] / sizes[k]
+            self._workers.map(add, reversed(range(0, k, _STRIP)))
+        return sums, sizes
 
 
 class _Seen(Exception):

@@ -308,6 +308,7 @@ class _Job:
                 method.gather(run, layer)
             if not shared or turn % self.processes.size == self.processes.rank:
                 own[layer] = _round(run, layer)
+            give_back_memory()
         for turn, layer in enumerate(group):
             yield layer, self.processes.from_rank(turn % self.processes.size, own.get(layer))
 
