@@ -401,14 +401,14 @@ def test_calibration_text_that_is_not_there(capsys, model, tmp_path):
 
 def test_activations_that_are_not_finite_name_the_block(capsys, model, tmp_path):
     def change(tensors):
-        tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38)
+        tensors["model.layers.0.post_attention_layernorm.weight"].fill_(3e38)
 
     tiny.rewrite(model, change)
     refuse(
         capsys,
         tmp_path,
         calibrate(model, tmp_path),
-        "model.layers.0: the inputs of mlp.down_proj are not finite",
+        "model.layers.0: the inputs of mlp.gate_proj are not finite",
     )
 
 
