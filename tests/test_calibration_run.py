@@ -279,6 +279,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(at, activations, sourc
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
+@pytest.mark.parametrize("activations", ["ram", "disk"])
+def test_a_block_that_was_rewritten_is_gone_on_from_as_it_is_stored(
+    activations, source, text, tmp_path, threads
+):
+    """AWQ folds scales into norms, which are stored in 16 bits; and another number of threads goes on."""
+    arguments = (source, tmp_path / "q", "awq-int4-g32", text)
+    options = {**OPTIONS, "activations": activations}
+    with pytest.raises(Stop):
+        quantize_calibrated(*arguments, **options, progress=stop_at("model.layers.1"))
+    threads(2)
+    quantize_calibrated(*arguments, **options)
+    quantize_calibrated(source, tmp_path / "whole", *arguments[2:], **options)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -404,15 +419,16 @@ def test_the_command_quantizes_and_eval_warns_of_the_same_text(source, text, who
 # ---- several processes ----
 
 
-def test_two_processes_make_what_one_makes(source, text, tmp_path):
+@pytest.mark.parametrize("recipe", [RECIPE, "awq-int4-g32"])
+def test_two_processes_make_what_one_makes(recipe, source, text, tmp_path):
     """Rows of 512 tokens: four of them are a bundle, and each process gets one."""
-    command = ["quantize", source, tmp_path / "two", "--recipe", RECIPE, "--calibration", text]
+    command = ["quantize", source, tmp_path / "two", "--recipe", recipe, "--calibration", text]
     options = ["--samples", "7", "--sequence-length", "512", "--activations", "disk"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, "-m", "bitfold", *command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters quantized") == 1
-    one = quantize_calibrated(source, tmp_path / "one", RECIPE, text, samples=7, sequence_length=512)
+    one = quantize_calibrated(source, tmp_path / "one", recipe, text, samples=7, sequence_length=512)
     first, second = tiny.tensors_of(tmp_path / "one"), tiny.tensors_of(tmp_path / "two")
     assert first.keys() == second.keys()
     codes = [name for name in first if name.endswith(".codes")]
