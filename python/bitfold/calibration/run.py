@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,39 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold import _C, hf, layout, recipes
-from bitfold.calibration import data, overlap
+from bitfold import hf, layout, recipes
+from bitfold.calibration import data
 from bitfold.calibration.activations import Activations, are_kept
+from bitfold.calibration.assemble import assemble
 from bitfold.calibration.blocks import BlockModel, Call
 from bitfold.calibration.collect import BlockRun, bundle_of
+from bitfold.calibration.job import Job
 from bitfold.calibration.journal import Journal
 from bitfold.calibration.methods import METHODS, Rounded, round_plainly
 from bitfold.calibration.processes import Processes
 from bitfold.calibration.workers import Workers
 from bitfold.formats import parse
-from bitfold.layout import Source, Step
-from bitfold.pipeline import (
-    REPORT_FILE,
-    check_finite,
-    give_back_memory,
-    quantization_config,
-    report,
-)
+from bitfold.layout import Source
+from bitfold.pipeline import check_finite, give_back_memory
 from bitfold.qtensor import QTensor
 from bitfold.quantize import (
     CalibrationSummary,
     ModuleSummary,
     QuantizationSummary,
-    encode_named,
     summarize,
 )
-from bitfold.recipes import Assignment, Recipe
-from bitfold.shards import CheckpointError, StoredTensor, TensorSpec, read_tensors
-from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy, remove_abandoned
+from bitfold.recipes import Recipe
+from bitfold.shards import CheckpointError, StoredTensor, read_tensors
+from bitfold.writer import SHARD_BYTES, check_target, remove_abandoned
 
 ACTIVATIONS = ("ram", "disk")
 _BLOCK = 1000  # units of progress for a block
-_PIECE = 1 << 24  # bytes of a file that are hashed at a time
 
 Progress = Callable[[str, int, int], None]
 """Told as work goes on: what is worked on, the work done so far, the work to do in all."""
@@ -144,7 +136,7 @@ def quantize_calibrated(
                 f"must have at least {bundle_of(text.ids.shape[1])}"
             )
         told = progress if processes.rank == 0 else None
-        job = _Job(
+        job = _Run(
             model,
             recipe,
             assignments,
@@ -157,7 +149,7 @@ def quantize_calibrated(
             allow_uncalibrated,
             told,
         )
-        journal = Journal(folder, job.fingerprint(), restart=restart)
+        journal = Journal(folder, job.fingerprint(workers), restart=restart)
         if processes.rank == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_abandoned(target)
@@ -166,7 +158,7 @@ def quantize_calibrated(
         job.calibrate(journal, folder if activations == "disk" else None)
         summary = None
         if processes.rank == 0:
-            summary = job.assemble(journal, target, force=force, shard_bytes=shard_bytes)
+            summary = assemble(job, journal, target, force=force, shard_bytes=shard_bytes)
             journal.drop()
         return processes.from_rank(0, summary)
 
@@ -177,40 +169,14 @@ def _context(model: Source) -> int:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What one run knows from its start. share: the samples of this process."""
+class _Run(Job):
+    """The loop over the blocks. share: the samples of this process."""
 
-    source: Source
-    recipe: Recipe
-    assignments: Mapping[str, Assignment]
-    steps: list[Step]
-    blocks: BlockModel
-    text: data.Calibration
     share: range
     processes: Processes
     workers: Workers
     allow_uncalibrated: bool
     progress: Progress | None
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a run to go on where an earlier one was stopped, by the name that a message has."""
-        files = sorted({step.stored.path for step in self.steps})
-        hashes = self.workers.map(_sha256, [self.source.path / "config.json", *files])
-        return {
-            "model": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-            "recipe": "; ".join(
-                f"{r.pattern} = {r.format} {r.method} {r.options}" for r in self.recipe.rules
-            ),
-            "number of samples": self.text.ids.shape[0],
-            "sequence length": self.text.ids.shape[1],
-            "seed": self.text.seed,
-            "calibration text or tokenizer": self.text.sha256,
-            "dtype": str(self.blocks.dtype),
-            "device": self.blocks.device.type,
-            "version of bitfold": _C.__version__,
-        }
-
-    # ---- the blocks ----
 
     def calibrate(self, journal: Journal, folder: Path | None) -> None:
         """Quantize the blocks that are not in the journal yet; folder: for activations, None: they stay in RAM."""
@@ -347,87 +313,6 @@ class _Job:
         if self.progress is not None:
             self.progress(what, done, len(self.blocks.names) * _BLOCK)
 
-    # ---- the checkpoint ----
-
-    def assemble(
-        self, journal: Journal, target: Path, *, force: bool, shard_bytes: int
-    ) -> QuantizationSummary:
-        """Write the checkpoint from the finished blocks and the rest of the source."""
-        finished: dict[str, StoredTensor] = {}
-        summaries: dict[str, ModuleSummary] = {}
-        for block in range(len(self.blocks.names)):
-            finished.update(journal.tensors(block))
-            for entry in journal.report(block):
-                summaries[entry["name"]] = _read_summary(entry)
-        done = [self._done_parts(step, finished) for step in self.steps]
-        specs: list[TensorSpec] = []
-        for step, parts in zip(self.steps, done, strict=True):
-            specs += [TensorSpec(p.name, p.torch_dtype, p.shape) for p in parts] if parts else step.specs()
-        with CheckpointWriter(target, specs, force=force, shard_bytes=shard_bytes) as writer:
-            for step, parts in zip(self.steps, done, strict=True):
-                for name, tensor in read_tensors(parts):
-                    writer.write(name, tensor)
-                if not parts:
-                    self._write_outside(step, writer, summaries)
-                give_back_memory()
-            summary = QuantizationSummary(
-                recipe=self.recipe.name,
-                modules=tuple(summaries[step.module] for step in self.steps if step.format is not None),
-                parameters=sum(math.prod(step.stored.shape) for step in self.steps),
-                bytes_before=sum(step.stored.nbytes for step in self.steps),
-                bytes_after=sum(spec.nbytes for spec in specs),
-            )
-            writer.add_json(REPORT_FILE, {**report(summary), "calibration": self._described()})
-            writer.add_json(overlap.FILE, overlap.to_json(overlap.sample_of(self.text.ids)))
-            for file in files_to_copy(self.source.path):
-                writer.add_copy(file)
-            sorted_columns = [m for m in summaries if f"{m}.g_idx" in finished]
-            section = quantization_config(
-                self.recipe, self.steps, self.source, self.assignments, with_g_idx=sorted_columns
-            )
-            writer.commit({**self.source.config, "quantization_config": section.to_json()})
-        return summary
-
-    def _done_parts(self, step: Step, finished: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-        """What a tensor of the source became in a finished block; empty where it lies in none."""
-        if step.name in finished:
-            return [finished[step.name]]
-        names = [spec.name for spec in step.specs()]
-        if names[0] not in finished:
-            return []
-        return [finished[name] for name in [*names, f"{step.module}.g_idx"] if name in finished]
-
-    def _write_outside(
-        self, step: Step, writer: CheckpointWriter, summaries: dict[str, ModuleSummary]
-    ) -> None:
-        """Write a tensor that is in no block: kept, or rounded to nearest."""
-        ((_, tensor),) = read_tensors([step.stored])
-        if step.format is None:
-            check_finite(step.name, tensor)
-            writer.write(step.name, tensor)
-            return
-        qtensor = encode_named(step.name, tensor, step.format)
-        summary = summarize(step.module, tensor, qtensor)
-        rule = self.assignments[step.module].rule
-        if rule is not None and rule.needs_calibration:
-            note = "rounded plainly: it is outside of the decoder blocks"
-            summary = dataclasses.replace(summary, calibration=CalibrationSummary("rtn", note=note))
-        summaries[step.module] = summary
-        for plane, values in qtensor.planes.items():
-            writer.write(f"{step.module}.{plane}", values)
-
-    def _described(self) -> dict[str, object]:
-        """What the report says of the calibration."""
-        samples, tokens = self.text.ids.shape
-        return {
-            "source": self.text.source,
-            "sha256": self.text.sha256,
-            "samples": samples,
-            "sequence_length": tokens,
-            "seed": self.text.seed,
-            "dtype": str(self.blocks.dtype).removeprefix("torch."),
-        }
-
 
 def _round(run: BlockRun, layer: str) -> Rounded:
     method = METHODS[run.rules[layer].method]
@@ -435,23 +320,3 @@ def _round(run: BlockRun, layer: str) -> Rounded:
         return method.round(run, layer)
     note = "rounded plainly: the calibration text never reaches it"
     return Rounded(round_plainly(run, layer).qtensor, CalibrationSummary("rtn", note=note))
-
-
-def _read_summary(entry: Mapping[str, Any]) -> ModuleSummary:
-    """A module's summary as the journal keeps it."""
-    calibration = entry["calibration"]
-    fields = {
-        **entry,
-        "shape": tuple(entry["shape"]),
-        "calibration": None if calibration is None else CalibrationSummary(**calibration),
-    }
-    return ModuleSummary(**fields)
-
-
-def _sha256(path: Path) -> str:
-    """Of a file's bytes, read in pieces."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found.update(piece)
-    return found.hexdigest()

@@ -1,0 +1,105 @@
+"""The checkpoint of a calibration: finished blocks out of the journal, and the rest of the source, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitfold.calibration import overlap
+from bitfold.calibration.job import Job
+from bitfold.calibration.journal import Journal
+from bitfold.layout import Step
+from bitfold.pipeline import REPORT_FILE, check_finite, give_back_memory, quantization_config, report
+from bitfold.quantize import (
+    CalibrationSummary,
+    ModuleSummary,
+    QuantizationSummary,
+    encode_named,
+    summarize,
+)
+from bitfold.shards import StoredTensor, TensorSpec, read_tensors
+from bitfold.writer import CheckpointWriter, files_to_copy
+
+
+def assemble(
+    job: Job, journal: Journal, target: Path, *, force: bool, shard_bytes: int
+) -> QuantizationSummary:
+    """Write the checkpoint from the finished blocks and the rest of the source."""
+    finished: dict[str, StoredTensor] = {}
+    summaries: dict[str, ModuleSummary] = {}
+    for block in range(len(job.blocks.names)):
+        finished.update(journal.tensors(block))
+        for entry in journal.report(block):
+            summaries[entry["name"]] = _read_summary(entry)
+    done = [_done_parts(step, finished) for step in job.steps]
+    specs: list[TensorSpec] = []
+    for step, parts in zip(job.steps, done, strict=True):
+        specs += [TensorSpec(p.name, p.torch_dtype, p.shape) for p in parts] if parts else step.specs()
+    with CheckpointWriter(target, specs, force=force, shard_bytes=shard_bytes) as writer:
+        for step, parts in zip(job.steps, done, strict=True):
+            for name, tensor in read_tensors(parts):
+                writer.write(name, tensor)
+            if not parts:
+                _write_outside(job, step, writer, summaries)
+            give_back_memory()
+        summary = QuantizationSummary(
+            recipe=job.recipe.name,
+            modules=tuple(summaries[step.module] for step in job.steps if step.format is not None),
+            parameters=sum(math.prod(step.stored.shape) for step in job.steps),
+            bytes_before=sum(step.stored.nbytes for step in job.steps),
+            bytes_after=sum(spec.nbytes for spec in specs),
+        )
+        writer.add_json(REPORT_FILE, {**report(summary), "calibration": job.described()})
+        writer.add_json(overlap.FILE, overlap.to_json(overlap.sample_of(job.text.ids)))
+        for file in files_to_copy(job.source.path):
+            writer.add_copy(file)
+        sorted_columns = [m for m in summaries if f"{m}.g_idx" in finished]
+        section = quantization_config(
+            job.recipe, job.steps, job.source, job.assignments, with_g_idx=sorted_columns
+        )
+        writer.commit({**job.source.config, "quantization_config": section.to_json()})
+    return summary
+
+
+def _done_parts(step: Step, finished: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    """What a tensor of the source became in a finished block; empty where it lies in none."""
+    if step.name in finished:
+        return [finished[step.name]]
+    names = [spec.name for spec in step.specs()]
+    if names[0] not in finished:
+        return []
+    return [finished[name] for name in [*names, f"{step.module}.g_idx"] if name in finished]
+
+
+def _write_outside(
+    job: Job, step: Step, writer: CheckpointWriter, summaries: dict[str, ModuleSummary]
+) -> None:
+    """Write a tensor that is in no block: kept, or rounded to nearest."""
+    ((_, tensor),) = read_tensors([step.stored])
+    if step.format is None:
+        check_finite(step.name, tensor)
+        writer.write(step.name, tensor)
+        return
+    qtensor = encode_named(step.name, tensor, step.format)
+    summary = summarize(step.module, tensor, qtensor)
+    rule = job.assignments[step.module].rule
+    if rule is not None and rule.needs_calibration:
+        note = "rounded plainly: it is outside of the decoder blocks"
+        summary = dataclasses.replace(summary, calibration=CalibrationSummary("rtn", note=note))
+    summaries[step.module] = summary
+    for plane, values in qtensor.planes.items():
+        writer.write(f"{step.module}.{plane}", values)
+
+
+def _read_summary(entry: Mapping[str, Any]) -> ModuleSummary:
+    """A module's summary as the journal keeps it."""
+    calibration = entry["calibration"]
+    fields = {
+        **entry,
+        "shape": tuple(entry["shape"]),
+        "calibration": None if calibration is None else CalibrationSummary(**calibration),
+    }
+    return ModuleSummary(**fields)
