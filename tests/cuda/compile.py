@@ -8,10 +8,12 @@ The module, beside bitfold's Python, is left in <build folder>/site, for test_mo
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -40,6 +42,8 @@ def configure(nvcc: Path, folder: Path, architectures: str) -> None:
     options = {
         "CMAKE_MAKE_PROGRAM": tool("ninja"),
         "CMAKE_CUDA_COMPILER": nvcc,
+        # As pip's build names it: ccache takes another name for another compiler.
+        "CMAKE_CXX_COMPILER": os.environ.get("CXX") or sysconfig.get_config_var("CXX").split()[0],
         "Python_EXECUTABLE": sys.executable,
         "BITFOLD_WERROR": "ON",
         "BITFOLD_CUDA": "on",
