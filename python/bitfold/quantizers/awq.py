@@ -49,7 +49,7 @@ class AwqOptions:
     """
 
     grid: int = 20
-    finalists: int = 4
+    finalists: int = 2
     clip: bool = True
     then: str = "round"
 
