@@ -33,6 +33,7 @@ _ops = torch.ops.bitfold
 ORDERS = ("static", "none", "groups")
 # Damping is raised tenfold from at least LEAST_RAISED while the Cholesky factorisation fails, and not beyond MOST.
 LEAST_RAISED, MOST = 1e-4, 1.0
+_MEASURED = 1024  # rows whose error is measured at a time: what it takes of memory
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = G
         return Solved(qtensor, math.nan, math.nan, damping, "gptq", note, g_idx)
     whole = _energy(wide, order, factor, damping)
     decoded = qtensor.decode() if g_idx is None else qtensor.decode()[:, g_idx.argsort(stable=True).argsort()]
-    error = _ratio(loss - damping * _square(wide - decoded), whole)
-    rounding_error = _ratio(_energy(wide - plain.decode(), order, factor, damping), whole)
+    error = _ratio(loss - damping * _square(decoded.sub_(wide)), whole)
+    del decoded
+    rounding_error = _ratio(_energy(plain.decode().sub_(wide), order, factor, damping), whole)
     return Solved(qtensor, error, rounding_error, damping, "gptq", note, g_idx)
 
 
@@ -270,16 +272,18 @@ def _moving(
 
 
 def _square(matrix: Tensor) -> float:
-    return float(matrix.square().sum(1, dtype=torch.float64).sum())
+    return math.fsum(float(rows.square().sum(dtype=torch.float64)) for rows in matrix.split(_MEASURED))
 
 
 def _energy(matrix: Tensor, order: Tensor, factor: Tensor, damping: float) -> float:
     """tr(M H Mᵀ) of the undamped H over its unit: the loss of M where every weight becomes 0."""
-    nought = torch.zeros(1, len(matrix), device=matrix.device)
-    _, _, losses = _ops.gptq_columns(
-        matrix, order, factor, 0, nought, nought, torch.zeros_like(order), None, 0, 0
-    )
-    return max(0.0, float(losses.sum()) - damping * _square(matrix))
+    group = torch.zeros_like(order)
+    total = 0.0
+    for rows in matrix.split(_MEASURED):
+        nought = torch.zeros(1, len(rows), device=matrix.device)
+        _, _, losses = _ops.gptq_columns(rows, order, factor, 0, nought, nought, group, None, 0, 0)
+        total += float(losses.sum())
+    return max(0.0, total - damping * _square(matrix))
 
 
 def _ratio(part: float, whole: float) -> float:
