@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ import torch
 from bitfold.bench.machine import machine, versions
 from bitfold.calibration.workers import Workers
 from bitfold.quantizers import awq
+from peer import Peer, timed
 from torch import Tensor
 
 FORMAT, GROUP = "int4-g128", 128
@@ -96,41 +95,6 @@ def error_of(weight: Tensor, rounded: Tensor, x: Tensor) -> float:
     return change / whole
 
 
-class Peer:
-    """AutoAWQ in a process of its own."""
-
-    def __init__(self, python: str, folder: Path, threads: int, clip_rows: int) -> None:
-        command = [python, "-W", "ignore", "-c", PEER, str(folder), str(threads), str(clip_rows)]
-        self.folder = folder
-        self.child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def run(self, search: str) -> tuple[float, float]:
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        self.child.stdin.write(f"{search}\n")
-        self.child.stdin.flush()
-        for line in self.child.stdout:
-            if line.startswith("seconds"):
-                wall, busy = map(float, line.split()[1:])
-                return wall, busy
-        raise SystemExit("AutoAWQ ended without an answer; run its part (PEER) by hand to see why")
-
-    def close(self) -> None:
-        """Waits for its files."""
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        if self.child.wait() != 0:
-            raise SystemExit("AutoAWQ failed")
-
-
-def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
-    wall, busy = time.perf_counter(), time.process_time()
-    result = function()
-    return time.perf_counter() - wall, time.process_time() - busy, result
-
-
 def search_scales(weight: Tensor, x: Tensor, workers: Workers) -> tuple[awq.Scaled, Tensor]:
     """bitfold's search from the inputs on, and their Gram matrix."""
     inputs = x.float()
@@ -164,7 +128,7 @@ def measure(
         if abs(told / errors["scaled"] - 1) > CHECK:
             raise SystemExit(f"the search tells an error of {told}, the outputs have {errors['scaled']}")
         torch.save({"weight": weight, "x": x}, Path(folder) / "problem.pt")
-        peer = Peer(python, Path(folder), threads, clip_rows) if python else None
+        peer = Peer("AutoAWQ", python, PEER, folder, threads, clip_rows) if python else None
         top = wide[:clip_rows]
 
         def clip() -> Tensor:

@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import bitfold
 import torch
 from bitfold.bench.machine import machine, versions
 from bitfold.quantizers import gptq
+from peer import Peer, timed
 from torch import Tensor
 
 FORMAT, GROUP = "int4-g128", 128
@@ -90,49 +89,17 @@ def error_of(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian.double()) * error).sum() / ((wide @ hessian.double()) * wide).sum())
 
 
-class Peer:
-    """llm-compressor in a process of its own."""
-
-    def __init__(self, python: str, folder: Path, threads: int, damping: float) -> None:
-        command = [python, "-c", PEER, str(folder), str(threads), str(damping)]
-        self.folder = folder
-        self.child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def run(self) -> tuple[float, float]:
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        self.child.stdin.write("\n")
-        self.child.stdin.flush()
-        for line in self.child.stdout:
-            if line.startswith("seconds"):
-                wall, busy = map(float, line.split()[1:])
-                return wall, busy
-        raise SystemExit("llm-compressor ended without an answer; run its part (PEER) by hand to see why")
-
-    def rounded(self) -> Tensor:
-        """Of the last run; ends the process."""
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        if self.child.wait() != 0:
-            raise SystemExit("llm-compressor failed")
-        return torch.load(self.folder / "rounded.pt")
-
-
-def timed(weight: Tensor, hessian: Tensor, options: gptq.GptqOptions) -> tuple[float, float, gptq.Solved]:
-    wall, busy = time.perf_counter(), time.process_time()
-    solved = gptq.solve(weight, hessian, FORMAT, options)
-    return time.perf_counter() - wall, time.process_time() - busy, solved
-
-
 def measure(n: int, k: int, runs: int, threads: int, python: str | None) -> dict[str, Any]:
     torch.set_num_threads(threads)
     weight, hessian = problem(n, k)
     options = gptq.GptqOptions(measure=False)
     scale = bitfold.encode(weight, FORMAT).unpack().scales
     assert scale is not None
-    rounded = timed(weight, hessian, options)[2].qtensor.decode()
+
+    def solve() -> gptq.Solved:
+        return gptq.solve(weight, hessian, FORMAT, options)
+
+    rounded = solve().qtensor.decode()
     exact = float64_run(weight[:ROWS], hessian, scale[:ROWS], options.damping)
     error = error_of(weight, rounded, hessian)
     report: dict[str, Any] = {
@@ -150,13 +117,16 @@ def measure(n: int, k: int, runs: int, threads: int, python: str | None) -> dict
         torch.save(
             {"weight": weight, "hessian": hessian, "scale": scale.float()}, Path(folder) / "problem.pt"
         )
-        peer = Peer(python, Path(folder), threads, options.damping) if python else None
+        arguments = (PEER, folder, threads, options.damping)
+        peer = Peer("llm-compressor", python, *arguments) if python else None
         for _ in range(runs):
-            ours.append(timed(weight, hessian, options)[:2])
+            ours.append(timed(solve)[:2])
             if peer:
                 theirs.append(peer.run())
         if peer:
-            report["peer_error"] = error_of(weight, peer.rounded(), hessian)
+            peer.close()
+            theirs_rounded = torch.load(Path(folder) / "rounded.pt")
+            report["peer_error"] = error_of(weight, theirs_rounded, hessian)
     for name, times in (("bitfold", ours), ("llm-compressor", theirs)):
         if times:
             walls, busy = zip(*times, strict=True)
