@@ -210,7 +210,9 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, default=4096, help="rows and columns")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--clip-rows", type=int, default=512, help="rows that are clipped")
+    parser.add_argument(
+        "--clip-rows", type=int, default=512, help="rows that are clipped, a multiple of 64 for AutoAWQ"
+    )
     parser.add_argument("--runs", type=int, default=1, help="of the scale search")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
