@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import bitfold
+import bitfold.quantizers.gptq
 import pytest
 import torch
 from toolchain import tool
@@ -33,7 +34,7 @@ NAMES = tuple(os.environ.get("BITFOLD_TEST_DEVICES", ",".join(ALL)).split(","))
 assert set(NAMES) <= set(ALL), f"BITFOLD_TEST_DEVICES names {NAMES}; there are {ALL}"
 if not torch.cuda.is_available():
     NAMES = tuple(name for name in NAMES if name != "cuda")
-OPS = ("encode", "decode", "pack", "unpack", "linear", "linear_grad_x", "embedding")
+OPS = ("encode", "decode", "pack", "unpack", "linear", "linear_grad_x", "embedding", "gptq_columns")
 
 
 # ---- the emulator ----
@@ -131,4 +132,9 @@ def use(name: str, seed: str = "") -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bitfold.qtensor, "_ops", namespace)
         patch.setattr(bitfold.ops, "_linear", namespace.linear)
+        # The factor of CPU tensors is the CPU's.
+        columns = SimpleNamespace(
+            gptq_factor=torch.ops.bitfold.gptq_factor, gptq_columns=namespace.gptq_columns
+        )
+        patch.setattr(bitfold.quantizers.gptq, "_ops", columns)
         yield

@@ -97,7 +97,7 @@ def decoded(solved, k: int) -> np.ndarray:
 @pytest.mark.isa
 @pytest.mark.parametrize("order", ["static", "none", "groups"])
 @pytest.mark.parametrize("format", INTEGERS + OTHERS)
-def test_the_result_is_that_of_the_papers_algorithm(format, order, rng):
+def test_the_result_is_that_of_the_papers_algorithm(format, order, device, rng):
     """Weights that lie in the middle of two levels may fall either way, and what follows in their row with them."""
     if order == "groups" and format.endswith("-dq"):
         return

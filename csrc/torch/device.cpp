@@ -12,6 +12,7 @@
 #include "cpu/gptq.hpp"
 #include "cuda/architectures.hpp"
 #include "cuda/cuda.hpp"
+#include "cuda/gptq.hpp"
 #include "torch/border.hpp"
 #include "torch/stream.hpp"
 
@@ -173,9 +174,15 @@ int64_t Device::gptq_factor(GptqFactorArgs args) const {
   return failed;
 }
 
-void Device::gptq_columns(GptqColumnsArgs args) const {
+void Device::gptq_columns(GptqColumnsArgs args, const Tensor& like) const {
   args.parallel_for = parallel_for;
-  on(gpu_, only_on_the_cpu, [&] { cpu::gptq_columns(args); });
+  on(
+      gpu_,
+      [&] {
+        const Tensor workspace = empty_beside(like, {cuda::gptq_columns_workspace(args)}, ScalarType::Byte);
+        cuda::gptq_columns(args, workspace.mutable_data_ptr(), stream_);
+      },
+      [&] { cpu::gptq_columns(args); });
 }
 
 }  // namespace bitfold::border

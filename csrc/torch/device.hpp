@@ -38,7 +38,7 @@ class Device {
   void block_grid(cpu::BlockGridArgs args) const;
   void put_block_codes(cpu::BlockCodesArgs args) const;
   int64_t gptq_factor(GptqFactorArgs args) const;
-  void gptq_columns(GptqColumnsArgs args) const;
+  void gptq_columns(GptqColumnsArgs args, const Tensor& like) const;  // `like`: as above
 
  private:
   std::string what_;

@@ -22,21 +22,18 @@ void require(const Device& device, const Tensor& tensor, const std::string& what
   if (!tensor.is_contiguous()) fail(what + " is not contiguous; it must be");
 }
 
-void on_the_cpu(const Device& device) {
-  if (device.gpu()) fail("weight or hessian is on a GPU, for which GPTQ has no kernels; it must be on the CPU");
-}
-
-// Contiguous int64 numbers below `end`.
+// Contiguous int64 numbers below `end`, which a look at them on a GPU waits for.
 const int64_t* indices(const Device& device, const Tensor& tensor, const std::string& what, int64_t count,
                        int64_t end) {
   require(device, tensor, what, ScalarType::Long, {count});
-  const auto* data = static_cast<const int64_t*>(tensor.const_data_ptr());
+  const Tensor here = device.host(tensor);
+  const auto* data = static_cast<const int64_t*>(here.const_data_ptr());
   for (int64_t i = 0; i < count; ++i) {
     if (data[i] < 0 || data[i] >= end) {
       fail(what + " holds " + std::to_string(data[i]) + "; it must be at least 0 and below " + std::to_string(end));
     }
   }
-  return data;
+  return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
 // Blocks of an n x k weight.
@@ -53,7 +50,7 @@ const float* floats(const Tensor& tensor) { return static_cast<const float*>(ten
 
 std::vector<Tensor> gptq_factor(const Tensor& hessian, const Tensor& order, double unit, double damping) {
   const Device device(hessian, "hessian");
-  on_the_cpu(device);
+  if (device.gpu()) fail("hessian is on a GPU, for which gptq_factor has no kernel; it must be on the CPU");
   if (hessian.dim() != 2 || hessian.size(0) != hessian.size(1))
     fail("hessian has shape " + shape_text(hessian) + "; it must be square");
   if (hessian.scalar_type() != ScalarType::Float && hessian.scalar_type() != ScalarType::Double)
@@ -105,7 +102,6 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
                                  std::optional<Tensor> table, int64_t low, int64_t high, std::optional<Tensor> behind,
                                  bool round) {
   const Device device(weight, "weight");
-  on_the_cpu(device);
   if (weight.dim() != 2) fail("weight has shape " + shape_text(weight) + "; it must have two dimensions");
   if (factor.dim() != 2) fail("factor has shape " + shape_text(factor) + "; it must have two dimensions");
   const int64_t n = weight.size(0), c = weight.size(1), k = factor.size(0);
@@ -131,7 +127,7 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
   Tensor codes = empty_beside(weight, {n, round ? c : 0}, ScalarType::Byte);
   Tensor errors = empty_beside(weight, {behind ? c : 0, n}, ScalarType::Float);
   Tensor loss = empty_beside(weight, {n}, ScalarType::Double);
-  device.gptq_columns({
+  const GptqColumnsArgs args{
       .weight = {weight.const_data_ptr(), DType::F32, n, c, c, 1},
       .order = indices(device, order, "order", c, c),
       .group = indices(device, group, "group", c, groups),
@@ -144,7 +140,8 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
       .errors = behind ? static_cast<float*>(errors.mutable_data_ptr()) : nullptr,
       .loss = static_cast<double*>(loss.mutable_data_ptr()),
       .parallel_for = nullptr,
-  });
+  };
+  device.gptq_columns(args, weight);
   return {codes, errors, loss};
 }
 

@@ -39,7 +39,8 @@ def scales(qtensor: QTensor) -> Tensor:
     if values is None:
         raise ValueError(f"the format is {format}; it must be one with a plane of scales")
     one = int((values == 1).nonzero()[0])
-    return _pack_like(format, torch.full(qtensor.shape, one, dtype=torch.uint8), qtensor).decode()
+    codes = torch.full(qtensor.shape, one, dtype=torch.uint8, device=qtensor.device)
+    return _pack_like(format, codes, qtensor).decode()
 
 
 def zeros(qtensor: QTensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import bitfold
 import numpy as np
 import torch
+from bitfold.quantizers import grid as grids
 from cases import DTYPES, bits, block_formats, columns, plane_families, random_planes, to_qtensor, weights
 
 PLANES = [row["default"] for row in plane_families() if row["grid"] != "cast"]
@@ -26,17 +27,19 @@ class Case:
     format: str
     n: int
     k: int
-    m: int = 0  # rows of x, or how many rows to decode (0: all in order)
+    m: int = 0  # rows of x, how many rows to decode (0: all in order), or columns behind (0: no errors are asked for)
     dtype: str = "fp16"
     layout: str = "rows"
     bias: bool = False
     importance: bool = False
+    round: bool = True  # gptq_columns: to the format's grid
     multiprocessors: int = 2
 
     def __str__(self) -> str:
         shape = f"{self.m}x{self.n}x{self.k}" if self.m else f"{self.n}x{self.k}"
         words = [self.op, self.format, shape, self.dtype, *(["bias"] if self.bias else [])]
         words += ["importance"] if self.importance else []
+        words += [] if self.round else ["free"]
         return "-".join([*words, *(["flat"] if self.layout == "flat" else [])])
 
 
@@ -98,6 +101,19 @@ PACK = [
     Case("pack", format, 5, 83)
     for format in ("int8-channel-asym", "int4-g32-asym", "int3-g17-asym", "int2-g64", "nf4-b64")
 ]
+# Panels of 32 columns, pieces of 64 behind them, blocks of 32 rows.
+GPTQ = [
+    Case("gptq_columns", format, n, k, m, "fp32", round=rounds)
+    for format, n, k, m, rounds in (
+        ("int4-g16-asym", 37, 83, 0, True),
+        ("int4-g32", 33, 70, 161, True),
+        ("nf4-b32", 40, 200, 0, True),
+        ("nf4-b33", 7, 31, 1, True),
+        ("int4-g32", 35, 64, 130, False),
+        ("int8-channel", 5, 40, 64, True),
+        ("fp4-b32", 32, 96, 0, True),
+    )
+]
 KERNELS = {
     "linear_rows": ROWS,
     "linear_tile": TILE,
@@ -106,6 +122,7 @@ KERNELS = {
     "decode": DECODE,
     "encode": ENCODE,
     "pack": PACK,
+    "gptq_columns": GPTQ,
 }
 
 # What runs in every test run: of units with one format each, these formats, and everything that is encoded, since most
@@ -147,6 +164,30 @@ def product(case: Case, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | N
     }
 
 
+def gptq_columns(case: Case, rng: np.random.Generator) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """Columns of a weight in any order, behind some that have no part in it, and the CPU's bits for them."""
+    begin = 5 if case.m else 0
+    total = begin + case.k + case.m
+    weight = torch.from_numpy(weights(rng, case.n, case.k))
+    x = rng.standard_normal((2 * total, total)) @ (np.eye(total) + rng.standard_normal((total, total)) / 9)
+    factor = torch.from_numpy(np.linalg.cholesky(x.T @ x / total).T.astype(np.float32)).contiguous()
+    behind = torch.from_numpy(rng.standard_normal((case.m, case.n)).astype(np.float32)) if case.m else None
+    grid = grids.fit(weight, case.format)
+    order = torch.from_numpy(rng.permutation(case.k))
+    group = grid.groups(order)
+    codes, errors, loss = torch.ops.bitfold.gptq_columns(
+        weight, order, factor, begin, grid.step, grid.offset, group, grid.table, grid.low, grid.high, behind, case.round
+    )  # fmt: skip
+    values: dict[str, object] = {"total": total, "begin": begin, "groups": len(grid.step)}
+    values |= {"low": grid.low, "high": grid.high, "round": int(case.round)}
+    tensors = {"weight": weight, "order": order, "group": group, "factor": factor, "step": grid.step}
+    tensors |= {"offset": grid.offset, "expected out loss": loss}
+    tensors |= {} if grid.table is None else {"table": grid.table}
+    tensors |= {} if behind is None else {"behind": behind, "expected out errors": errors}
+    tensors |= {"expected out codes": codes} if case.round else {}
+    return values, {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
 def matrix(tensor: torch.Tensor) -> dict[str, object]:
     rows, columns = tensor.shape
     return {
@@ -179,6 +220,9 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
         expected = {f"expected out {name}": bits(plane) for name, plane in planes.items()}
         given = {} if importance is None else {"importance": importance.numpy()}
         return values | matrix(source), {"w": source.numpy(), **given, **expected}
+    if case.op == "gptq_columns":
+        more, tensors = gptq_columns(case, rng)
+        return values | more, tensors
     q = qtensor(case, rng)
     if case.op == "pack":
         codes, _, zeros, *_ = q.unpack()

@@ -15,6 +15,7 @@
 
 #include "cuda/cuda.hpp"
 #include "cuda/emulator/runtime.hpp"
+#include "cuda/gptq.hpp"
 #include "formats/numeric.hpp"
 
 namespace {
@@ -191,9 +192,39 @@ Outputs pack(const CaseFile& file) {
   return outputs;
 }
 
+Outputs gptq_columns(const CaseFile& file) {
+  const int64_t n = file.number("n"), columns = file.number("k");
+  const bool rounds = file.number("round") != 0, hands_out = file.has("behind");
+  const auto bytes = [&](bool wanted, size_t each) { return wanted ? static_cast<size_t>(n * columns) * each : 0; };
+  Memory codes(bytes(rounds, 1), kUnwritten), errors(bytes(hands_out, sizeof(float)), kUnwritten);
+  Memory loss(static_cast<size_t>(n) * sizeof(double), kUnwritten);
+  const auto floats = [&](const char* name) { return static_cast<const float*>(file.data(name)); };
+  const GptqColumnsArgs args{.weight = {file.data("weight"), DType::F32, n, columns, columns, 1},
+                             .order = static_cast<const int64_t*>(file.data("order")),
+                             .group = static_cast<const int64_t*>(file.data("group")),
+                             .factor = floats("factor"),
+                             .k = file.number("total"),
+                             .begin = file.number("begin"),
+                             .behind = floats("behind"),
+                             .grid = {floats("step"), floats("offset"), file.number("groups"), floats("table"),
+                                      file.number("low"), file.number("high"), rounds},
+                             .codes = codes.as<uint8_t>(),
+                             .errors = errors.as<float>(),
+                             .loss = loss.as<double>(),
+                             .parallel_for = nullptr};
+  const Memory workspace(static_cast<size_t>(cuda::gptq_columns_workspace(args)), kUnwritten);
+  cuda::gptq_columns(args, workspace.data(), nullptr);
+  Outputs outputs;
+  if (rounds) outputs["out codes"] = std::move(codes);
+  if (hands_out) outputs["out errors"] = std::move(errors);
+  outputs["out loss"] = std::move(loss);
+  return outputs;
+}
+
 Outputs run(const CaseFile& file) {
-  const std::map<std::string, Outputs (*)(const CaseFile&)> ops = {
-      {"linear", linear}, {"linear_grad_x", linear_grad_x}, {"decode", decode}, {"encode", encode}, {"pack", pack}};
+  const std::map<std::string, Outputs (*)(const CaseFile&)> ops = {{"linear", linear}, {"linear_grad_x", linear_grad_x},
+                                                                   {"decode", decode}, {"encode", encode},
+                                                                   {"pack", pack},     {"gptq_columns", gptq_columns}};
   return ops.at(file.text("op"))(file);
 }
 

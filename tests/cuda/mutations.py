@@ -38,6 +38,7 @@ CASES = {
     r"decode\.cu|runs\.hpp": ("decode",),
     r"encode.*": ("encode",),
     r"pack\.cu": ("pack",),
+    r"gptq\.cu": ("gptq_columns",),
 }
 
 # What is dropped without notice, and why: the file, the text and which of those in the file.
@@ -151,6 +152,22 @@ WRONG = [
     ("pack.cu", "i >= s.rows * pieces", "i > s.rows * pieces"),
     ("pack.cu", "smaller<int64_t>(kCodes, s.columns - piece * kCodes)", "kCodes"),
     ("pack.cu", "piece * s.bits", "piece * (s.bits - 1)"),
+    # gptq: ends, whose column, error and sum, and the order of what is added
+    ("gptq.cu", "c < panel.width && l < count", "c < panel.width && l <= count"),
+    ("gptq.cu", "l < count && row < n", "l < count"),
+    ("gptq.cu", "at < columns ?", "at <= columns ?"),
+    ("gptq.cu", "at - columns", "at"),
+    ("gptq.cu", "op.begin + panel.begin + c) * op.k", "panel.begin + c) * op.k"),
+    ("gptq.cu", "op.begin + column, count", "column, count"),
+    ("gptq.cu", "level < next", "true"),
+    ("gptq.cu", "smaller(i + 1, last)", "smaller(i + 1, last - 1)"),
+    ("gptq.cu", "spot.step == 0.0f", "false"),
+    ("gptq.cu", "panel.width - kLanes * i", "kLanes"),
+    ("gptq.cu", "lane == owner", "lane == 0"),
+    ("gptq.cu", "other < c", "other <= c"),
+    ("gptq.cu", "op.group[column]", "op.group[c]"),
+    ("gptq.cu", "larger<int64_t>(0, end - kPanel)", "larger<int64_t>(0, end - kPanel / 2)"),
+    ("gptq.cu", "lane == 0 && row", "lane == 0 && row > 0 && row"),
 ]
 
 

@@ -11,8 +11,9 @@ column c, s_c is known, and the weight is rounded where the component would be n
 the paper's steps, which it writes with a factor of the inverse of H; the factor of H itself needs no inverse, and half
 the work. The columns that matter most lie last.
 
-Both the factor and the loop over columns are native (csrc/cpu/gptq.cpp): torch's own give other bits with another
-number of threads, which one rounded weight turns into other weights.
+Both the factor and the loop over columns are native on the CPU (csrc/cpu/gptq.cpp): torch's own give other bits with
+another number of threads, which one rounded weight turns into other weights. On a GPU the loop is native too
+(csrc/cuda/gptq.cu), and the factor torch's.
 """
 
 from __future__ import annotations
@@ -82,13 +83,14 @@ class Solved:
 
 def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = GptqOptions()) -> Solved:
     """Quantizes `weight`, [n, k] of any float dtype, to `format` for inputs with this Hessian: float32 or float64
-    [k, k], symmetric, the sum of x xᵀ over the inputs x times any positive factor. Both on the CPU.
+    [k, k], symmetric, the sum of x xᵀ over the inputs x times any positive factor. Both on the CPU, or, for formats
+    with planes, on one GPU, where the result is too.
 
     A column whose inputs are all 0 costs nothing however it is rounded: it has no say in the scale of its group, unless
     all columns of the group are like it, and is rounded to the nearest level.
 
     Raises ValueError for a format without a grid (grid.py), a shape or dtype that doesn't fit, a NaN or infinity, a
-    negative diagonal, and what `bitfold.encode` says of scales.
+    negative diagonal, GGUF's blocks on a GPU, and what `bitfold.encode` says of scales.
     """
     parsed = grids.reach(format)
     _check(weight, hessian, parsed, options)
@@ -135,6 +137,10 @@ def _check(weight: Tensor, hessian: Tensor, format: Format, options: GptqOptions
     if hessian.shape != (k, k) or hessian.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"hessian is a {hessian.dtype} of shape {list(hessian.shape)}; it must be float32 or float64 [{k}, {k}]"
+        )
+    if format.grid == "block" and weight.is_cuda:
+        raise ValueError(
+            f"weight is on {weight.device}; for {format.canonical} it must be on the CPU: a GPU takes no blocks apart"
         )
     if hessian.device != weight.device:
         raise ValueError(f"hessian is on {hessian.device}; it must be on {weight.device} as the weight is")
@@ -189,7 +195,7 @@ def _factor(hessian: Tensor, order: Tensor, unit: float, damping: float) -> tupl
         return None, damping, "rounded plainly: the Hessian is 0"
     tried = damping
     while True:
-        factor, info = _ops.gptq_factor(hessian, order, unit, tried)
+        factor, info = (_torch_factor if hessian.is_cuda else _ops.gptq_factor)(hessian, order, unit, tried)
         if int(info) == 0:
             raised = f"damping raised from {damping:g} to {tried:g}: the Hessian has no Cholesky factor below"
             return factor, tried, raised if tried > damping else ""
@@ -200,6 +206,14 @@ def _factor(hessian: Tensor, order: Tensor, unit: float, damping: float) -> tupl
                 f"rounded plainly: the Hessian has no Cholesky factor, damped by up to {tried:g}",
             )
         tried = min(max(10 * tried, LEAST_RAISED), MOST)
+
+
+def _torch_factor(hessian: Tensor, order: Tensor, unit: float, damping: float) -> tuple[Tensor, Tensor]:
+    """`gptq_factor` by torch, for a GPU: damped in the Hessian's dtype, factored in float32."""
+    damped = hessian[order[:, None], order].div_(unit)
+    damped.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(damped.to(torch.float32), upper=True)
+    return factor.contiguous(), info
 
 
 # ---- rounding ----

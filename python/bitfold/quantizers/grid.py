@@ -75,7 +75,7 @@ class Grid:
 
     def assemble(self, places: Tensor) -> QTensor:
         """The quantized matrix of uint8 [n, k] places."""
-        in_order = torch.equal(self.codes, torch.arange(len(self.codes), dtype=torch.uint8))
+        in_order = torch.equal(self.codes, torch.arange(len(self.codes)).to(self.codes))
         codes = places if in_order else self.codes[places.to(torch.int64)]
         if self.format.grid == "block":
             blocks = _ops.put_block_codes(self.logical["blocks"], codes, self.format.canonical)
