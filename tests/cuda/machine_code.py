@@ -139,6 +139,16 @@ def copies(kernel: Kernel) -> bool:
     return is_tile(kernel) or kernel.name.startswith("linear_rows_kernel<ChunkFragments")
 
 
+def is_gptq(kernel: Kernel) -> bool:
+    return kernel.name.startswith("gptq_columns_kernel")
+
+
+def products_of_a_load(kernel: Kernel) -> float:
+    """From shared memory, in the kernel's first loop with products of floats."""
+    counts = count(kernel.inner_loops("FFMA")[0])
+    return counts["FFMA"] / counts["LDS"]
+
+
 def spills(kernel: Kernel) -> int:
     return sum(i.name in ("LDL", "STL") for loop in kernel.inner_loops("HMMA") for i in loop)
 
@@ -157,6 +167,10 @@ EXPECTED = [
     (lambda k: not k.name.startswith("linear_rows_kernel<PlaneFragments<8,") or k.has("PRMT"),
      "a codebook's places aren't put together by PRMT"),
     (lambda k: not k.name.startswith("decode_kernel") or k.has("STG", "128"), "no stores of 16 bytes"),
+    (lambda k: not is_gptq(k) or k.has("LDGSTS"), "no asynchronous copies"),
+    (lambda k: not is_gptq(k) or products_of_a_load(k) >= 3,
+     "loads from shared memory serve fewer than three products"),
+    (lambda k: not is_gptq(k) or k.stack == 0, "it has a stack"),
     (lambda k: not (is_rows(k) or is_tile(k)) or not k.has("ATOMG", "ADD", "F32"), "sums are added by atomics"),
 ]  # fmt: skip
 

@@ -155,19 +155,19 @@ WRONG = [
     # gptq: ends, whose column, error and sum, and the order of what is added
     ("gptq.cu", "c < panel.width && l < count", "c < panel.width && l <= count"),
     ("gptq.cu", "l < count && row < n", "l < count"),
-    ("gptq.cu", "at < columns ?", "at <= columns ?"),
+    ("gptq.cu", "at < columns", "at <= columns"),
     ("gptq.cu", "at - columns", "at"),
-    ("gptq.cu", "op.begin + panel.begin + c) * op.k", "panel.begin + c) * op.k"),
-    ("gptq.cu", "op.begin + column, count", "column, count"),
+    ("gptq.cu", "op.begin + panel.begin + c", "panel.begin + c"),
+    ("gptq.cu", "op.begin + column", "column"),
     ("gptq.cu", "level < next", "true"),
     ("gptq.cu", "smaller(i + 1, last)", "smaller(i + 1, last - 1)"),
     ("gptq.cu", "spot.step == 0.0f", "false"),
     ("gptq.cu", "panel.width - kLanes * i", "kLanes"),
     ("gptq.cu", "lane == owner", "lane == 0"),
-    ("gptq.cu", "other < c", "other <= c"),
+    ("gptq.cu", "other < c", "other < c - 1"),
     ("gptq.cu", "op.group[column]", "op.group[c]"),
     ("gptq.cu", "larger<int64_t>(0, end - kPanel)", "larger<int64_t>(0, end - kPanel / 2)"),
-    ("gptq.cu", "lane == 0 && row", "lane == 0 && row > 0 && row"),
+    ("gptq.cu", "lane == 0 && row < op.weight.rows", "lane == 0"),
 ]
 
 

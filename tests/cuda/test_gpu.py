@@ -5,6 +5,7 @@ from __future__ import annotations
 import bitfold
 import pytest
 import torch
+from bitfold.quantizers import gptq
 from cases import refusal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -175,3 +176,30 @@ def test_out_of_memory_is_torchs_error():
     with pytest.raises(torch.OutOfMemoryError):
         bitfold.embedding(ids, qtensor, torch.float64)  # 2 TiB
     assert torch.isfinite(bitfold.embedding(ids[:3], qtensor)).all()
+
+
+@pytest.mark.parametrize("format", ["int4-g32-asym", "nf4-b64-dq"])
+@pytest.mark.parametrize("order", ["static", "none"])
+def test_gptq_of_matrices_on_the_gpu(format, order):
+    """Its factor is torch's: weights near the middle of two levels may fall to the other, and their rows with them."""
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(96, 256, generator=draw)
+    x = torch.randn(1024, 256, generator=draw) @ (torch.eye(256) + torch.randn(256, 256, generator=draw) / 16)
+    hessian, options = x.T @ x, gptq.GptqOptions(order=order)
+    wanted = gptq.solve(weight, hessian, format, options)
+    first, again = (gptq.solve(weight.cuda(), hessian.cuda(), format, options) for _ in range(2))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.qtensor.planes.values(), again.qtensor.planes.values(), strict=True)
+    )
+    got = first.qtensor.decode()
+    assert got.is_cuda
+    same = torch.isclose(got.cpu(), wanted.qtensor.decode(), rtol=1e-5, atol=1e-7).all(1)
+    assert same.sum() >= 0.9 * len(weight)
+    assert first.error == pytest.approx(wanted.error, rel=5e-3)
+    assert first.rounding_error == pytest.approx(wanted.rounding_error, rel=1e-3)
+
+
+def test_gptq_takes_no_blocks_apart_on_the_gpu():
+    weight, hessian = torch.randn(4, 256, device="cuda"), torch.eye(256, device="cuda")
+    refusal(lambda: gptq.solve(weight, hessian, "q4_k"), "weight is on cuda:0", "must be on the CPU")
