@@ -14,6 +14,7 @@ namespace bitfold::cpu {
 namespace {
 
 BITFOLD_SIMD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+BITFOLD_SIMD int lowest_one(uint32_t a) { return std::countr_zero(a); }  // a is not 0
 
 // A vector to where an output begins or goes on.
 template <Stores To>

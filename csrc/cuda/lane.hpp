@@ -32,6 +32,8 @@ struct Mask {
 };
 
 BITFOLD_SIMD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// a is not 0. std::countr_zero of nvcc 13.0 gave a GPU other numbers.
+BITFOLD_SIMD int lowest_one(uint32_t a) { return cuda::ptx::popc((a & (0u - a)) - 1u); }
 BITFOLD_SIMD void prefetch(const void*) {}
 BITFOLD_SIMD void prefetch_page(const void*) {}
 
@@ -61,7 +63,8 @@ BITFOLD_SIMD F round_even(F a) { return {rintf(a.v)}; }
 BITFOLD_SIMD I to_int(F a) { return {cuda::ptx::float_to_int(a.v)}; }  // of whole numbers
 BITFOLD_SIMD F to_float(I a) { return {static_cast<float>(a.v)}; }
 BITFOLD_SIMD F as_float(I a) { return {std::bit_cast<float>(a.v)}; }
-BITFOLD_SIMD I as_int(F a) { return {std::bit_cast<int32_t>(a.v)}; }
+// A GPU's own NaN has all bits set below the sign, a CPU's the highest alone, which nearest_int takes for 0.
+BITFOLD_SIMD I as_int(F a) { return {a.v != a.v ? 0x7fc00000 : std::bit_cast<int32_t>(a.v)}; }
 
 BITFOLD_SIMD I add(I a, I b) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) + static_cast<uint32_t>(b.v))}; }
 BITFOLD_SIMD I sub(I a, I b) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) - static_cast<uint32_t>(b.v))}; }

@@ -18,7 +18,7 @@ BITFOLD_SIMD float first_equal(const float* w, float value) {
   for (int v = 0; v < kSmallVectors; ++v) {
     found |= bits(equal(abs(load(w + v * kLanes)), abs(splat(value)))) << v * kLanes;
   }
-  return w[std::countr_zero(found)];
+  return w[lowest_one(found)];
 }
 
 // Numbers that are asked for ahead: the weight is read here for the first time. Of a block's two lines one is asked for
@@ -88,7 +88,7 @@ BITFOLD_SIMD F settle(const float* w, int count, F values, Mask which) {
   float lanes[kLanes];
   store(lanes, values);
   for (; open != 0; open &= open - 1) {
-    const int b = std::countr_zero(open);
+    const int b = lowest_one(open);
     lanes[b] = first_equal(w + smaller(b, count - 1) * kSmall, lanes[b]);
   }
   return load(lanes);

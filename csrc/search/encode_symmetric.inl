@@ -191,7 +191,7 @@ struct Descents {
       begin_descent(lanes);
       keep(lanes, first * kSub, [&](int lane) { return first + lane; }, kLanes);
       for (uint32_t more = bits(greater(lanes.xl, splat(0.0f))); more != 0; more &= more - 1) {
-        const int at = first + std::countr_zero(more);
+        const int at = first + lowest_one(more);
         if (at < count) open[open_count++] = at;
       }
     }
