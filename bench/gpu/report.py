@@ -28,8 +28,11 @@ def main(out: Path) -> None:
     print(f"{result['gpu']} commit {result['commit']}")
     for name, line in result["tests"].items():
         print(f"{name}: {line}")
+    for name in ("bench", "kernels"):
+        if result[name] and "incomplete" in result[name]:
+            print(f"{name}: {result[name]['incomplete']}")
     if result["bench"]:
-        for bar in result["bench"]["bars"]:
+        for bar in result["bench"].get("bars", ()):
             print(
                 f"{bar['bar']}: {bar['measured']} (wanted {bar['wanted']}) {bar.get('at') or bar.get('why')}"
             )
@@ -60,7 +63,12 @@ def log(path: Path) -> str:
 
 
 def load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """What a benchmark wrote; what there is as text, and why, where its limit cut it off."""
+    text = log(path)
+    try:
+        return json.loads(text) if text else None
+    except ValueError as error:
+        return {"incomplete": f"{path.name} is no JSON: {error}", "text": text}
 
 
 if __name__ == "__main__":
