@@ -41,7 +41,7 @@ MODULES = [
     "writer",
     "checkpoint",
 ]
-MODULES += ["layout", "pipeline", "budget", "calibration", "gguf", "hub", "convert", "imatrix"]
+MODULES += ["layout", "pipeline", "budget", "calibration", "gguf", "foreign", "hub", "convert", "imatrix"]
 MODULES += [
     "figures",
     "explain",

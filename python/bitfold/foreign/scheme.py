@@ -1,0 +1,178 @@
+"""What is common to all owners of checkpoint formats: how one of them stores the weight of one linear layer.
+
+An *owner* is the library whose files they are; a *scheme* is all that its configuration says of one module's weight.
+Each owner's file has one or two schemes, frozen dataclasses with the methods of `Scheme`: from the tensors of a module
+to a QTensor, and back. Both directions move integers and copy floats; nothing is computed, so nothing is rounded
+(bitsandbytes' int8 excepted, whose scale is a quotient).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitfold.checkpoint import ModuleEntry
+from bitfold.formats import Format, parse
+from bitfold.qtensor import QTensor
+from bitfold.shards import CheckpointError, TensorSpec
+
+SCALES = {torch.float16: "sfp16", torch.bfloat16: "sbf16", torch.float32: "sfp32"}
+"""How a format string names the dtype of its scales."""
+
+
+ReadPlane = Callable[[str], Tensor]
+"""A plane of the weight that is to be stored, by its name."""
+
+
+class Unfit(ValueError):
+    """An owner's files have no place for a weight as it is; the message is the reason."""
+
+
+class Scheme(Protocol):
+    """How an owner stores a module's weight.
+
+    Names of tensors are those within the module: "qweight", not "model.layers.0.mlp.up_proj.qweight".
+    """
+
+    def specs(self, entry: ModuleEntry, plane: ReadPlane | None = None) -> dict[str, TensorSpec]:
+        """The tensors that a weight like `entry` is stored as. plane: asked for where a size depends on values, as that
+        of the text does in which bitsandbytes writes the offset of nested scales.
+
+        Raises Unfit as `pack` does.
+        """
+        ...
+
+    def entry(self, tensors: Mapping[str, Tensor]) -> ModuleEntry:
+        """What the tensors hold: format, shape, layout, and whether there is a g_idx that matters.
+
+        Looks at shapes and dtypes, and at the values of small tensors (g_idx, shapes); raises ValueError where
+        something is missing, unknown, or of another dtype or shape than the others want.
+        """
+        ...
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> QTensor:
+        """The weight. Raises ValueError as `entry` does, and where values contradict the scheme."""
+        ...
+
+    def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """The weight's tensors; the inverse of `unpack`. Raises Unfit, with the reason, where `qtensor` isn't of a
+        format and shape that the scheme stores.
+        """
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weights [n, k] as the owner means them: float32 where that is exact, else float64."""
+        return self.unpack(tensors).decode()
+
+
+class Config(Protocol):
+    """What an owner's quantization_config says of a model, checked."""
+
+    def scheme(self, module: str) -> Scheme | None:
+        """How the weight of a linear layer is stored, by the layer's name; None where it isn't quantized."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """The section quantization_config of config.json."""
+        ...
+
+
+# ---- formats ----
+
+
+def integer(bits: int, group: int, asymmetric: bool, scale: torch.dtype) -> str:
+    """The format string of integers; group: columns, -1 for a scale a row, 0 for a scale a matrix."""
+    where = {-1: "channel", 0: "tensor"}.get(group, f"g{group}")
+    zeros = "-asym" if asymmetric else ""
+    return parse(f"int{bits}-{where}{zeros}-{SCALES[scale]}").canonical
+
+
+def integer_format(entry: ModuleEntry) -> Format:
+    """The parsed format of a linear layer's matrix of integers. Raises Unfit for another."""
+    format = parse(entry.format)
+    if entry.kind != "linear":
+        raise Unfit(f"it is an {entry.kind}; only linear layers have a place there")
+    if format.grid != "integer" or entry.layout != "rows":
+        raise Unfit(f"it is {format}, whose grid is not one of integers")
+    return format
+
+
+def scale_dtype(format: str) -> torch.dtype:
+    """The dtype of a format's plane of scales."""
+    return next(law.dtype for law in parse(format).planes if law.name == "scales")
+
+
+# ---- checks of what a file says ----
+
+
+def check_names(
+    tensors: Mapping[str, Tensor], wanted: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
+    """Raises ValueError unless the tensors are those `wanted`, and perhaps some that are `optional`."""
+    missing = [name for name in wanted if name not in tensors]
+    unknown = [name for name in tensors if name not in (*wanted, *optional)]
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)} too"
+        raise ValueError(f"it {what}; its tensors must be {', '.join(wanted)}")
+
+
+def check_tensor(
+    tensors: Mapping[str, Tensor], name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> None:
+    """Raises ValueError unless a tensor has one of the dtypes, and the shape that the others make."""
+    tensor = tensors[name]
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be {' or '.join(map(str, dtypes))} {list(shape)}"
+        )
+
+
+def check_matrix(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> tuple[int, int]:
+    """The shape of a tensor. Raises ValueError unless it is a matrix of `dtype` that isn't empty."""
+    tensor = tensors[name]
+    if tensor.dtype != dtype or tensor.dim() != 2 or 0 in tensor.shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be a matrix of {dtype} that isn't empty"
+        )
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+class Fields:
+    """A section of a configuration, taken value by value; every refusal names the file, the key and the value."""
+
+    def __init__(self, section: Mapping[str, Any], origin: Path, where: str = "quantization_config") -> None:
+        self._section = section
+        self._origin = origin
+        self._where = where
+
+    def take(self, key: str, kind: type, default: Any = None, allowed: tuple[Any, ...] = ()) -> Any:
+        """A value of type `kind`; `default` where there is none or null."""
+        value = self._section.get(key)
+        if value is None:
+            value = default
+        if value is None or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            self.refuse(key, f"a {kind.__name__}")
+        if allowed and value not in allowed:
+            self.refuse(key, " or ".join(map(str, allowed)))
+        return value
+
+    def optional(self, key: str, kind: type) -> Any:
+        """A value of type `kind`, or None where there is none or null."""
+        return None if self._section.get(key) is None else self.take(key, kind)
+
+    def refuse(self, key: str, wanted: str) -> None:
+        """Raises CheckpointError: a value isn't what it must be."""
+        raise CheckpointError(
+            f"{self._origin}: {self._where}.{key} is {self._section.get(key)!r}; it must be {wanted}"
+        )
+
+    def check_group(self, group: int, key: str = "group_size") -> int:
+        """Raises CheckpointError for a group that no format has; -1 is a scale a row."""
+        if group != -1 and not 16 <= group <= 1 << 20:
+            self.refuse(key, "-1 or at least 16")
+        return group
