@@ -17,7 +17,7 @@ the one that it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,27 @@ def load(
     path = Path(path)
     config = hf.read_config(path)
     quantization = read_quantization(path, config)
-    tensors = read_directory(path)
+    stored = read_directory(path)
+    values = read_tensors(sorted(stored.values(), key=lambda tensor: tensor.path))
+    return assemble(path, config, quantization, stored, values, model=model, device=device, dtype=dtype)
+
+
+def assemble(
+    path: Path,
+    config: dict[str, Any],
+    quantization: QuantizationConfig,
+    stored: Mapping[str, StoredTensor],
+    values: Iterable[tuple[str, Tensor]],
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A quantized model of its parts, as `load` gives it.
+
+    path: where they are from, for messages; config: config.json; stored: the shape of every tensor by its name in the
+    quantized model; values: each of them once, in any order. model, device, dtype: as in `load`.
+    """
     cast = dtype
     if model is None:
         if "model_type" not in config:
@@ -275,7 +295,7 @@ def load(
         cast = dtype or hf.config_dtype(config)
         model = hf.empty_causal_lm(path, config, cast)
     _swap(model, quantization)
-    _assign(model, path, tensors, quantization, cast)
+    _assign(model, path, stored, values, quantization, cast)
     if torch.device(device).type != "cpu":
         model.to(device)
     for name, module in model.named_modules():
@@ -343,7 +363,8 @@ def _swap(model: nn.Module, quantization: QuantizationConfig) -> None:
 def _assign(
     model: nn.Module,
     path: Path,
-    tensors: Mapping[str, StoredTensor],
+    stored: Mapping[str, StoredTensor],
+    values: Iterable[tuple[str, Tensor]],
     quantization: QuantizationConfig,
     dtype: torch.dtype | None,
 ) -> None:
@@ -351,7 +372,7 @@ def _assign(
     object.
     """
     slots = _slots(model)
-    check_shapes(path, tensors, {name: old for name, (_, _, old) in slots.items()})
+    check_shapes(path, stored, {name: old for name, (_, _, old) in slots.items()})
     planes = {
         f"{name}.{part}": spec.dtype
         for name, entry in quantization.modules.items()
@@ -359,7 +380,7 @@ def _assign(
     }
     fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     new: dict[int, Tensor] = {}
-    for name, tensor in read_tensors(sorted(tensors.values(), key=lambda stored: stored.path)):
+    for name, tensor in values:
         module, attribute, old = slots[name]
         if name in planes:
             if tensor.dtype != planes[name]:

@@ -1,4 +1,6 @@
-"""A quantized model wherever it lies: in a checkpoint directory of bitfold's or in a GGUF file."""
+"""A quantized model wherever it lies: in a checkpoint directory of bitfold's or of another library's, or in a GGUF
+file.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from bitfold import checkpoint, hf
+from bitfold.foreign.owners import read_owner
 from bitfold.nn import set_activations
 from bitfold.writer import is_bitfold_checkpoint
 
@@ -24,8 +27,9 @@ def load(
     """Load a quantized model; the weights stay quantized and, on the CPU, memory-mapped.
 
     Args:
-        path: a checkpoint directory that bitfold wrote, or a GGUF file (of a split one the first). It must not change
-            while the model lives.
+        path: a checkpoint directory that bitfold wrote, or one of GPTQ, AWQ, compressed-tensors or bitsandbytes, whose
+            weights become bitfold's formats, exactly (docs/foreign.md); or a GGUF file (of a split one the first). It
+            must not change while the model lives.
         model: the unquantized model to load a checkpoint into (its own weights are dropped; the meta device will do).
             None: a transformers causal language model is built from the configuration.
         device: where the model goes.
@@ -53,7 +57,11 @@ def _load(
     path: Path, model: nn.Module | None, device: torch.device | str, dtype: torch.dtype | None
 ) -> nn.Module:
     if not path.is_file():
-        return checkpoint.load(path, model=model, device=device, dtype=dtype)
+        if is_bitfold_checkpoint(path) or read_owner(path) is None:
+            return checkpoint.load(path, model=model, device=device, dtype=dtype)
+        from bitfold.foreign.load import load as load_foreign
+
+        return load_foreign(path, model=model, device=device, dtype=dtype)
     if model is not None:
         raise ValueError("model was given, but a GGUF file makes its own: it must be None")
     from bitfold.gguf.load import load as load_gguf
@@ -62,8 +70,8 @@ def _load(
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether `load` reads it: a file, or a directory that bitfold wrote."""
-    return path.is_file() or is_bitfold_checkpoint(path)
+    """Whether `load` reads it: a file, or a directory that bitfold or one of the owners of foreign/ wrote."""
+    return path.is_file() or is_bitfold_checkpoint(path) or read_owner(path) is not None
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -13,6 +13,8 @@ import typer
 from bitfold import hf
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.cli.console import Json, natural, out, print_json, size, table
+from bitfold.foreign.directory import read_foreign
+from bitfold.foreign.owners import read_owner
 from bitfold.gguf import mixes
 from bitfold.gguf.magic import is_gguf
 from bitfold.pipeline import REPORT_FILE
@@ -47,6 +49,9 @@ def inspect(
         _inspect_gguf(path, json)
         return
     heading: dict[str, object] = {"path": path}
+    if path.is_dir() and read_owner(path) is not None:
+        _inspect_foreign(path, json)
+        return
     if path.is_dir():
         tensors = read_directory(path)
         quantization = None
@@ -66,6 +71,24 @@ def inspect(
         return
     for key, value in heading.items():
         out.print(f"{key:<16} {value}")
+    _show(rows, total)
+
+
+def _inspect_foreign(path: Path, json: bool) -> None:
+    directory = read_foreign(path)
+    modules = [
+        Row(name, module.entry.format, module.entry.shape, module.nbytes)
+        for name, module in directory.modules.items()
+    ]
+    plain = [Row(name, tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in directory.plain.items()]
+    rows = sorted([*modules, *plain], key=lambda row: natural(row.name))
+    total = sum(row.nbytes for row in rows)
+    if json:
+        entries = [{**vars(row), "bits_per_weight": row.bits_per_weight} for row in rows]
+        print_json({"path": path, "quant_method": directory.owner.name, "bytes": total, "entries": entries})
+        return
+    out.print(f"{'path':<16} {path}")
+    out.print(f"{'quantized by':<16} {directory.owner.title}")
     _show(rows, total)
 
 
