@@ -36,12 +36,25 @@ MODULES = [
     "nn",
     "recipes",
     "quantize",
+    "dequantize",
     "shards",
+    "versions",
     "hf",
     "writer",
     "checkpoint",
 ]
-MODULES += ["layout", "pipeline", "budget", "calibration", "gguf", "foreign", "hub", "convert", "imatrix"]
+MODULES += [
+    "layout",
+    "pipeline",
+    "integration",
+    "budget",
+    "calibration",
+    "gguf",
+    "foreign",
+    "hub",
+    "convert",
+    "imatrix",
+]
 MODULES += [
     "figures",
     "explain",
@@ -224,6 +237,7 @@ def test_loading_a_model_imports_neither_transformers_nor_the_command_line():
                 "typer",
                 "rich",
                 "bitsandbytes",
+                "peft",
             }
             assert not heavy, f"{path.relative_to(ROOT)} imports {sorted(heavy)} at its top"
 

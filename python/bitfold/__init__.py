@@ -9,6 +9,7 @@ import torch  # noqa: F401  (the extension links torch's libraries: they come fi
 
 from bitfold._C import __version__
 from bitfold.formats import FORMATS, Format
+from bitfold.integration.register import register as _register
 from bitfold.nn import QuantEmbedding, QuantLinear
 from bitfold.qtensor import LinearPlan, QTensor, Unpacked, embedding, encode, linear, pack, plan_linear
 from bitfold.quantize import QuantizationSummary, quantize
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from bitfold.evaluate import compare, perplexity
     from bitfold.gguf.quantize import quantize_gguf
     from bitfold.hub import load, load_tokenizer
+    from bitfold.integration.config import Config
     from bitfold.pipeline import quantize_checkpoint
 
 # Names whose modules are imported at first use (PEP 562): they reach for transformers.
 _LAZY = {
+    "Config": "integration.config",
     "compare": "evaluate",
     "convert_checkpoint": "convert",
     "load": "hub",
@@ -41,6 +44,7 @@ _LAZY = {
 __all__ = [
     "FORMATS",
     "RECIPES",
+    "Config",
     "Format",
     "LinearPlan",
     "QTensor",
@@ -68,6 +72,9 @@ __all__ = [
     "quantize_gguf",
     "save",
 ]
+
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,8 @@ files. A quantized module's planes are stored under its name ("model.layers.0.ml
 else as it was. config.json has the section
 
     "quantization_config": {
-        "quant_method": "bitfold", "format_version": 1, "bitfold_version": "...", "recipe": "int4-g128",
+        "quant_method": "bitfold", "format_version": 1, "bitfold_version": "...", "load_with": "...",
+        "recipe": "int4-g128",
         "modules": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "int4-g128", "shape": [n, k],
                                                    "layout": "rows"}, ...},
         "tied": {"lm_head.weight": "model.embed_tokens.weight"}}
@@ -40,6 +41,10 @@ from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "bitfold"
+# For whoever opens config.json because transformers said that it skips a quantization it doesn't know.
+LOAD_WITH = (
+    "bitfold.load(path), or transformers' from_pretrained(path) behind `import bitfold`; pip install bitfold"
+)
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,17 @@ class QuantizationConfig:
     tied: Mapping[str, str]
     version: str = _C.__version__
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the model computes in, where a quantized embedding tells it; else None."""
+        return next((entry.dtype for entry in self.modules.values() if entry.dtype is not None), None)
+
     def to_json(self) -> dict[str, object]:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "bitfold_version": self.version,
+            "load_with": LOAD_WITH,
             "recipe": self.recipe,
             "modules": {name: entry.to_json() for name, entry in self.modules.items()},
             "tied": dict(self.tied),
@@ -110,17 +121,20 @@ def read_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConf
     section = config.get("quantization_config")
     if not isinstance(section, dict):
         raise CheckpointError(f"{path} is not quantized: its {CONFIG_FILE} has no quantization_config")
+    return parse_quantization(str(path), section)
+
+
+def parse_quantization(origin: str, section: Mapping[str, Any]) -> QuantizationConfig:
+    """A section quantization_config, checked; origin: what has it, for messages. Raises as `read_quantization`."""
     if section.get("quant_method") != QUANT_METHOD:
         method = section.get("quant_method")
-        raise CheckpointError(f"{path} was quantized by '{method}', which bitfold doesn't read")
+        raise CheckpointError(f"{origin} was quantized by '{method}', which bitfold doesn't read")
     version = section.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(
-            f"{path / CONFIG_FILE} has the format_version {version!r}, which must be a number"
-        )
+        raise CheckpointError(f"{origin} has the format_version {version!r}, which must be a number")
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {version} (bitfold {section.get('bitfold_version')}), and this "
+            f"{origin} has checkpoint version {version} (bitfold {section.get('bitfold_version')}), and this "
             f"bitfold, {_C.__version__}, reads up to version {FORMAT_VERSION}: install a newer one"
         )
     try:
@@ -130,7 +144,7 @@ def read_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConf
             str(section.get("recipe")), modules, tied, str(section.get("bitfold_version"))
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} has a malformed quantization_config: {error}") from None
+        raise CheckpointError(f"{origin} has a malformed quantization_config: {error}") from None
 
 
 def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
@@ -172,19 +186,15 @@ def save(
         OSError: the path can't be written.
     """
     path = check_target(Path(path), force=force)
-    state, tied = _unique_tensors(model)
+    state, _ = _unique_tensors(model)
     for name, tensor in state.items():
         if tensor.is_meta:
             raise CheckpointError(
                 f"'{name}' has no values (it is on the meta device), so the model can't be saved"
             )
-    modules = {
-        name: _entry_of(module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantModule)
-    }
-    config = _config_of(model, modules, state)
-    config["quantization_config"] = QuantizationConfig(recipe, modules, tied).to_json()
+    quantization = describe_quantization(model, recipe)
+    config = _config_of(model, quantization.modules, state)
+    config["quantization_config"] = quantization.to_json()
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
     with CheckpointWriter(path, specs, force=force, shard_bytes=shard_bytes) as writer:
         for name, tensor in state.items():
@@ -196,6 +206,16 @@ def save(
             if generation is None or file.name != "generation_config.json":
                 writer.add_copy(file)
         writer.commit(config)
+
+
+def describe_quantization(model: nn.Module, recipe: str = "") -> QuantizationConfig:
+    """What config.json must say of a model with quantized modules; recipe: a name to note."""
+    modules = {
+        name: _entry_of(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantModule)
+    }
+    return QuantizationConfig(recipe, modules, _unique_tensors(model)[1])
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -292,31 +312,35 @@ def assemble(
             raise CheckpointError(
                 f"{path} holds no transformers model: pass the model to load into (model=...)"
             )
-        cast = dtype or hf.config_dtype(config)
+        cast = dtype or quantization.dtype or hf.config_dtype(config)
         model = hf.empty_causal_lm(path, config, cast)
-    _swap(model, quantization)
+    put_empty_modules(model, quantization.modules)
     _assign(model, path, stored, values, quantization, cast)
     if torch.device(device).type != "cpu":
         model.to(device)
     for name, module in model.named_modules():
         if isinstance(module, QuantModule):
-            if module.g_idx is not None:
-                _check_g_idx(path, name, module)
+            check_g_idx_of(path, name, module)
             module.prepare()
     return model.eval()
 
 
-def _check_g_idx(path: Path, name: str, module: QuantModule) -> None:
-    """What no shape tells: whether g_idx gives each group its columns."""
+def check_g_idx_of(path: Path, name: str, module: QuantModule) -> None:
+    """What no shape tells: whether g_idx gives each group its columns. Raises CheckpointError."""
+    if module.g_idx is None:
+        return
     try:
         _ = module.qtensor
     except ValueError as error:
         raise CheckpointError(f"{path}: '{name}': {error}") from None
 
 
-def _swap(model: nn.Module, quantization: QuantizationConfig) -> None:
-    """Put quantized modules without values in the places that the checkpoint names."""
-    for name, entry in quantization.modules.items():
+def put_empty_modules(model: nn.Module, modules: Mapping[str, ModuleEntry]) -> None:
+    """Put quantized modules without values in the places that a checkpoint names.
+
+    Raises CheckpointError where the model has nothing there, or something else.
+    """
+    for name, entry in modules.items():
         try:
             old: Any = model.get_submodule(name)
         except AttributeError:

@@ -17,28 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitfold import versions
 from bitfold.shards import CONFIG_FILE, CheckpointError, read_directory, read_json
 
 _REASON = 200  # characters quoted of an error of transformers
 
 
-class MissingExtraError(ImportError):
-    """A library that bitfold needs for this is not installed; the message says how to get it."""
-
-
 def require_transformers() -> Any:
-    """The transformers module, quiet. Raises MissingExtraError where it is not installed or too old."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError(
-            "reading Hugging Face models needs transformers: run pip install 'bitfold[hf]'"
-        ) from None
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise MissingExtraError(
-            f"bitfold needs transformers 5, not {transformers.__version__}: run pip install -U 'bitfold[hf]'"
-        )
-    return transformers
+    """The transformers module. Raises MissingExtraError where it is not installed or not supported."""
+    return versions.TRANSFORMERS.require("reading Hugging Face models")
 
 
 def read_config(path: Path) -> dict:

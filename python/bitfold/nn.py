@@ -46,6 +46,11 @@ class QuantModule(nn.Module):
         parameters = self._parameters
         return [parameters[name] for name in self.plane_names]  # type: ignore[misc]
 
+    def parts(self) -> list[nn.Parameter]:
+        """The planes, and g_idx where there is one: all parameters that make the weight."""
+        names = [*self.plane_names, "g_idx"]
+        return [part for name in names if (part := self._parameters[name]) is not None]
+
     @property
     def qtensor(self) -> QTensor:
         """The weight; shares the planes of this module."""

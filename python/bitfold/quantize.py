@@ -161,7 +161,7 @@ def quantize(
     refuse_calibration(recipe)
     formats = {name: item.format for name, item in assign(recipe, infos).items() if item.format is not None}
     for name in formats:
-        _check_swappable(name, model.get_submodule(name))
+        check_swappable(name, model.get_submodule(name))
     tied: dict[str, list[str]] = {}  # modules of one weight, by the first of them
     for name in formats:
         tied.setdefault(infos[name].tied_to or name, []).append(name)
@@ -192,7 +192,8 @@ def refuse_calibration(recipe: Recipe) -> None:
         )
 
 
-def _check_swappable(name: str, module: nn.Module) -> None:
+def check_swappable(name: str, module: nn.Module, *, with_values: bool = True) -> None:
+    """Raises ValueError where a quantized module can't take the place of this one; with_values: it must hold data."""
     if not name:
         raise ValueError("model is itself the layer to swap; it must be a module that contains it")
     hooks = (
@@ -203,7 +204,7 @@ def _check_swappable(name: str, module: nn.Module) -> None:
     )
     if any(hooks):
         raise ValueError(f"module {name} has hooks, which a swap would lose: remove them first")
-    if module.weight.is_meta:
+    if with_values and module.weight.is_meta:
         raise ValueError(f"{name}.weight is on the meta device; it must hold data: load the model first")
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError(f"module {name} has max_norm, which rewrites its weight: keep it by a rule")
@@ -211,24 +212,35 @@ def _check_swappable(name: str, module: nn.Module) -> None:
 
 def _swap(model: nn.Module, names: list[str], format: str, clamp: bool) -> ModuleSummary:
     """Encodes the one weight of the modules `names` and puts quantized modules in their places."""
-    modules = [model.get_submodule(name) for name in names]
-    weight: Any = modules[0].weight
+    weight: Any = model.get_submodule(names[0]).weight
     qtensor = encode_named(f"{names[0]}.weight", weight, format, clamp=clamp)
     summary = summarize(names[0], weight, qtensor)
+    put_modules(model, names, qtensor, weight.dtype)
+    return summary
+
+
+def put_modules(model: nn.Module, names: list[str], qtensor: QTensor, dtype: torch.dtype) -> None:
+    """Puts quantized modules that share one weight in the places of the modules `names`; dtype: of an embedding's
+    output."""
+    modules = [model.get_submodule(name) for name in names]
     for module in modules:
         quantized: QuantLinear | QuantEmbedding
         if isinstance(module, nn.Embedding):
-            quantized = QuantEmbedding(qtensor, module.padding_idx, weight.dtype)
+            quantized = QuantEmbedding(qtensor, module.padding_idx, dtype)
         else:
             quantized = QuantLinear(qtensor, module.bias)  # type: ignore[arg-type]
         quantized.train(module.training)
         qtensor = quantized.qtensor  # of this module's parameters, so that the next one shares them
         quantized.prepare()
-        for parent in list(model.modules()):
-            for child_name, child in list(parent._modules.items()):
-                if child is module:
-                    setattr(parent, child_name, quantized)
-    return summary
+        put_module(model, module, quantized)
+
+
+def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever the model has `old`."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
 
 
 def encode_named(name: str, weight: Tensor, format: str, *, clamp: bool = False) -> QTensor:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.hf import MissingExtraError, reason
+from bitfold.hf import reason
+from bitfold.versions import MissingExtraError
 
 SAMPLES = 128  # rows, as in the GPTQ paper
 SEQUENCE_LENGTH = 2048  # tokens of a row; the model's own limit where that is smaller

@@ -26,7 +26,7 @@ from bitfold.cli.plan import plan
 from bitfold.cli.quantize import quantize
 from bitfold.cli.recipes import recipes
 from bitfold.cli.report import report
-from bitfold.hf import MissingExtraError
+from bitfold.versions import MissingExtraError
 
 # click's exceptions: newer releases of typer carry click inside, older ones import it.
 _click = importlib.import_module(typer.BadParameter.__module__)

@@ -21,7 +21,7 @@ from bitfold.cli.console import (
     size,
 )
 from bitfold.cli.eval import read_text
-from bitfold.hf import MissingExtraError
+from bitfold.versions import MissingExtraError
 
 if TYPE_CHECKING:
     from bitfold.report.measure import Report

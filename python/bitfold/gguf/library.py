@@ -6,7 +6,7 @@ GGUFWriter (whose keys are taken, nothing is written), Metadata and SpecialVocab
 
 from __future__ import annotations
 
-from bitfold.hf import MissingExtraError
+from bitfold.versions import MissingExtraError
 
 try:
     from gguf import GGML_QUANT_SIZES as GGML_QUANT_SIZES

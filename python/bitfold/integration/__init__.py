@@ -1,0 +1,1 @@
+"""bitfold as a quantization method of transformers."""
