@@ -70,10 +70,10 @@ def pattern(shown: str) -> str:
 
 @pytest.mark.parametrize(("page", "text"), cases("python"))
 def test_python_runs(page, text, desk):
-    for library in ("jax", "cupy"):
-        if re.search(rf"^import {library}\b", text, re.M):
+    for library in ("jax", "cupy", "peft"):
+        if re.search(rf"^(import|from) {library}\b", text, re.M):
             reason = f"{library} is not installed"
-            pytest.importorskip(library, reason=reason if library == "jax" else f"{reason}: it needs a GPU")
+            pytest.importorskip(library, reason=f"{reason}: it needs a GPU" if library == "cupy" else reason)
     exec(compile(text, str(DOCS / page), "exec"), {"__name__": "guide"})
 
 

@@ -47,6 +47,7 @@ MODULES += [
     "layout",
     "pipeline",
     "integration",
+    "peft",
     "budget",
     "calibration",
     "gguf",

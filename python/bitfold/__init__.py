@@ -41,6 +41,9 @@ _LAZY = {
     "save": "checkpoint",
 }
 
+# Packages that are imported at first use: `bitfold.peft` without `import bitfold.peft`.
+_LAZY_PACKAGES = ("peft",)
+
 __all__ = [
     "FORMATS",
     "RECIPES",
@@ -78,6 +81,8 @@ _register()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY_PACKAGES:
+        return importlib.import_module(f"bitfold.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'bitfold' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"bitfold.{_LAZY[name]}"), name)

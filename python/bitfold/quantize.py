@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitfold.formats import parse
 from bitfold.nn import QuantEmbedding, QuantLinear
-from bitfold.qtensor import QTensor, embedding, encode
+from bitfold.qtensor import QTensor, column_order, embedding, encode
 from bitfold.recipes import ModuleInfo, Recipe, assign, get
 
 # An untied output head of a model that has no get_output_embeddings() is recognised by these names.
@@ -249,6 +249,19 @@ def encode_named(name: str, weight: Tensor, format: str, *, clamp: bool = False)
         return encode(weight, format, clamp=clamp and parse(format).grid == "cast")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def requantize(weight: Tensor, like: QTensor) -> QTensor:
+    """A changed weight in the format of the one it was, each group with a new scale; g_idx stays what it is.
+
+    Raises what `encode` raises, and ValueError for the layout "flat".
+    """
+    if like.layout != "rows":
+        raise ValueError(f"the weight has the layout {like.layout!r}; to be encoded again it must be 'rows'")
+    if like.g_idx is None:
+        return encode(weight, like.format)
+    qtensor = encode(weight.index_select(1, column_order(like.g_idx)), like.format)
+    return QTensor(like.format, like.shape, qtensor.planes, like.layout, like.g_idx)
 
 
 def summarize(name: str, weight: Tensor, qtensor: QTensor) -> ModuleSummary:
