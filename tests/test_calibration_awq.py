@@ -39,11 +39,9 @@ def first_block(path: Path, recipe: Recipe, workers: Workers) -> tuple[BlockRun,
     prefix = f"{blocks.names[0]}."
     inside = {step.module.removeprefix(prefix): step for step in steps if step.name.startswith(prefix)}
     rules = {name: assignments[step.module].rule for name, step in inside.items() if step.format is not None}
-    stored = {s.name.removeprefix(prefix): s.stored.torch_dtype for s in inside.values() if s.format is None}
+    stored = {s.name.removeprefix(prefix): s.dtype for s in inside.values() if s.format is None}
     stored |= {
-        s.name.removeprefix(prefix): s.stored.torch_dtype
-        for s in steps
-        if s.name.startswith(prefix) and s.format is None
+        s.name.removeprefix(prefix): s.dtype for s in steps if s.name.startswith(prefix) and s.format is None
     }
     run = BlockRun(
         prefix[:-1],

@@ -86,13 +86,11 @@ def test_recipes_fit_a_model(page, text, tmp_path):
     if "experts" in text:
         pytest.importorskip("transformers")
         modules = {
-            "model.layers.0.mlp.experts": recipes.ModuleInfo(
-                "experts", (4, 8, 8), ("w",), obstacle="it is a stack"
-            ),
-            "model.layers.0.mlp.gate": recipes.ModuleInfo("linear", (8, 8)),
+            "model.layers.0.mlp.experts.down_proj": recipes.ModuleInfo("experts", (4, 8, 8)),
+            "model.layers.0.self_attn.q_proj": recipes.ModuleInfo("linear", (8, 8)),
         }
         assigned = recipes.assign(recipe, modules)
-        assert [item.format for item in assigned.values()] == [None, "int4-g128"]
+        assert [item.format for item in assigned.values()] == ["int4-g64", "int8-channel"]
         return
     source = tiny.write_llama(tmp_path / "m", layers=4)
     assert bitfold.plan_checkpoint(source, recipe).quantized_bits_per_weight < 16

@@ -16,7 +16,7 @@ import gguf_models  # noqa: E402
 import tiny  # noqa: E402
 from bitfold.gguf import export, load, reader, vocabulary  # noqa: E402
 from bitfold.gguf.model import GgufModel  # noqa: E402
-from bitfold.nn import QuantModule  # noqa: E402
+from bitfold.nn import PlaneModule  # noqa: E402
 from bitfold.shards import CheckpointError  # noqa: E402
 from gguf_models import KINDS, TRICKY  # noqa: E402
 from tiny import one_thread  # noqa: E402, F401
@@ -141,19 +141,30 @@ def test_halves_stay_what_they_are(kind, dtype, tmp_path):
 
 # ---- packed weights ----
 
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
 
 @pytest.mark.parametrize("format", ["q8_0", "q4_1", "q4_k", "q6_k"])
-@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "gemma2", "phi3", *MIXTURES])
 def test_packed_weights_compute_what_they_mean(kind, format, tmp_path):
     """A file of blocks computes as one whose blocks were decoded by the gguf package; nothing is decoded on loading."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2 if kind != "gemma2" else 3}
+    if "moe" in kind:
+        sizes |= {"moe_intermediate_size": 256}
+    if kind == "qwen2_moe":
+        sizes |= {"shared_expert_intermediate_size": 256}
     directory = gguf_models.write_directory(tmp_path / "model", kind, **sizes)
     model = export.read_directory(directory)
-    packed = load.load(gguf_models.write_file(model, tmp_path / "packed.gguf", format))
-    decoded = load.load(gguf_models.write_file(model, tmp_path / "decoded.gguf", format, decode=True))
-    linears = [module for module in packed.modules() if isinstance(module, torch.nn.Linear)]
-    assert not linears
-    quantized = [module for module in packed.modules() if isinstance(module, QuantModule)]
+    packed = load.load(gguf_models.write_file(model, tmp_path / "packed.gguf", format, stacks=True))
+    file = gguf_models.write_file(model, tmp_path / "decoded.gguf", format, decode=True, stacks=True)
+    decoded = load.load(file)
+    if kind in MIXTURES:
+        decoded.set_experts_implementation("eager")
+    linears = {
+        name.rpartition(".")[2] for name, m in packed.named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    assert linears <= {"shared_expert_gate"}
+    quantized = [module for module in packed.modules() if isinstance(module, PlaneModule)]
     assert {module.format for module in quantized} == {format}
     ids = torch.randint(0, gguf_models.ROWS, (2, 24), generator=torch.Generator().manual_seed(1))
     wanted, found = logits(decoded, ids), logits(packed, ids)
@@ -176,6 +187,20 @@ def test_blocks_are_mapped(tmp_path):
     assert owned == {f"model.layers.{i}.self_attn.{p}_proj.blocks" for i in range(2) for p in "qk"}
     blocks = packed.model.layers[1].mlp.down_proj.blocks
     assert torch.equal(blocks, source.tensors["blk.1.ffn_down.weight"].read(0, blocks.shape[0]))
+
+
+def test_blocks_of_experts_are_mapped(tmp_path):
+    """The down projections; gate and up projection, two tensors in the file, are put together."""
+    directory = gguf_models.write_directory(tmp_path / "model", "mixtral")
+    file = gguf_models.write_file(export.read_directory(directory), tmp_path / "a.gguf", "q8_0", stacks=True)
+    experts = load.load(file).model.layers[1].mlp.experts
+    down, both = experts.down_proj.blocks, experts.gate_up_proj.blocks
+    assert down.untyped_storage().nbytes() > down.nbytes
+    source = {name: tensor.read(0, tensor.rows) for name, tensor in reader.read_gguf(file).tensors.items()}
+    assert torch.equal(down.flatten(0, 1), source["blk.1.ffn_down_exps.weight"])
+    gate, up = both.chunk(2, dim=1)
+    assert torch.equal(gate.flatten(0, 1), source["blk.1.ffn_gate_exps.weight"])
+    assert torch.equal(up.flatten(0, 1), source["blk.1.ffn_up_exps.weight"])
 
 
 # ---- what can't be loaded ----
@@ -247,9 +272,6 @@ def test_tensors_that_cannot_be_computed_with(tmp_path):
         tmp_path / "model", "mixtral", hidden_size=256, intermediate_size=256
     )
     model = export.read_directory(directory)
-    file = gguf_models.write_file(model, tmp_path / "packed.gguf", "q4_k", stacks=True)
-    with pytest.raises(CheckpointError, match="a stack of experts in Q4_K, with which bitfold can't compute"):
-        load.load(file)
     norm = model.tensors["blk.0.attn_norm.weight"]
     extra = {"blk.0.mystery.weight": replace(norm, name="blk.0.mystery.weight")}
     file = gguf_models.write_file(edited(model, tensors=extra), tmp_path / "extra.gguf")

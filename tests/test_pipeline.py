@@ -16,7 +16,7 @@ from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError
 from safetensors.torch import save_file
 from tiny import one_thread  # noqa: F401
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
 TIED_INT8 = Recipe(
     "tied", "", (Rule("lm_head", "int8"), Rule("*.embed_tokens", "int8"), Rule("*", "int4-g32"))
@@ -162,22 +162,6 @@ def test_half_a_range_is_an_error_or_is_clamped(tmp_path):
     assert not (tmp_path / "q").exists()
     bitfold.quantize_checkpoint(source, tmp_path / "q", "fp16", clamp=True)
     assert tiny.tensors_of(tmp_path / "q")[name.replace("weight", "codes")][3, 5] == 65504
-
-
-def test_expert_stacks_are_an_error(tmp_path):
-    config = MixtralConfig(
-        vocab_size=tiny.VOCAB,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"experts.*3-D"):
-        bitfold.quantize_checkpoint(tmp_path / "m", tmp_path / "q", "int8")
-    assert not (tmp_path / "q").exists()
 
 
 def test_rotary_frequencies_of_old_checkpoints_are_left_out(tmp_path):

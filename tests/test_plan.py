@@ -23,7 +23,7 @@ from command import call, call_json
 from tiny import LLAMA_2_7B, one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GptOssConfig
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo" / "model"
 
@@ -323,21 +323,21 @@ def test_text_is_readable_at_80_columns(capsys, llama_2_7b):
 
 
 def test_recipes_that_do_not_fit_say_why(capsys, tmp_path):
-    """A stack of experts can't be quantized; the model as it is can be planned for all that."""
-    config = MixtralConfig(
+    """Experts of another kind than bitfold's can't be quantized; the model as it is can be planned for all that."""
+    config = GptOssConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4,
+        num_key_value_heads=2, num_local_experts=4, head_dim=16,
     )  # fmt: skip
     write_config(tmp_path / "m", config.to_dict())
     data = call_json(capsys, "plan", tmp_path / "m")
     assert [name for name in data["recipes"] if name not in MIXES] == ["unquantized"]
-    assert "stack of experts" in data["refused"]["int4-g128"]
+    assert "a stack in a GptOssExperts" in data["refused"]["int4-g128"]
     code, out, _ = call(capsys, "plan", tmp_path / "m")
     assert code == 0
-    assert out.count("No plan for") == 1
+    assert out.count("No plan for") == 2  # and GGUF has another word for them
     code, _, err = call(capsys, "plan", tmp_path / "m", "--recipe", "int8")
     assert code == 2
-    assert "stack of experts" in err
+    assert "a stack in a GptOssExperts" in err
 
 
 def test_only_the_named_recipes(capsys, tmp_path):

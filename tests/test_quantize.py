@@ -258,11 +258,11 @@ class Stack(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(4, 16, 8))
 
 
-@pytest.mark.parametrize(("odd", "message"), [(Lora(32, 32), "Lora"), (Stack(), r"gate_up_proj, down_proj")])
+@pytest.mark.parametrize(("odd", "message"), [(Lora(32, 32), "Lora"), (Stack(), "stack in a Stack")])
 def test_what_cannot_be_swapped_is_an_error_unless_kept(odd, message):
     model = Plain()
     model.blocks[1].add_module("odd", odd)
-    with pytest.raises(ValueError, match=rf"module blocks\.1\.odd .*{message}"):
+    with pytest.raises(ValueError, match=rf"module blocks\.1\.odd.* it is a .*{message}"):
         quantize(model, "int4")
     assert not any(isinstance(module, QuantLinear) for module in model.modules())
     quantize(model, Recipe("kept", "", (Rule("*.odd", None), Rule("*", "int4"))))
@@ -386,8 +386,9 @@ def test_llama_with_everything_quantized_and_tied(dtype):
     assert torch.equal(generate(model), generate(copy.deepcopy(model)))
 
 
-def test_transformers_experts_are_refused():
-    config = transformers.MixtralConfig(
+def test_experts_of_another_kind_are_refused():
+    """Those of gpt-oss are transposed, have biases, and gate in their own way."""
+    config = transformers.GptOssConfig(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=24,
@@ -395,9 +396,10 @@ def test_transformers_experts_are_refused():
         num_attention_heads=2,
         num_key_value_heads=1,
         num_local_experts=4,
+        head_dim=8,
     )
-    model = transformers.MixtralForCausalLM(config)
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts \(gate_up_proj, down_proj"):
+    model = transformers.GptOssForCausalLM(config)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj .*GptOssExperts"):
         quantize(model, "int4")
     summary = quantize(model, Recipe("kept", "", (Rule("*.experts", None), Rule("*", "int4"))))
     assert all("self_attn" in module.name for module in summary.modules)

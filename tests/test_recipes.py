@@ -17,9 +17,7 @@ LLAMA = {
 TIED = {**LLAMA, "lm_head": ModuleInfo("linear", (100, 64), is_head=True, tied_to="model.embed_tokens")}
 EXPERTS = {
     **LLAMA,
-    "model.layers.1.mlp.experts": ModuleInfo(
-        "experts", (8, 64, 32), ("gate_up_proj", "down_proj"), obstacle="it is a stack"
-    ),
+    "model.layers.1.mlp.experts.gate_up_proj": ModuleInfo("experts", (8, 64, 32), obstacle="it is a stack"),
 }
 
 
@@ -215,8 +213,43 @@ def test_experts_are_never_skipped_in_silence():
         with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts.*gate_up_proj.*keep"):
             assigned(rules, EXPERTS)
     result = assigned([("*.experts", None), ("*", "int4")], EXPERTS)
-    assert result["model.layers.1.mlp.experts"] is None
+    assert result["model.layers.1.mlp.experts.gate_up_proj"] is None
     assert result["model.layers.1.mlp.down_proj"] == "int4-g128"
+
+
+MIXTURE = {
+    **LLAMA,
+    "model.layers.1.mlp.gate": ModuleInfo("linear", (8, 64), is_router=True, obstacle="it is a Router"),
+    "model.layers.1.mlp.shared_gate": ModuleInfo("linear", (1, 64), is_router=True),
+    "model.layers.1.mlp.experts.gate_up_proj": ModuleInfo("experts", (8, 64, 32)),
+    "model.layers.1.mlp.experts.down_proj": ModuleInfo("experts", (8, 32, 32)),
+}
+
+
+def test_experts_are_reached_by_their_name_and_their_home():
+    gate_up, down = (f"model.layers.1.mlp.experts.{leaf}" for leaf in ("gate_up_proj", "down_proj"))
+    assert assigned([("*", "int4-g32")], MIXTURE)[down] == "int4-g32"
+    both = assigned([("*.experts", "int8"), ("*", "int4-g32")], MIXTURE)
+    assert both[gate_up] == both[down] == "int8-channel"
+    one = assigned([("*.experts.down_proj", "int8"), ("*", "int4-g32")], MIXTURE)
+    assert (one[gate_up], one[down]) == ("int4-g32", "int8-channel")
+    with pytest.raises(ValueError, match=r"order 'groups'.*'static' or 'none'"):
+        recipes.assign(
+            Recipe("mine", "", (Rule("*", "int4-g32", "gptq", GptqOptions(order="groups")),)), MIXTURE
+        )
+
+
+def test_routers_are_kept_unless_a_rule_spells_their_name():
+    found = recipes.assign(recipe(("*", "int4-g32")), MIXTURE)
+    for name in ("model.layers.1.mlp.gate", "model.layers.1.mlp.shared_gate"):
+        assert found[name].format is None
+        assert found[name].reason == "the router of the experts is kept by default"
+    spelled = assigned([("*.shared_gate", "int8"), ("*", "int4-g32")], MIXTURE)
+    assert spelled["model.layers.1.mlp.shared_gate"] == "int8-channel"
+    with pytest.raises(
+        ValueError, match=r"mlp\.gate \(of shape \[8, 64\]\) can't be quantized, it is a Router"
+    ):
+        assigned([("*.gate", "int8"), ("*", "int4-g32")], MIXTURE)
 
 
 def test_subclasses_are_never_touched_in_silence():

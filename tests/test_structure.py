@@ -34,6 +34,7 @@ MODULES = [
     "quantizers",
     "hugepages",
     "nn",
+    "experts",
     "recipes",
     "quantize",
     "dequantize",

@@ -31,7 +31,7 @@ from bitfold.qtensor import plan_linear
 from bitfold.recipes import ATTENTION, Assignment, ModuleInfo, Recipe
 
 CLASSES = ("embeddings", "attention", "MLP", "experts", "other", "head", "rest")
-"""Classes of tensors. "other" are linear layers elsewhere, "rest" norms, biases and what else is kept."""
+"""Classes of tensors. "other" are linear layers elsewhere and routers, "rest" norms, biases and what else is kept."""
 _MLP = ("*mlp*.*", "*ffn*.*", "*feed_forward*.*", "*.expert*.*")
 
 KV_FORMATS = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
@@ -189,7 +189,7 @@ def _budget(source: Source, name: str, assignments: Mapping[str, Assignment], ru
     quantized = {
         name: (item.format, info)
         for name, item in assignments.items()
-        if item.format is not None and (info := source.infos[name]).kind == "linear"
+        if item.format is not None and (info := source.infos[name]).kind in ("linear", "experts")
     }
     memory = Memory(
         weights=sum(entry.nbytes for entry in entries),
@@ -206,16 +206,16 @@ def _budget(source: Source, name: str, assignments: Mapping[str, Assignment], ru
 
 def _entry(step: Step, source: Source, assignments: Mapping[str, Assignment]) -> Entry:
     info = source.infos.get(step.module)
-    kept = str(step.stored.torch_dtype).removeprefix("torch.")
+    kept = str(step.dtype).removeprefix("torch.")
     if info is None:
         reason = "neither a linear layer nor an embedding: never quantized"
-        return Entry(step.name, "rest", kept, False, step.stored.shape, step.nbytes, reason)
+        return Entry(step.name, "rest", kept, False, step.shape, step.nbytes, reason)
     return Entry(
         name=step.module if step.format else step.name,
         tensor_class=_class_of(step.module, info),
         format=step.format or kept,
         quantized=step.format is not None,
-        shape=step.stored.shape,
+        shape=step.shape,
         nbytes=step.nbytes,
         reason=assignments[step.module].reason,
     )
@@ -228,6 +228,8 @@ def _class_of(name: str, info: ModuleInfo) -> str:
         return "embeddings"
     if info.kind == "experts":
         return "experts"
+    if info.is_router:
+        return "other"
     if fnmatchcase(name, ATTENTION):
         return "attention"
     return "MLP" if any(fnmatchcase(name, pattern) for pattern in _MLP) else "other"
@@ -258,23 +260,23 @@ def kv_cache(source: Source, run: Run) -> int | None:
 
 def activation(infos: Mapping[str, ModuleInfo], run: Run) -> int:
     """Bytes of the largest block's input and outputs: linear layers of one parent are one block. An estimate: what
-    a model holds at once is its code's affair."""
+    a model holds at once is its code's affair. Of experts it is one of them, to which all tokens may go."""
     hidden = max((info.shape[1] for info in infos.values() if info.kind == "embedding"), default=0)
     blocks: dict[str, list[ModuleInfo]] = {}
     for name, info in infos.items():
-        if info.kind == "linear":
+        if info.kind in ("linear", "experts"):
             blocks.setdefault(name if info.is_head else name.rpartition(".")[0], []).append(info)
     largest = 0
     for block in blocks.values():
         rows = run.batch * (1 if block[0].is_head else run.context)
-        numbers = max(info.shape[1] for info in block) + sum(info.shape[0] for info in block) + 2 * hidden
+        numbers = max(info.matrix[1] for info in block) + sum(info.matrix[0] for info in block) + 2 * hidden
         largest = max(largest, rows * numbers * run.dtype.itemsize)
     return largest
 
 
 def workspace(format: str, info: ModuleInfo, run: Run) -> int:
-    """Bytes of workspace of one linear layer, of a prompt and of a token at a time."""
-    n, k = info.shape
+    """Bytes of workspace of one linear layer or expert, of a prompt and of a token at a time."""
+    n, k = info.matrix
     rows = run.batch * (1 if info.is_head else run.context)
     # Both are run: the prompt at once, then a token at a time.
     return max(workspace_bytes(format, m, n, k, run.dtype, run.threads) for m in (run.batch, rows))
@@ -318,7 +320,8 @@ def _notes(
             yield f"{name} shares the weight of {info.tied_to}, which is counted once"
     for text, names in grouped(_ragged(entries)):
         yield f"{text} in {listed(names)}"
-    chosen = {item.format for name, item in assignments.items() if source.infos[name].kind == "linear"}
+    multiplied = (name for name, info in source.infos.items() if info.kind in ("linear", "experts"))
+    chosen = {assignments[name].format for name in multiplied}
     for format in sorted(filter(None, chosen)):
         plan = plan_linear(format, 1, 1, 1, run.dtype)
         if plan.regime != "fused":
@@ -340,7 +343,7 @@ def run_notes(source: Source, run: Run) -> Iterable[str]:
 def _ragged(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
     for entry in entries:
         group = formats.parse(entry.format).group if entry.quantized else 0
-        if group > 0 and entry.shape[1] % group:
+        if group > 0 and entry.shape[-1] % group:
             yield f"{entry.format}: the last group of a row has fewer than {group} columns", entry.name
 
 

@@ -11,8 +11,9 @@ else as it was. config.json has the section
                                                    "layout": "rows"}, ...},
         "tied": {"lm_head.weight": "model.embed_tokens.weight"}}
 
-where an embedding also names its output "dtype", and `tied` maps the name of a tensor that is not stored to
-the one that it is.
+where a stack of experts has the kind "experts" and the shape [experts, n, k], and planes whose first dimension are the
+experts, an embedding also names its output "dtype", and `tied` maps the name of a tensor that is not stored to the one
+that it is.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import _C, hf
+from bitfold.experts import QuantStack, put_stack
 from bitfold.formats import parse, plane_shapes
-from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule, embedding_scale
+from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, embedding_scale
 from bitfold.shards import (
     CONFIG_FILE,
     CheckpointError,
@@ -45,22 +47,28 @@ QUANT_METHOD = "bitfold"
 LOAD_WITH = (
     "bitfold.load(path), or transformers' from_pretrained(path) behind `import bitfold`; pip install bitfold"
 )
+_KINDS = {"linear": 2, "embedding": 2, "experts": 3}  # of modules, and how many sizes their shapes have
 
 
 @dataclass(frozen=True)
 class ModuleEntry:
     """What config.json says of one quantized module.
 
-    kind: "linear" or "embedding"; format: canonical; shape: (n, k); dtype: of an embedding's output, else
-    None; g_idx: whether the weight has one.
+    kind: "linear", "embedding" or "experts"; format: canonical; shape: (n, k), of experts (experts, n, k); dtype: of
+    an embedding's output, else None; g_idx: whether the weight has one.
     """
 
     kind: str
     format: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     layout: str = "rows"
     dtype: torch.dtype | None = None
     g_idx: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the weight, or of each expert's."""
+        return self.shape[-2], self.shape[-1]
 
     def to_json(self) -> dict[str, object]:
         fields: dict[str, object] = {
@@ -77,12 +85,14 @@ class ModuleEntry:
 
     def parts(self) -> dict[str, TensorSpec]:
         """What the weight is stored as, by names within the module: its planes, and g_idx where it has one."""
-        shapes = plane_shapes(self.format, *self.shape, self.layout)
+        (n, k), experts = self.matrix, self.shape[:-2]
+        shapes = plane_shapes(self.format, n, k, self.layout)
         found = {
-            law.name: TensorSpec(law.name, law.dtype, shapes[law.name]) for law in parse(self.format).planes
+            law.name: TensorSpec(law.name, law.dtype, (*experts, *shapes[law.name]))
+            for law in parse(self.format).planes
         }
         if self.g_idx:
-            found["g_idx"] = TensorSpec("g_idx", torch.int32, (self.shape[1],))
+            found["g_idx"] = TensorSpec("g_idx", torch.int32, (k,))
         return found
 
 
@@ -148,17 +158,19 @@ def parse_quantization(origin: str, section: Mapping[str, Any]) -> QuantizationC
 
 
 def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
-    n, k = fields["shape"]
     kind = fields["kind"]
-    if kind not in ("linear", "embedding"):
-        raise ValueError(f"the kind '{kind}' must be linear or embedding")
+    if kind not in _KINDS:
+        raise ValueError(f"the kind '{kind}' must be {', '.join(list(_KINDS)[:-1])} or {list(_KINDS)[-1]}")
+    shape = tuple(int(size) for size in fields["shape"])
+    if len(shape) != _KINDS[kind]:
+        raise ValueError(f"the shape {list(shape)} of a {kind} must have {_KINDS[kind]} sizes")
     dtype = getattr(torch, fields["dtype"]) if "dtype" in fields else None
     g_idx = fields.get("g_idx", False)
     if not isinstance(g_idx, bool):
         raise ValueError(f"g_idx is {g_idx!r}; it must be true or false")
-    return ModuleEntry(
-        kind, parse(fields["format"]).canonical, (int(n), int(k)), fields["layout"], dtype, g_idx
-    )
+    if g_idx and kind == "experts":
+        raise ValueError("experts have a g_idx; they must have none")
+    return ModuleEntry(kind, parse(fields["format"]).canonical, shape, fields["layout"], dtype, g_idx)
 
 
 def save(
@@ -213,7 +225,7 @@ def describe_quantization(model: nn.Module, recipe: str = "") -> QuantizationCon
     modules = {
         name: _entry_of(module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantModule)
+        if isinstance(module, PlaneModule)
     }
     return QuantizationConfig(recipe, modules, _unique_tensors(model)[1])
 
@@ -232,7 +244,9 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return state, tied
 
 
-def _entry_of(module: QuantModule) -> ModuleEntry:
+def _entry_of(module: PlaneModule) -> ModuleEntry:
+    if isinstance(module, QuantStack):
+        return ModuleEntry("experts", module.format, module.shape, module.layout)
     if isinstance(module, QuantEmbedding):
         return ModuleEntry("embedding", module.format, module.shape, module.layout, module.dtype)
     return ModuleEntry("linear", module.format, module.shape, module.layout, g_idx=module.g_idx is not None)
@@ -319,8 +333,9 @@ def assemble(
     if torch.device(device).type != "cpu":
         model.to(device)
     for name, module in model.named_modules():
-        if isinstance(module, QuantModule):
-            check_g_idx_of(path, name, module)
+        if isinstance(module, PlaneModule):
+            if isinstance(module, QuantModule):
+                check_g_idx_of(path, name, module)
             module.prepare()
     return model.eval()
 
@@ -341,6 +356,9 @@ def put_empty_modules(model: nn.Module, modules: Mapping[str, ModuleEntry]) -> N
     Raises CheckpointError where the model has nothing there, or something else.
     """
     for name, entry in modules.items():
+        if entry.kind == "experts":
+            _put_empty_stack(model, name, entry)
+            continue
         try:
             old: Any = model.get_submodule(name)
         except AttributeError:
@@ -358,12 +376,14 @@ def put_empty_modules(model: nn.Module, modules: Mapping[str, ModuleEntry]) -> N
                 f"the checkpoint quantizes '{name}' as {list(entry.shape)}, "
                 f"but the model's configuration makes it {list(shape)}"
             )
+        n, k = entry.shape
         new: QuantModule
         if entry.kind == "linear":
             bias: Any = old.bias.dtype if old.bias is not None else None
             new = QuantLinear.empty(
                 entry.format,
-                *entry.shape,
+                n,
+                k,
                 bias=bias is not None,
                 device="meta",
                 dtype=bias,
@@ -373,7 +393,8 @@ def put_empty_modules(model: nn.Module, modules: Mapping[str, ModuleEntry]) -> N
         else:
             new = QuantEmbedding.empty(
                 entry.format,
-                *entry.shape,
+                n,
+                k,
                 padding_idx=getattr(old, "padding_idx", None),
                 device="meta",
                 dtype=entry.dtype or torch.float32,
@@ -382,6 +403,15 @@ def put_empty_modules(model: nn.Module, modules: Mapping[str, ModuleEntry]) -> N
             )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+
+
+def _put_empty_stack(model: nn.Module, name: str, entry: ModuleEntry) -> None:
+    """Put a stack without values in the place of one parameter of a module of experts."""
+    count, n, k = entry.shape
+    try:
+        put_stack(model, name, QuantStack.empty(entry.format, (count, n, k), "meta", entry.layout))
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint quantizes the experts '{name}', but {error}") from None
 
 
 def _assign(

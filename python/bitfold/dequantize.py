@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitfold.nn import QuantEmbedding, QuantModule
-from bitfold.quantize import put_module
+from bitfold.experts import QuantStack, expert_name
+from bitfold.nn import PlaneModule, QuantEmbedding, QuantModule, put_module
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Swap a model's quantized modules for nn.Linear and nn.Embedding, in place, one after another; returns the model.
+    """Swap a model's quantized modules for nn.Linear and nn.Embedding, and stacks of experts for parameters, in place,
+    one after another; returns the model.
 
     dtype: of the decoded weights, and of the biases; None: the first unquantized parameter's, float32 where all are
     quantized. Weights that are shared stay shared.
@@ -18,7 +19,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Raises ValueError, which names the module, where a weight is beyond the dtype's range, and for an embedding that
     scales its output, as Gemma's do, which is no nn.Embedding.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, PlaneModule)}
     for name, module in modules.items():
         if isinstance(module, QuantEmbedding) and module.scale != 1:
             raise ValueError(
@@ -31,6 +32,10 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype = next((p.dtype for p in floats), torch.float32)
     decoded: dict[int, nn.Parameter] = {}  # by the first plane, which shared weights share
     for name, module in modules.items():
+        if isinstance(module, QuantStack):
+            _unstack(model, name, module, dtype)
+            continue
+        assert isinstance(module, QuantModule)
         key = id(module.planes()[0])
         if key not in decoded:
             decoded[key] = nn.Parameter(decode_finite(f"{name}.weight", module, dtype))
@@ -38,6 +43,18 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         plain.train(module.training)
         put_module(model, module, plain)
     return model
+
+
+def _unstack(model: nn.Module, name: str, stack: QuantStack, dtype: torch.dtype) -> None:
+    """Swap a stack of experts for the parameter [experts, n, k] that it was made of."""
+    weight = stack.planes()[0].new_empty(stack.shape, dtype=dtype)
+    for expert in range(len(weight)):
+        weight[expert] = stack.matrix(expert).decode(dtype)
+        check_range(expert_name(name, expert), weight[expert])
+    home, _, leaf = name.rpartition(".")
+    experts = model.get_submodule(home)
+    delattr(experts, leaf)
+    setattr(experts, leaf, nn.Parameter(weight))
 
 
 def decode_finite(name: str, module: QuantModule, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold.nn import QuantEmbedding, QuantModule
+from bitfold.nn import PlaneModule, QuantEmbedding
 
 DEFAULT_CONTEXT = 2048  # tokens; the model's own limit where that is smaller
 _LOGIT_CHUNK = 1 << 22  # logits turned to float64 at a time
@@ -191,7 +191,7 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     for module in model.modules():
         if isinstance(module, QuantEmbedding):
             return module.dtype
-        if not isinstance(module, QuantModule):
+        if not isinstance(module, PlaneModule):
             for parameter in module.parameters(recurse=False):
                 if parameter.is_floating_point():
                     return parameter.dtype

@@ -3,11 +3,14 @@
 The model is built on the meta device to learn which modules there are; a recipe decides on names and shapes; the
 sizes of all planes follow from the formats. Quantizing a directory, its dry run and the plan share this, so what
 is predicted is what is written.
+
+Where transformers has the experts of a layer in one tensor, most checkpoints have a matrix for each, under other names
+(`_NAMINGS`). What is written has transformers' names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import hf
-from bitfold.checkpoint import check_shapes, listed
-from bitfold.formats import parse
+from bitfold.checkpoint import ModuleEntry, check_shapes, listed
+from bitfold.experts import DOWN, GATE_UP
 from bitfold.quantize import describe
 from bitfold.recipes import Assignment, ModuleInfo
 from bitfold.shards import (
@@ -57,25 +60,65 @@ class Source:
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of the source: what it is called in the model, and the format of its module (None: kept)."""
+    """One tensor of the model: what it is called there, its shape, and the format of its module (None: kept).
+
+    parts: what it is made of, one after the other from the first row of the first expert on: one tensor of the source
+    or, of a stack of experts, one or two for each of them.
+    """
 
     name: str
-    stored: StoredTensor
+    shape: tuple[int, ...]
+    parts: tuple[StoredTensor, ...]
     module: str
     format: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the source has it in."""
+        return self.parts[0].torch_dtype
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of what it is made of."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def experts(self) -> int:
+        """How many matrices a stack has, 0 of what is none."""
+        return self.shape[0] if self.module and len(self.shape) == 3 else 0
 
     def specs(self) -> list[TensorSpec]:
         """What it becomes."""
         if self.format is None:
-            return [TensorSpec(self.name, self.stored.torch_dtype, self.stored.shape)]
-        n, k = self.stored.shape
-        laws = parse(self.format).planes
-        return [TensorSpec(f"{self.module}.{law.name}", law.dtype, law.shape(n, k)) for law in laws]
+            return [TensorSpec(self.name, self.dtype, self.shape)]
+        parts = ModuleEntry("experts" if self.experts else "linear", self.format, self.shape).parts()
+        return [TensorSpec(f"{self.module}.{part}", spec.dtype, spec.shape) for part, spec in parts.items()]
 
     @property
     def nbytes(self) -> int:
         """Bytes of what it becomes."""
         return sum(spec.nbytes for spec in self.specs())
+
+
+def read_steps(steps: Iterable[Step]) -> Iterator[tuple[Step, Iterator[Tensor]]]:
+    """Each tensor as it is read: the whole of it or, of a stack of experts, one matrix after the other, mapped. The
+    tensors of a step must be taken before the next step."""
+    steps = list(steps)
+    stored = read_tensors(part for step in steps for part in step.parts)
+    for step in steps:
+        yield step, _read(step, stored)
+
+
+def _read(step: Step, stored: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
+    if not step.experts:
+        yield next(stored)[1]
+    elif len(step.parts) == 1:
+        yield from next(stored)[1]
+    else:
+        each = len(step.parts) // step.experts
+        for _ in range(step.experts):
+            parts = [next(stored)[1] for _ in range(each)]
+            yield parts[0] if each == 1 else torch.cat(parts)
 
 
 def read_source(path: Path, *, config_suffices: bool = False) -> Source:
@@ -124,34 +167,80 @@ def steps(source: Source, assignments: Mapping[str, Assignment], *, compare_tied
     path, state = source.path, source.state
     used = {
         name: tensor
-        for name, tensor in source.stored.items()
+        for name, tensor in _renamed(source.stored, state).items()
         if name in state or not source.ignored.search(name)
     }
-    check_shapes(path, used, state)
-    weights = {
-        f"{module}.{parameter}": module
-        for module, info in source.infos.items()
-        for parameter in info.parameters
-    }
+    split = _split(source, used)
+    pieces = {name: piece for parts in split.values() for name, piece in parts.items()}
+    check_shapes(path, used, {**state, **pieces})
+    weights = {info.weight_of(module): module for module, info in source.infos.items()}
     found, missing = [], []
     for owner, names in groups(state).items():
-        present = [used[name] for name in names if name in used]
-        if not present:
-            missing.append(owner)
+        wanted = list(split.get(owner, [name for name in names if name in used][:1] or [owner]))
+        present = tuple(used[name] for name in wanted if name in used)
+        if len(present) < len(wanted):
+            missing += [name for name in wanted if name not in used]
             continue
-        if compare_tied:
-            _check_same(present)
+        if compare_tied and owner not in split:
+            _check_same([used[name] for name in names if name in used])
+        _check_alike(path, owner, present)
         module = weights.get(owner, "")
         format = assignments[module].format if module else None
         if format is not None and present[0].torch_dtype not in ENCODABLE:
             raise CheckpointError(
                 f"{path}: '{owner}' is {present[0].dtype}, no floating-point weight to quantize"
             )
-        found.append(Step(owner, present[0], module, format))
+        found.append(Step(owner, tuple(state[owner].shape), present, module, format))
     if missing:
         raise CheckpointError(f"{path} lacks {listed(missing)}, which its config.json asks for")
-    order = {name: i for i, name in enumerate(source.stored)}
-    return sorted(found, key=lambda step: order[step.stored.name])
+    order = {tensor.name: i for i, tensor in enumerate(source.stored.values())}
+    return sorted(found, key=lambda step: order[step.parts[0].name])
+
+
+# What the matrices of an expert are called, where each is a tensor by itself: gate, up and down projection.
+_NAMINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# What checkpoints call a module, and transformers: Mixtral's.
+_OLD, _NEW = ".block_sparse_moe.", ".mlp."
+
+
+def _renamed(stored: Mapping[str, StoredTensor], state: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """The tensors of a source under the names that transformers has for their modules."""
+    if any(_OLD in name for name in state):
+        return dict(stored)
+    return {name.replace(_OLD, _NEW): tensor for name, tensor in stored.items()}
+
+
+def _split(source: Source, used: Mapping[str, StoredTensor]) -> dict[str, dict[str, Tensor]]:
+    """The stacks of experts that the source has as a matrix for each: the names of these in order, and their shapes (on
+    the meta device), by the name of the stack."""
+    found = {}
+    for name, info in source.infos.items():
+        home, _, leaf = name.rpartition(".")
+        if info.kind != "experts" or name in used or leaf not in (GATE_UP, DOWN):
+            continue
+        experts, n, k = info.shape
+        gate, up, down = next(
+            (names for names in _NAMINGS if _is_named(home, names, experts, used)), _NAMINGS[0]
+        )
+        leaves = (gate, up) if leaf == GATE_UP else (down,)
+        piece = torch.empty(n // len(leaves), k, device="meta")
+        found[name] = {f"{home}.{e}.{part}.weight": piece for e in range(experts) for part in leaves}
+    return found
+
+
+def _is_named(home: str, names: tuple[str, ...], experts: int, used: Mapping[str, StoredTensor]) -> bool:
+    """Whether any expert's matrix has one of these names."""
+    return any(f"{home}.{e}.{name}.weight" in used for e in range(experts) for name in names)
+
+
+def _check_alike(path: Path, name: str, parts: tuple[StoredTensor, ...]) -> None:
+    """The matrices of a stack have one dtype."""
+    other = next((part for part in parts if part.dtype != parts[0].dtype), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path}: '{parts[0].name}' is {parts[0].dtype} and '{other.name}' {other.dtype}, but both are parts of "
+            f"'{name}'"
+        )
 
 
 def groups(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

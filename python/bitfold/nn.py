@@ -9,7 +9,7 @@ modules without a `param_dtype`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,23 +21,30 @@ from bitfold.hugepages import use_huge_pages
 from bitfold.qtensor import QTensor, check_activations, column_order, gather_columns
 
 
-class QuantModule(nn.Module):
-    """A module that holds an [n, k] QTensor: the half that QuantLinear and QuantEmbedding share.
+class PlaneModule(nn.Module):
+    """A module that holds the planes of one or more matrices: what all quantized modules share.
 
-    Planes that are parameters already are kept as they are: two modules made from one `qtensor` are tied.
+    format, layout: of the matrices; shape: (n, k) of one, (experts, n, k) of a stack. Planes that are parameters
+    already are kept as they are: two modules made from the same ones are tied.
     """
 
     format: str
     layout: str
+    shape: tuple[int, ...]
+    plane_names: tuple[str, ...]
     g_idx: nn.Parameter | None
 
-    def __init__(self, qtensor: QTensor):
-        super().__init__()
-        self.format = qtensor.format
-        self.layout = qtensor.layout
-        self.shape = qtensor.shape
-        self.plane_names = tuple(qtensor.planes)
-        for name, plane in [*qtensor.planes.items(), ("g_idx", qtensor.g_idx)]:
+    def _hold(
+        self,
+        format: str,
+        layout: str,
+        shape: tuple[int, ...],
+        planes: Mapping[str, Tensor],
+        g_idx: Tensor | None = None,
+    ) -> None:
+        self.format, self.layout, self.shape = format, layout, shape
+        self.plane_names = tuple(planes)
+        for name, plane in [*planes.items(), ("g_idx", g_idx)]:
             frozen = plane is None or (isinstance(plane, nn.Parameter) and not plane.requires_grad)
             self.register_parameter(name, plane if frozen else nn.Parameter(plane, requires_grad=False))  # type: ignore[arg-type]
 
@@ -52,10 +59,9 @@ class QuantModule(nn.Module):
         return [part for name in names if (part := self._parameters[name]) is not None]
 
     @property
-    def qtensor(self) -> QTensor:
-        """The weight; shares the planes of this module."""
-        planes = dict(zip(self.plane_names, self.planes(), strict=True))
-        return QTensor(self.format, self.shape, planes, self.layout, self.g_idx)
+    def nbytes(self) -> int:
+        """Bytes of all planes, and of g_idx."""
+        return sum(part.nbytes for part in self.parts())
 
     def prepare(self) -> None:
         """What the kernels want of the planes; called after loading, never inside forward.
@@ -67,7 +73,7 @@ class QuantModule(nn.Module):
         for plane in self.planes():
             use_huge_pages(plane)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
         planes = {id(plane) for plane in self.planes()}
 
         def keep_plane_dtype(tensor: Tensor) -> Tensor:
@@ -102,6 +108,22 @@ class QuantModule(nn.Module):
         )
 
 
+class QuantModule(PlaneModule):
+    """A module that holds an [n, k] QTensor: the half that QuantLinear and QuantEmbedding share."""
+
+    shape: tuple[int, int]
+
+    def __init__(self, qtensor: QTensor):
+        super().__init__()
+        self._hold(qtensor.format, qtensor.layout, qtensor.shape, qtensor.planes, qtensor.g_idx)
+
+    @property
+    def qtensor(self) -> QTensor:
+        """The weight; shares the planes of this module."""
+        planes = dict(zip(self.plane_names, self.planes(), strict=True))
+        return QTensor(self.format, self.shape, planes, self.layout, self.g_idx)
+
+
 def empty_qtensor(
     format: str,
     n: int,
@@ -124,18 +146,31 @@ def empty_qtensor(
     return QTensor(parsed.canonical, (n, k), planes, layout, g_idx)
 
 
-class QuantLinear(QuantModule):
+class Multiplies(PlaneModule):
+    """A module whose matrices are multiplied with activations "float" or "int8", as in `bitfold.linear`; may be set at
+    any time. It is no part of the state dict."""
+
+    _activations = "float"
+
+    @property
+    def activations(self) -> str:
+        return self._activations
+
+    @activations.setter
+    def activations(self, activations: str) -> None:
+        check_activations(activations, self.format)
+        self._activations = activations
+
+
+class QuantLinear(QuantModule, Multiplies):
     """nn.Linear on a quantized weight: [..., in_features] -> [..., out_features], in the dtype of its input.
 
     qtensor: [out_features, in_features]; bias: [out_features] or None, of the dtype of the inputs to come; a
     Parameter is kept as it is. Differentiable with respect to input and bias. Where qtensor has g_idx, the columns of
     the input are gathered once, in an order that `prepare` works out.
-
-    activations: "float" or "int8", as in `bitfold.linear`; may be set at any time. It is no part of the state dict.
     """
 
     bias: nn.Parameter | None
-    _activations = "float"
     _order: Tensor | None = (
         None  # of the columns in the planes, from `prepare` until something may change g_idx
     )
@@ -170,22 +205,13 @@ class QuantLinear(QuantModule):
         super().prepare()
         self._order = None if self.g_idx is None or self.g_idx.is_meta else column_order(self.g_idx)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
         self._order = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._order = None
         super()._load_from_state_dict(*args)
-
-    @property
-    def activations(self) -> str:
-        return self._activations
-
-    @activations.setter
-    def activations(self, activations: str) -> None:
-        check_activations(activations, self.format)
-        self._activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
         # Parameters as attributes go through Module.__getattr__, which a model of 150 layers feels per token.
@@ -206,12 +232,12 @@ class QuantLinear(QuantModule):
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
-    """Set `activations` of every QuantLinear of a model; layers that aren't quantized compute as they did.
+    """Set `activations` of every quantized layer and expert of a model; what isn't quantized computes as it did.
 
     Raises ValueError, and changes nothing, where one has a format that can't be multiplied so, or where there is none
     to set.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Multiplies)}
     for name, layer in layers.items():
         try:
             check_activations(activations, layer.format)
@@ -261,7 +287,7 @@ class QuantEmbedding(QuantModule):
         """One with uninitialised planes, to load into."""
         return cls(empty_qtensor(format, n, k, device, layout), padding_idx, dtype, scale)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
@@ -288,3 +314,11 @@ def embedding_scale(module: nn.Module) -> float:
     if type(module) is not nn.Embedding and not isinstance(scale, float):
         raise ValueError(f"it is a {type(module).__name__}, a subclass of nn.Embedding")
     return 1.0 if scale is None else scale
+
+
+def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever the model has `old`."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)

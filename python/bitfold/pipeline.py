@@ -17,11 +17,12 @@ from torch import Tensor
 
 from bitfold import layout, recipes
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig
+from bitfold.experts import expert_name
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
 from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, refuse_calibration, summarize
 from bitfold.recipes import Assignment, Recipe
-from bitfold.shards import CheckpointError, read_tensors
+from bitfold.shards import CheckpointError
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
 REPORT_FILE = "bitfold_report.json"
@@ -72,31 +73,23 @@ def quantize_checkpoint(
     assignments = recipes.assign(recipe, model.infos)
     steps = layout.steps(model, assignments)
     specs = [spec for step in steps for spec in step.specs()]
-    bytes_before = sum(step.stored.nbytes for step in steps)
+    bytes_before = sum(step.source_bytes for step in steps)
     bytes_after = sum(spec.nbytes for spec in specs)
 
     summaries: list[ModuleSummary] = []
     done = 0
     with CheckpointWriter(target, specs, force=force, shard_bytes=shard_bytes) as writer:
-        for step, (_, tensor) in zip(steps, read_tensors(step.stored for step in steps), strict=True):
-            if step.format is None:
-                check_finite(step.name, tensor)
-                writer.write(step.name, tensor)
-            else:
-                qtensor = encode_named(step.name, tensor, step.format, clamp=clamp)
-                summaries.append(summarize(step.module, tensor, qtensor))
-                for plane, values in qtensor.planes.items():
-                    writer.write(f"{step.module}.{plane}", values)
-                del qtensor, values
-            del tensor
-            give_back_memory()
-            done += step.stored.nbytes
+        for step, tensors in layout.read_steps(steps):
+            for expert in range(step.experts) if step.experts else [None]:
+                summaries += write_tensor(step, next(tensors), writer, expert, clamp=clamp)
+                give_back_memory()
+            done += step.source_bytes
             if progress is not None:
                 progress(step.name, done, bytes_before)
         summary = QuantizationSummary(
             recipe=recipe.name,
             modules=tuple(summaries),
-            parameters=sum(math.prod(step.stored.shape) for step in steps),
+            parameters=sum(math.prod(step.shape) for step in steps),
             bytes_before=bytes_before,
             bytes_after=bytes_after,
         )
@@ -106,6 +99,22 @@ def quantize_checkpoint(
         section = quantization_config(recipe, steps, model, assignments)
         writer.commit({**model.config, "quantization_config": section.to_json()})
     return summary
+
+
+def write_tensor(
+    step: Step, tensor: Tensor, writer: CheckpointWriter, expert: int | None, *, clamp: bool = False
+) -> list[ModuleSummary]:
+    """Write a tensor of the source, or one matrix of a stack of experts: as it is, or rounded to nearest, and what is
+    to be said of that. Raises ValueError where it isn't finite or doesn't fit its format."""
+    if step.format is None:
+        check_finite(step.name, tensor)
+        writer.write(step.name, tensor, expert)
+        return []
+    module = step.module if expert is None else expert_name(step.module, expert)
+    qtensor = encode_named(f"{module}.weight", tensor, step.format, clamp=clamp)
+    for plane, values in qtensor.planes.items():
+        writer.write(f"{step.module}.{plane}", values, expert)
+    return [summarize(module, tensor, qtensor)]
 
 
 def give_back_memory() -> None:
@@ -138,7 +147,7 @@ def quantization_config(
 ) -> QuantizationConfig:
     """What `load` needs: every quantized module, and which tensors stand for others; with_g_idx: the modules that
     have one."""
-    dtypes = {step.module: step.stored.torch_dtype for step in steps}
+    dtypes = {step.module: step.dtype for step in steps}
     modules: dict[str, ModuleEntry] = {}
     tied: dict[str, str] = {}
     for name, info in source.infos.items():
@@ -147,8 +156,7 @@ def quantization_config(
             continue
         owner = info.tied_to or name
         dtype = dtypes[owner] if info.kind == "embedding" else None
-        shape = (info.shape[0], info.shape[1])
-        modules[name] = ModuleEntry(info.kind, format, shape, dtype=dtype, g_idx=name in with_g_idx)
+        modules[name] = ModuleEntry(info.kind, format, info.shape, dtype=dtype, g_idx=name in with_g_idx)
         if owner != name:
             tied.update({f"{name}.{law.name}": f"{owner}.{law.name}" for law in parse(format).planes})
     kept = {step.name for step in steps if step.format is None}

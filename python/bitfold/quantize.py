@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfold import experts
+from bitfold.experts import QuantStack
 from bitfold.formats import parse
-from bitfold.nn import QuantEmbedding, QuantLinear
+from bitfold.nn import QuantEmbedding, QuantLinear, put_module
 from bitfold.qtensor import QTensor, column_order, embedding, encode
 from bitfold.recipes import ModuleInfo, Recipe, assign, get
 
@@ -89,11 +91,13 @@ def describe(model: nn.Module) -> dict[str, ModuleInfo]:
     The output head is what model.get_output_embeddings() returns; in a model without such a method it is a
     linear layer that shares its weight with an embedding, or is named as one of HEAD_NAMES and as wide as
     some embedding is long. A 3-D parameter outside of a convolution, none of its sizes 1, is a stack of
-    experts. Quantized modules are left out.
+    experts; what stands beside it with one matrix, a row for each expert or a single one, is a router (Qwen2's
+    gate of the shared expert has a single row). Quantized modules are left out.
     """
     infos: dict[str, ModuleInfo] = {}
     owners: dict[int, str] = {}
     head = _output_head(model)
+    routers = _routers(model)
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
@@ -103,22 +107,33 @@ def describe(model: nn.Module) -> dict[str, ModuleInfo]:
                 kind=base.__name__.lower(),
                 shape=tuple(module.weight.shape),
                 is_head=module is head,
+                is_router=module in routers,
                 tied_to=None if owner == name else owner,
                 obstacle=None if type(module) is base else obstacle,
             )
-        elif found := stacks(module):
-            shape = tuple(next(iter(found.values())).shape)
-            obstacle = "it is a stack of experts in one 3-D parameter"
-            infos[name] = ModuleInfo("experts", shape, tuple(found), obstacle=obstacle)
+        elif module in routers:
+            obstacle = f"it is a {type(module).__name__}, no nn.Linear"
+            weight: Any = module.weight
+            infos[name] = ModuleInfo("linear", tuple(weight.shape), is_router=True, obstacle=obstacle)
+        for leaf, stack in experts.stacks(module).items():
+            why = experts.obstacle(module)
+            infos[f"{name}.{leaf}" if name else leaf] = ModuleInfo(
+                "experts", tuple(stack.shape), obstacle=why
+            )
     return infos
 
 
-def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The stacks of experts among a module's own parameters, by name."""
-    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-        return {}
-    parameters = module.named_parameters(recurse=False)
-    return {name: p for name, p in parameters if p.dim() == 3 and min(p.shape) > 1}
+def _routers(model: nn.Module) -> set[nn.Module]:
+    """The modules that say to which experts a token goes, or how much of a shared one it gets."""
+    found: set[nn.Module] = set()
+    for parent in model.modules():
+        counts = {count for child in parent.children() if (count := experts.count(child))}
+        for child in parent.children() if counts else ():
+            inside = [m for m in child.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+            inside = [m for m in inside if m.weight.dim() == 2]  # type: ignore[operator]
+            if len(inside) == 1 and len(inside[0].weight) in {1, *counts}:  # type: ignore[arg-type]
+                found.add(inside[0])
+    return found
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -145,7 +160,7 @@ def quantize(
     progress: Progress | None = None,
     quiet: bool = False,
 ) -> QuantizationSummary:
-    """Swaps the nn.Linear and nn.Embedding modules of a model for quantized ones, in place.
+    """Swaps the nn.Linear and nn.Embedding modules of a model, and its experts, for quantized ones, in place.
 
     recipe: what `recipes.get` takes; see there for which modules it reaches. Weights that are shared are
     encoded once and stay shared; a bias stays the same Parameter. clamp: as in `encode`. Prints one line with
@@ -161,7 +176,7 @@ def quantize(
     refuse_calibration(recipe)
     formats = {name: item.format for name, item in assign(recipe, infos).items() if item.format is not None}
     for name in formats:
-        check_swappable(name, model.get_submodule(name))
+        check_swappable(name, model, infos[name])
     tied: dict[str, list[str]] = {}  # modules of one weight, by the first of them
     for name in formats:
         tied.setdefault(infos[name].tied_to or name, []).append(name)
@@ -171,7 +186,10 @@ def quantize(
     done = 0
     summaries = []
     for name, names in tied.items():
-        summaries.append(_swap(model, names, formats[name], clamp))
+        if infos[name].kind == "experts":
+            summaries += put_stack(model, name, model.get_parameter(name), formats[name], clamp)
+        else:
+            summaries.append(_swap(model, names, formats[name], clamp))
         done += math.prod(infos[name].shape)
         if progress is not None:
             progress(name, done, total)
@@ -192,9 +210,12 @@ def refuse_calibration(recipe: Recipe) -> None:
         )
 
 
-def check_swappable(name: str, module: nn.Module, *, with_values: bool = True) -> None:
-    """Raises ValueError where a quantized module can't take the place of this one; with_values: it must hold data."""
-    if not name:
+def check_swappable(name: str, model: nn.Module, info: ModuleInfo, *, with_values: bool = True) -> None:
+    """Raises ValueError where a quantized module can't take the place of the one that has the weight; with_values: it
+    must hold data."""
+    home = name.rpartition(".")[0] if info.kind == "experts" else name
+    module = model.get_submodule(home)
+    if not home:
         raise ValueError("model is itself the layer to swap; it must be a module that contains it")
     hooks = (
         module._forward_hooks,
@@ -203,9 +224,10 @@ def check_swappable(name: str, module: nn.Module, *, with_values: bool = True) -
         module._backward_pre_hooks,
     )
     if any(hooks):
-        raise ValueError(f"module {name} has hooks, which a swap would lose: remove them first")
-    if with_values and module.weight.is_meta:
-        raise ValueError(f"{name}.weight is on the meta device; it must hold data: load the model first")
+        raise ValueError(f"module {home} has hooks, which a swap would lose: remove them first")
+    weight = info.weight_of(name)
+    if with_values and model.get_parameter(weight).is_meta:
+        raise ValueError(f"{weight} is on the meta device; it must hold data: load the model first")
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError(f"module {name} has max_norm, which rewrites its weight: keep it by a rule")
 
@@ -235,12 +257,21 @@ def put_modules(model: nn.Module, names: list[str], qtensor: QTensor, dtype: tor
         put_module(model, module, quantized)
 
 
-def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever the model has `old`."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
+def put_stack(
+    model: nn.Module, name: str, weight: Tensor, format: str, clamp: bool = False
+) -> list[ModuleSummary]:
+    """Encodes the matrices of one stack of experts [experts, n, k] and puts a QuantStack in the place that it has in a
+    model."""
+    stack = QuantStack.empty(format, tuple(weight.shape), weight.device)
+    summaries = []
+    for expert, matrix in enumerate(weight.detach()):
+        own = experts.expert_name(name, expert)
+        qtensor = encode_named(own, matrix, format, clamp=clamp)
+        summaries.append(summarize(own, matrix, qtensor))
+        stack.put(expert, qtensor)
+    experts.put_stack(model, name, stack)
+    stack.prepare()
+    return summaries
 
 
 def encode_named(name: str, weight: Tensor, format: str, *, clamp: bool = False) -> QTensor:

@@ -10,12 +10,14 @@ How a module finds its rule:
 - A rule reaches an embedding or the output head only if the last component of its pattern spells the module's
   own name
   without wildcards: `lm_head` and `*.embed_tokens` do, `*` and `model.*` don't. So both keep their source
-  dtype by default.
+  dtype by default. So does the router of a mixture of experts, which decides where a token goes: a small matrix
+  whose errors can't be made up for.
 - What no rule matches keeps its source dtype. Norms and all else that is neither linear nor embedding always
   do.
-- A stack of experts in one 3-D parameter, or a subclass of nn.Linear or nn.Embedding, can't be quantized:
-  unless a rule
-  keeps it, that is an error, never a silent skip.
+- A stack of experts, one 3-D parameter, is reached by its name (`*.experts.down_proj`) and by that of the module
+  that holds it (`*.experts`). Each of its matrices is quantized by itself, all in one format.
+- What computes in another way than bitfold's modules do (a subclass of nn.Linear or nn.Embedding, experts of
+  another kind) can't be quantized: unless a rule keeps it, that is an error, never a silent skip.
 """
 
 from __future__ import annotations
@@ -82,6 +84,8 @@ class Rule:
         """Whether the rule reaches the module (see the head of this file)."""
         if module.is_default_kept and self.pattern.rpartition(".")[2] != name.rpartition(".")[2]:
             return False
+        if module.kind == "experts" and fnmatchcase(name.rpartition(".")[0], self.pattern):
+            return True
         return fnmatchcase(name, self.pattern)
 
 
@@ -104,22 +108,31 @@ class Recipe:
 class ModuleInfo:
     """What a recipe knows of a module.
 
-    kind: "linear", "embedding" or "experts"; shape: of the weight; parameters: names of the weights within
-    the module; is_head: the output head; tied_to: name of the first module that has the same weight, where
-    that is another one; obstacle: why it can't be quantized ("it is a ..."), None if it can.
+    kind: "linear", "embedding" or "experts" (a 3-D parameter, under its own name); shape: of the weight; is_head: the
+    output head; is_router: it says to which experts a token goes; tied_to: name of the first module that has the same
+    weight, where that is another one; obstacle: why it can't be quantized ("it is a ..."), None if it can.
     """
 
     kind: str
     shape: tuple[int, ...]
-    parameters: tuple[str, ...] = ("weight",)
     is_head: bool = False
+    is_router: bool = False
     tied_to: str | None = None
     obstacle: str | None = None
 
     @property
     def is_default_kept(self) -> bool:
         """Whether only a rule that spells its name reaches it."""
-        return self.is_head or self.kind == "embedding"
+        return self.is_head or self.is_router or self.kind == "embedding"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the weight, or of each expert's."""
+        return self.shape[-2], self.shape[-1]
+
+    def weight_of(self, name: str) -> str:
+        """What the weight is called in the state dict of a model that has the module under this name."""
+        return name if self.kind == "experts" else f"{name}.weight"
 
 
 @dataclass(frozen=True)
@@ -391,18 +404,19 @@ def _assign_one(recipe: Recipe, name: str, module: ModuleInfo) -> Assignment:
     format = rule.format if rule else None
     if module.obstacle and (format is not None or (rule is None and not module.is_default_kept)):
         raise ValueError(
-            f"module {name} ({', '.join(module.parameters)} of shape {list(module.shape)}) can't be "
-            f"quantized, {module.obstacle}: put a rule that keeps it first "
-            f"(match = {name!r}, format = 'keep')"
+            f"module {name} (of shape {list(module.shape)}) can't be quantized, {module.obstacle}: put a rule that "
+            f"keeps it first (match = {name!r}, format = 'keep')"
         )
     if rule is not None:
         if format is not None:
             _check_columns(name, module, rule, format)
+            _check_order(name, module, rule)
         return Assignment(format, rule, f"rule {rule.pattern!r}")
     if module.is_default_kept:
-        return Assignment(
-            None, None, f"the {'output head' if module.is_head else 'embedding'} is kept by default"
+        kind = (
+            "output head" if module.is_head else "router of the experts" if module.is_router else "embedding"
         )
+        return Assignment(None, None, f"the {kind} is kept by default")
     return Assignment(None, None, "no rule matches")
 
 
@@ -411,6 +425,15 @@ def _check_columns(name: str, module: ModuleInfo, rule: Rule, format: str) -> No
         parse(format).check_columns(module.shape[-1])
     except ValueError as error:
         raise ValueError(f"module {name} can't be quantized by rule {rule.pattern!r}: {error}") from None
+
+
+def _check_order(name: str, module: ModuleInfo, rule: Rule) -> None:
+    """GPTQ's groups along its own order need a g_idx, which a stack has no place for."""
+    if module.kind == "experts" and getattr(rule.options, "order", None) == "groups":
+        raise ValueError(
+            f"{name} is a stack of experts, and rule {rule.pattern!r} has the order 'groups', which needs a g_idx for "
+            "each matrix; for experts it must be 'static' or 'none'"
+        )
 
 
 def _check_rules_used(
@@ -438,7 +461,7 @@ def _hint(rule: Rule, modules: Mapping[str, ModuleInfo]) -> str:
         name for name, module in modules.items() if module.is_default_kept and fnmatchcase(name, rule.pattern)
     ]
     if kept:
-        return f"embeddings and the output head must be named, as in {kept[0]!r}"
+        return f"embeddings, routers and the output head must be named, as in {kept[0]!r}"
     parts = {part for name in modules for part in name.split(".")}
     for part in rule.pattern.split("."):
         near = difflib.get_close_matches(part.strip("*"), parts, n=1)

@@ -200,6 +200,7 @@ class ShardWriter:
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self.path = path
         self._specs = {spec.name: spec for spec in specs}
+        self._parts: dict[str, set[int]] = {}  # what is still to come of tensors that come in parts
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         size = 0
@@ -223,15 +224,24 @@ class ShardWriter:
     def complete(self) -> bool:
         return not self._specs
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of exactly the announced dtype and shape; each name once."""
-        spec = self._specs.pop(name)
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+    def write(self, name: str, tensor: Tensor, part: int | None = None) -> bool:
+        """Write a tensor of exactly the announced dtype and shape, each name once; part: of the first dimension, where
+        only this entry of it is given, and each of them is to come once. Returns whether the tensor is whole now."""
+        spec = self._specs[name]
+        shape = spec.shape if part is None else spec.shape[1:]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:
             raise RuntimeError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {spec}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
+        offset = self._offsets[name] + (part or 0) * flat.nbytes
         if flat.numel():
             with named(self.path):
-                write_at(self._fd, self._start + self._offsets[name], flat.view(torch.uint8).numpy().data)
+                write_at(self._fd, self._start + offset, flat.view(torch.uint8).numpy().data)
+        left = self._parts.setdefault(name, set(range(spec.shape[0])) if part is not None else set())
+        if part is not None:
+            left.remove(part)
+        if not left:
+            del self._specs[name]
+        return not left
 
     def close(self) -> None:
         """Flush the file to the disk and close it."""

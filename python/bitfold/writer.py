@@ -86,13 +86,14 @@ class CheckpointWriter:
         self._lock = lock(self._dir)
         return self
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one announced tensor; its dtype and shape must be those announced."""
+    def write(self, name: str, tensor: Tensor, part: int | None = None) -> None:
+        """Write one announced tensor, or one entry of its first dimension (`part`); its dtype and shape must be those
+        announced."""
         i = self._home[name]
         if i not in self._open:
             self._open[i] = ShardWriter(self._dir / self._names[i], self._shards[i])
-        self._open[i].write(name, tensor)
-        self._missing.remove(name)
+        if self._open[i].write(name, tensor, part):
+            self._missing.remove(name)
         if self._open[i].complete:
             self._open.pop(i).close()
 

@@ -11,15 +11,9 @@ from typing import Any
 from bitfold.calibration import overlap
 from bitfold.calibration.job import Job
 from bitfold.calibration.journal import Journal
-from bitfold.layout import Step
-from bitfold.pipeline import REPORT_FILE, check_finite, give_back_memory, quantization_config, report
-from bitfold.quantize import (
-    CalibrationSummary,
-    ModuleSummary,
-    QuantizationSummary,
-    encode_named,
-    summarize,
-)
+from bitfold.layout import Step, read_steps
+from bitfold.pipeline import REPORT_FILE, give_back_memory, quantization_config, report, write_tensor
+from bitfold.quantize import CalibrationSummary, ModuleSummary, QuantizationSummary
 from bitfold.shards import StoredTensor, TensorSpec, read_tensors
 from bitfold.writer import CheckpointWriter, files_to_copy
 
@@ -48,8 +42,8 @@ def assemble(
         summary = QuantizationSummary(
             recipe=job.recipe.name,
             modules=tuple(summaries[step.module] for step in job.steps if step.format is not None),
-            parameters=sum(math.prod(step.stored.shape) for step in job.steps),
-            bytes_before=sum(step.stored.nbytes for step in job.steps),
+            parameters=sum(math.prod(step.shape) for step in job.steps),
+            bytes_before=sum(step.source_bytes for step in job.steps),
             bytes_after=sum(spec.nbytes for spec in specs),
         )
         writer.add_json(REPORT_FILE, {**report(summary), "calibration": job.described()})
@@ -78,20 +72,15 @@ def _write_outside(
     job: Job, step: Step, writer: CheckpointWriter, summaries: dict[str, ModuleSummary]
 ) -> None:
     """Write a tensor that is in no block: kept, or rounded to nearest."""
-    ((_, tensor),) = read_tensors([step.stored])
-    if step.format is None:
-        check_finite(step.name, tensor)
-        writer.write(step.name, tensor)
-        return
-    qtensor = encode_named(step.name, tensor, step.format)
-    summary = summarize(step.module, tensor, qtensor)
-    rule = job.assignments[step.module].rule
-    if rule is not None and rule.needs_calibration:
-        note = "rounded plainly: it is outside of the decoder blocks"
-        summary = dataclasses.replace(summary, calibration=CalibrationSummary("rtn", note=note))
-    summaries[step.module] = summary
-    for plane, values in qtensor.planes.items():
-        writer.write(f"{step.module}.{plane}", values)
+    ((_, tensors),) = read_steps([step])
+    for expert, tensor in enumerate(tensors):
+        made = write_tensor(step, tensor, writer, expert if step.experts else None)
+        rule = job.assignments[step.module].rule if step.module else None
+        for summary in made:
+            if rule is not None and rule.needs_calibration:
+                note = "rounded plainly: it is outside of the decoder blocks"
+                summary = dataclasses.replace(summary, calibration=CalibrationSummary("rtn", note=note))
+            summaries[summary.name] = summary
 
 
 def _read_summary(entry: Mapping[str, Any]) -> ModuleSummary:

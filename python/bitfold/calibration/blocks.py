@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from bitfold.layout import Source, Step, groups
-from bitfold.quantize import stacks
-from bitfold.shards import CheckpointError, StoredTensor, read_tensors
+from bitfold.experts import stacks
+from bitfold.layout import Source, Step, groups, read_steps
+from bitfold.shards import CheckpointError
 
 _STRIP = 1 << 22  # weights converted at a time
 
@@ -87,7 +87,7 @@ class BlockModel:
         self.model = source.model.eval()
         self.names = find_blocks(source)
         owners = groups(source.state)
-        self._homes = {name: step.stored for step in steps for name in owners[step.name]}
+        self._homes = {name: step for step in steps for name in owners[step.name]}
 
     @torch.no_grad()
     def first_inputs(self, rows: Tensor, write: Callable[[int, Tensor], None]) -> list[Call]:
@@ -159,14 +159,13 @@ class BlockModel:
             pass
         return block.to(self.device)
 
-    def _fill(
-        self, root: nn.Module, homes: Mapping[str, StoredTensor]
-    ) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    def _fill(self, root: nn.Module, homes: Mapping[str, Step]) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """Give tensors of a module their values; yields where each is, and what was there."""
         modules = dict(root.named_modules(remove_duplicate=False))
-        by_file = sorted(homes.items(), key=lambda item: str(item[1].path))
-        values = read_tensors(home for _, home in by_file)
-        for (name, _), (_, value) in zip(by_file, values, strict=True):
+        by_file = sorted(homes.items(), key=lambda item: str(item[1].parts[0].path))
+        read = read_steps(home for _, home in by_file)
+        for (name, _), (step, tensors) in zip(by_file, read, strict=True):
+            value = torch.stack(list(tensors)) if step.experts else next(tensors)
             owner, _, attribute = name.rpartition(".")
             module = modules[owner]
             if not stays_stored(module, attribute, value):

@@ -31,7 +31,7 @@ class Job:
 
     def fingerprint(self, workers: Workers) -> dict[str, Any]:
         """What must be the same for a run to go on where an earlier one was stopped, by the name that a message has."""
-        files = sorted({step.stored.path for step in self.steps})
+        files = sorted({part.path for step in self.steps for part in step.parts})
         hashes = workers.map(_sha256, [self.source.path / "config.json", *files])
         return {
             "model": hashlib.sha256("".join(hashes).encode()).hexdigest(),

@@ -117,6 +117,11 @@ def quantize_calibrated(
     model = layout.read_source(source)
     assignments = recipes.assign(recipe, model.infos)
     steps = layout.steps(model, assignments)
+    stacked = [step.name for step in steps if step.format is not None and step.experts]
+    if stacked:
+        raise ValueError(
+            f"{stacked[0]} is a stack of experts, which can't be calibrated yet: keep it by a rule"
+        )
     blocks = BlockModel(model, steps, dtype, torch.device(device))
     text = data.read(
         calibration,
@@ -238,7 +243,7 @@ class _Run(Job):
     def _kept(self, block: str) -> dict[str, torch.dtype]:
         """The dtypes in which the tensors of a block that are not quantized are stored, by their names within it."""
         return {
-            step.name.removeprefix(f"{block}."): step.stored.torch_dtype
+            step.name.removeprefix(f"{block}."): step.dtype
             for step in self.steps
             if step.name.startswith(f"{block}.") and step.format is None
         }
@@ -281,7 +286,7 @@ class _Run(Job):
     def _summary(self, run: BlockRun, layer: str, made: Rounded) -> ModuleSummary:
         weight = run.linear(layer).weight
         summary = summarize(f"{run.name}.{layer}", weight, made.qtensor)
-        before = next(s.stored.nbytes for s in self.steps if s.name == f"{run.name}.{layer}.weight")
+        before = next(s.source_bytes for s in self.steps if s.name == f"{run.name}.{layer}.weight")
         return dataclasses.replace(summary, bytes_before=before, calibration=made.summary)
 
     def _tensors_of(self, run: BlockRun) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import typer
 from bitfold import hf
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.cli.console import Json, natural, out, print_json, size, table
+from bitfold.experts import stack_name
 from bitfold.foreign.directory import read_foreign
 from bitfold.foreign.owners import read_owner
 from bitfold.gguf import mixes
@@ -183,8 +184,11 @@ def _check_part(tensor: StoredTensor, entry: ModuleEntry) -> None:
 
 
 def _errors(path: Path) -> dict[str, float]:
-    """The error of each module, if bitfold_report.json tells it."""
+    """The error of each module, if bitfold_report.json tells it; of a stack of experts the largest."""
     if not (path / REPORT_FILE).exists():
         return {}
-    modules = read_json(path / REPORT_FILE).get("modules", [])
-    return {module["name"]: module["relative_rmse"] for module in modules}
+    found: dict[str, float] = {}
+    for module in read_json(path / REPORT_FILE).get("modules", []):
+        for name in {module["name"], stack_name(module["name"])}:
+            found[name] = max(found.get(name, 0.0), module["relative_rmse"])
+    return found

@@ -27,9 +27,10 @@ from bitfold.cli.console import (
     table,
 )
 from bitfold.cli.quantize_gguf import DEFAULT_MIX, Options, quantize_to_gguf
+from bitfold.experts import stack_name
 from bitfold.gguf import mixes
 from bitfold.pipeline import quantize_checkpoint, report
-from bitfold.quantize import QuantizationSummary
+from bitfold.quantize import ModuleSummary, QuantizationSummary
 from bitfold.recipes import RECIPES
 from bitfold.text import natural, size
 from bitfold.writer import SHARD_BYTES, check_target
@@ -312,20 +313,26 @@ def _show(summary: QuantizationSummary, output: Path) -> None:
     columns = ["layer", "format", "shape", "size", "bits/weight", "error"]
     layers = table(*columns, *(["output error", "of rounding"] if calibrated else []))
     modules = sorted(summary.modules, key=lambda module: natural(module.name))
+    stacks: dict[str, list[ModuleSummary]] = {}
     for module in modules:
-        found = module.calibration
-        errors = [found.output_error, found.rounding_error] if found else [None, None]
+        stacks.setdefault(stack_name(module.name), []).append(module)
+    for name, stack in stacks.items():
+        first, nbytes = stack[0], sum(module.bytes_after for module in stack)
+        found = [module.calibration for module in stack if module.calibration is not None]
         layers.add_row(
-            module.name,
-            module.format,
-            f"{module.shape[0]} x {module.shape[1]}",
-            size(module.bytes_after),
-            f"{8 * module.bytes_after / math.prod(module.shape):.3f}",
-            f"{module.relative_rmse:.3%}",
-            *([_percent(error) for error in errors] if calibrated else []),
+            name,
+            first.format,
+            " x ".join(map(str, [len(stack), *first.shape] if name != first.name else first.shape)),
+            size(nbytes),
+            f"{8 * nbytes / (len(stack) * math.prod(first.shape)):.3f}",
+            f"{max(module.relative_rmse for module in stack):.3%}",
+            *([_largest(f.output_error for f in found)] if calibrated else []),
+            *([_largest(f.rounding_error for f in found)] if calibrated else []),
         )
     out.print(layers)
     out.print("(error: norm of the change of the weights over norm of the weights)")
+    if len(stacks) < len(modules):
+        out.print("(of experts: the largest error of one of them)")
     if calibrated:
         out.print(
             paragraph(
@@ -343,5 +350,7 @@ def _show(summary: QuantizationSummary, output: Path) -> None:
     )
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.3%}"
+def _largest(shares: Iterable[float | None]) -> str:
+    """The largest of those that are known."""
+    known = [share for share in shares if share is not None]
+    return f"{max(known):.3%}" if known else ""

@@ -90,7 +90,7 @@ class AwqScheme(Scheme):
                 f"the zero point of group {group} of output {row} is {int(zeros[group, row])}; without zero_point it "
                 "must be 8"
             )
-        return QTensor(entry.format, entry.shape, planes)
+        return QTensor(entry.format, entry.matrix, planes)
 
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
         format = self._check_fits(

@@ -80,7 +80,7 @@ class FourBitScheme(Scheme):
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QTensor:
         entry, offset = self._read(tensors)
-        shapes = plane_shapes(entry.format, *entry.shape, entry.layout)
+        shapes = plane_shapes(entry.format, *entry.matrix, entry.layout)
         stored = {
             "codes": tensors["weight"].contiguous().view(torch.uint8),
             "scales": tensors["weight.absmax"],
@@ -89,7 +89,7 @@ class FourBitScheme(Scheme):
             stored["nested_scales"] = tensors["weight.nested_absmax"]
             stored["nested_offset"] = torch.tensor([offset], dtype=torch.float32)
         planes = {name: plane.reshape(shapes[name]) for name, plane in stored.items()}
-        return QTensor(entry.format, entry.shape, planes, entry.layout)
+        return QTensor(entry.format, entry.matrix, planes, entry.layout)
 
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
         entry = ModuleEntry(
@@ -247,7 +247,7 @@ class EightBitScheme(Scheme):
             "codes": tensors["weight"].view(torch.uint8) ^ 0x80,  # q + 128
             "scales": (tensors["SCB"] / 127)[:, None],
         }
-        return QTensor(entry.format, entry.shape, planes)
+        return QTensor(entry.format, entry.matrix, planes)
 
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
         """SCB is the scale times 127, rounded, which `unpack` brings back but where SCB is near a power of two."""

@@ -113,7 +113,7 @@ class CompressedScheme(Scheme):
             elif tensors["weight_zero_point"].any() and (zeros != 1 << self.bits - 1).any():
                 raise ValueError("weight_zero_point has other values than 0, and the weights are symmetric")
         if not entry.g_idx:
-            return QTensor(entry.format, entry.shape, planes)
+            return QTensor(entry.format, entry.matrix, planes)
         codes = words.unpack(words.from_plane(planes["codes"]), self.bits, k)
         asym = None if self.symmetric else self._zeros(tensors["weight_zero_point"], n, k)
         return pack(codes, planes["scales"], asym, format=entry.format, g_idx=tensors["weight_g_idx"])

@@ -105,7 +105,7 @@ class GptqScheme(Scheme):
         else:
             planes["zeros"] = words.to_plane(words.pack(zeros.t(), self.bits), self.bits, zeros.shape[0])
         if not entry.g_idx:
-            return QTensor(entry.format, entry.shape, planes)
+            return QTensor(entry.format, entry.matrix, planes)
         # The planes want the columns of a group together.
         codes = words.unpack(tensors["qweight"].t(), self.bits, k)
         asym = None if self.symmetric else zeros.t().contiguous()

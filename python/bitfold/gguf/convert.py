@@ -81,8 +81,6 @@ def to_directory(
     config = config_of(file)
     placements = architectures.placements(hf.typed_config(source, config))
     tensors = restored(file, placements)
-    for tensor in tensors.values() if decode is None else ():
-        tensor.check_packable()
     dtype = decode or default_dtype(tensors.values())
     model: Any = hf.empty_causal_lm(source, config, dtype)
     specs = {name: _spec(tensor, decode) for name, tensor in tensors.items()}
@@ -134,7 +132,8 @@ def _written(tensor: Restored, dtype: torch.dtype) -> Tensor:
     if dtype == torch.uint8:
         return values
     if tensor.format is not None:
-        decoded = QTensor(tensor.format, tensor.matrix, {"blocks": values}).decode(dtype)
+        blocks = values.view(-1, values.shape[-1])
+        decoded = QTensor(tensor.format, tensor.matrix, {"blocks": blocks}).decode(dtype)
         cast = decoded.view(tensor.shape)
     else:
         cast = (values.to(torch.float32) - tensor.shift if tensor.shift else values).to(dtype)
@@ -156,9 +155,9 @@ def _quantization(
     embedding = next(tensor for tensor in tensors.values() if tensor.parts[0][0].name == "token_embd.weight")
     for tensor in tensors.values():
         if tensor.format is not None:
-            kind = "embedding" if tensor is embedding else "linear"
+            kind = "embedding" if tensor is embedding else "experts" if tensor.is_stack else "linear"
             modules[tensor.module] = ModuleEntry(
-                kind, tensor.format, tensor.matrix, dtype=dtype if tensor is embedding else None
+                kind, tensor.format, tensor.shape, dtype=dtype if tensor is embedding else None
             )
     if model.config.tie_word_embeddings:
         head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())

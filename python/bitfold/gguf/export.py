@@ -13,7 +13,7 @@ import torch
 
 from bitfold import hf, shards
 from bitfold.checkpoint import QuantizationConfig, listed, read_quantization
-from bitfold.formats import parse, plane_shapes
+from bitfold.formats import parse
 from bitfold.gguf import architectures, hyperparameters, mixes
 from bitfold.gguf.architectures import Placement, Span
 from bitfold.gguf.library import GGMLQuantizationType, GGUFValue, GGUFValueType, GGUFWriter, Metadata
@@ -177,9 +177,11 @@ def _stored(
             entry = modules[home]
             if parse(entry.format).grid != "block":
                 raise CheckpointError(f"{path}: '{home}' is {entry.format}, which GGUF has no type for")
-            if tensor.shape != plane_shapes(entry.format, *entry.shape)["blocks"]:
+            if tensor.shape != entry.parts()["blocks"].shape:
                 raise CheckpointError(f"{tensor.path}: tensor '{name}' has shape {list(tensor.shape)}")
-            found[f"{home}.weight"] = Stored(tensor, entry.shape, entry.format)
+            found[home if entry.kind == "experts" else f"{home}.weight"] = Stored(
+                tensor, entry.shape, entry.format
+            )
         else:
             found[short] = Stored(tensor, tensor.shape)
     known = {

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bitfold import hf
+from bitfold.experts import QuantStack, put_stack
 from bitfold.gguf import architectures, hyperparameters
 from bitfold.gguf.keys import shortest
 from bitfold.gguf.library import GGMLQuantizationType
@@ -23,7 +24,7 @@ from bitfold.gguf.reader import read_gguf
 from bitfold.gguf.restore import Restored, restored
 from bitfold.gguf.rope import ROTARY
 from bitfold.gguf.vocabulary import tokenizer_of
-from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule, embedding_scale
+from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, embedding_scale
 from bitfold.qtensor import QTensor
 from bitfold.shards import CheckpointError
 
@@ -74,8 +75,6 @@ def build(
     config = config_of(file)
     placements = architectures.placements(hf.typed_config(path, config))
     tensors = restored(file, placements)
-    for tensor in tensors.values():
-        tensor.check_packable()
     dtype = dtype or default_dtype(tensors.values())
     model = hf.empty_causal_lm(path, config, dtype)
     _fill(model, tensors.values(), dtype)
@@ -86,7 +85,7 @@ def build(
     if torch.device(device).type != "cpu":
         model.to(device)
     for module in model.modules():
-        if isinstance(module, QuantModule):
+        if isinstance(module, PlaneModule):
             module.prepare()
     return model.eval()
 
@@ -122,6 +121,9 @@ def _fill(model: nn.Module, tensors: Iterable[Restored], dtype: torch.dtype) -> 
     """Give the model its values; its parameters have none yet."""
     for tensor in tensors:
         home, _, leaf = tensor.name.rpartition(".")
+        if tensor.format is not None and tensor.is_stack:
+            put_stack(model, tensor.name, QuantStack(tensor.format, tensor.shape, {"blocks": tensor.read()}))
+            continue
         if tensor.format is not None:
             _swap(model, home, QTensor(tensor.format, tensor.matrix, {"blocks": tensor.read()}), dtype)
             continue

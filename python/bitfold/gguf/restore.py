@@ -42,28 +42,26 @@ class Restored:
 
     @property
     def module(self) -> str:
-        """The name of the module whose weight or bias it is."""
-        return self.name.rpartition(".")[0]
+        """The name of the module whose weight or bias it is; a stack of experts is one under its own name."""
+        return self.name if self.is_stack else self.name.rpartition(".")[0]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it has a matrix for each expert."""
+        return len(self.shape) == 3
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Of what `read` returns."""
         if self.format is None:
             return self.shape
-        return plane_shapes(self.format, *self.matrix)["blocks"]
+        n, k = self.shape[-2:]
+        return (*self.shape[:-2], *plane_shapes(self.format, n, k)["blocks"])
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns; of a stack of experts the rows of all."""
         return math.prod(self.shape[:-1]), self.shape[-1]
-
-    def check_packable(self) -> None:
-        """Raises CheckpointError where blocks are a stack of experts, which no module of bitfold's holds."""
-        if self.format is not None and len(self.shape) > 2:
-            raise CheckpointError(
-                f"'{self.parts[0][0].name}' is a stack of experts in {self.format.upper()}, with which bitfold can't "
-                "compute; bitfold convert --decode makes plain weights of it"
-            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +70,7 @@ class Restored:
 
     def read(self) -> Tensor:
         """The values in the dtype of the file, with the shift still in them, or the blocks: uint8 [rows, bytes of a
-        row]. Mapped from the file where the rows lie there in this order."""
+        row], of a stack [experts, rows, bytes of a row]. Mapped where the rows lie in the file in this order."""
         runs = []
         for tensor, placement, places in self.parts:
             values = tensor.read(0, tensor.rows)
@@ -82,7 +80,7 @@ class Restored:
             runs += [(here, values[there : there + rows]) for here, there, rows in places]
         in_order = [values for _, values in sorted(runs, key=lambda run: run[0])]
         values = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
-        return values if self.format else values.view(self.shape)
+        return values.view(self.stored_shape)
 
 
 def restored(file: GgufModel, placements: Mapping[str, Placement]) -> dict[str, Restored]:
@@ -100,9 +98,13 @@ def restored(file: GgufModel, placements: Mapping[str, Placement]) -> dict[str, 
         there = 0
         places: dict[str, list[tuple[int, int, int]]] = {}
         for span in placement.sources[0]:
-            places.setdefault(span.source, []).append((span.begin, there, span.end - span.begin))
+            runs, rows = places.setdefault(span.source, []), span.end - span.begin
+            if runs and runs[-1][0] + runs[-1][2] == span.begin and runs[-1][1] + runs[-1][2] == there:
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + rows)  # one run, which can stay mapped
+            else:
+                runs.append((span.begin, there, rows))
             shapes[span.source] = span.shape
-            there += span.end - span.begin
+            there += rows
         for source, runs in places.items():
             made.setdefault(source, []).append((tensor, placement, runs))
     return {name: _restored(name, shapes[name], parts) for name, parts in made.items()}

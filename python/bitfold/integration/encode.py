@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from bitfold.integration.quantizer import Quantizer, tie_planes
 from bitfold.nn import QuantModule
 from bitfold.pipeline import give_back_memory
-from bitfold.quantize import encode_named, put_modules
+from bitfold.quantize import encode_named, put_modules, put_stack
 from bitfold.shards import CheckpointError
 
 
@@ -40,15 +40,28 @@ class Encode(ConversionOps):
                 # transformers would go on, and tell of it among others at the end.
                 self.quantizer.error = error
         if missing is not None:
-            missing.difference_update(f"{each}.weight" for each in names)
+            missing.difference_update([target, *(f"{each}.weight" for each in names)])
         return {}
 
     def _swap(self, model: Any, name: str, names: list[str], weight: Tensor) -> None:
         quantizer = self.quantizer
+        if name in quantizer.formats:  # a stack of experts, which is no module's "weight"
+            put_stack(model, name, weight, quantizer.formats[name], quantizer.quantization_config.clamp)
+            planes = model.get_submodule(name).parts()
+        else:
+            planes = self._swap_module(model, name, names, weight)
+        for plane in planes:
+            plane._is_hf_initialized = True
+        if len(names) > 1:
+            tie_planes(model)
+        give_back_memory()
+
+    def _swap_module(self, model: Any, name: str, names: list[str], weight: Tensor) -> list[nn.Parameter]:
+        quantizer = self.quantizer
         module = model.get_submodule(name)
         if isinstance(module, QuantModule):
             _check_same(name, weight, module)  # of tied weights that are stored twice
-            return
+            return []
         if tuple(weight.shape) != tuple(module.weight.shape):
             raise CheckpointError(
                 f"tensor '{name}.weight' has shape {list(weight.shape)}, but config.json makes it "
@@ -57,11 +70,7 @@ class Encode(ConversionOps):
         format = quantizer.formats[f"{name}.weight"]
         qtensor = encode_named(f"{name}.weight", weight, format, clamp=quantizer.quantization_config.clamp)
         put_modules(model, names, qtensor, weight.dtype)
-        for plane in model.get_submodule(name).parts():
-            plane._is_hf_initialized = True
-        if len(names) > 1:
-            tie_planes(model)
-        give_back_memory()
+        return model.get_submodule(name).parts()
 
 
 def _check_same(name: str, weight: Tensor, module: QuantModule) -> None:

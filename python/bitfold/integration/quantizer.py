@@ -33,7 +33,7 @@ from bitfold.checkpoint import (
 )
 from bitfold.formats import stored_bytes
 from bitfold.integration.config import Config
-from bitfold.nn import QuantEmbedding, QuantModule
+from bitfold.nn import PlaneModule, QuantEmbedding, QuantModule
 from bitfold.quantize import check_swappable, describe, refuse_calibration
 from bitfold.recipes import ModuleInfo
 from bitfold.shards import CheckpointError, StoredTensor, read_header
@@ -129,10 +129,10 @@ class Quantizer(HfQuantizer):
         assignments = recipes.assign(recipe, infos)
         formats = {name: item.format for name, item in assignments.items() if item.format is not None}
         for name, format in formats.items():
-            check_swappable(name, model.get_submodule(name), with_values=False)
+            check_swappable(name, model, infos[name], with_values=False)
             owner = infos[name].tied_to or name
             self.tied.setdefault(owner, []).append(name)
-            self.formats[f"{name}.weight"] = format
+            self.formats[infos[name].weight_of(name)] = format
 
     # ---- the weights ----
 
@@ -149,7 +149,7 @@ class Quantizer(HfQuantizer):
         format = self.formats.get(param_name)
         if format is None:
             return param.element_size()
-        n, k = param.shape
+        n, k = param.shape[-2:]
         return stored_bytes(format, n, k) / max(1, n * k)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -164,11 +164,12 @@ class Quantizer(HfQuantizer):
         if self.error is not None:
             raise self.error
         for name, module in model.named_modules():
-            if not isinstance(module, QuantModule):
+            if not isinstance(module, PlaneModule):
                 continue
             for plane in module.parts():
                 plane.requires_grad_(False)  # transformers makes float parameters trainable
-            check_g_idx_of(model.name_or_path, name, module)
+            if isinstance(module, QuantModule):
+                check_g_idx_of(model.name_or_path, name, module)
             module.prepare()
         self._describe(model)
 
@@ -181,6 +182,8 @@ class Quantizer(HfQuantizer):
         if not getattr(model, "_hf_peft_config_loaded", False):
             self._describe(model)
             model.config.quantization_config = self.quantization_config
+            # transformers would give tensors the names of older checkpoints, and take stacks of experts apart.
+            model._weight_conversions = []
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from bitfold.evaluate import Comparison, Progress, Windows, compare_all
+from bitfold.experts import QuantExperts
 from bitfold.nn import QuantModule
 
 
@@ -31,10 +32,12 @@ class _Swapped(nn.Module):
 
 
 def quantized_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The names of the quantized modules that share one weight, by the first of them."""
+    """The names of the quantized modules that share one weight, by the first of them; a layer's experts are one."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantModule):
+        if isinstance(module, QuantExperts):
+            groups[id(module)] = [name]
+        elif isinstance(module, QuantModule):
             groups.setdefault(id(module.planes()[0]), []).append(name)
     return {names[0]: tuple(names) for names in groups.values()}
 

@@ -4,6 +4,7 @@ text, and other recipes of the same model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import nn
 from bitfold import _C, hf
 from bitfold.checkpoint import QuantizationConfig, load, read_quantization
 from bitfold.evaluate import Comparison, Estimate, Protocol, Windows, compare, cut, default_context
-from bitfold.nn import QuantModule
+from bitfold.experts import QuantExperts, QuantStack
+from bitfold.nn import PlaneModule
 from bitfold.pipeline import REPORT_FILE
 from bitfold.quantize import quantize, relative_rmse
 from bitfold.report.attribution import attribute, quantized_groups
@@ -54,16 +56,16 @@ class Options:
 
 @dataclass(frozen=True)
 class ModuleError:
-    """One quantized weight, and what quantizing it did.
+    """One quantized weight, or all experts of a layer, and what quantizing it did.
 
     names: of all modules that share it; relative_rmse: norm of (decoded - source) over norm of source, None
-    where neither the base nor a note of quantizing tells it; kl: mean KL in nats a token when this weight
-    alone is quantized, None where not measured.
+    where neither the base nor a note of quantizing tells it (of experts only the base does); kl: mean KL in nats
+    a token when this weight alone is quantized, None where not measured.
     """
 
     names: tuple[str, ...]
     format: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     relative_rmse: float | None
     kl: Estimate | None
 
@@ -136,9 +138,13 @@ def measure(path: Path, options: Options, progress: Progress | None = None) -> R
     modules, histograms, columns = [], [], []
     for i, (first, names) in enumerate(groups.items()):
         quantized: Any = model.get_submodule(first)
+        kl = kls[first].mean_kl if kls else None
+        if isinstance(quantized, QuantExperts):
+            modules.append(_of_experts(names, quantized, base, kl))
+            tell("weights on their grid", i + 1, len(groups))
+            continue
         weight: Any = base.get_submodule(first).weight if base is not None else None
         error = relative_rmse(weight, quantized.qtensor) if weight is not None else noted.get(first)
-        kl = kls[first].mean_kl if kls else None
         modules.append(ModuleError(names, quantized.format, quantized.shape, error, kl))
         if (found := histogram(first, quantized.qtensor, weight)) is not None:
             histograms.append(found)
@@ -194,10 +200,28 @@ def _check(options: Options) -> None:
             raise ValueError(f"{name} is {value}, it must be 0 or more")
 
 
+def _of_experts(
+    names: tuple[str, ...], experts: QuantExperts, base: nn.Module | None, kl: Estimate | None
+) -> ModuleError:
+    """The error of all matrices that are quantized in a layer's experts, together."""
+    found = {leaf: stack for leaf, stack in experts.named_children() if isinstance(stack, QuantStack)}
+    error = None
+    if base is not None:
+        changes = values = 0.0
+        for leaf, stack in found.items():
+            for number, weight in enumerate(base.get_parameter(f"{names[0]}.{leaf}").detach()):
+                norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+                changes += (relative_rmse(weight, stack.matrix(number)) * norm) ** 2
+                values += norm**2
+        error = math.sqrt(changes / values) if values else 0.0
+    formats = ", ".join(dict.fromkeys(stack.format for stack in found.values()))
+    return ModuleError(names, formats, next(iter(found.values())).shape, error, kl)
+
+
 def _check_base(base: nn.Module, base_path: Path, path: Path, quantization: QuantizationConfig) -> None:
     for name, entry in quantization.modules.items():
         try:
-            weight: Any = base.get_submodule(name).weight
+            weight = base.get_parameter(name if entry.kind == "experts" else f"{name}.weight")
         except AttributeError:
             raise CheckpointError(
                 f"{base_path} has no weight '{name}', which {path} quantizes: it is not its base model"
@@ -273,8 +297,8 @@ def _try_all(
 
 def _bits(model: nn.Module) -> float:
     """Bits of a quantized weight on average, each weight counted once."""
-    unique = {id(m.planes()[0]): m.qtensor for m in model.modules() if isinstance(m, QuantModule)}.values()
-    weights = sum(q.shape[0] * q.shape[1] for q in unique)
+    unique = {id(m.planes()[0]): m for m in model.modules() if isinstance(m, PlaneModule)}.values()
+    weights = sum(math.prod(q.shape) for q in unique)
     return 8 * sum(q.nbytes for q in unique) / max(1, weights)
 
 

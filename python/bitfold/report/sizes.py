@@ -12,6 +12,12 @@ from bitfold.checkpoint import QuantizationConfig
 from bitfold.shards import StoredTensor, read_directory
 from bitfold.text import natural
 
+_CODES = (
+    "codes",
+    "blocks",
+    "values",
+)  # planes that hold weights themselves; a tensor that was kept is "values"
+
 
 @dataclass(frozen=True)
 class TensorSize:
@@ -70,9 +76,9 @@ def tensor_sizes(path: Path, quantization: QuantizationConfig, base: Path | None
     for name, entry in quantization.modules.items():
         names = {part: f"{name}.{part}" for part in entry.parts()}
         planes.update(names.values())
-        if names["codes"] in stored:  # a tied module's planes lie under the name of the other
+        if next(iter(names.values())) in stored:  # a tied module's planes lie under the name of the other
             parts = {plane: stored[full].nbytes for plane, full in names.items()}
-            before = _nbytes(source, f"{name}.weight")
+            before = _nbytes(source, name if entry.kind == "experts" else f"{name}.weight")
             sizes[name] = TensorSize(name, entry.format, entry.shape, parts, True, before)
     for name, tensor in stored.items():
         if name not in planes:
@@ -94,7 +100,7 @@ def class_sizes(tensors: tuple[TensorSize, ...]) -> tuple[ClassSize, ...]:
     classes = []
     for name, members in groups.items():
         before = [tensor.source_bytes for tensor in members if tensor.source_bytes is not None]
-        codes = sum(tensor.planes.get("codes", 0) + tensor.planes.get("values", 0) for tensor in members)
+        codes = sum(tensor.planes.get(part, 0) for tensor in members for part in _CODES)
         classes.append(
             ClassSize(
                 name=name,
