@@ -53,6 +53,7 @@ MODULES += [
     "calibration",
     "gguf",
     "foreign",
+    "check",
     "hub",
     "convert",
     "imatrix",

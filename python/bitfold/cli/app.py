@@ -13,6 +13,7 @@ import typer
 
 from bitfold import __version__
 from bitfold.cli.bench import bench
+from bitfold.cli.check import check
 from bitfold.cli.console import sentence
 from bitfold.cli.convert import convert
 from bitfold.cli.doctor import doctor
@@ -45,6 +46,7 @@ app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("imatrix")(imatrix)
 app.command("convert")(convert)
+app.command("check")(check)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("report")(report)

@@ -37,7 +37,7 @@ PARTS = ("qweight", "qzeros", "scales")
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word, from the lowest, is output feature ORDER[i] of the word's eight."""
-_PLACE = tuple(ORDER.index(i) for i in range(8))
+PLACE = tuple(ORDER.index(i) for i in range(8))
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class AwqScheme(Scheme):
     def unpack(self, tensors: Mapping[str, Tensor]) -> QTensor:
         entry = self.entry(tensors)
         n, k = entry.shape
-        codes = _in_order(words.unpack(tensors["qweight"], BITS, n), _PLACE)
-        zeros = _in_order(words.unpack(tensors["qzeros"], BITS, n), _PLACE)
+        codes = _in_order(words.unpack(tensors["qweight"], BITS, n), PLACE)
+        zeros = _in_order(words.unpack(tensors["qzeros"], BITS, n), PLACE)
         planes = {
             "codes": words.to_plane(words.pack(codes.t(), BITS), BITS, k),
             "scales": tensors["scales"].t().contiguous(),

@@ -1,0 +1,209 @@
+"""Where the weights of a matrix of integers have their zero: evidence that zero points are too small or too
+large by one.
+
+A weight is (code - z) * s. If all zero points that a reader takes from a file are wrong by h, every weight is
+too large by h steps of its group: still a smooth heap of numbers, as the true weights are, only not round 0.
+Nothing in the codes of one group tells (the range of a group reaches from the first level to the last wherever
+its zero lies), and "the mean must be 0" is no proof: there are matrices whose mean is a step away from it. So
+three things are looked at, in units of steps, with d the mean of code - z over a group:
+
+- the mean of d over all groups: h if the zero points are wrong, 0 if they are right and the weights have their
+  mean at 0;
+- what d would be in a group without spread. In a matrix whose mean is not 0, d follows the steps: where
+  outliers make them wide compared with the weights, d is small. An error of the zero points is h steps,
+  whatever the steps are. So d is regressed on a v that such a mean would be proportional to, row by row (each
+  row may have its own mean): d = intercept + slope(row) * v; twice, for two ideas of what the mean follows: v
+  the standard deviation of the group's codes (a mean proportional to the spread), and v = 1 / s (the same mean
+  in all groups of a row). Errors are those of a regression whose rows are independent and may differ in their
+  noise;
+- weights that were exactly 0, as those of dead columns, padding and empty groups: their codes all lie h beside
+  z.
+
+`Centre` holds this for a matrix and `pooled` for several that are read alike; `Centre.judge` decides.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEAR = 0.3  # steps: how far from h the mean may be
+FAR = 0.5  # steps: from here on an intercept is nearer to h than to 0
+CERTAIN = 4.0  # standard errors between an intercept and 0, and at least so many between the mean and h / 2
+_LEAST_GROUPS = 64  # fewer are no evidence
+_LEAST_ROWS = 32  # of a column whose codes all lie at the same distance from their zero points
+_LEAST_EXACT = 4  # such columns, or groups
+SHIFTS = (-1, 1)
+
+
+class Verdict(enum.Enum):
+    FITS = "fits"  # the weights lie round 0
+    OFF = "off"  # they lie round h, and that is no property of the weights
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number of steps and its standard error (infinite where there is no evidence)."""
+
+    value: float = 0.0
+    error: float = math.inf
+
+
+@dataclass(frozen=True)
+class Centre:
+    """groups: how many were looked at; mean: of d; by_spread, by_step: what d would be in a group without
+    spread, in the two ways; exact: by h how many columns and groups have all of their codes at z + h.
+    """
+
+    groups: int
+    mean: Estimate
+    by_spread: Estimate
+    by_step: Estimate
+    exact: dict[int, int]
+
+    def judge(self, shift: int) -> Verdict:
+        """Whether all zero points are too small by `shift` (so that code - z is too large by it)."""
+        at, away = self.exact.get(shift, 0), self.exact.get(0, 0)
+        if at >= _LEAST_EXACT and at > 8 * away:
+            return Verdict.OFF
+        if self.groups < _LEAST_GROUPS or not math.isfinite(self.mean.error):
+            return Verdict.UNDECIDED
+        mean, error = shift * self.mean.value, self.mean.error
+        if mean < FAR or (away >= _LEAST_EXACT and away > 8 * at):
+            return Verdict.FITS
+        near = abs(mean - 1) <= NEAR and mean - CERTAIN * error > 0.5
+        clear = all(
+            shift * found.value >= FAR
+            and abs(shift * found.value - 1) <= FAR + 2 * found.error
+            and shift * found.value > CERTAIN * found.error
+            for found in (self.by_spread, self.by_step)
+        )
+        return Verdict.OFF if near and clear else Verdict.UNDECIDED
+
+    def moved(self, shift: int) -> Centre:
+        """What would be found with zero points larger by `shift`."""
+        mean, by_spread, by_step = (
+            Estimate(found.value - shift, found.error) for found in (self.mean, self.by_spread, self.by_step)
+        )
+        exact = {h - shift: count for h, count in self.exact.items()}
+        return Centre(self.groups, mean, by_spread, by_step, exact)
+
+
+def measure(codes: Tensor, zeros: Tensor, scales: Tensor, group: int) -> Centre:
+    """The evidence of a matrix.
+
+    codes: uint8 [n, k], the columns of a group together; zeros: int [n, G]; scales: float [n, G]; group:
+    columns of a group (k for one group a row). A last group that is shorter, and groups whose step is 0 or no
+    number, are left out.
+    """
+    n, whole = len(codes), codes.shape[1] // group
+    numbers = codes[:, : whole * group].reshape(n, whole, group)
+    z = zeros[:, :whole].to(torch.float32)
+    steps = scales[:, :whole].to(torch.float64)
+    mean = torch.empty(n, whole, dtype=torch.float64)
+    spread = torch.empty(n, whole, dtype=torch.float64)
+    exact = {}
+    for row in range(0, n, _AT_ONCE):
+        part = numbers[row : row + _AT_ONCE].to(torch.float32)
+        mean[row : row + _AT_ONCE] = part.mean(-1).to(torch.float64)
+        spread[row : row + _AT_ONCE] = part.std(-1, unbiased=False).to(torch.float64)
+    used = (steps > 0) & steps.isfinite() & (spread > 0)
+    d = mean - z.to(torch.float64)
+    same = spread == 0
+    columns = _one_distance(numbers, z) if n >= _LEAST_ROWS else torch.empty(0)
+    for h in (*SHIFTS, 0):
+        exact[h] = int((same & (d == h)).sum()) + int((columns == h).sum())
+    return Centre(
+        int(used.sum()),
+        _mean(d, used),
+        _intercept(d, spread, used),
+        _intercept(d, 1 / steps.where(used, torch.ones(())), used),
+        exact,
+    )
+
+
+def pooled(found: Iterable[Centre]) -> Centre:
+    """The evidence of several matrices together, each by the inverse of its variance; of the mean each matrix
+    alike, with the error that their scatter tells.
+    """
+    parts = list(found)
+    exact: dict[int, int] = {}
+    for part in parts:
+        for h, count in part.exact.items():
+            exact[h] = exact.get(h, 0) + count
+    means = torch.tensor([part.mean.value for part in parts if math.isfinite(part.mean.error)])
+    mean = Estimate()
+    if len(means) >= 2:
+        mean = Estimate(float(means.mean()), float(means.std() / math.sqrt(len(means))))
+    elif len(parts) == 1:
+        mean = parts[0].mean
+    return Centre(
+        sum(part.groups for part in parts),
+        mean,
+        _weighted([part.by_spread for part in parts]),
+        _weighted([part.by_step for part in parts]),
+        exact,
+    )
+
+
+_AT_ONCE = 64  # rows as floats
+_FLOOR = 0.05  # steps: no single matrix counts as known better than this
+
+
+def _weighted(estimates: list[Estimate]) -> Estimate:
+    known = [found for found in estimates if math.isfinite(found.error)]
+    if not known:
+        return Estimate()
+    weights = [1 / (found.error**2 + _FLOOR**2) for found in known]
+    total = sum(weights)
+    value = sum(w * found.value for w, found in zip(weights, known, strict=True)) / total
+    return Estimate(value, math.sqrt(1 / total))
+
+
+def _one_distance(numbers: Tensor, zeros: Tensor) -> Tensor:
+    """The distance between code and zero point of the columns in which it is the same in all rows."""
+    first = numbers[0].to(torch.float32) - zeros[0, :, None]
+    same = torch.ones_like(first, dtype=torch.bool)
+    for row in range(0, len(numbers), _AT_ONCE):
+        part = numbers[row : row + _AT_ONCE].to(torch.float32) - zeros[row : row + _AT_ONCE, :, None]
+        same &= (part == first).all(0)
+        if not same.any():
+            break
+    return first[same]
+
+
+def _mean(d: Tensor, used: Tensor) -> Estimate:
+    """The mean over groups, with the error that the scatter of rows tells."""
+    counts = used.sum(1)
+    total = int(counts.sum())
+    if total == 0 or len(d) < 2:
+        return Estimate()
+    value = float(d[used].mean())
+    rows = ((d - value) * used).sum(1)
+    return Estimate(value, float(rows.square().sum().sqrt()) / total)
+
+
+def _intercept(d: Tensor, v: Tensor, used: Tensor) -> Estimate:
+    """a of d = a + slope(row) * v: the part of 1 that is orthogonal to v, within each row; over all rows at
+    once where a row is one group.
+    """
+    if d.shape[1] == 1:
+        d, v, used = d.t(), v.t(), used.t()
+    v, one = v * used, used.to(torch.float64)
+    square = v.square().sum(1, keepdim=True).clamp(min=1e-300)
+    part = one - v * v.sum(1, keepdim=True) / square
+    weight = float(part.square().sum())
+    if weight < 1e-6 * max(1.0, float(one.sum())):
+        return Estimate()
+    value = float((part * d).sum()) / weight
+    rest = (d - value) * one
+    rest = rest - v * (rest * v).sum(1, keepdim=True) / square
+    moments = (part * rest) if len(d) == 1 else (part * rest).sum(1)
+    freedom = len(d) / (len(d) - 1) if len(d) > 1 else 1.0
+    return Estimate(value, math.sqrt(float(moments.square().sum()) * freedom) / weight)
