@@ -186,12 +186,12 @@ def test_what_cannot_be_converted_is_one_sentence(tmp_path, capsys):
     text = tmp_path / "text.gguf"
     text.write_text("no model")
     assert "is no GGUF file" in fails(capsys, "convert", text, new)
-    bitfold.quantize_checkpoint(source, tmp_path / "int4", "int4-g32")
-    assert "is int4-g32, which GGUF has no type for" in fails(
-        capsys, "convert", tmp_path / "int4", tmp_path / "b.gguf"
+    bitfold.quantize_checkpoint(source, tmp_path / "nf4", "nf4-b64")
+    assert "nf4-b64 is of another grid than iq4_nl; --allow-lossy" in fails(
+        capsys, "convert", tmp_path / "nf4", tmp_path / "b.gguf"
     )
     assert not new.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["int4", "model.gguf", "source", "text.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "nf4", "source", "text.gguf"]
 
 
 def test_values_beyond_float16_are_refused(tmp_path, capsys):

@@ -35,6 +35,7 @@ SHARD_BYTES = 4 << 30  # largest file of a checkpoint, unless one tensor is larg
 # What goes along from a model directory, and what of it doesn't.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 NOT_COPIED = (CONFIG_FILE, "*.index.json", "bitfold_*.json")
+CONVERSION_FILE = "bitfold_conversion.json"  # what became of each tensor: lies in what `bitfold convert` made
 _RESERVE = 1 << 20  # bytes beyond the tensors: headers, config, tokenizer
 
 
@@ -158,7 +159,7 @@ def check_target(target: Path, *, force: bool) -> Path:
         raise CheckpointError(f"{target} exists and is no directory")
     if not any(target.iterdir()):
         return target
-    if not is_bitfold_checkpoint(target):
+    if not (is_bitfold_checkpoint(target) or (target / CONVERSION_FILE).is_file()):
         raise CheckpointError(
             f"{target} exists and is no bitfold checkpoint, so it is not overwritten; choose another"
         )

@@ -19,6 +19,7 @@ from bitfold.cli.console import (
     table,
 )
 from bitfold.convert import Conversion, convert_checkpoint
+from bitfold.foreign.targets import TARGETS
 from bitfold.text import natural
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[Path, typer.Argument(help="A GGUF file, or the directory of a model.")],
     target: Annotated[Path, typer.Argument(help="What to make: NAME.gguf for a file, else a directory.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(TARGETS)}, gguf or bitfold; default: gguf where the target is NAME.gguf, else bitfold."
+        ),
+    ] = "",
     decode: Annotated[
         str,
         typer.Option(help="Make unquantized weights: float32, bfloat16 or float16; default: keep blocks."),
@@ -35,19 +42,28 @@ def convert(
     dtype: Annotated[
         str, typer.Option(help="Of a GGUF file's matrices: float32, bfloat16 or float16; default: as stored.")
     ] = "",
+    allow_lossy: Annotated[
+        bool,
+        typer.Option("--allow-lossy", help="Round weights that the other kind can't hold exactly."),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace what is there, if it is of that kind.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Convert between GGUF files and directories of safetensors; every tensor's status is told and stored."""
+    """Convert between checkpoints of bitfold, GPTQ, AWQ, compressed-tensors, bitsandbytes, and GGUF files.
+
+    Values stay the same to the bit, or you are told; the status of every tensor is shown and stored.
+    """
     quiet_transformers()
     with progress("converting") as update:
         result = convert_checkpoint(
             source,
             target,
+            to=to or None,
             decode=parse_dtype(decode, "--decode"),
             dtype=parse_dtype(dtype),
+            allow_lossy=allow_lossy,
             force=force,
             progress=update,
         )

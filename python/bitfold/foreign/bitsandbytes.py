@@ -47,6 +47,7 @@ PARTS = (
 NESTED = 256  # blocks whose scales are nested together
 BLOCKS = tuple(1 << i for i in range(5, 13))
 INT8 = "int8-channel-sfp32"
+_NO_PRODUCT = "w = q * SCB / 127 is not q * scale to the bit"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ class FourBitScheme(Scheme):
         if format.family != self.kind or format.scale not in ("fp32", "nested"):
             raise Unfit(f"it is {format}; bitsandbytes has {self.kind} with float32 or nested scales")
         if entry.kind != "linear" or entry.g_idx:
-            raise Unfit(f"it is an {entry.kind}; only linear layers have a place there")
+            raise Unfit(
+                f"it is {format}, an {entry.kind}{' with g_idx' if entry.g_idx else ''}; linear layers alone fit"
+            )
         if format.group not in BLOCKS:
             raise Unfit(f"it is {format}; bitsandbytes' blocks have {', '.join(map(str, BLOCKS))} weights")
         if entry.layout == "rows" and k % format.group:
@@ -261,7 +264,16 @@ class EightBitScheme(Scheme):
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """float64: in float32 the owner rounds q * SCB / 127 in one way on a CPU and in others on GPUs."""
         self.entry(tensors)
-        return tensors["weight"].to(torch.float64) * (tensors["SCB"].to(torch.float64) / 127)[:, None]
+        # q * SCB is exact, and one rounding, to 53 bits, follows.
+        return tensors["weight"].to(torch.float64) * tensors["SCB"].to(torch.float64)[:, None] / 127
+
+    def pack_rounds(self, qtensor: QTensor) -> str:
+        same = torch.equal(self.decode(self.pack(qtensor)), qtensor.decode().to(torch.float64))
+        return "" if same else f"{_NO_PRODUCT}: SCB, scale * 127, is rounded to float32"
+
+    def unpack_rounds(self, tensors: Mapping[str, Tensor]) -> str:
+        same = torch.equal(self.decode(tensors), self.unpack(tensors).decode().to(torch.float64))
+        return "" if same else f"{_NO_PRODUCT}: the scale, SCB / 127, is rounded to float32"
 
     def _check_fits(self, entry: ModuleEntry) -> None:
         if parse(entry.format).canonical != INT8 or entry.kind != "linear" or entry.g_idx:

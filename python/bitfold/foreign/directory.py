@@ -71,14 +71,23 @@ def read_foreign(path: Path) -> ForeignDirectory:
     Raises CheckpointError where it is none, where tensors are missing, of another owner, or of other shapes and dtypes
     than the configuration makes them, and where it says that a quantized module isn't.
     """
-    found = read_owner(path)
-    if found is None:
+    owned = read_owner(path)
+    if owned is None:
         raise CheckpointError(f"{path} is no checkpoint of {', '.join(OWNERS)}")
-    owner, settings = found
+    owner, settings = owned
     config = hf.read_config(path)
     stored = read_directory(path)
-    modules, used = {}, set()
-    for name, parts in owner.modules(stored).items():
+    found = owner.modules(stored)
+    used = {f"{name}.{part}" for name, parts in found.items() for part in parts}
+    plain = {name: tensor for name, tensor in stored.items() if name not in used}
+    _check_plain(path, owner, plain)
+    if not found:
+        raise CheckpointError(
+            f"{path} says that it is quantized by {owner.title}, but none of its tensors is: they have no "
+            f"{' or '.join(owner.signature)}"
+        )
+    modules = {}
+    for name, parts in found.items():
         scheme = settings.scheme(name)
         if scheme is None:
             raise CheckpointError(
@@ -89,14 +98,6 @@ def read_foreign(path: Path) -> ForeignDirectory:
             modules[name] = ForeignModule(name, scheme, scheme.entry(_read(own)), own)
         except ValueError as error:
             raise _named(path, name, error) from None
-        used |= {f"{name}.{part}" for part in parts}
-    if not modules:
-        raise CheckpointError(
-            f"{path} says that it is quantized by {owner.title}, but none of its tensors is: they have no "
-            f"{' or '.join(owner.signature)}"
-        )
-    plain = {name: tensor for name, tensor in stored.items() if name not in used}
-    _check_plain(path, owner, plain)
     unused = tuple(sorted(name for name in used if name.endswith(tuple(f".{part}" for part in owner.beside))))
     return ForeignDirectory(path, config, owner, settings, modules, plain, unused)
 

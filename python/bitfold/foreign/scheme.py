@@ -32,19 +32,33 @@ class Unfit(ValueError):
     """An owner's files have no place for a weight as it is; the message is the reason."""
 
 
-class Scheme(Protocol):
-    """How an owner stores a module's weight.
+class Store(Protocol):
+    """Where weights are written to.
 
     Names of tensors are those within the module: "qweight", not "model.layers.0.mlp.up_proj.qweight".
     """
 
     def specs(self, entry: ModuleEntry, plane: ReadPlane | None = None) -> dict[str, TensorSpec]:
-        """The tensors that a weight like `entry` is stored as. plane: asked for where a size depends on values, as that
-        of the text does in which bitsandbytes writes the offset of nested scales.
+        """The tensors that a weight like `entry` is stored as. plane: asked for where a size depends on values, as
+        that of the text does in which bitsandbytes writes the offset of nested scales.
 
         Raises Unfit as `pack` does.
         """
         ...
+
+    def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """The weight's tensors. Raises Unfit, with the reason, where `qtensor` isn't of a format and shape that are
+        stored there.
+        """
+        ...
+
+    def pack_rounds(self, qtensor: QTensor) -> str:
+        """What of a weight `pack` rounds; "" for nothing, as nearly everywhere."""
+        return ""
+
+
+class Scheme(Store, Protocol):
+    """How an owner stores a module's weight."""
 
     def entry(self, tensors: Mapping[str, Tensor]) -> ModuleEntry:
         """What the tensors hold: format, shape, layout, and whether there is a g_idx that matters.
@@ -55,14 +69,14 @@ class Scheme(Protocol):
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QTensor:
-        """The weight. Raises ValueError as `entry` does, and where values contradict the scheme."""
-        ...
-
-    def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
-        """The weight's tensors; the inverse of `unpack`. Raises Unfit, with the reason, where `qtensor` isn't of a
-        format and shape that the scheme stores.
+        """The weight; the inverse of `pack`. Raises ValueError as `entry` does, and where values contradict the
+        scheme.
         """
         ...
+
+    def unpack_rounds(self, tensors: Mapping[str, Tensor]) -> str:
+        """What of a weight `unpack` rounds; "" for nothing."""
+        return ""
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weights [n, k] as the owner means them: float32 where that is exact, else float64."""

@@ -1,0 +1,443 @@
+"""Directories of other libraries: made of bitfold's, loaded, converted into each other and back, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+import bitfold  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from bitfold.convert import convert_checkpoint, kind_of  # noqa: E402
+from bitfold.foreign.owners import OWNERS  # noqa: E402
+from bitfold.foreign.targets import TARGETS  # noqa: E402
+from bitfold.shards import CheckpointError  # noqa: E402
+from command import call_json  # noqa: E402
+from tiny import one_thread  # noqa: E402, F401
+
+IDS = torch.randint(0, tiny.VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
+UP = "model.layers.0.mlp.up_proj"
+
+# A format of bitfold's -> the targets that hold the same numbers, and the format that they have there.
+EXACT = {
+    "int4-g32": {
+        "gptq": "int4-g32",
+        "gptq-v2": "int4-g32",
+        "awq": "int4-g32",
+        "compressed-tensors": "int4-g32",
+    },
+    "int4-g64-asym": {
+        "gptq": "int4-g64-asym",
+        "gptq-v2": "int4-g64-asym",
+        "awq": "int4-g64-asym",
+        "compressed-tensors": "int4-g64-asym",
+    },
+    "int3-g32-asym": {
+        "gptq": "int3-g32-asym",
+        "gptq-v2": "int3-g32-asym",
+        "compressed-tensors": "int3-g32-asym",
+    },
+    "int8-channel": {"gptq": "int8-channel", "gptq-v2": "int8-channel", "compressed-tensors": "int8-channel"},
+    "int4-g64-sfp32": {"compressed-tensors": "int4-g64-sfp32"},
+    "fp8": {"compressed-tensors": "fp8-e4m3-channel"},
+    "nf4-b64": {"bitsandbytes": "nf4-b64"},
+    "fp4-b64-dq": {"bitsandbytes": "fp4-b64-dq"},
+    "q8_0": {"gptq": "int8-g32", "compressed-tensors": "int8-g32"},
+    "q4_0": {"awq": "int4-g32"},
+}
+PAIRS = [(format, target) for format, targets in EXACT.items() for target in targets]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.write_llama(tmp_path_factory.mktemp("foreign") / "model", torch.float16, layers=1)
+
+
+@pytest.fixture(scope="module")
+def quantized(model):
+    """The model in a format, made once."""
+    made: dict[str, Path] = {}
+
+    def quantize(format: str) -> Path:
+        if format not in made:
+            made[format] = model.parent / format
+            bitfold.quantize_checkpoint(model, made[format], format)
+        return made[format]
+
+    return quantize
+
+
+def logits(path: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        return bitfold.load(path, dtype=torch.float32)(IDS).logits
+
+
+def section(path: Path) -> dict:
+    return json.loads((path / "config.json").read_text())["quantization_config"]
+
+
+def formats(path: Path) -> set[str]:
+    return {
+        module.format for module in bitfold.load(path).modules() if isinstance(module, bitfold.QuantLinear)
+    }
+
+
+def same_files(one: Path, other: Path) -> None:
+    before, after = tiny.tensors_of(one), tiny.tensors_of(other)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
+            name
+        )
+
+
+@pytest.mark.parametrize(("format", "target"), PAIRS)
+def test_there_and_back_is_the_same(format, target, quantized, tmp_path):
+    """bitfold -> another's -> bitfold -> another's: exact, the same logits to the bit, the same files."""
+    source = quantized(format)
+    there = convert_checkpoint(source, tmp_path / "there", to=target)
+    assert there.exact
+    assert not there.remarks
+    assert kind_of(tmp_path / "there") == TARGETS[target].owner
+    assert formats(tmp_path / "there") == {EXACT[format][target]}
+    if format.startswith("q"):  # the kernel of blocks sums in another order
+        assert (logits(tmp_path / "there") - logits(source)).abs().max() < 1e-5
+    else:
+        assert torch.equal(logits(tmp_path / "there"), logits(source))
+    assert convert_checkpoint(tmp_path / "there", tmp_path / "back").exact
+    if formats(source) == {EXACT[format][target]}:
+        same_files(source, tmp_path / "back")
+    assert convert_checkpoint(tmp_path / "back", tmp_path / "again", to=target).exact
+    same_files(tmp_path / "there", tmp_path / "again")
+    assert section(tmp_path / "again") == section(tmp_path / "there")
+    assert (tmp_path / "there" / "tokenizer.json").is_file()
+    assert (tmp_path / "there" / "quantize_config.json").is_file() == (TARGETS[target].owner == "gptq")
+    stored = json.loads((tmp_path / "there" / "bitfold_conversion.json").read_text())
+    assert stored["exact"]
+    assert all(entry["exact"] and entry["largest"] == 0 for entry in stored["tensors"])
+
+
+@pytest.mark.parametrize("one", ["gptq", "gptq-v2", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("other", ["gptq", "gptq-v2", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["int4-g32", "int4-g64-asym"])
+def test_owners_convert_into_each_other(one, other, format, quantized, tmp_path):
+    """A -> B -> A gives the same files."""
+    convert_checkpoint(quantized(format), tmp_path / "a", to=one)
+    assert convert_checkpoint(tmp_path / "a", tmp_path / "b", to=other).exact
+    assert convert_checkpoint(tmp_path / "b", tmp_path / "again", to=one).exact
+    same_files(tmp_path / "a", tmp_path / "again")
+    assert section(tmp_path / "a") == section(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("format", "target", "block"),
+    [("int4-g64", "gptq", "q4_0"), ("int4-g32-asym", "awq", "q8_0"), ("int8-channel", "gptq", "q8_0")],
+)
+def test_gguf_files_hold_them(format, target, block, quantized, tmp_path):
+    """Groups are cut into blocks that repeat the scale; codes with zero points need eight bits around 0."""
+    pytest.importorskip("gguf")
+    import gguf_models
+
+    source = gguf_models.write_directory(tmp_path / "source", "llama", torch.float16)
+    bitfold.quantize_checkpoint(source, tmp_path / "q", format)
+    convert_checkpoint(tmp_path / "q", tmp_path / "a", to=target)
+    assert convert_checkpoint(tmp_path / "a", tmp_path / "model.gguf").exact
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        loaded = bitfold.load(tmp_path / "model.gguf", dtype=torch.float32)
+        one, two = loaded(ids).logits, bitfold.load(tmp_path / "a", dtype=torch.float32)(ids).logits
+    found = {module.format for module in loaded.modules() if isinstance(module, bitfold.QuantLinear)}
+    assert found == {block}
+    assert (one - two).abs().max() < 2e-5 * two.abs().max()
+    back = convert_checkpoint(tmp_path / "model.gguf", tmp_path / "back", to="gptq")
+    assert back.exact
+
+
+def test_decoded_weights_are_those(quantized, tmp_path):
+    """--decode makes a directory that transformers alone computes the same with."""
+    convert_checkpoint(quantized("int4-g64-asym"), tmp_path / "a", to="gptq")
+    assert convert_checkpoint(tmp_path / "a", tmp_path / "plain", decode=torch.float32).exact
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    with torch.inference_mode():
+        wanted = logits(tmp_path / "a")
+        assert (plain(IDS).logits - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def test_rounding_must_be_asked_for(quantized, tmp_path):
+    """nf4 has no place among integers; asked to, it is encoded anew, and the errors are told and stored."""
+    with pytest.raises(CheckpointError, match="another grid than int4-g64; --allow-lossy"):
+        convert_checkpoint(quantized("nf4-b64"), tmp_path / "a", to="gptq")
+    assert not (tmp_path / "a").exists()
+    result = convert_checkpoint(quantized("nf4-b64"), tmp_path / "a", to="gptq", allow_lossy=True)
+    assert not result.exact
+    assert result.remarks[0].startswith("7 weights")
+    errors = {status.name: status.relative for status in result.tensors}
+    assert 0.01 < errors[UP] < 0.12
+    assert errors["model.norm.weight"] == 0
+    # What is told is what is: the decoded weights, compared again.
+    one, two = (
+        bitfold.load(path).get_submodule(UP).qtensor.decode()
+        for path in (quantized("nf4-b64"), tmp_path / "a")
+    )
+    assert errors[UP] == pytest.approx(((two - one).norm() / one.norm()).item(), rel=1e-5)
+
+
+def test_scales_of_another_dtype(quantized, tmp_path):
+    """bf16 scales are numbers of fp16 unless they are tiny; fp32 ones are not, and are rounded only when asked."""
+    bitfold.quantize_checkpoint(quantized("int4-g32").parent / "model", tmp_path / "bf16", "int4-g32-sbf16")
+    assert convert_checkpoint(tmp_path / "bf16", tmp_path / "gptq", to="gptq").exact
+    with pytest.raises(CheckpointError, match="not all of its scales are numbers of float16"):
+        convert_checkpoint(quantized("int4-g64-sfp32"), tmp_path / "b", to="gptq")
+    result = convert_checkpoint(quantized("int4-g64-sfp32"), tmp_path / "b", to="gptq", allow_lossy=True)
+    assert 0 < max(status.relative for status in result.tensors) < 2**-11  # codes are kept
+
+
+def test_int8_of_bitsandbytes_says_what_it_rounds(quantized, tmp_path):
+    """A scale of fp16 times 127 is a number of fp32, and w = q * SCB / 127 is w = q * scale; a scale of fp32 isn't."""
+    assert convert_checkpoint(quantized("int8-channel"), tmp_path / "fp16", to="bitsandbytes").exact
+    assert torch.equal(logits(tmp_path / "fp16"), logits(quantized("int8-channel")))
+    source = quantized("int8-channel-sfp32")
+    with pytest.raises(CheckpointError, match=r"SCB, scale \* 127, is rounded"):
+        convert_checkpoint(source, tmp_path / "a", to="bitsandbytes")
+    there = convert_checkpoint(source, tmp_path / "a", to="bitsandbytes", allow_lossy=True)
+    assert 0 < max(status.relative for status in there.tensors) < 1e-7
+    with pytest.raises(CheckpointError, match="the scale, SCB / 127, is rounded"):
+        convert_checkpoint(tmp_path / "a", tmp_path / "back")
+    wanted = logits(source)
+    assert (logits(tmp_path / "a") - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def with_order(path: Path, target: Path) -> Path:
+    """A GPTQ checkpoint whose groups follow an order of columns."""
+    convert_checkpoint(path, target, to="gptq")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("g_idx")]:
+            generator = torch.Generator().manual_seed(len(name))
+            tensors[name] = tensors[name][torch.randperm(len(tensors[name]), generator=generator)]
+
+    tiny.rewrite(target, change)
+    return target
+
+
+def test_an_order_of_columns(quantized, tmp_path):
+    """g_idx stays what it is where it has a place; AWQ and GGUF have none, and say so."""
+    source = with_order(quantized("int4-g32"), tmp_path / "source")
+    module = bitfold.load(source).get_submodule(UP)
+    assert module.g_idx is not None
+    for target in ("bitfold", "gptq-v2", "compressed-tensors"):
+        assert convert_checkpoint(source, tmp_path / target, to=target).exact
+        assert torch.equal(logits(tmp_path / target), logits(source))
+        assert convert_checkpoint(tmp_path / target, tmp_path / f"{target}-back", to="gptq").exact
+        same_files(source, tmp_path / f"{target}-back")
+    assert section(tmp_path / "gptq-v2")["desc_act"] is True
+    assert (
+        section(tmp_path / "compressed-tensors")["config_groups"]["group_0"]["weights"]["actorder"] == "group"
+    )
+    for target, words in (("awq", "AWQ has no g_idx"), ("bitsandbytes", "another grid|g_idx")):
+        with pytest.raises(CheckpointError, match=words):
+            convert_checkpoint(source, tmp_path / "none", to=target)
+    assert not convert_checkpoint(source, tmp_path / "awq", to="awq", allow_lossy=True).exact
+
+
+def test_layers_of_several_kinds(model, tmp_path):
+    """What is kept stays plain, what has another format is said to have it; AWQ takes the smallest groups."""
+    recipe = bitfold.Recipe(
+        "mixed",
+        "",
+        (
+            bitfold.Rule("*.down_proj", "int4-g64-asym"),
+            bitfold.Rule("*.o_proj", None),
+            bitfold.Rule("*_proj", "int4-g32"),
+        ),
+    )
+    bitfold.quantize_checkpoint(model, tmp_path / "q", recipe)
+    for target in ("gptq", "compressed-tensors", "awq"):
+        result = convert_checkpoint(tmp_path / "q", tmp_path / target, to=target)
+        assert result.exact
+        assert torch.equal(logits(tmp_path / target), logits(tmp_path / "q"))
+        after = {status.name.rpartition(".")[2]: status.after for status in result.tensors}
+        assert after["down_proj"] == ("int4-g32-asym" if target == "awq" else "int4-g64-asym")
+        assert convert_checkpoint(tmp_path / target, tmp_path / f"{target}-back", to="bitfold").exact
+    assert section(tmp_path / "gptq")["dynamic"] == {
+        r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 4, "group_size": 64, "sym": False},
+        r"-:^model\.layers\.0\.self_attn\.o_proj$": {},
+    }
+    assert section(tmp_path / "awq")["modules_to_not_convert"] == [
+        "model.layers.0.self_attn.o_proj",
+        "lm_head",
+    ]
+    assert section(tmp_path / "compressed-tensors")["ignore"] == [
+        "model.layers.0.self_attn.o_proj",
+        "lm_head",
+    ]
+
+
+def test_tied_heads_and_shards(tmp_path):
+    """A head that shares the embedding's weight isn't stored; files may be several."""
+    source = tiny.write_llama(tmp_path / "model", torch.bfloat16, layers=2, tied=True, shard="60KB")
+    bitfold.quantize_checkpoint(source, tmp_path / "q", "int4-g32")
+    for target in ("gptq", "awq", "bitsandbytes"):
+        lossy = target == "bitsandbytes"
+        result = convert_checkpoint(tmp_path / "q", tmp_path / target, to=target, allow_lossy=lossy)
+        assert result.exact != lossy
+        loaded = bitfold.load(tmp_path / target)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_command_line(quantized, tmp_path, capsys):
+    """convert tells and stores; inspect lists; generate and eval load."""
+    shown = call_json(capsys, "convert", quantized("int4-g32"), tmp_path / "awq", "--to", "awq")
+    assert shown["exact"]
+    assert (shown["from"], shown["to"]) == ("bitfold", "awq")
+    listed = call_json(capsys, "inspect", tmp_path / "awq")
+    assert listed["quant_method"] == "awq"
+    rows = {row["name"]: row for row in listed["entries"]}
+    assert (rows[UP]["format"], rows[UP]["shape"]) == ("int4-g32", [128, 64])
+    assert rows["model.norm.weight"]["format"] == "F16"
+    made = call_json(capsys, "generate", tmp_path / "awq", "--prompt", "The", "--max-new-tokens", "4")
+    wanted = call_json(capsys, "generate", quantized("int4-g32"), "--prompt", "The", "--max-new-tokens", "4")
+    assert made["text"] == wanted["text"]
+    again = call_json(capsys, "convert", quantized("int4-g32"), tmp_path / "awq", "--to", "gptq", "--force")
+    assert again["to"] == "gptq"
+    assert kind_of(tmp_path / "awq") == "gptq"
+
+
+# ---- bad input ----
+
+
+@pytest.fixture
+def gptq(quantized, tmp_path) -> Path:
+    convert_checkpoint(quantized("int4-g32"), tmp_path / "gptq", to="gptq")
+    return tmp_path / "gptq"
+
+
+def refused(path: Path, *words: str) -> None:
+    """`load` ends in one sentence."""
+    with pytest.raises(CheckpointError) as caught:
+        bitfold.load(path)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def set_section(path: Path, **fields: object) -> None:
+    (path / "quantize_config.json").unlink(missing_ok=True)
+    tiny.rewrite_config(path, quantization_config={**section(path), **fields})
+
+
+def test_tensors_that_are_missing_or_of_another_method(gptq, tmp_path):
+    whole = Path(shutil.copytree(gptq, tmp_path / "whole"))
+    tiny.rewrite(gptq, lambda tensors: tensors.pop(f"{UP}.qzeros"))
+    refused(gptq, UP, "lacks qzeros")
+    shutil.copytree(whole, gptq, dirs_exist_ok=True)
+    tiny.rewrite(gptq, lambda tensors: tensors.pop(f"{UP}.qweight"))
+    refused(gptq, f"'{UP}.", "no qweight")
+    shutil.copytree(whole, gptq, dirs_exist_ok=True)
+    tiny.rewrite(
+        gptq,
+        lambda tensors: [tensors.pop(f"{UP}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")],
+    )
+    refused(gptq, f"lacks 1 tensor ('{UP}.weight')")
+    shutil.copytree(whole, gptq, dirs_exist_ok=True)
+    tiny.rewrite(
+        gptq, lambda tensors: tensors.update({f"{UP}.weight_packed": tensors[f"{UP}.qzeros"].clone()})
+    )
+    refused(gptq, "GPTQ", "weight_packed", "compressed-tensors")
+    shutil.copytree(whole, gptq, dirs_exist_ok=True)
+    tiny.rewrite(
+        gptq, lambda tensors: tensors.update({"model.layers.7.a.qweight": tensors[f"{UP}.qweight"].clone()})
+    )
+    refused(gptq, "model.layers.7.a", "lacks")
+    shutil.copytree(whole, gptq, dirs_exist_ok=True)
+    tiny.rewrite(gptq, lambda tensors: tensors.update({f"{UP}.qweight": tensors[f"{UP}.qweight"][:6]}))
+    refused(gptq, UP)
+
+
+def test_configurations_that_contradict(gptq, quantized, tmp_path):
+    """Mislabelled: other bits, other groups, another method, another version, two files that differ."""
+    sound = section(gptq)
+    tiny.rewrite_config(gptq, quantization_config={**sound, "bits": 8})
+    refused(gptq, "quantize_config.json", "bits 4", "says 8")
+    set_section(gptq, bits=8)
+    refused(gptq, "down_proj", "scales is torch.float16 [4, 64]", "[2, 64]")
+    set_section(gptq, bits=5)
+    refused(gptq, "quantization_config.bits is 5", "2 or 3 or 4 or 8")
+    set_section(gptq, bits=4, group_size=64)
+    refused(gptq, "scales is torch.float16")
+    set_section(gptq, group_size=0)
+    refused(gptq, "group_size is 0")
+    set_section(gptq, group_size=32, checkpoint_format="gptq_v2")
+    refused(gptq, "zero point", "is 7", "must be 8")
+    set_section(gptq, checkpoint_format="marlin")
+    refused(gptq, "'marlin'", "gptq and gptq_v2")
+    set_section(gptq, checkpoint_format="gptq", quant_method="awq", version="gemm", zero_point=True)
+    refused(gptq, "by AWQ", "g_idx', a tensor of GPTQ")
+    set_section(gptq, quant_method="bitsandbytes", load_in_4bit=True)
+    refused(gptq, "by bitsandbytes", "a tensor of")
+    set_section(gptq, quant_method="hqq")
+    refused(gptq, "'hqq'")
+    set_section(gptq, quant_method="gptq", dynamic={r"-:.*up_proj": {}})
+    refused(gptq, UP, "says that it isn't")
+
+
+def test_configurations_of_others(quantized, tmp_path):
+    convert_checkpoint(quantized("int4-g32"), tmp_path / "ct", to="compressed-tensors")
+    groups = section(tmp_path / "ct")["config_groups"]
+    for change, words in (
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        ({"transform_config": {"R1": {}}}, "transform_config"),
+        ({"quantization_status": "frozen"}, "quantization_status"),
+        ({"config_groups": {}}, "config_groups is empty"),
+        ({"format": "marlin-24", "config_groups": without_format(groups)}, "pack-quantized or"),
+    ):
+        path = Path(shutil.copytree(tmp_path / "ct", tmp_path / words.replace(" ", "-")))
+        set_section(path, **change)
+        refused(path, words)
+    convert_checkpoint(quantized("nf4-b64"), tmp_path / "bnb", to="bitsandbytes")
+    set_section(tmp_path / "bnb", load_in_8bit=True)
+    refused(tmp_path / "bnb", "load_in_4bit is True")
+    convert_checkpoint(quantized("int4-g32"), tmp_path / "awq", to="awq")
+    set_section(tmp_path / "awq", version="gemv")
+    refused(tmp_path / "awq", "version is 'gemv'", "gemm")
+
+
+def without_format(groups: dict) -> dict:
+    return {
+        name: {key: value for key, value in group.items() if key != "format"}
+        for name, group in groups.items()
+    }
+
+
+def test_shapes_that_no_one_packs(tmp_path):
+    """n and k must fill whole words where the owner packs along them."""
+    source = tiny.write_llama(tmp_path / "model", torch.float16, layers=1, ffn=100)
+    bitfold.quantize_checkpoint(source, tmp_path / "q", "int4-g32")
+    with pytest.raises(CheckpointError, match="GPTQ packs 8"):
+        convert_checkpoint(tmp_path / "q", tmp_path / "a", to="gptq")
+    with pytest.raises(CheckpointError, match="AWQ packs 8"):
+        convert_checkpoint(tmp_path / "q", tmp_path / "a", to="awq")
+    assert convert_checkpoint(tmp_path / "q", tmp_path / "a", to="compressed-tensors").exact
+    assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "q"))
+    bitfold.quantize_checkpoint(source, tmp_path / "nf4", "nf4-b64")
+    with pytest.raises(CheckpointError, match="blocks run across the rows"):
+        convert_checkpoint(tmp_path / "nf4", tmp_path / "b", to="bitsandbytes")
+    assert not convert_checkpoint(tmp_path / "nf4", tmp_path / "b", to="bitsandbytes", allow_lossy=True).exact
+    assert bitfold.load(tmp_path / "b").model.layers[0].mlp.down_proj.layout == "flat"
+
+
+def test_kinds_that_do_not_go_together(model, tmp_path):
+    with pytest.raises(ValueError, match="quantize it first"):
+        convert_checkpoint(model, tmp_path / "a", to="awq")
+    with pytest.raises(ValueError, match="it must be one of gguf, gptq"):
+        convert_checkpoint(model, tmp_path / "a", to="exl2")
+    with pytest.raises(ValueError, match=r"end in \.gguf"):
+        convert_checkpoint(model, tmp_path / "a.gguf", to="awq")
+    assert set(OWNERS) == {target.owner for target in TARGETS.values()}
