@@ -63,6 +63,8 @@ MODULES += [
     "explain",
     "evaluate",
     "generate",
+    "sensitivity",
+    "allocation",
     "text",
     "pages",
     "report",

@@ -206,7 +206,7 @@ def perplexity(model: nn.Module, windows: Windows, *, progress: Progress | None 
     sums: list[float] = []
     done = 0
     for ids, scored in zip(windows.ids, windows.scored, strict=True):
-        nll = [-_chosen(_log_probs(part), targets) for part, targets in _scored_logits(model, ids, scored)]
+        nll = [-_chosen(log_probs(part), targets) for part, targets in _scored_logits(model, ids, scored)]
         sums.append(float(torch.cat(nll).sum()))
         done += scored
         if progress is not None:
@@ -230,7 +230,7 @@ def compare_all(
     done = 0
     for ids, scored in zip(windows.ids, windows.scored, strict=True):
         reference = list(_scored_logits(base, ids, scored))
-        base_nll.append(sum(float(-_chosen(_log_probs(part), targets).sum()) for part, targets in reference))
+        base_nll.append(sum(float(-_chosen(log_probs(part), targets).sum()) for part, targets in reference))
         for name, model in models.items():
             tallies[name].add(reference, list(_scored_logits(model, ids, scored)))
         done += scored
@@ -257,11 +257,10 @@ class _Tally:
                     f"the base has {base_logits.shape[-1]} tokens in its vocabulary and the model "
                     f"{model_logits.shape[-1]}: they must be the same"
                 )
-            log_p, log_q = _log_probs(base_logits), _log_probs(model_logits)
+            log_p, log_q = log_probs(base_logits), log_probs(model_logits)
             nll += float(-_chosen(log_q, targets).sum())
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            p = log_p.exp()
-            kl.append(torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1))
+            kl.append(divergence(log_p, log_q))
         self.nll.append(nll)
         self.kl.append(torch.cat(kl))
         self.agreed.append(float(agreed))
@@ -341,7 +340,13 @@ def _scored_logits(model: nn.Module, ids: Tensor, scored: int) -> Iterator[tuple
     yield from zip(logits.split(size), targets.split(size), strict=True)
 
 
-def _log_probs(logits: Tensor) -> Tensor:
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row of log probabilities [rows, vocabulary], in nats; what p rules out adds nothing."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def log_probs(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.to(torch.float64), dim=-1)
 
 

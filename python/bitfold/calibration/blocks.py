@@ -159,6 +159,13 @@ class BlockModel:
             pass
         return block.to(self.device)
 
+    def whole(self) -> nn.Module:
+        """The model with all its weights, mapped as in `load`, to be run under `Compute`; a module of its own."""
+        model = copy.deepcopy(self.model)
+        for _ in self._fill(model, self._homes):
+            pass
+        return model.to(self.device)
+
     def _fill(self, root: nn.Module, homes: Mapping[str, Step]) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """Give tensors of a module their values; yields where each is, and what was there."""
         modules = dict(root.named_modules(remove_duplicate=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,8 @@ class Job:
 
     def fingerprint(self, workers: Workers) -> dict[str, Any]:
         """What must be the same for a run to go on where an earlier one was stopped, by the name that a message has."""
-        files = sorted({part.path for step in self.steps for part in step.parts})
-        hashes = workers.map(_sha256, [self.source.path / "config.json", *files])
         return {
-            "model": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+            "model": model_sha256(self.source, self.steps, workers),
             "recipe": "; ".join(
                 f"{r.pattern} = {r.format} {r.method} {r.options}" for r in self.recipe.rules
             ),
@@ -58,6 +56,13 @@ class Job:
             "seed": self.text.seed,
             "dtype": str(self.blocks.dtype).removeprefix("torch."),
         }
+
+
+def model_sha256(source: Source, steps: Sequence[Step], workers: Workers) -> str:
+    """Of config.json and of all files that have a tensor of the model."""
+    files = sorted({part.path for step in steps for part in step.parts})
+    hashes = workers.map(_sha256, [source.path / "config.json", *files])
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -80,4 +80,9 @@ def share_seen(model: Path, rows: Iterable[Tensor]) -> float | None:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has no readable hashes: {json.dumps(str(error))}") from None
     found = sample_of(rows)
-    return float(np.isin(found, known).mean()) if len(found) else None
+    return share(found, known) if len(found) else None
+
+
+def share(found: NDArray[np.uint64], known: NDArray[np.uint64]) -> float:
+    """Which share of the hashes of one text is among those of another, 0 to 1; 0 for a text too short to say."""
+    return float(np.isin(found, known).mean()) if len(found) else 0.0

@@ -27,6 +27,7 @@ from bitfold.cli.plan import plan
 from bitfold.cli.quantize import quantize
 from bitfold.cli.recipes import recipes
 from bitfold.cli.report import report
+from bitfold.cli.sensitivity import sensitivity
 from bitfold.versions import MissingExtraError
 
 # click's exceptions: newer releases of typer carry click inside, older ones import it.
@@ -44,6 +45,7 @@ app.command("recipes")(recipes)
 app.command("explain", context_settings={"ignore_unknown_options": True})(explain)
 app.command("plan")(plan)
 app.command("quantize")(quantize)
+app.command("sensitivity")(sensitivity)
 app.command("imatrix")(imatrix)
 app.command("convert")(convert)
 app.command("check")(check)

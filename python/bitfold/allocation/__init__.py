@@ -1,0 +1,1 @@
+"""The best assignment of formats to weights for so many bytes (docs/allocation.md)."""

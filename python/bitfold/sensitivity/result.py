@@ -1,0 +1,132 @@
+"""What was measured, as a file: JSON, and which model and text it is of.
+
+A file may be unfinished: whatever was measured before a run was stopped is in it, and is not measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bitfold.evaluate import Estimate, Protocol, ratio
+from bitfold.shards import CheckpointError, read_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight as one candidate, everything else unquantized.
+
+    module: the first that has the weight; candidate: "gptq-int4-g64", ...; nbytes: of its planes; window_kl: sums of KL
+    over the scored tokens of each window, in nats; output_error: norm of the change of the layer's output on the text
+    over norm of the output (None: of an embedding or a head); weight_error: the same of the weights.
+    """
+
+    module: str
+    candidate: str
+    nbytes: int
+    window_kl: tuple[float, ...]
+    output_error: float | None
+    weight_error: float
+
+    def kl(self, window_tokens: Sequence[int]) -> Estimate:
+        """Mean KL, in nats a token."""
+        return ratio(self.window_kl, window_tokens)
+
+
+@dataclass(frozen=True)
+class Together:
+    """All weights as one candidate: as `bitfold.quantize_calibrated` makes them if it is calibrated. added: the sum of
+    the KLs alone; together: the KL of the model; both in nats a token."""
+
+    candidate: str
+    added: float
+    together: Estimate
+
+    @property
+    def ratio(self) -> float:
+        """1 where KLs add up; above where errors of several weights meet."""
+        return self.together.value / self.added if self.added > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A measurement. of: what it is of, by the name that a message has (`measure.fingerprint`); modules: names of the
+    weights that took part, with the names of those that share them, shape and bytes as stored; zero: the largest KL
+    of the unchanged model, over all blocks that were run from: 0, or the measurement would have failed; seen: hashes of
+    the text's passages (`calibration.overlap.to_json`); overlap: which share of them is in the calibration text too, 0
+    to 1; finished: whether all that was asked for is there.
+    """
+
+    of: Mapping[str, str]
+    protocol: Protocol
+    window_tokens: tuple[int, ...]
+    calibration: str
+    modules: Mapping[str, Mapping[str, Any]]
+    entries: tuple[Entry, ...]
+    zero: float
+    additivity: tuple[Together, ...]
+    seen: Mapping[str, Any]
+    overlap: float
+    finished: bool
+
+    def find(self, module: str, candidate: str) -> Entry | None:
+        return self._index.get((module, candidate))
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str], Entry]:
+        return {(entry.module, entry.candidate): entry for entry in self.entries}
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """All that were measured, each once, the smallest first (bytes over all modules that have it, a weight)."""
+        bits: dict[str, list[float]] = {}
+        for entry in self.entries:
+            n, k = self.modules[entry.module]["shape"]
+            bits.setdefault(entry.candidate, []).append(8 * entry.nbytes / (n * k))
+        return tuple(sorted(bits, key=lambda name: (sum(bits[name]) / len(bits[name]), name)))
+
+    def kl(self, entry: Entry) -> Estimate:
+        return entry.kl(self.window_tokens)
+
+
+def write(path: Path, found: Sensitivity) -> None:
+    """Write the file, whole or not at all."""
+    data = {"version": VERSION, **dataclasses.asdict(found)}
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read(path: str | Path) -> Sensitivity:
+    """A file that `write` made. Raises CheckpointError where it is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: 'bitfold sensitivity' makes such a file")
+    data = read_json(path)
+    if data.pop("version", None) != VERSION:
+        raise CheckpointError(f"{path} is no sensitivity file of this version of bitfold: measure anew")
+    try:
+        data["protocol"] = Protocol(**data["protocol"])
+        data["entries"] = tuple(
+            Entry(**{**entry, "window_kl": tuple(entry["window_kl"])}) for entry in data["entries"]
+        )
+        data["additivity"] = tuple(
+            Together(**{**one, "together": Estimate(**one["together"])}) for one in data["additivity"]
+        )
+        data["window_tokens"] = tuple(data["window_tokens"])
+        found = Sensitivity(**data)
+        windows = len(found.window_tokens)
+        for entry in found.entries:
+            if entry.module not in found.modules or len(entry.window_kl) != windows:
+                raise ValueError(f"{entry.module} as {entry.candidate} doesn't fit the rest")
+        return found
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
