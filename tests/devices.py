@@ -21,6 +21,7 @@ from typing import Any
 
 import bitfold
 import bitfold.quantizers.gptq
+import bitfold.quantizers.grid
 import pytest
 import torch
 from toolchain import tool
@@ -34,7 +35,17 @@ NAMES = tuple(os.environ.get("BITFOLD_TEST_DEVICES", ",".join(ALL)).split(","))
 assert set(NAMES) <= set(ALL), f"BITFOLD_TEST_DEVICES names {NAMES}; there are {ALL}"
 if not torch.cuda.is_available():
     NAMES = tuple(name for name in NAMES if name != "cuda")
-OPS = ("encode", "decode", "pack", "unpack", "linear", "linear_grad_x", "embedding", "gptq_columns")
+OPS = (
+    "encode",
+    "decode",
+    "pack",
+    "unpack",
+    "linear",
+    "linear_grad_x",
+    "embedding",
+    "gptq_columns",
+    "search_steps",
+)
 
 
 # ---- the emulator ----
@@ -132,9 +143,14 @@ def use(name: str, seed: str = "") -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bitfold.qtensor, "_ops", namespace)
         patch.setattr(bitfold.ops, "_linear", namespace.linear)
-        # The factor of CPU tensors is the CPU's.
-        columns = SimpleNamespace(
-            gptq_factor=torch.ops.bitfold.gptq_factor, gptq_columns=namespace.gptq_columns
-        )
+        # The factor of CPU tensors is the CPU's, and so are blocks that are taken apart.
+        cpu = torch.ops.bitfold
+        columns = SimpleNamespace(gptq_factor=cpu.gptq_factor, gptq_columns=namespace.gptq_columns)
         patch.setattr(bitfold.quantizers.gptq, "_ops", columns)
+        steps = SimpleNamespace(
+            block_grid=cpu.block_grid,
+            put_block_codes=cpu.put_block_codes,
+            search_steps=namespace.search_steps,
+        )
+        patch.setattr(bitfold.quantizers.grid, "_ops", steps)
         yield

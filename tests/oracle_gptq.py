@@ -54,3 +54,23 @@ def on_grid(step: np.ndarray, offset: np.ndarray, levels: np.ndarray, column: np
     position = np.where(step == 0, 0.0, (column - offset) / safe)
     nearest = np.abs(position[:, None] - levels[None, :]).argmin(1)
     return levels[nearest] * step + offset
+
+
+def squared_errors(
+    weight: np.ndarray,
+    steps: np.ndarray,
+    zeros: np.ndarray,
+    levels: np.ndarray,
+    group: int,
+    importance: np.ndarray,
+) -> np.ndarray:
+    """The sum over each group's columns of importance * (w - step * (level - zero))^2, each weight at its nearest
+    level: float64 [steps, groups, n] of steps of that shape, and zeros [groups, n]."""
+    errors = np.zeros(steps.shape)
+    for column in range(weight.shape[1]):
+        g = column // group
+        for i, step in enumerate(steps[:, g]):
+            values = (levels[None, :] - zeros[g, :, None]) * step[:, None]
+            miss = np.abs(weight[:, column, None] - values).min(1)
+            errors[i, g] += importance[column] * miss**2
+    return errors

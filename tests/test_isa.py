@@ -132,7 +132,15 @@ def test_conformance(isa):
     """The tests marked `isa` under a set that is not the default (the default runs them anyway)."""
     files = [
         f"test_{name}.py"
-        for name in ("encode_decode", "linear", "embedding", "gguf_blocks", "linear_int8", "gptq")
+        for name in (
+            "encode_decode",
+            "linear",
+            "embedding",
+            "gguf_blocks",
+            "linear_int8",
+            "gptq",
+            "step_search",
+        )
     ]
     done = run(isa, "-m", "pytest", "-q", "-x", "-m", "isa and not slow", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

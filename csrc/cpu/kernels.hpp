@@ -14,6 +14,7 @@ namespace bitfold::cpu {
 struct PanelProduct;
 struct PanelRound;
 struct PanelFactor;
+struct PanelSearch;
 
 // w / scale and zero decide the codes of one group: integer and minifloat divide, codebooks multiply by 1 / scale.
 struct QuantizeArgs {
@@ -152,6 +153,7 @@ struct Kernels {
   void (*panel_product)(const PanelProduct&);
   void (*panel_round)(const PanelRound&);
   int64_t (*panel_factor)(const PanelFactor&);  // the column whose pivot is not positive, or -1
+  void (*panel_search)(const PanelSearch&);
 };
 
 // The kernels of this process, chosen at first use: the best that the CPU has, or BITFOLD_ISA's.

@@ -1,4 +1,4 @@
-// The seam for GPTQ: what its two ops are told, on any device. Plain pointers and sizes, as in args.hpp.
+// The seam for GPTQ: what its ops are told, on any device. Plain pointers and sizes, as in args.hpp.
 //
 // Columns are those of the Hessian in the order of the work, the last one rounded first. With U upper and UᵀU the
 // damped Hessian, what GPTQ makes small is the squared norm of E Uᵀ, E = W - Q (python/bitfold/quantizers/gptq.py).
@@ -47,5 +47,26 @@ struct GptqColumnsArgs {
   double* loss;    // [n]: the squared norm of these columns of E Uᵀ
   ParallelFor parallel_for;
 };
+
+// The step of every group that leaves the smallest sum of squared errors, of those tried: `start` times each factor, as
+// the format stores it; of equal ones the first. What is told of a group is in units of its start, and so are the
+// errors: no weights are too small or too large.
+struct StepSearchArgs {
+  MatrixIn weight;          // fp32, contiguous
+  int64_t group;            // columns of a group, at least 1; the last of a row may have fewer
+  const float* importance;  // [weight.columns]: what the square of a column's error counts; null: 1
+  const float* start;       // [groups, n], finite
+  const float* zeros;       // likewise, what is taken from the level; null: 0
+  const float* factors;     // [tried]
+  int64_t tried;            // 1 to kMostTried
+  Scale stored;             // F16, BF16 or F32
+  const float* table;       // levels, ascending, from 0 to high; null: the whole numbers from low to high
+  int64_t low;
+  int64_t high;
+  float* step;   // [groups, n]
+  float* error;  // likewise
+  ParallelFor parallel_for;
+};
+inline constexpr int kMostTried = 64;
 
 }  // namespace bitfold

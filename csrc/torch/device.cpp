@@ -185,4 +185,9 @@ void Device::gptq_columns(GptqColumnsArgs args, const Tensor& like) const {
       [&] { cpu::gptq_columns(args); });
 }
 
+void Device::search_steps(StepSearchArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, [&] { cuda::search_steps(args, stream_); }, [&] { cpu::search_steps(args); });
+}
+
 }  // namespace bitfold::border

@@ -39,6 +39,7 @@ class Device {
   void put_block_codes(cpu::BlockCodesArgs args) const;
   int64_t gptq_factor(GptqFactorArgs args) const;
   void gptq_columns(GptqColumnsArgs args, const Tensor& like) const;  // `like`: as above
+  void search_steps(StepSearchArgs args) const;
 
  private:
   std::string what_;

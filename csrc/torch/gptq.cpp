@@ -36,12 +36,33 @@ const int64_t* indices(const Device& device, const Tensor& tensor, const std::st
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
+// The whole numbers from low to high, or a table with places up to high.
+void require_levels(const Device& device, const std::optional<Tensor>& table, int64_t low, int64_t high) {
+  if (table) {
+    require(device, *table, "table", ScalarType::Float, {high + 1});
+    if (low != 0 || high < 0 || high >= kGptqLevels)
+      fail("high is " + std::to_string(high) + "; with a table low must be 0 and high below " +
+           std::to_string(kGptqLevels));
+  } else if (low > high || high - low > 255) {
+    fail("low is " + std::to_string(low) + " and high " + std::to_string(high) + "; there must be 1 to 256 levels");
+  }
+}
+
 // Blocks of an n x k weight.
 Weight read_blocks(const Device& device, const Tensor& blocks, const std::string& format, int64_t n, int64_t k) {
   if (device.gpu()) fail("blocks are on a GPU, where they aren't taken apart; they must be on the CPU");
   const Weight w = read_weight(device, {blocks}, format, n, k, "rows");
   if (!w.format.is_block()) fail("format is '" + format + "'; it must be one of GGUF's blocks");
   return w;
+}
+
+Scale stored_scale(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return Scale::F16;
+    case ScalarType::BFloat16: return Scale::BF16;
+    case ScalarType::Float: return Scale::F32;
+    default: fail(std::string("stored is ") + dtype_name(dtype) + "; it must be float16, bfloat16 or float32");
+  }
 }
 
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
@@ -114,14 +135,7 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
   const int64_t groups = step.dim() > 0 ? step.size(0) : 0;
   require(device, step, "step", ScalarType::Float, {groups, n});
   require(device, offset, "offset", ScalarType::Float, {groups, n});
-  if (table) {
-    require(device, *table, "table", ScalarType::Float, {high + 1});
-    if (low != 0 || high < 0 || high >= kGptqLevels)
-      fail("high is " + std::to_string(high) + "; with a table low must be 0 and high below " +
-           std::to_string(kGptqLevels));
-  } else if (low > high || high - low > 255) {
-    fail("low is " + std::to_string(low) + " and high " + std::to_string(high) + "; there must be 1 to 256 levels");
-  }
+  require_levels(device, table, low, high);
   if (behind) require(device, *behind, "behind", ScalarType::Float, {k - begin - c, n});
   else if (begin + c < k) fail("behind is None; it must hold the errors of the columns that were rounded before");
   Tensor codes = empty_beside(weight, {n, round ? c : 0}, ScalarType::Byte);
@@ -143,6 +157,45 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
   };
   device.gptq_columns(args, weight);
   return {codes, errors, loss};
+}
+
+std::vector<Tensor> search_steps(const Tensor& weight, int64_t group, const Tensor& start, const Tensor& factors,
+                                 ScalarType stored, std::optional<Tensor> zeros, std::optional<Tensor> importance,
+                                 std::optional<Tensor> table, int64_t low, int64_t high) {
+  const Device device(weight, "weight");
+  if (weight.dim() != 2) fail("weight has shape " + shape_text(weight) + "; it must have two dimensions");
+  if (factors.dim() != 1) fail("factors has shape " + shape_text(factors) + "; it must have one dimension");
+  const int64_t n = weight.size(0), k = weight.size(1), tried = factors.size(0);
+  require(device, weight, "weight", ScalarType::Float, {n, k});
+  require(device, factors, "factors", ScalarType::Float, {tried});
+  if (tried < 1 || tried > kMostTried) {
+    fail("factors holds " + std::to_string(tried) + " numbers; it must hold 1 to " + std::to_string(kMostTried));
+  }
+  if (group < 1) fail("group is " + std::to_string(group) + "; it must be at least 1");
+  const int64_t groups = ceil_div(k, group);
+  require(device, start, "start", ScalarType::Float, {groups, n});
+  if (zeros) require(device, *zeros, "zeros", ScalarType::Float, {groups, n});
+  if (importance) require(device, *importance, "importance", ScalarType::Float, {k});
+  require_levels(device, table, low, high);
+  Tensor step = empty_beside(weight, {groups, n}, ScalarType::Float);
+  Tensor error = empty_beside(weight, {groups, n}, ScalarType::Float);
+  device.search_steps({
+      .weight = {weight.const_data_ptr(), DType::F32, n, k, k, 1},
+      .group = group,
+      .importance = importance ? floats(*importance) : nullptr,
+      .start = floats(start),
+      .zeros = zeros ? floats(*zeros) : nullptr,
+      .factors = floats(factors),
+      .tried = tried,
+      .stored = stored_scale(stored),
+      .table = table ? floats(*table) : nullptr,
+      .low = low,
+      .high = high,
+      .step = static_cast<float*>(step.mutable_data_ptr()),
+      .error = static_cast<float*>(error.mutable_data_ptr()),
+      .parallel_for = nullptr,
+  });
+  return {step, error};
 }
 
 }  // namespace bitfold::border

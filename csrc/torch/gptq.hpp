@@ -19,6 +19,12 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
                                  std::optional<Tensor> table, int64_t low, int64_t high, std::optional<Tensor> behind,
                                  bool round);
 
+// The step of every group of `group` columns with the least squared error, of `start` [groups, n] times each of
+// `factors` as `stored` holds it, and that error: float32 [groups, n] each (formats/gptq.hpp).
+std::vector<Tensor> search_steps(const Tensor& weight, int64_t group, const Tensor& start, const Tensor& factors,
+                                 ScalarType stored, std::optional<Tensor> zeros, std::optional<Tensor> importance,
+                                 std::optional<Tensor> table, int64_t low, int64_t high);
+
 // GGUF's blocks as a grid: step and offset float32 [spans, n], levels float32 [l] ascending, uint8 [l] how they are
 // stored.
 std::vector<Tensor> block_grid(const Tensor& blocks, const std::string& format, int64_t n, int64_t k);

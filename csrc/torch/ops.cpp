@@ -47,6 +47,9 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "gptq_columns(Tensor weight, Tensor order, Tensor factor, int begin, Tensor step, Tensor offset, Tensor group, "
       "Tensor? table, int low, int high, Tensor? behind=None, bool round=True) -> Tensor[]");
+  library.def(
+      "search_steps(Tensor weight, int group, Tensor start, Tensor factors, ScalarType stored, Tensor? zeros, "
+      "Tensor? importance, Tensor? table, int low, int high) -> Tensor[]");
 }
 
 // Planes decide where an op runs.
@@ -370,6 +373,7 @@ void implement(Library& library) {
   library.impl("put_block_codes", TORCH_BOX(&put_block_codes));
   library.impl("gptq_factor", TORCH_BOX(&gptq_factor));
   library.impl("gptq_columns", TORCH_BOX(&gptq_columns));
+  library.impl("search_steps", TORCH_BOX(&search_steps));
 }
 
 // With CUDA's key also where there are no kernels for it: Device says so in a sentence.

@@ -135,7 +135,23 @@ def _gptq_columns_shape(
     ]
 
 
-_OF_QUANTIZERS = ("block_grid", "put_block_codes", "gptq_factor", "gptq_columns")
+def _search_steps_shape(
+    weight: Tensor,
+    group: int,
+    start: Tensor,
+    factors: Tensor,
+    stored: torch.dtype,
+    zeros: Tensor | None,
+    importance: Tensor | None,
+    table: Tensor | None,
+    low: int,
+    high: int,
+) -> list[Tensor]:
+    _check_device(weight, start, factors, zeros, importance, table)
+    return [torch.empty_like(start), torch.empty_like(start)]
+
+
+_OF_QUANTIZERS = ("block_grid", "put_block_codes", "gptq_factor", "gptq_columns", "search_steps")
 
 # ---- gradients: with respect to x, grad and bias; packed weights are constants ----
 

@@ -114,6 +114,18 @@ GPTQ = [
         ("fp4-b32", 32, 96, 0, True),
     )
 ]
+# Rows and columns beyond the 32 of each that a block holds; steps that are as many as its threads have places for.
+STEPS = [
+    Case("search_steps", format, n, k, dtype="fp32", importance=importance)
+    for format, n, k, importance in (
+        ("int4-g33-asym", 37, 83, True),
+        ("int3-g64", 33, 70, False),
+        ("int4-channel-sbf16", 40, 65, True),
+        ("nf4-b32", 5, 96, False),
+        ("fp4-b33-sfp32", 32, 40, True),
+        ("int8-tensor", 3, 31, False),
+    )
+]
 KERNELS = {
     "linear_rows": ROWS,
     "linear_tile": TILE,
@@ -123,10 +135,11 @@ KERNELS = {
     "encode": ENCODE,
     "pack": PACK,
     "gptq_columns": GPTQ,
+    "search_steps": STEPS,
 }
 
 # What runs in every test run: of units with one format each, these formats, and everything that is encoded, since most
-# formats have a search of their own, or rounded by GPTQ, whose kernel is one. The others are slow tests.
+# formats have a search of their own, or rounded by GPTQ, whose kernels are two. The others are slow tests.
 QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K|Ragged)"
 QUICK_FAMILIES = ("int4", "nf4", "q4_k")
 
@@ -135,7 +148,8 @@ def quick(cases: list[Case]) -> list[Case]:
     return [
         case
         for case in cases
-        if case.op in ("encode", "gptq_columns") or case.format.split("-")[0] in QUICK_FAMILIES
+        if case.op in ("encode", "gptq_columns", "search_steps")
+        or case.format.split("-")[0] in QUICK_FAMILIES
     ]
 
 
@@ -192,6 +206,27 @@ def gptq_columns(case: Case, rng: np.random.Generator) -> tuple[dict[str, object
     return values, {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
+def search_steps(case: Case, rng: np.random.Generator) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """Steps around those of plain rounding, and the CPU's bits of the best."""
+    weight = torch.from_numpy(weights(rng, case.n, case.k))
+    grid = grids.fit(weight, case.format)
+    stored, zeros = grid.logical["scales"].dtype, grid.logical.get("zeros")
+    zeros = None if zeros is None else zeros.t().float().expand(-1, case.n).contiguous()
+    factors = torch.linspace(1.1, 0.2, 64 if case.importance else 21)
+    importance = torch.linspace(0, 1, case.k) if case.importance else None
+    levels = (grid.table, grid.low, grid.high)
+    group = grid.width or case.k
+    step, error = torch.ops.bitfold.search_steps(
+        weight, group, grid.step, factors, stored, zeros, importance, *levels
+    )
+    values: dict[str, object] = {"group": group, "tried": len(factors), "low": grid.low, "high": grid.high}
+    values |= {"stored": {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}[stored]}
+    tensors = {"weight": weight, "start": grid.step, "factors": factors, "zeros": zeros}
+    tensors |= {"importance": importance, "table": grid.table}
+    tensors |= {"expected out step": step, "expected out error": error}
+    return values, {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
 def matrix(tensor: torch.Tensor) -> dict[str, object]:
     rows, columns = tensor.shape
     return {
@@ -224,8 +259,8 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
         expected = {f"expected out {name}": bits(plane) for name, plane in planes.items()}
         given = {} if importance is None else {"importance": importance.numpy()}
         return values | matrix(source), {"w": source.numpy(), **given, **expected}
-    if case.op == "gptq_columns":
-        more, tensors = gptq_columns(case, rng)
+    if case.op in ("gptq_columns", "search_steps"):
+        more, tensors = (gptq_columns if case.op == "gptq_columns" else search_steps)(case, rng)
         return values | more, tensors
     q = qtensor(case, rng)
     if case.op == "pack":

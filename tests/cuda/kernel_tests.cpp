@@ -221,10 +221,40 @@ Outputs gptq_columns(const CaseFile& file) {
   return outputs;
 }
 
+Outputs search_steps(const CaseFile& file) {
+  const int64_t n = file.number("n"), k = file.number("k");
+  const size_t bytes = file.tensor("start").bytes();
+  Memory step(bytes, kUnwritten), error(bytes, kUnwritten);
+  const auto floats = [&](const char* name) { return static_cast<const float*>(file.data(name)); };
+  cuda::search_steps({.weight = {file.data("weight"), DType::F32, n, k, k, 1},
+                      .group = file.number("group"),
+                      .importance = floats("importance"),
+                      .start = floats("start"),
+                      .zeros = floats("zeros"),
+                      .factors = floats("factors"),
+                      .tried = file.number("tried"),
+                      .stored = static_cast<Scale>(file.number("stored")),
+                      .table = floats("table"),
+                      .low = file.number("low"),
+                      .high = file.number("high"),
+                      .step = step.as<float>(),
+                      .error = error.as<float>(),
+                      .parallel_for = nullptr},
+                     nullptr);
+  Outputs outputs;
+  outputs["out step"] = std::move(step);
+  outputs["out error"] = std::move(error);
+  return outputs;
+}
+
 Outputs run(const CaseFile& file) {
-  const std::map<std::string, Outputs (*)(const CaseFile&)> ops = {{"linear", linear}, {"linear_grad_x", linear_grad_x},
-                                                                   {"decode", decode}, {"encode", encode},
-                                                                   {"pack", pack},     {"gptq_columns", gptq_columns}};
+  const std::map<std::string, Outputs (*)(const CaseFile&)> ops = {{"linear", linear},
+                                                                   {"linear_grad_x", linear_grad_x},
+                                                                   {"decode", decode},
+                                                                   {"encode", encode},
+                                                                   {"pack", pack},
+                                                                   {"gptq_columns", gptq_columns},
+                                                                   {"search_steps", search_steps}};
   return ops.at(file.text("op"))(file);
 }
 

@@ -39,6 +39,7 @@ CASES = {
     r"encode.*": ("encode",),
     r"pack\.cu": ("pack",),
     r"gptq\.cu": ("gptq_columns",),
+    r"step_search\.cu": ("search_steps",),
 }
 
 # What is dropped without notice, and why: the file, the text and which of those in the file.
@@ -168,6 +169,22 @@ WRONG = [
     ("gptq.cu", "op.group[column]", "op.group[c]"),
     ("gptq.cu", "larger<int64_t>(0, end - kPanel)", "larger<int64_t>(0, end - kPanel / 2)"),
     ("gptq.cu", "lane == 0 && row < op.weight.rows", "lane == 0"),
+    # step_search: ends, whose start, column and step, and which of the best
+    ("step_search.cu", "c < count && start != 0.0f", "start != 0.0f"),
+    (
+        "step_search.cu",
+        "(spot.first_row + r) * args.weight.columns + first + c",
+        "(spot.first_row + r) * args.weight.columns + c",
+    ),
+    ("step_search.cu", "error * args.importance[first + c]", "error * args.importance[c]"),
+    ("step_search.cu", "i < args.tried && start != 0.0f", "start != 0.0f"),
+    ("step_search.cu", "begin + args.group", "begin + args.group - 1"),
+    ("step_search.cu", "(level + next) * 0.5f", "level"),
+    ("step_search.cu", "int64_t{blockIdx.x} / groups * kRows", "0"),
+    ("step_search.cu", "group * args.weight.rows + first_row", "group * args.weight.rows"),
+    ("step_search.cu", "error < least ? i : best", "error <= least ? i : best"),
+    ("step_search.cu", "thread < kRows && spot.first_row + thread < args.weight.rows", "thread < kRows"),
+    ("step_search.cu", "step_of(args, room.start[row], best)", "step_of(args, room.start[row], 0)"),
 ]
 
 

@@ -99,17 +99,21 @@ def fit(weight: Tensor, format: str, mse: bool = False, importance: Tensor | Non
     """The grid of a float32 [n, k] weight whose groups have the scales of plain rounding (`bitfold.encode`).
 
     mse: the range of each group is one of SHRINK times its own, that with the smallest sum of squared errors of the
-    group; a ValueError for "-dq", whose scales depend on each other, and for blocks, whose encoders search themselves.
-    importance: float32 [k], what the square of a column's error counts in the search of blocks; others have none.
+    group; "-dq" nests the scales that were found. Of blocks the encoders search themselves, whatever is asked for.
+    importance: float32 [k], what the square of a column's error counts where scales are searched for.
     Raises what `encode` raises.
     """
     parsed = reach(format)
-    block = parsed.grid == "block"
-    if mse and (parsed.scale == "nested" or block):
-        why = "their scales are searched for anyway" if block else "nested scales depend on each other"
-        raise ValueError(f"mse is True; for {parsed.canonical} it must be False: {why}")
-    grid = of(encode(weight, parsed.canonical, importance=importance if block else None))
-    return _shrink(weight, grid) if mse else grid
+    if parsed.grid == "block":
+        return of(encode(weight, parsed.canonical, importance=importance))
+    if not mse or not weight.numel():
+        return of(encode(weight, parsed.canonical))
+    if parsed.scale == "nested":
+        # Its scales are the largest weights of groups: those of a matrix that is cut to the ranges found.
+        flat = _search(weight, of(encode(weight, parsed.canonical.replace("-dq", "-sfp32"))), importance)
+        most = flat.step.t().repeat_interleave(parsed.group, 1)[:, : flat.k]
+        return of(encode(weight.clamp(-most, most), parsed.canonical))
+    return _search(weight, of(encode(weight, parsed.canonical)), importance)
 
 
 def of(qtensor: QTensor) -> Grid:
@@ -173,24 +177,26 @@ def _offset(step: Tensor, logical: dict[str, Tensor]) -> Tensor:
     return torch.zeros_like(step) if zeros is None else -step * zeros.t().to(torch.float32)
 
 
-def _shrink(weight: Tensor, grid: Grid) -> Grid:
+def _search(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
     """The same grid with each scale times the factor of SHRINK that leaves the smallest squared error."""
-    columns = weight.t().contiguous()
-    group = grid.groups(torch.arange(grid.k, device=weight.device))
-    full = grid.logical["scales"]
-    shared = full.shape[0] < grid.n  # one scale for the matrix
-    best, least = full, torch.full_like(full, math.inf, dtype=torch.float64)
-    for factor in SHRINK:
-        scales = (full.to(torch.float32) * factor).to(full.dtype)
-        step = scales.t().to(torch.float32).expand(-1, grid.n).contiguous()
-        _, values = replace(grid, step=step, offset=_offset(step, grid.logical)).round(columns, group)
-        error = (
-            torch.zeros_like(grid.step).index_add_(0, group, (columns - values).square()).to(torch.float64)
+    scales, zeros = grid.logical["scales"], grid.logical.get("zeros")
+    if zeros is not None:
+        zeros = zeros.t().to(torch.float32).expand(-1, grid.n).contiguous()
+
+    def found(factors: Sequence[float]) -> list[Tensor]:
+        """Steps and errors, [groups, n], of the best of `factors`."""
+        tried = torch.tensor(factors, dtype=torch.float32, device=weight.device)
+        levels = (grid.table, grid.low, grid.high)
+        start, width = grid.step, grid.width or grid.k
+        return _ops.search_steps(weight, width, start, tried, scales.dtype, zeros, importance, *levels)
+
+    if scales.shape[0] == grid.n:
+        step, _ = found(SHRINK)
+    else:  # one scale for all rows, and the error that of all of them
+        step, _ = min(
+            (found([factor]) for factor in SHRINK), key=lambda of_all: math.fsum(of_all[1].flatten().tolist())
         )
-        total = error.sum(1)[None] if shared else error.t()
-        better = total < least
-        best, least = torch.where(better, scales, best), torch.where(better, total, least)
-    step = best.t().to(torch.float32).expand(-1, grid.n).contiguous()
+    stored = step.t()[: scales.shape[0]].to(scales.dtype).contiguous()
     return replace(
-        grid, step=step, offset=_offset(step, grid.logical), logical=grid.logical | {"scales": best}
+        grid, step=step, offset=_offset(step, grid.logical), logical=grid.logical | {"scales": stored}
     )
