@@ -17,8 +17,6 @@ the machine too, the second is what can be compared.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,10 +25,9 @@ from typing import Any
 
 import bitfold
 import torch
-from bitfold.bench.machine import machine, versions
 from bitfold.calibration.workers import Workers
 from bitfold.quantizers import awq
-from peer import Peer, timed
+from peer import Peer, save, summary, time_lines, timed
 from torch import Tensor
 
 FORMAT, GROUP = "int4-g128", 128
@@ -156,21 +153,7 @@ def measure(
                 weight[:clip_rows], torch.load(Path(folder) / "clipped.pt"), x
             )
     report["alpha"], report["errors"] = scaled.alpha, errors
-    for search, found in times.items():
-        medians = {
-            who: [statistics.median(kind) for kind in zip(*pairs, strict=True)]
-            for who, pairs in found.items()
-        }
-        report[search] = {
-            who: {"seconds": wall, "busy_seconds": busy, "runs": len(found[who])}
-            for who, (wall, busy) in medians.items()
-        }
-        if peer:
-            ours, other = medians["bitfold"], medians["AutoAWQ"]
-            report[search]["time_ratio"], report[search]["busy_ratio"] = (
-                ours[0] / other[0],
-                ours[1] / other[1],
-            )
+    report |= {search: summary(found) for search, found in times.items()}
     return report
 
 
@@ -181,19 +164,7 @@ def table(report: dict[str, Any]) -> str:
         f"clipping of {report['clip_rows']} rows"
     ]
     for search, bar in (("scales", SCALE_BAR), ("clip", CLIP_BAR)):
-        for who in ("bitfold", "AutoAWQ"):
-            if who in report[search]:
-                found = report[search][who]
-                lines.append(
-                    f"{search:8}{who:10}{found['seconds']:8.2f} s on the wall, "
-                    f"{found['busy_seconds']:8.2f} s of its threads"
-                )
-        if "time_ratio" in report[search]:
-            ratio = report[search]["time_ratio"]
-            lines.append(
-                f"{search:8}time over AutoAWQ's: {ratio:.3f} (threads' {report[search]['busy_ratio']:.3f}), "
-                f"wanted {bar}, met: {ratio <= bar}"
-            )
+        lines += time_lines(report[search], bar, f"{search:8}")
     lines.append(f"squared error of the output over its square: plain rounding {errors['rounding']:.6g}")
     for kind in ("scaled", "clipped"):
         lines.append(f"{kind:8}bitfold {errors[kind]:.6g}")
@@ -224,11 +195,7 @@ def main() -> None:
     sizes = (options.size, options.size, options.tokens, options.clip_rows, options.runs, options.threads)
     reports = [measure(*sizes, dtype, options.peer) for dtype in options.dtypes]
     text = "\n\n".join(table(report) for report in reports)
-    print(text)
-    if options.out:
-        whole = {"machine": machine(), "versions": versions(), "threads": options.threads, "awq": reports}
-        options.out.write_text(json.dumps(whole, indent=1) + "\n")
-        options.out.with_suffix(".txt").write_text(text + "\n")
+    save(options.out, "awq", reports, text, options.threads)
 
 
 if __name__ == "__main__":

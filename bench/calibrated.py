@@ -6,7 +6,8 @@ PYTHON is the interpreter of an environment that has llmcompressor, and a transf
 without it bitfold is measured alone. Every method is given the same rows of tokens, drawn from the second half of
 heldout.txt, and every result is compared with the 16-bit model on the first half. Formats are symmetric integers; each
 library chooses its own scales. Options are each library's own, but for the damping (0.01) and the order of the columns
-(by falling diagonal, scales fixed before), which are the same.
+(by falling diagonal, scales fixed before), which are the same. "gptq, plain" has the scales of plain rounding; the bars
+are for what is done where nothing is asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import nn
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 FORMATS = ("int4-g128", "int4-g64", "int3-g128", "int3-g64")
-METHODS = {"gptq": GptqOptions(), "gptq, mse": GptqOptions(mse=True), "awq": AwqOptions()}
+METHODS = {"gptq": GptqOptions(), "gptq, plain": GptqOptions(search=False), "awq": AwqOptions()}
 SAMPLES, LENGTH, TOKENS = 64, 512, 8192  # of calibration, and of the text that is measured on
 ERRORS_BAR = 3.0  # standard errors below plain rounding
 PEER_BAR = 1.03  # times the peer's divergence
@@ -177,7 +178,7 @@ def bars(rows: list[dict[str, Any]]) -> str:
         ("standard errors below plain rounding", "errors_below_rounding", ERRORS_BAR, min),
         ("divergence over the peer's", "over_peer", PEER_BAR, max),
     ):
-        found = [row[key] for row in rows if key in row]
+        found = [row[key] for row in rows if key in row and "," not in row["method"]]
         if found:
             value = worst(found)
             met = value >= wanted if worst is min else value <= wanted

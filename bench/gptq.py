@@ -2,9 +2,11 @@
 
     python bench/gptq.py --peer PYTHON --threads 2 --out bench/results/gptq-NAME.json
 
-PYTHON is the interpreter of an environment that has llmcompressor; without it bitfold is timed alone. Before that the
-error of the first rows over the Hessian is held against a run of the paper's algorithm in float64, column by column, at
-the same damping. Weights are gaussian, inputs are gaussian, mixed, and of different size from column to column.
+PYTHON is the interpreter of an environment that has llmcompressor; without it bitfold is timed alone. bitfold searches
+for the scales, which is part of its time; llm-compressor is given them, and its own search is not timed. Before that
+the error of the first rows over the Hessian is held against a run of the paper's algorithm in float64, column by
+column, at the same damping. Weights are gaussian, inputs are gaussian, mixed, and of different size from column to
+column.
 
 Both take turns, in processes of their own, and tell the time on the wall and that of their threads: where others use
 the machine too, the second is what can be compared. Threads that wait for each other count as busy in it.
@@ -13,8 +15,6 @@ the machine too, the second is what can be compared. Threads that wait for each 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -22,15 +22,15 @@ from typing import Any
 
 import bitfold
 import torch
-from bitfold.bench.machine import machine, versions
 from bitfold.quantizers import gptq
-from peer import Peer, timed
+from peer import Peer, save, summary, time_lines, timed
 from torch import Tensor
 
 FORMAT, GROUP = "int4-g128", 128
+PEER_NAME = "llm-compressor"
 TIME_BAR = 0.6  # of llm-compressor's seconds
 ERROR_BAR = 1.005  # times the error of the float64 run
-ORDERS = [order + mse for order in gptq.ORDERS for mse in ("", "+mse")]
+ORDERS = [order + search for order in gptq.ORDERS for search in ("", "+search")]
 ROWS = 64  # that errors are told of
 
 # llm-compressor's side: answers every line with the seconds of one run, and leaves the weights.
@@ -93,13 +93,13 @@ def measure(n: int, k: int, runs: int, threads: int, python: str | None) -> dict
     torch.set_num_threads(threads)
     weight, hessian = problem(n, k)
     options = gptq.GptqOptions(measure=False)
-    scale = bitfold.encode(weight, FORMAT).unpack().scales
-    assert scale is not None
 
     def solve() -> gptq.Solved:
         return gptq.solve(weight, hessian, FORMAT, options)
 
-    rounded = solve().qtensor.decode()
+    solved = solve().qtensor
+    rounded, scale = solved.decode(), solved.unpack().scales
+    assert scale is not None
     exact = float64_run(weight[:ROWS], hessian, scale[:ROWS], options.damping)
     error = error_of(weight, rounded, hessian)
     report: dict[str, Any] = {
@@ -107,56 +107,37 @@ def measure(n: int, k: int, runs: int, threads: int, python: str | None) -> dict
         "k": k,
         "format": FORMAT,
         "damping": options.damping,
+        "search": options.search,
         "error": error,
         "rounding_error": error_of(weight, bitfold.encode(weight, FORMAT).decode(), hessian),
         "error_over_float64": error / error_of(weight[:ROWS], exact.float(), hessian),
     }
-    ours: list[tuple[float, float]] = []
-    theirs: list[tuple[float, float]] = []
+    times: dict[str, list[tuple[float, float]]] = {"bitfold": []}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(
             {"weight": weight, "hessian": hessian, "scale": scale.float()}, Path(folder) / "problem.pt"
         )
         arguments = (PEER, folder, threads, options.damping)
-        peer = Peer("llm-compressor", python, *arguments) if python else None
+        peer = Peer(PEER_NAME, python, *arguments) if python else None
         for _ in range(runs):
-            ours.append(timed(solve)[:2])
+            times["bitfold"].append(timed(solve)[:2])
             if peer:
-                theirs.append(peer.run())
+                times.setdefault(PEER_NAME, []).append(peer.run())
         if peer:
             peer.close()
-            theirs_rounded = torch.load(Path(folder) / "rounded.pt")
-            report["peer_error"] = error_of(weight, theirs_rounded, hessian)
-    for name, times in (("bitfold", ours), ("llm-compressor", theirs)):
-        if times:
-            walls, busy = zip(*times, strict=True)
-            report[name] = {
-                "seconds": list(walls),
-                "busy_seconds": list(busy),
-                "median": statistics.median(walls),
-                "busy_median": statistics.median(busy),
-            }
-    if theirs:
-        report["time_ratio"] = report["bitfold"]["median"] / report["llm-compressor"]["median"]
-        report["busy_ratio"] = report["bitfold"]["busy_median"] / report["llm-compressor"]["busy_median"]
-    return report
+            theirs = torch.load(Path(folder) / "rounded.pt")
+            report["peer_error"] = error_of(weight, theirs, hessian)
+    return report | {"times": summary(times)}
 
 
 def table(report: dict[str, Any]) -> str:
-    lines = [f"GPTQ, {report['n']} x {report['k']}, {report['format']}, damping {report['damping']}"]
-    for name in ("bitfold", "llm-compressor"):
-        if name in report:
-            times = report[name]
-            lines.append(
-                f"{name:16} {times['median']:8.2f} s on the wall, {times['busy_median']:8.2f} s of its threads"
-            )
-    if "time_ratio" in report:
-        met = report["time_ratio"] <= TIME_BAR
-        lines.append(
-            f"time over llm-compressor's: {report['time_ratio']:.3f} (threads' {report['busy_ratio']:.3f}), "
-            f"wanted {TIME_BAR}, met: {met}"
-        )
-        lines.append(f"error {report['error']:.6g}, llm-compressor's {report['peer_error']:.6g}")
+    lines = [
+        f"GPTQ, {report['n']} x {report['k']}, {report['format']}, damping {report['damping']}, "
+        f"search {report['search']}"
+    ]
+    lines += time_lines(report["times"], TIME_BAR)
+    if "peer_error" in report:
+        lines.append(f"error {report['error']:.6g}, {PEER_NAME}'s {report['peer_error']:.6g}")
     met = report["error_over_float64"] <= ERROR_BAR
     lines.append(f"error over plain rounding's: {report['error'] / report['rounding_error']:.3f}")
     lines.append(
@@ -166,14 +147,15 @@ def table(report: dict[str, Any]) -> str:
 
 
 def options_table(n: int, k: int) -> str:
-    """The error of every order, with and without the search by squared error, over plain rounding's."""
+    """The error of every order, with and without the search for scales, over plain rounding's."""
     weight, hessian = problem(n, k)
     lines = [f"error over plain rounding's, {n} x {k}", f"{'':14} " + " ".join(f"{o:>12}" for o in ORDERS)]
     for format in ("int4-g128", "int3-g64", "int2-g64-asym"):
         ratios = []
         for order in ORDERS:
-            name, _, mse = order.partition("+")
-            solved = gptq.solve(weight, hessian, format, gptq.GptqOptions(order=name, mse=bool(mse)))
+            name, _, search = order.partition("+")
+            options = gptq.GptqOptions(order=name, search=bool(search))
+            solved = gptq.solve(weight, hessian, format, options)
             ratios.append(solved.error / solved.rounding_error)
         lines.append(f"{format:14} " + " ".join(f"{ratio:12.3f}" for ratio in ratios))
     return "\n".join(lines)
@@ -194,12 +176,7 @@ def main() -> None:
         print(options_table(options.size, options.size))
         return
     report = measure(options.size, options.size, options.runs, options.threads, options.peer)
-    text = table(report)
-    print(text)
-    if options.out:
-        whole = {"machine": machine(), "versions": versions(), "threads": options.threads, "gptq": report}
-        options.out.write_text(json.dumps(whole, indent=1) + "\n")
-        options.out.with_suffix(".txt").write_text(text + "\n")
+    save(options.out, "gptq", report, table(report), options.threads)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
-"""A library that bitfold is timed beside, in a process of its own, whose environment may be another one."""
+"""A library that bitfold is timed beside, in a process of its own, whose environment may be another one; and what is
+told of the times of both."""
 
 from __future__ import annotations
 
+import json
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bitfold.bench.machine import machine, versions
 
 Result = TypeVar("Result")
 
@@ -47,3 +53,48 @@ def timed(function: Callable[[], Result]) -> tuple[float, float, Result]:
     wall, busy = time.perf_counter(), time.process_time()
     result = function()
     return time.perf_counter() - wall, time.process_time() - busy, result
+
+
+def summary(times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Of each who took turns (name: pairs as of `timed`), the first of them bitfold: all seconds and their medians.
+    With a peer, bitfold's medians over its: "time_ratio" and "busy_ratio"."""
+    report: dict[str, Any] = {}
+    for name, pairs in times.items():
+        walls, busy = zip(*pairs, strict=True)
+        report[name] = {
+            "seconds": list(walls),
+            "busy_seconds": list(busy),
+            "median": statistics.median(walls),
+            "busy_median": statistics.median(busy),
+        }
+    if len(report) == 2:
+        ours, theirs = report.values()
+        report["time_ratio"] = ours["median"] / theirs["median"]
+        report["busy_ratio"] = ours["busy_median"] / theirs["busy_median"]
+    return report
+
+
+def time_lines(report: dict[str, Any], bar: float, what: str = "") -> list[str]:
+    """What `summary` found, a line each; bar: what the ratio of times must not exceed."""
+    names = [name for name, found in report.items() if isinstance(found, dict)]
+    lines = [
+        f"{what}{name:16}{report[name]['median']:8.2f} s on the wall, "
+        f"{report[name]['busy_median']:8.2f} s of its threads"
+        for name in names
+    ]
+    if "time_ratio" in report:
+        ratio = report["time_ratio"]
+        lines.append(
+            f"{what}time over {names[1]}'s: {ratio:.3f} (threads' {report['busy_ratio']:.3f}), "
+            f"wanted {bar}, met: {ratio <= bar}"
+        )
+    return lines
+
+
+def save(out: Path | None, name: str, report: Any, text: str, threads: int) -> None:
+    """Prints the text; puts the report as `name` into the JSON file `out`, and the text beside it as .txt."""
+    print(text)
+    if out is not None:
+        whole = {"machine": machine(), "versions": versions(), "threads": threads, name: report}
+        out.write_text(json.dumps(whole, indent=1) + "\n")
+        out.with_suffix(".txt").write_text(text + "\n")

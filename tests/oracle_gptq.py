@@ -38,6 +38,13 @@ def solve(
     return result
 
 
+def left_over(hessian: np.ndarray) -> np.ndarray:
+    """What is left of e H eᵀ for an error of 1 in each column, once the columns after it have made up for what they
+    can: one over the diagonal of the inverse of H without the columns before it."""
+    k = len(hessian)
+    return np.array([1 / np.linalg.inv(hessian[i:, i:])[0, 0] for i in range(k)])
+
+
 def weighted_error(error: np.ndarray, hessian: np.ndarray) -> float:
     """tr(E H Eᵀ)."""
     return float(np.einsum("ij,ij->", error @ hessian, error))
@@ -56,7 +63,7 @@ def on_grid(step: np.ndarray, offset: np.ndarray, levels: np.ndarray, column: np
     return levels[nearest] * step + offset
 
 
-def squared_errors(
+def costs(
     weight: np.ndarray,
     steps: np.ndarray,
     zeros: np.ndarray,
@@ -64,13 +71,13 @@ def squared_errors(
     group: int,
     importance: np.ndarray,
 ) -> np.ndarray:
-    """The sum over each group's columns of importance * (w - step * (level - zero))^2, each weight at its nearest
+    """The sum over each group's columns of importance * |w - step * (level - zero)|^3, each weight at its nearest
     level: float64 [steps, groups, n] of steps of that shape, and zeros [groups, n]."""
-    errors = np.zeros(steps.shape)
+    sums = np.zeros(steps.shape)
     for column in range(weight.shape[1]):
         g = column // group
         for i, step in enumerate(steps[:, g]):
             values = (levels[None, :] - zeros[g, :, None]) * step[:, None]
             miss = np.abs(weight[:, column, None] - values).min(1)
-            errors[i, g] += importance[column] * miss**2
-    return errors
+            sums[i, g] += importance[column] * miss**3
+    return sums

@@ -355,11 +355,11 @@ def test_options_of_a_method_in_toml(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
         '[[rules]]\nmatch = "*.self_attn.*"\nformat = "int4"\n'
-        'method = "gptq"\ndamping = 1\norder = "none"\nmse = true\n'
+        'method = "gptq"\ndamping = 1\norder = "none"\nsearch = false\n'
         '[[rules]]\nformat = "int3-g64"\nmethod = "gptq"\n'
     )
     one, two = recipes.get(path).rules
-    assert one == Rule("*.self_attn.*", "int4", "gptq", GptqOptions(damping=1, order="none", mse=True))
+    assert one == Rule("*.self_attn.*", "int4", "gptq", GptqOptions(damping=1, order="none", search=False))
     assert two == Rule("*", "int3-g64", "gptq")
 
 
@@ -370,7 +370,7 @@ def test_options_of_a_method_in_toml(tmp_path):
         ("damping = 0.1", "unknown key 'damping'"),
         ('method = "gptq"\ndampin = 0.1', "did you mean 'damping'"),
         ('method = "gptq"\ndamping = "much"', "damping is 'much'; it must be a float"),
-        ('method = "gptq"\nmse = 1', "mse is 1; it must be a bool"),
+        ('method = "gptq"\nsearch = 1', "search is 1; it must be a bool"),
         ('method = "gptq"\ndamping = -1', "damping is -1"),
     ],
 )

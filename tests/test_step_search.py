@@ -1,4 +1,4 @@
-"""The search for the steps of groups by their squared error, held against all steps in float64 (oracle_gptq.py)."""
+"""The search for the steps of groups, held against all steps in float64 (oracle_gptq.py)."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class Problem:
         exact = self.start * self.factors[:, None, None]
         return exact.to(self.stored).double().numpy()
 
-    def errors(self) -> np.ndarray:
+    def costs(self) -> np.ndarray:
         k = self.weight.shape[1]
         zeros = np.zeros(self.start.shape) if self.zeros is None else self.zeros.double().numpy()
         importance = np.ones(k) if self.importance is None else self.importance.double().numpy()
         wide = self.weight.double().numpy()
-        return oracle_gptq.squared_errors(wide, self.tried(), zeros, self.levels(), self.group, importance)
+        return oracle_gptq.costs(wide, self.tried(), zeros, self.levels(), self.group, importance)
 
-    def slack(self, errors: np.ndarray) -> np.ndarray:
-        """How far float32 may be from `errors`, the sums of importance * e^2 in units of the start's square: each e by
-        a few roundings of numbers as large as the weight, each sum by one for each column."""
+    def slack(self, costs: np.ndarray) -> np.ndarray:
+        """How far float32 may be from `costs`, the sums of importance * |e|^3 in units of the start's cube: each e by
+        a few roundings of numbers as large as the weight (Minkowski's inequality), each sum by one for each column."""
         k = self.weight.shape[1]
         importance = np.ones(k) if self.importance is None else self.importance.double().numpy()
         start, wide = self.start.double().numpy(), np.abs(self.weight.double().numpy())
@@ -67,29 +67,29 @@ class Problem:
         for column in range(k):
             g = column // self.group
             size = wide[:, column] / np.where(start[g] == 0, 1.0, start[g]) + max(-self.low, self.high)
-            moved[g] += importance[column] * (2.0**-22 * size) ** 2
-        return 2 * np.sqrt(errors * moved) + moved + errors * min(k, self.group) * 2.0**-22
+            moved[g] += importance[column] * (2.0**-22 * size) ** 3
+        return (np.cbrt(costs) + np.cbrt(moved)) ** 3 - costs + costs * min(k, self.group) * 2.0**-22
 
 
 def check(problem: Problem) -> None:
-    """Each step is one of those tried, with an error that float64 confirms and none of them beats."""
-    step, error = (tensor.double().numpy() for tensor in problem.call())
-    tried, errors = problem.tried(), problem.errors()
+    """Each step is one of those tried, with a cost that float64 confirms and none of them beats."""
+    step, cost = (tensor.double().numpy() for tensor in problem.call())
+    tried, costs = problem.tried(), problem.costs()
     start = problem.start.double().numpy()
-    squares = np.where(start == 0, 1.0, start) ** 2
+    cubes = np.where(start == 0, 1.0, start) ** 3
     places = (tried == step).argmax(0)
     assert (np.take_along_axis(tried, places[None], 0)[0] == step).all()
-    found = np.take_along_axis(errors, places[None], 0)[0] / squares
-    least = errors.min(0) / squares
+    found = np.take_along_axis(costs, places[None], 0)[0] / cubes
+    least = costs.min(0) / cubes
     live = start != 0
     slack = problem.slack(found)
-    assert (np.abs(error - found)[live] <= slack[live]).all()
+    assert (np.abs(cost - found)[live] <= slack[live]).all()
     assert (found[live] <= (least + 2 * slack)[live]).all()
     # The first of those that are equal: exactly so where there is nothing to weigh.
-    nothing = live & (errors.max(0) == 0)
+    nothing = live & (costs.max(0) == 0)
     np.testing.assert_array_equal(step[nothing], tried[0][nothing])
     assert (step[~live] == 0).all()
-    assert (error[~live] == 0).all()
+    assert (cost[~live] == 0).all()
 
 
 def of_format(weight: Tensor, format: str, importance: Tensor | None = None) -> Problem:
@@ -109,7 +109,7 @@ def of_format(weight: Tensor, format: str, importance: Tensor | None = None) -> 
 @pytest.mark.isa
 @pytest.mark.parametrize("format", [name for name in FORMATS if not name.endswith("-dq")])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 83), (33, 129), (70, 300)])
-def test_no_other_step_has_a_smaller_error(format, shape, device, rng):
+def test_no_other_step_costs_less(format, shape, device, rng):
     n, k = shape
     weight = torch.from_numpy((rng.standard_normal((n, k)) * np.exp(rng.uniform(-2, 2, (n, 1)))).astype("f4"))
     weight[n // 2, : k // 2] = 0
@@ -177,24 +177,25 @@ def test_a_searched_grid_is_no_worse_in_any_group(format, device, rng):
     n, k = 12, 130
     weight = torch.from_numpy(rng.standard_normal((n, k)).astype("f4"))
     importance = torch.from_numpy(rng.uniform(0.1, 3, k).astype("f4"))
-    plain, searched = (grids.fit(weight, format, mse, importance) for mse in (False, True))
+    plain, searched = (grids.fit(weight, format, search, importance) for search in (False, True))
     group = plain.groups(torch.arange(k))
 
-    def misfit(grid: grids.Grid) -> np.ndarray:
+    def cost_of(grid: grids.Grid) -> np.ndarray:
         _, values = grid.round(weight.t().contiguous(), group)
-        squares = ((weight.t() - values).square() * importance[:, None]).double()
-        sums = torch.zeros(grid.step.shape, dtype=torch.float64).index_add_(0, group, squares)
+        cubes = ((weight.t() - values).abs() ** 3 * importance[:, None]).double()
+        sums = torch.zeros(grid.step.shape, dtype=torch.float64).index_add_(0, group, cubes)
         return (sums.sum(1) if format.split("-")[1] == "tensor" else sums).numpy()
 
-    before, after = misfit(plain), misfit(searched)
+    before, after = cost_of(plain), cost_of(searched)
     nested = format.endswith("-dq")  # which moves a scale by some percent, for better or worse
     assert nested or (after <= before * (1 + 1e-5)).all()
-    assert after.sum() < before.sum()
+    fine = format.startswith("int8")  # 8 bits may have nothing to win
+    assert after.sum() < before.sum() or (fine and after.sum() == before.sum())
     ratios = (searched.step / plain.step).double().numpy()
     shares = np.array(grids.SHRINK)
     near = np.abs(ratios[..., None] - shares).min(-1)
     assert (near <= (0.1 if nested else 5e-3)).all()
-    assert ratios.min() < 0.99
+    assert ratios.min() < 0.99 or fine
     # What the grid says and what is stored are the same.
     places = torch.from_numpy(rng.integers(0, len(searched.codes), (n, k), dtype=np.uint8))
     levels = torch.arange(searched.low, searched.high + 1.0) if searched.table is None else searched.table

@@ -41,7 +41,7 @@ inline constexpr int64_t kFactorRows = 64;
 // Some columns of kPanel rows against every step that is tried for their group.
 struct PanelSearch {
   const float* columns;     // [count, kPanel]: weights over their start
-  const float* importance;  // [count], or null
+  const float* importance;  // [count], or null: 1
   int64_t count;
   const float* ratios;  // [tried, kPanel]: steps over their start
   int64_t tried;
@@ -49,7 +49,7 @@ struct PanelSearch {
   const float* levels;   // [kGptqLevels], the last repeated, or null
   const float* middles;  // [kGptqLevels - 1]: between a level and the next
   int64_t low, high;
-  float* errors;  // [tried, kPanel], added to
+  float* costs;  // [tried, kPanel], added to
 };
 
 int64_t gptq_factor(const GptqFactorArgs& args);  // 0, or 1 + the column whose pivot is not positive

@@ -1,4 +1,4 @@
-// The search for the steps of groups by their squared error (StepSearchArgs): kPanel rows at a time, group by group.
+// The search for the steps of groups (StepSearchArgs): kPanel rows at a time, group by group.
 // Each sum is that of one row and one step, over the columns in their order: the bits are the same for any number of
 // threads.
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Levels {
 struct Scratch {
   float columns[kChunk * kPanel];
   float ratios[kMostTried * kPanel];
-  float errors[kMostTried * kPanel];
+  float costs[kMostTried * kPanel];
   float start[kPanel], zeros[kPanel];
 };
 
@@ -57,33 +57,33 @@ void read_columns(const StepSearchArgs& args, const Rows& rows, int64_t first, i
   }
 }
 
-// The first of the steps with the least error, which is no NaN.
+// The first of the steps with the least cost, which is no NaN.
 void choose(const StepSearchArgs& args, int64_t group, const Rows& rows, const Scratch& scratch) {
   const int64_t at = group * args.weight.rows + rows.first;
   for (int64_t r = 0; r < rows.count; ++r) {
     int64_t best = 0;
     float least = std::numeric_limits<float>::infinity();
     for (int64_t i = 0; i < args.tried; ++i) {
-      const float error = scratch.errors[i * kPanel + r];
-      best = error < least ? i : best;
-      least = error < least ? error : least;
+      const float cost = scratch.costs[i * kPanel + r];
+      best = cost < least ? i : best;
+      least = cost < least ? cost : least;
     }
     args.step[at + r] = round_scale(scratch.start[r] * args.factors[best], args.stored);
-    args.error[at + r] = least;
+    args.cost[at + r] = least;
   }
 }
 
 void search_group(const StepSearchArgs& args, const Levels& levels, int64_t group, const Rows& rows, Scratch* scratch) {
   const int64_t k = args.weight.columns, end = std::min(k, (group + 1) * args.group);
   read_group(args, group, rows, scratch);
-  std::fill(scratch->errors, scratch->errors + args.tried * kPanel, 0.0f);
+  std::fill(scratch->costs, scratch->costs + args.tried * kPanel, 0.0f);
   for (int64_t first = group * args.group; first < end; first += kChunk) {
     const int64_t count = std::min(kChunk, end - first);
     read_columns(args, rows, first, count, scratch);
     kernels().panel_search({scratch->columns, args.importance == nullptr ? nullptr : args.importance + first, count,
                             scratch->ratios, args.tried, scratch->zeros,
                             args.table == nullptr ? nullptr : levels.levels, levels.middles, args.low, args.high,
-                            scratch->errors});
+                            scratch->costs});
   }
   choose(args, group, rows, *scratch);
 }

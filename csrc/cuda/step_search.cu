@@ -1,4 +1,4 @@
-// The search for the steps of groups by their squared error (StepSearchArgs): the CPU's, bit for bit.
+// The search for the steps of groups (StepSearchArgs): the CPU's, bit for bit.
 //
 // A block has one group of 32 rows. Its weights come to shared memory a few columns at a time, over their starts; a
 // warp takes every eighth of the steps that are tried, and a lane a row, so that a sum is one thread's over the columns
@@ -21,7 +21,7 @@ static_assert(kOwn * kWarps == kMostTried && kChunk == kWarp);
 
 struct Room {
   float columns[kChunk][kRows + 1];  // written by column, read by row: an odd number of words meets in no bank
-  float errors[kMostTried][kRows];
+  float costs[kMostTried][kRows];
   float start[kRows];
   float levels[kGptqLevels];
   float middles[kGptqLevels];
@@ -83,27 +83,27 @@ BITFOLD_DEVICE void try_steps(const StepSearchArgs& args, const Spot& spot, cons
       if (ptx::warp_id() + j * kWarps >= args.tried) continue;
       const search::Tried tried(search::F{ratios[j]}, search::F{zero});
       for (int64_t c = 0; c < count; ++c) {
-        const float error = search::squared_error(search::F{room.columns[c][lane]}, tried, levels).v;
-        sums[j] += args.importance == nullptr ? error : error * args.importance[first + c];
+        const float cost = search::cost(search::F{room.columns[c][lane]}, tried, levels).v;
+        sums[j] += args.importance == nullptr ? cost : cost * args.importance[first + c];
       }
     }
     ptx::sync_block();  // the next columns overwrite these
   }
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) room.errors[ptx::warp_id() + j * kWarps][lane] = sums[j];
+  for (int j = 0; j < kOwn; ++j) room.costs[ptx::warp_id() + j * kWarps][lane] = sums[j];
 }
 
-// The first of the steps with the least error, which is no NaN.
+// The first of the steps with the least cost, which is no NaN.
 BITFOLD_DEVICE void choose(const StepSearchArgs& args, const Spot& spot, int row, const Room& room) {
   int best = 0;
   float least = INFINITY;
   for (int i = 0; i < args.tried; ++i) {
-    const float error = room.errors[i][row];
-    best = error < least ? i : best;
-    least = error < least ? error : least;
+    const float cost = room.costs[i][row];
+    best = cost < least ? i : best;
+    least = cost < least ? cost : least;
   }
   args.step[spot.at(args, row)] = step_of(args, room.start[row], best);
-  args.error[spot.at(args, row)] = least;
+  args.cost[spot.at(args, row)] = least;
 }
 
 __global__ void __launch_bounds__(kThreads) search_steps_kernel(const StepSearchArgs args) {

@@ -48,13 +48,13 @@ struct GptqColumnsArgs {
   ParallelFor parallel_for;
 };
 
-// The step of every group that leaves the smallest sum of squared errors, of those tried: `start` times each factor, as
-// the format stores it; of equal ones the first. What is told of a group is in units of its start, and so are the
-// errors: no weights are too small or too large.
+// The step of every group that costs least, of those tried: `start` times each factor, as the format stores it; of
+// equal ones the first. A weight costs the cube of its error, which holds large errors back more than the square would
+// (docs/gptq.md). Costs are in units of the start's cube: no weights are too small or too large.
 struct StepSearchArgs {
   MatrixIn weight;          // fp32, contiguous
   int64_t group;            // columns of a group, at least 1; the last of a row may have fewer
-  const float* importance;  // [weight.columns]: what the square of a column's error counts; null: 1
+  const float* importance;  // [weight.columns]: times what a column's weights cost; null: 1
   const float* start;       // [groups, n], finite
   const float* zeros;       // likewise, what is taken from the level; null: 0
   const float* factors;     // [tried]
@@ -63,8 +63,8 @@ struct StepSearchArgs {
   const float* table;       // levels, ascending, from 0 to high; null: the whole numbers from low to high
   int64_t low;
   int64_t high;
-  float* step;   // [groups, n]
-  float* error;  // likewise
+  float* step;  // [groups, n]
+  float* cost;  // likewise
   ParallelFor parallel_for;
 };
 inline constexpr int kMostTried = 64;

@@ -1,5 +1,6 @@
-// How far a weight is from the nearest level with a step that is tried (StepSearchArgs), in units of the step that the
-// search starts from. No sum and no product is fused with another, so that all machines find the same steps.
+// What a weight costs with a step that is tried (StepSearchArgs): the cube of how far it is from the nearest level, in
+// units of the step that the search starts from. No sum and no product is fused with another, so that all machines find
+// the same steps.
 #pragma once
 
 #include "formats/gptq.hpp"
@@ -36,10 +37,10 @@ struct Tried {
 };
 
 template <class Levels>
-BITFOLD_SIMD F squared_error(F weight, const Tried& tried, const Levels& levels) {
+BITFOLD_SIMD F cost(F weight, const Tried& tried, const Levels& levels) {
   const F level = levels.nearest(add(mul(weight, tried.inverse), tried.zero));
   const F error = sub(weight, mul(sub(level, tried.zero), tried.ratio));
-  return mul(error, error);
+  return mul(mul(error, error), abs(error));
 }
 
 }  // namespace

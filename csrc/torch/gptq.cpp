@@ -178,7 +178,7 @@ std::vector<Tensor> search_steps(const Tensor& weight, int64_t group, const Tens
   if (importance) require(device, *importance, "importance", ScalarType::Float, {k});
   require_levels(device, table, low, high);
   Tensor step = empty_beside(weight, {groups, n}, ScalarType::Float);
-  Tensor error = empty_beside(weight, {groups, n}, ScalarType::Float);
+  Tensor cost = empty_beside(weight, {groups, n}, ScalarType::Float);
   device.search_steps({
       .weight = {weight.const_data_ptr(), DType::F32, n, k, k, 1},
       .group = group,
@@ -192,10 +192,10 @@ std::vector<Tensor> search_steps(const Tensor& weight, int64_t group, const Tens
       .low = low,
       .high = high,
       .step = static_cast<float*>(step.mutable_data_ptr()),
-      .error = static_cast<float*>(error.mutable_data_ptr()),
+      .cost = static_cast<float*>(cost.mutable_data_ptr()),
       .parallel_for = nullptr,
   });
-  return {step, error};
+  return {step, cost};
 }
 
 }  // namespace bitfold::border

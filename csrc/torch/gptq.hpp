@@ -19,8 +19,8 @@ std::vector<Tensor> gptq_columns(const Tensor& weight, const Tensor& order, cons
                                  std::optional<Tensor> table, int64_t low, int64_t high, std::optional<Tensor> behind,
                                  bool round);
 
-// The step of every group of `group` columns with the least squared error, of `start` [groups, n] times each of
-// `factors` as `stored` holds it, and that error: float32 [groups, n] each (formats/gptq.hpp).
+// The step of every group of `group` columns that costs least, of `start` [groups, n] times each of `factors` as
+// `stored` holds it, and that cost: float32 [groups, n] each (formats/gptq.hpp).
 std::vector<Tensor> search_steps(const Tensor& weight, int64_t group, const Tensor& start, const Tensor& factors,
                                  ScalarType stored, std::optional<Tensor> zeros, std::optional<Tensor> importance,
                                  std::optional<Tensor> table, int64_t low, int64_t high);

@@ -216,14 +216,14 @@ def search_steps(case: Case, rng: np.random.Generator) -> tuple[dict[str, object
     importance = torch.linspace(0, 1, case.k) if case.importance else None
     levels = (grid.table, grid.low, grid.high)
     group = grid.width or case.k
-    step, error = torch.ops.bitfold.search_steps(
+    step, cost = torch.ops.bitfold.search_steps(
         weight, group, grid.step, factors, stored, zeros, importance, *levels
     )
     values: dict[str, object] = {"group": group, "tried": len(factors), "low": grid.low, "high": grid.high}
     values |= {"stored": {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}[stored]}
     tensors = {"weight": weight, "start": grid.step, "factors": factors, "zeros": zeros}
     tensors |= {"importance": importance, "table": grid.table}
-    tensors |= {"expected out step": step, "expected out error": error}
+    tensors |= {"expected out step": step, "expected out cost": cost}
     return values, {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
 
 

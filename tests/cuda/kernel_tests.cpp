@@ -224,7 +224,7 @@ Outputs gptq_columns(const CaseFile& file) {
 Outputs search_steps(const CaseFile& file) {
   const int64_t n = file.number("n"), k = file.number("k");
   const size_t bytes = file.tensor("start").bytes();
-  Memory step(bytes, kUnwritten), error(bytes, kUnwritten);
+  Memory step(bytes, kUnwritten), cost(bytes, kUnwritten);
   const auto floats = [&](const char* name) { return static_cast<const float*>(file.data(name)); };
   cuda::search_steps({.weight = {file.data("weight"), DType::F32, n, k, k, 1},
                       .group = file.number("group"),
@@ -238,12 +238,12 @@ Outputs search_steps(const CaseFile& file) {
                       .low = file.number("low"),
                       .high = file.number("high"),
                       .step = step.as<float>(),
-                      .error = error.as<float>(),
+                      .cost = cost.as<float>(),
                       .parallel_for = nullptr},
                      nullptr);
   Outputs outputs;
   outputs["out step"] = std::move(step);
-  outputs["out error"] = std::move(error);
+  outputs["out cost"] = std::move(cost);
   return outputs;
 }
 

@@ -1,7 +1,8 @@
 // Do the instruction sets agree? Encodes, decodes and multiplies with the one that BITFOLD_ISA names, and prints for
 // each format a hash of everything that must be the same to the bit: planes, decoded weights, products of whole
 // numbers. The other products may differ by rounding; their largest relative error goes to stderr, and ends in failure
-// where it is too large. run.sh compares what several sets print; it needs neither torch nor Python.
+// where it is too large. GPTQ's sums are those of plain loops to the bit (gptq.hpp). run.sh compares what several sets
+// print; it needs neither torch nor Python.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -12,6 +13,7 @@
 
 #include "cpu/cpu.hpp"
 #include "cpu/kernels.hpp"
+#include "gptq.hpp"
 #include "numbers.hpp"
 
 namespace {
@@ -181,6 +183,42 @@ void check_any_bytes(const Format& format, const std::vector<Numbers>& x, Engine
   hash.print(format, "of any bytes");
 }
 
+// GPTQ's loops to the bit against plain ones, and a hash of the steps that its search finds.
+bool check_gptq(Engine& engine) {
+  const plain::Problem p(engine);
+  const int64_t groups = p.group_count();
+  Numbers levels(kNf4Sorted.values.begin(), kNf4Sorted.values.end()), upper;
+  bool agree = plain::factor_agrees(p, serial, &upper);
+  const auto grid = [&](const float* table, int64_t low, int64_t high, bool round) {
+    return GptqGrid{p.step.data(), p.offset.data(), groups, table, low, high, round};
+  };
+  for (const GptqGrid& each : {grid(nullptr, -8, 7, true), grid(nullptr, 0, 3, true), grid(nullptr, -128, 127, true),
+                               grid(levels.data(), 0, 15, true), grid(nullptr, 0, 0, false)}) {
+    agree = plain::columns_agree(p, upper, each, serial) && agree;
+  }
+
+  Numbers zeros, importance = gaussian(engine, p.width), factors;
+  for (size_t i = 0; i < p.step.size(); ++i) zeros.push_back(static_cast<float>(engine() % 16));
+  for (float& value : importance) value *= value;
+  for (int i = 0; i < 23; ++i) factors.push_back(1.0f - static_cast<float>(i) / 32.0f);
+  Numbers step(p.step.size()), cost(p.step.size());
+  Hash hash;
+  for (const Scale stored : {Scale::F16, Scale::BF16, Scale::F32}) {
+    for (const bool table : {false, true}) {
+      for (const bool weighed : {false, true}) {
+        const MatrixIn weight{p.weight.data(), DType::F32, p.n, p.width, p.width, 1};
+        cpu::search_steps({weight, p.group, weighed ? importance.data() : nullptr, p.step.data(),
+                           table ? nullptr : zeros.data(), factors.data(), static_cast<int64_t>(factors.size()), stored,
+                           table ? levels.data() : nullptr, 0, 15, step.data(), cost.data(), serial});
+        hash.add(step);
+        hash.add(cost);
+      }
+    }
+  }
+  hash.print(parse_format("int4"), "and nf4, steps searched for");
+  return agree;
+}
+
 }  // namespace
 
 int main() {
@@ -211,6 +249,7 @@ int main() {
     }
     check_any_bytes(format, x, engine);
   }
+  const bool gptq = check_gptq(engine);
   std::fprintf(stderr, "%-11s largest relative error of a product %.2e\n", cpu::kernels().isa, worst);
-  return worst <= kTolerance ? 0 : 1;
+  return worst <= kTolerance && gptq ? 0 : 1;
 }

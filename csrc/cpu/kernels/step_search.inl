@@ -15,19 +15,18 @@ BITFOLD_SIMD void try_step(const PanelSearch& p, int64_t i, const Levels& levels
     const int64_t at = i * kPanel + v * kLanes;
     const search::Tried first(load(p.ratios + at), load(p.zeros + v * kLanes));
     const search::Tried second(load(p.ratios + at + kLanes), load(p.zeros + (v + 1) * kLanes));
-    F sums[2] = {load(p.errors + at), load(p.errors + at + kLanes)};
+    F sums[2] = {load(p.costs + at), load(p.costs + at + kLanes)};
     const float* column = p.columns + v * kLanes;
     for (int64_t c = 0; c < p.count; ++c, column += kPanel) {
-      F errors[2] = {search::squared_error(load(column), first, levels),
-                     search::squared_error(load(column + kLanes), second, levels)};
+      F costs[2] = {search::cost(load(column), first, levels), search::cost(load(column + kLanes), second, levels)};
       if constexpr (Weighted) {
         const F importance = splat(p.importance[c]);
-        for (F& error : errors) error = mul(error, importance);
+        for (F& cost : costs) cost = mul(cost, importance);
       }
-      for (int j = 0; j < 2; ++j) sums[j] = add(sums[j], errors[j]);
+      for (int j = 0; j < 2; ++j) sums[j] = add(sums[j], costs[j]);
     }
-    store(p.errors + at, sums[0]);
-    store(p.errors + at + kLanes, sums[1]);
+    store(p.costs + at, sums[0]);
+    store(p.costs + at + kLanes, sums[1]);
   }
 }
 

@@ -46,13 +46,15 @@ class GptqOptions:
       (nested scales and blocks: as with "static");
     - "groups": in the order of falling diagonal with groups along it (`Solved.g_idx`), their scales as in "none";
 
-    mse: scales are those with the smallest squared error of the group, not those that reach its largest weight.
+    search: the scale of a group is the one that suits all its weights best, each counting as much as an error of its
+    column costs that later columns can't make up for; without it, the one that reaches the largest weight (GGUF's
+    blocks: always what their encoders search for).
     measure: whether `Solved` says errors, for which the loop over columns runs twice more.
     """
 
     damping: float = 0.01
     order: str = "static"
-    mse: bool = False
+    search: bool = True
     measure: bool = True
 
     def __post_init__(self) -> None:
@@ -104,15 +106,18 @@ def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = G
     if factor is None:
         error = _direct_error(wide, plain, hessian) if options.measure else math.nan
         return Solved(plain, error, error, damping, "rtn", note)
-    search = _without(wide, live, parsed)
+    quiet = _without(wide, live, parsed)
     g_idx = _g_idx(parsed, order) if options.order == "groups" else None
     if options.order != "static" and _moves(parsed):
-        qtensor, loss = _moving(wide, search, order, factor, parsed, g_idx, options.mse)
+        qtensor, loss = _moving(wide, quiet, order, factor, parsed, g_idx, options.search)
     else:
-        blocks = parsed.grid == "block"
-        as_plain = search is wide and not options.mse and not blocks
-        weights = (diagonal / unit).to(torch.float32) if blocks else None
-        grid = grids.of(plain) if as_plain else grids.fit(search, parsed.canonical, options.mse, weights)
+        if parsed.grid == "block":
+            grid = grids.fit(quiet, parsed.canonical, importance=(diagonal / unit).to(torch.float32))
+        elif quiet is wide and not options.search:
+            grid = grids.of(plain)
+        else:
+            importance = _importance(factor)[order.argsort()]
+            grid = grids.fit(quiet, parsed.canonical, options.search, importance)
         codes, _, losses = _columns(wide, order, factor, 0, grid, grid.groups(order))
         qtensor, loss = grid.assemble(codes), float(losses.sum())
     if not options.measure:
@@ -224,6 +229,11 @@ def _moves(format: Format) -> bool:
     return format.group > 0 and format.scale != "nested" and format.grid != "block"
 
 
+def _importance(factor: Tensor) -> Tensor:
+    """What the square of an error costs in each column, in their order, that no column after it makes up for: U_cc²."""
+    return factor.diagonal().square()
+
+
 def _columns(
     weight: Tensor,
     order: Tensor,
@@ -241,12 +251,12 @@ def _columns(
 
 def _moving(
     weight: Tensor,
-    search: Tensor,
+    quiet: Tensor,
     order: Tensor,
     factor: Tensor,
     format: Format,
     g_idx: Tensor | None,
-    mse: bool,
+    search: bool,
 ) -> tuple[QTensor, float]:
     """The quantized matrix where each group gets its scale when its turn comes, and the squared norm of E Uᵀ.
 
@@ -268,11 +278,12 @@ def _moving(
         columns, behind = order[first:end], errors[end:]
         inside = torch.arange(end - first, device=weight.device)
         zero = torch.zeros_like(inside)
-        free = search[:, columns].contiguous()
+        free = quiet[:, columns].contiguous()
         _, shifts, _ = _ops.gptq_columns(
             free, inside, factor, first, one, one, zero, None, 0, 0, behind, round=False
         )
-        part = grids.fit(free - shifts.t(), format.canonical, mse)
+        importance = _importance(factor)[first:end].contiguous()
+        part = grids.fit(free - shifts.t(), format.canonical, search, importance)
         parts.append(part)
         codes, errors[first:end], losses = _columns(
             weight[:, columns].contiguous(), inside, factor, first, part, zero, behind

@@ -27,7 +27,7 @@ from bitfold.qtensor import QTensor, encode, pack
 
 _ops = torch.ops.bitfold
 
-# Of the range of a group, what the search for the smallest squared error tries as the range of its scale.
+# Of the range of a group, what the search for the best scale tries as the range of its scale.
 SHRINK = tuple(1.0 - i / 32 for i in range(23))
 
 
@@ -95,18 +95,18 @@ def reach(format: str) -> Format:
     return parsed
 
 
-def fit(weight: Tensor, format: str, mse: bool = False, importance: Tensor | None = None) -> Grid:
+def fit(weight: Tensor, format: str, search: bool = False, importance: Tensor | None = None) -> Grid:
     """The grid of a float32 [n, k] weight whose groups have the scales of plain rounding (`bitfold.encode`).
 
-    mse: the range of each group is one of SHRINK times its own, that with the smallest sum of squared errors of the
-    group; "-dq" nests the scales that were found. Of blocks the encoders search themselves, whatever is asked for.
-    importance: float32 [k], what the square of a column's error counts where scales are searched for.
+    search: the range of each group is one of SHRINK times its own, that with the smallest sum of importance * |error|³
+    of the group (docs/gptq.md); "-dq" nests the scales that were found. The encoders of blocks search by themselves,
+    whatever is asked for. importance: float32 [k], what a column counts where scales are searched for.
     Raises what `encode` raises.
     """
     parsed = reach(format)
     if parsed.grid == "block":
         return of(encode(weight, parsed.canonical, importance=importance))
-    if not mse or not weight.numel():
+    if not search or not weight.numel():
         return of(encode(weight, parsed.canonical))
     if parsed.scale == "nested":
         # Its scales are the largest weights of groups: those of a matrix that is cut to the ranges found.
@@ -178,13 +178,13 @@ def _offset(step: Tensor, logical: dict[str, Tensor]) -> Tensor:
 
 
 def _search(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
-    """The same grid with each scale times the factor of SHRINK that leaves the smallest squared error."""
+    """The same grid with each scale times the factor of SHRINK that costs least."""
     scales, zeros = grid.logical["scales"], grid.logical.get("zeros")
     if zeros is not None:
         zeros = zeros.t().to(torch.float32).expand(-1, grid.n).contiguous()
 
     def found(factors: Sequence[float]) -> list[Tensor]:
-        """Steps and errors, [groups, n], of the best of `factors`."""
+        """Steps and costs, [groups, n], of the best of `factors`."""
         tried = torch.tensor(factors, dtype=torch.float32, device=weight.device)
         levels = (grid.table, grid.low, grid.high)
         start, width = grid.step, grid.width or grid.k
@@ -192,7 +192,7 @@ def _search(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
 
     if scales.shape[0] == grid.n:
         step, _ = found(SHRINK)
-    else:  # one scale for all rows, and the error that of all of them
+    else:  # one scale for all rows, and the cost that of all of them
         step, _ = min(
             (found([factor]) for factor in SHRINK), key=lambda of_all: math.fsum(of_all[1].flatten().tolist())
         )
