@@ -134,7 +134,7 @@ def test_layers_that_agree_share_a_rule():
 
 def test_options_and_odd_names_survive_the_file(tmp_path):
     rules = (
-        Rule("*.q_proj", "int4-g64", "gptq", GptqOptions(damping=0.02, order="none", mse=True)),
+        Rule("*.q_proj", "int4-g64", "gptq", GptqOptions(damping=0.02, order="none", search=False)),
         Rule("*.k_proj", "int4-g64", "awq", AwqOptions(clip=False)),
         Rule("*", None),
     )
