@@ -103,7 +103,7 @@ def test_there_and_back_is_the_same(format, target, quantized, tmp_path):
     source = quantized(format)
     there = convert_checkpoint(source, tmp_path / "there", to=target)
     assert there.exact
-    assert not there.remarks
+    assert bool(there.remarks) == (target == "gptq" and "asym" in EXACT[format][target])
     assert kind_of(tmp_path / "there") == TARGETS[target].owner
     assert formats(tmp_path / "there") == {EXACT[format][target]}
     if format.startswith("q"):  # the kernel of blocks sums in another order
@@ -231,16 +231,17 @@ def test_an_order_of_columns(quantized, tmp_path):
     source = with_order(quantized("int4-g32"), tmp_path / "source")
     module = bitfold.load(source).get_submodule(UP)
     assert module.g_idx is not None
-    for target in ("bitfold", "gptq-v2", "compressed-tensors"):
+    for target in ("bitfold", "gptq-v2"):
         assert convert_checkpoint(source, tmp_path / target, to=target).exact
         assert torch.equal(logits(tmp_path / target), logits(source))
         assert convert_checkpoint(tmp_path / target, tmp_path / f"{target}-back", to="gptq").exact
         same_files(source, tmp_path / f"{target}-back")
     assert section(tmp_path / "gptq-v2")["desc_act"] is True
-    assert (
-        section(tmp_path / "compressed-tensors")["config_groups"]["group_0"]["weights"]["actorder"] == "group"
-    )
-    for target, words in (("awq", "AWQ has no g_idx"), ("bitsandbytes", "another grid|g_idx")):
+    for target, words in (
+        ("awq", "AWQ has no g_idx"),
+        ("compressed-tensors", "compressed-tensors has had no g_idx"),
+        ("bitsandbytes", "g_idx"),
+    ):
         with pytest.raises(CheckpointError, match=words):
             convert_checkpoint(source, tmp_path / "none", to=target)
     assert not convert_checkpoint(source, tmp_path / "awq", to="awq", allow_lossy=True).exact

@@ -233,7 +233,8 @@ class CompressedScheme(Scheme):
             raise Unfit(f"it is {format}, which has zero points, and the configuration says symmetric")
         if entry.g_idx and not self.by_group:
             raise Unfit(
-                "its groups are not neighbouring columns, and the configuration doesn't say actorder: group"
+                "its groups are not neighbouring columns (act-order without static groups), and compressed-tensors has "
+                "had no g_idx since version 0.20"
             )
         return format
 

@@ -115,6 +115,8 @@ def convert(
         if to == PLAIN:
             config["dtype"] = str(plan.dtype).removeprefix("torch.")
         writer.commit(config if section is None else {**config, "quantization_config": section})
+    if to in TARGETS and (text := TARGETS[to].remark(plan.places)):
+        remark(text)
     for text in _grouped(rounded):
         remark(text)
     return list(_compared(source, target, plan, count))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold import _C
 from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
@@ -202,6 +203,7 @@ class GptqConfig:
             "lm_head": self.lm_head,
             "checkpoint_format": name,
             "pack_dtype": "int32",
+            "meta": {"quantizer": [f"bitfold:{_C.__version__}"]},
         }
         if self.dynamic:
             fields["dynamic"] = dict(self.dynamic)

@@ -48,7 +48,8 @@ class Target:
 
     name: as --to has it; owner: of foreign/owners.py; place: for each module its place, given the dtype of the model's
     other tensors; settings: the configuration, given the places and the linear layers that aren't quantized; beside:
-    whether the owner wants its configuration in quantize_config.json, too.
+    whether the owner wants its configuration in quantize_config.json, too; remark: what to know of a checkpoint with
+    such places.
 
     place raises Unfit, with the reason, where a module has none.
     """
@@ -58,6 +59,7 @@ class Target:
     place: Callable[[Entries, torch.dtype], dict[str, Place]]
     settings: Callable[[Places, Sequence[str]], Config]
     beside: bool = False
+    remark: Callable[[Places], str] = lambda places: ""
 
 
 def _group(group: int) -> int:
@@ -107,6 +109,16 @@ def _gptq(places: Places, kept: Sequence[str]) -> GptqConfig:
     return GptqConfig(default, lm_head=head, rules=tuple(rules), dynamic=dynamic)
 
 
+def _refused(places: Places) -> str:
+    """What GPTQModel says to version 1 with zero points that anyone but itself wrote."""
+    if all(parse(place.format).asymmetric is False for place in places.values()):
+        return ""
+    return (
+        "GPTQModel loads version 1 with zero points only from its own writer, whose way of storing a zero point of 0 others "
+        "read otherwise; gptq-v2 has neither trouble"
+    )
+
+
 def _exactly(name: str) -> str:
     return f"^{re.escape(name)}$"
 
@@ -144,7 +156,7 @@ def _place_compressed(entries: Entries, dtype: torch.dtype) -> dict[str, Place]:
             continue
         near = nearest_integers(format)
         scheme = CompressedScheme(
-            compressed_tensors.PACKED, "int", near.bits, near.group, not near.asymmetric, entry.g_idx
+            compressed_tensors.PACKED, "int", near.bits, near.group, not near.asymmetric
         )
         places[name] = Place(scheme, near.canonical)
     return places
@@ -197,7 +209,7 @@ def _bitsandbytes(places: Places, kept: Sequence[str]) -> BitsAndBytesConfig:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("gptq", "gptq", _place_gptq(1), _gptq, beside=True),
+        Target("gptq", "gptq", _place_gptq(1), _gptq, beside=True, remark=_refused),
         Target("gptq-v2", "gptq", _place_gptq(2), _gptq, beside=True),
         Target("awq", "awq", _place_awq, _awq),
         Target("compressed-tensors", "compressed-tensors", _place_compressed, _compressed),
