@@ -126,6 +126,11 @@ def convert(
 
 
 def _plan(source: Source, to: str, decode: torch.dtype | None, allow_lossy: bool) -> _Plan:
+    stacks = [name for name, entry in source.modules.items() if entry.kind == "experts"]
+    if stacks:
+        raise CheckpointError(
+            f"{source.path} quantizes the experts '{stacks[0]}', which bitfold converts to no other kind of checkpoint"
+        )
     linears, ignored = _linears(source)
     plain = [name for name in source.plain if name not in ignored]
     if to == PLAIN:
@@ -229,7 +234,7 @@ def _moved(source: Source, name: str, place: Place, allow_lossy: bool) -> tuple[
         values = source.decode(name).to(torch.float32)
         if place.layout == "flat":
             flat = encode(values.reshape(1, -1), place.format)
-            moved = QTensor(place.format, entry.shape, flat.planes, "flat")
+            moved = QTensor(place.format, entry.matrix, flat.planes, "flat")
         else:
             moved = encode(values, place.format)
         place.scheme.specs(_entry(moved), lambda plane: moved.planes[plane])

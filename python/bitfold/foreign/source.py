@@ -81,7 +81,7 @@ def _own(path: Path) -> Source:
         tensors = {part: parts[f"{name}.{part}"] for part in entry.parts()}
         g_idx = tensors.pop("g_idx", None)
         try:
-            return QTensor(entry.format, entry.shape, tensors, entry.layout, g_idx)
+            return QTensor(entry.format, entry.matrix, tensors, entry.layout, g_idx)
         except ValueError as error:
             raise CheckpointError(f"{path}: '{name}': {error}") from None
 

@@ -114,8 +114,8 @@ def _refused(places: Places) -> str:
     if all(parse(place.format).asymmetric is False for place in places.values()):
         return ""
     return (
-        "GPTQModel loads version 1 with zero points only from its own writer, whose way of storing a zero point of 0 others "
-        "read otherwise; gptq-v2 has neither trouble"
+        "GPTQModel loads version 1 with zero points only from its own writer, whose way of storing a zero point of 0 "
+        "others read otherwise; gptq-v2 has neither trouble"
     )
 
 
