@@ -1,4 +1,4 @@
-"""What tests of calibrated quantizing share: a tiny model, a text, and a run that is killed."""
+"""What tests of calibrated quantizing share: a tiny model, a text, a block of a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 
 import tiny
 import torch
+from bitfold import layout, recipes
+from bitfold.calibration.activations import Activations
+from bitfold.calibration.blocks import BlockModel
+from bitfold.calibration.collect import BlockRun
+from bitfold.calibration.workers import Workers
+from bitfold.recipes import Recipe
 
 OPTIONS = {"samples": 6, "sequence_length": 32}
 RECIPE = "gptq-int4-g32"
@@ -26,3 +32,43 @@ def write_model(path: Path, **sizes) -> Path:
 def contents(path: Path) -> dict[str, bytes]:
     """All files of a directory."""
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def block_run(path: Path, recipe: Recipe, ids: torch.Tensor, workers: Workers) -> tuple[BlockRun, list[str]]:
+    """The first block of a model, its inputs from token ids [samples, tokens], and the layers that AWQ is to
+    quantize."""
+    source = layout.read_source(path)
+    assignments = recipes.assign(recipe, source.infos)
+    steps = layout.steps(source, assignments)
+    blocks = BlockModel(source, steps, torch.float32, torch.device("cpu"))
+    inputs = Activations((*ids.shape, source.model_config.hidden_size), torch.float32, None)
+    call = blocks.first_inputs(ids, inputs.write_first)[0]
+    prefix = f"{blocks.names[0]}."
+    rules, stored = {}, {}
+    for step in steps:
+        if not step.name.startswith(prefix):
+            continue
+        layers = [layer.removeprefix(prefix) for layer in step.layers]
+        if step.format is not None:
+            rules.update(dict.fromkeys(layers, assignments[step.module].rule))
+        elif step.experts:
+            stored.update({f"{layer}.weight": step.dtype for layer in layers})
+        else:
+            stored[step.name.removeprefix(prefix)] = step.dtype
+    run = BlockRun(
+        prefix[:-1],
+        blocks.load(0),
+        rules,
+        call,
+        inputs,
+        workers,
+        torch.float32,
+        config=source.model_config,
+        stored=stored,
+    )
+    return run, [name for name, rule in rules.items() if rule.method == "awq"]
+
+
+def outputs(run: BlockRun) -> torch.Tensor:
+    """What the block makes of all samples."""
+    return torch.stack([run.compute(lambda s=s: run._run(s)) for s in range(run.samples)])

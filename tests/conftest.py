@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import devices
 import numpy as np
 import pytest
@@ -47,3 +49,19 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory to calibrate; many modules have a `source` of their own."""
+    import calibrated  # needs transformers
+
+    return calibrated.write_model(tmp_path_factory.mktemp("calibration") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to calibrate on."""
+    import calibrated
+
+    return calibrated.write_text(tmp_path_factory.mktemp("text") / "text.txt")

@@ -50,9 +50,13 @@ def model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **fields
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config(kind, **fields), dtype=dtype).eval()
     made.generation_config.eos_token_id = None
-    for module in made.modules():
-        if type(module).__name__.endswith("TopKRouter"):  # zeros in transformers, for Qwen's
-            nn.init.normal_(module.weight, std=0.3)
+    for name, parameter in made.named_parameters():
+        if name.endswith("mlp.gate.weight"):  # zeros in transformers, for Qwen's
+            nn.init.normal_(parameter, std=0.3)
+        if name.endswith("norm.weight"):
+            parameter.data.mul_(torch.randn(len(parameter)).exp())
+        if name.endswith("gate_up_proj"):  # so that what goes into down_proj has large and small columns
+            parameter.data.mul_(torch.randn(parameter.shape[:2])[..., None].exp())
     made.set_experts_implementation("eager")
     return made
 

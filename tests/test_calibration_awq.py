@@ -11,55 +11,18 @@ import pytest
 import tiny
 import tiny_architectures
 import torch
-from bitfold import hf, layout, quantize_calibrated, recipes
+from bitfold import hf, quantize_calibrated
 from bitfold.calibration import data, scaling
 from bitfold.calibration import run as runs
-from bitfold.calibration.activations import Activations
-from bitfold.calibration.blocks import BlockModel
-from bitfold.calibration.collect import BlockRun
 from bitfold.calibration.workers import Workers
 from bitfold.evaluate import compare_all, cut, kl_gap
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.recipes import Recipe, Rule
-from calibrated import OPTIONS, contents
+from calibrated import OPTIONS, block_run, contents, outputs
 from tiny import one_thread  # noqa: F401
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 IDS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
-
-
-def first_block(path: Path, recipe: Recipe, workers: Workers) -> tuple[BlockRun, list[str]]:
-    """The first block of a model, its inputs, and the layers that AWQ is to quantize."""
-    source = layout.read_source(path)
-    assignments = recipes.assign(recipe, source.infos)
-    steps = layout.steps(source, assignments)
-    blocks = BlockModel(source, steps, torch.float32, torch.device("cpu"))
-    inputs = Activations((4, 24, 48), torch.float32, None)
-    call = blocks.first_inputs(IDS, inputs.write_first)[0]
-    prefix = f"{blocks.names[0]}."
-    inside = {step.module.removeprefix(prefix): step for step in steps if step.name.startswith(prefix)}
-    rules = {name: assignments[step.module].rule for name, step in inside.items() if step.format is not None}
-    stored = {s.name.removeprefix(prefix): s.dtype for s in inside.values() if s.format is None}
-    stored |= {
-        s.name.removeprefix(prefix): s.dtype for s in steps if s.name.startswith(prefix) and s.format is None
-    }
-    run = BlockRun(
-        prefix[:-1],
-        blocks.load(0),
-        rules,
-        call,
-        inputs,
-        workers,
-        torch.float32,
-        config=source.model_config,
-        stored=stored,
-    )
-    return run, [name for name, rule in rules.items() if rule.method == "awq"]
-
-
-def outputs(run: BlockRun) -> torch.Tensor:
-    """What the block makes of all samples."""
-    return torch.stack([run.compute(lambda s=s: run._run(s)) for s in range(run.samples)])
 
 
 CASES = [
@@ -76,7 +39,7 @@ def test_a_scaled_block_computes_what_it_did(name, kept, tmp_path):
     keep = (Rule(kept, "keep"),) if kept else ()
     recipe = Recipe("awq", "", (*keep, Rule("*", "int3-g16", "awq", AwqOptions(then="gptq"))))
     with Workers() as workers:
-        run, layers = first_block(tmp_path, recipe, workers)
+        run, layers = block_run(tmp_path, recipe, IDS, workers)
         expected = outputs(run)
         before = {key: value.clone() for key, value in run.module.state_dict().items()}
         scaling.prepare(run, layers)
@@ -87,16 +50,6 @@ def test_a_scaled_block_computes_what_it_did(name, kept, tmp_path):
     changed = [key for key, value in run.module.state_dict().items() if not torch.equal(value, before[key])]
     assert len(changed) > len(layers) / 2
     assert tiny_architectures.relative_difference(found.double(), expected.double()) < 1e-5
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return calibrated.write_model(tmp_path_factory.mktemp("calibration") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return calibrated.write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.mark.parametrize("name", [*tiny_architectures.MODELS])

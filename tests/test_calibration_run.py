@@ -38,16 +38,6 @@ GROUPS = [
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return calibrated.write_model(tmp_path_factory.mktemp("calibration") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return calibrated.write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
 def whole(source, text, tmp_path_factory) -> Path:
     """The result of a run that nothing interrupts."""
     target = tmp_path_factory.mktemp("whole") / "q"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitfold import hf
 from bitfold.checkpoint import ModuleEntry, check_shapes, listed
-from bitfold.experts import DOWN, GATE_UP
+from bitfold.experts import DOWN, GATE_UP, expert_name
 from bitfold.quantize import describe
 from bitfold.recipes import Assignment, ModuleInfo
 from bitfold.shards import (
@@ -86,6 +86,11 @@ class Step:
     def experts(self) -> int:
         """How many matrices a stack has, 0 of what is none."""
         return self.shape[0] if self.module and len(self.shape) == 3 else 0
+
+    @property
+    def layers(self) -> list[str]:
+        """What each of its matrices is called: its module or, of a stack, one name for each expert."""
+        return [expert_name(self.module, e) for e in range(self.experts)] if self.experts else [self.module]
 
     def specs(self) -> list[TensorSpec]:
         """What it becomes."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bitfold import layout, recipes
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig
-from bitfold.experts import expert_name
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
 from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, refuse_calibration, summarize
@@ -110,7 +109,7 @@ def write_tensor(
         check_finite(step.name, tensor)
         writer.write(step.name, tensor, expert)
         return []
-    module = step.module if expert is None else expert_name(step.module, expert)
+    module = step.layers[expert or 0]
     qtensor = encode_named(f"{module}.weight", tensor, step.format, clamp=clamp)
     for plane, values in qtensor.planes.items():
         writer.write(f"{step.module}.{plane}", values, expert)

@@ -41,7 +41,7 @@ def assemble(
             give_back_memory()
         summary = QuantizationSummary(
             recipe=job.recipe.name,
-            modules=tuple(summaries[step.module] for step in job.steps if step.format is not None),
+            modules=tuple(summaries[n] for step in job.steps if step.format is not None for n in step.layers),
             parameters=sum(math.prod(step.shape) for step in job.steps),
             bytes_before=sum(step.source_bytes for step in job.steps),
             bytes_after=sum(spec.nbytes for spec in specs),

@@ -6,7 +6,8 @@ forwards are replaced by recorders: each notes its arguments and hands its input
 chain, one's output the next one's input, and where arguments don't depend on the text: both are checked.
 
 Weights of linear layers, embeddings and experts stay in the dtype they are stored in, mapped, and are converted a strip
-at a time where they are multiplied (`Compute`); everything else in a block is small and is converted when it is loaded.
+at a time where they are multiplied (`Compute`); everything else in a block is small and is converted when it is loaded
+(as are experts of kinds that bitfold doesn't know, which aren't).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from bitfold.experts import stacks
+from bitfold.calibration.experts import OpenExperts, open_experts
+from bitfold.experts import expert_name, stacks
 from bitfold.layout import Source, Step, groups, read_steps
 from bitfold.shards import CheckpointError
 
@@ -85,6 +87,8 @@ class BlockModel:
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         self.model = source.model.eval()
+        if any(map(stacks, self.model.modules())):
+            self.model.set_experts_implementation("eager")  # type: ignore[operator]  # one matrix at a time
         self.names = find_blocks(source)
         owners = groups(source.state)
         self._homes = {name: step for step in steps for name in owners[step.name]}
@@ -151,9 +155,11 @@ class BlockModel:
         return first[0], calls
 
     def load(self, index: int) -> nn.Module:
-        """A block with its weights, a module of its own: what is done to it, nobody else sees."""
+        """A block with its weights, a module of its own, its experts taken apart (experts.py): what is done to it,
+        nobody else sees."""
         prefix = f"{self.names[index]}."
         block = copy.deepcopy(self.model.get_submodule(self.names[index]))
+        open_experts(block)
         homes = {name[len(prefix) :]: home for name, home in self._homes.items() if name.startswith(prefix)}
         for _ in self._fill(block, homes):
             pass
@@ -170,19 +176,24 @@ class BlockModel:
         """Give tensors of a module their values; yields where each is, and what was there."""
         modules = dict(root.named_modules(remove_duplicate=False))
         by_file = sorted(homes.items(), key=lambda item: str(item[1].parts[0].path))
-        read = read_steps(home for _, home in by_file)
+        read = read_steps(step for _, step in by_file)
         for (name, _), (step, tensors) in zip(by_file, read, strict=True):
-            value = torch.stack(list(tensors)) if step.experts else next(tensors)
+            if step.experts and isinstance(modules.get(name.rpartition(".")[0]), OpenExperts):
+                for expert, matrix in enumerate(tensors):
+                    yield self._put(modules[expert_name(name, expert)], "weight", matrix)
+                continue
             owner, _, attribute = name.rpartition(".")
-            module = modules[owner]
-            if not stays_stored(module, attribute, value):
-                value = value.to(self.dtype)
-            slot = module._parameters if attribute in module._parameters else module._buffers
-            before = slot[attribute]
-            slot[attribute] = (
-                nn.Parameter(value, requires_grad=False) if slot is module._parameters else value
-            )
-            yield slot, attribute, before
+            value = torch.stack(list(tensors)) if step.experts else next(tensors)
+            yield self._put(modules[owner], attribute, value)
+
+    def _put(self, module: nn.Module, attribute: str, value: Tensor) -> tuple[dict[str, Any], str, Any]:
+        """Give a module one value; returns where it is, and what was there."""
+        if not stays_stored(module, attribute, value):
+            value = value.to(self.dtype)
+        slot: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+        before = slot[attribute]
+        slot[attribute] = nn.Parameter(value, requires_grad=False) if slot is module._parameters else value
+        return slot, attribute, before
 
 
 class _AllCalled(Exception):
@@ -190,10 +201,10 @@ class _AllCalled(Exception):
 
 
 def stays_stored(module: nn.Module, attribute: str, value: Tensor) -> bool:
-    """Whether a tensor of a module keeps the dtype it is stored in: weights of linear layers, embeddings and experts,
-    and what is no floating-point number."""
+    """Whether a tensor of a module keeps the dtype it is stored in: weights of linear layers, experts that were taken
+    apart, and embeddings, and what is no floating-point number."""
     layer = isinstance(module, (nn.Linear, nn.Embedding)) and attribute == "weight"
-    return layer or attribute in stacks(module) or not value.is_floating_point()
+    return layer or not value.is_floating_point()
 
 
 def find_blocks(source: Source) -> tuple[str, ...]:

@@ -4,6 +4,9 @@ One row of ARCHITECTURES for each kind of model. A feed names a norm or a linear
 the linear layers whose inputs they are. Between both there may be only what treats each channel for itself and keeps
 factors: attention's weighted means (of values), a product with something else (of the up projection with the activated
 gate). Queries and keys are rotated and meet in a product, gates go through a function: these feed nothing.
+
+Of a mixture of experts the norm feeds the router and all experts, so that the scales of its channels are common to all
+of them; within an expert its up projection feeds its down projection.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfold.calibration.experts import opened
 from bitfold.quantizers.transforms import divide_norm, divide_rows, multiply_columns
 
 
@@ -31,7 +35,8 @@ class Part(Enum):
 
 @dataclass(frozen=True)
 class Feed:
-    """`source` feeds `targets`: names of modules within a block."""
+    """`source` feeds `targets`: names of modules within a block. `*`: of an expert; where both have it, of the same
+    one, else of all."""
 
     source: str
     targets: tuple[str, ...]
@@ -40,10 +45,11 @@ class Feed:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The feeds of a block, in the order in which a block computes.
+    """The feeds of a block, in the order in which a block computes. Those of which a block has no modules are left out:
+    models of mixtures may have layers without experts.
 
     offset: what a norm adds to its weight before it multiplies; writers: the layers whose outputs are added to the
-    residual stream as they are, empty where norms stand between.
+    residual stream as they are, empty where norms stand between, or experts' weights.
     """
 
     feeds: tuple[Feed, ...]
@@ -75,12 +81,32 @@ _LLAMA = Architecture(_split("input_layernorm", "post_attention_layernorm"))
 # The norms behind attention and MLP go into the residual stream and feed no linear layer.
 _GEMMA_2 = Architecture(_split("input_layernorm", "pre_feedforward_layernorm"), offset=1.0, writers=())
 
+_EXPERTS = "mlp.experts.*.gate_up_proj"
+_SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+
+
+def _mixture(*shared: str) -> Architecture:
+    """As _LLAMA, with experts in some blocks. shared: what else the norm before them feeds."""
+    return Architecture(
+        (
+            *_LLAMA.feeds,
+            Feed("post_attention_layernorm", (_EXPERTS, "mlp.gate", *shared)),
+            Feed(_EXPERTS, ("mlp.experts.*.down_proj",), Part.SECOND_HALF),
+            *([Feed(_SHARED[1], ("mlp.shared_expert.down_proj",))] if shared else []),
+        ),
+        writers=(),
+    )
+
+
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "llama": _LLAMA,
         "mistral": _LLAMA,
         "qwen2": _LLAMA,
         "qwen3": _LLAMA,
+        "mixtral": _mixture(),
+        "qwen2_moe": _mixture(*_SHARED, "mlp.shared_expert_gate"),
+        "qwen3_moe": _mixture(),
         "gemma": Architecture(_LLAMA.feeds, offset=1.0),
         "gemma2": _GEMMA_2,
         "gemma3_text": _GEMMA_2,
@@ -104,13 +130,14 @@ def architecture(config: Any) -> Architecture:
 class Fold:
     """A feed of one block, bound to its modules.
 
+    feed: of which no name has a `*`; targets: linear layers, and routers of experts, which have a weight [n, k] too;
     offset: of a norm as source; rows: of a linear layer as source, those that feed; spread: int64 [k], which of these
     channels each column of the targets reads.
     """
 
     feed: Feed
     source: nn.Module
-    targets: tuple[nn.Linear, ...]
+    targets: tuple[nn.Module, ...]
     offset: float
     rows: slice
     spread: Tensor
@@ -144,7 +171,8 @@ class Fold:
             weight, scales = divide_norm(source.weight.to(dtype or source.weight.dtype), scales, self.offset)
             source.weight.copy_(weight)
         columns = scales[self.spread]
-        for target in self.targets:
+        targets: Any = self.targets
+        for target in targets:
             target.weight.copy_(multiply_columns(target.weight, columns))
         return columns
 
@@ -152,16 +180,41 @@ class Fold:
 def folds(block: nn.Module, config: Any) -> tuple[Fold, ...]:
     """The feeds of a decoder block, in the order in which it computes.
 
-    block: with weights, its linear layers unquantized. Raises ValueError for an unknown architecture.
+    block: with weights, its linear layers unquantized, its experts taken apart. Raises ValueError for an unknown
+    architecture.
     """
     known = architecture(config)
-    return tuple(_bind(feed, block, config, known.offset) for feed in known.feeds)
+    names = {name for name, _ in block.named_modules()}
+    feeds = (own for feed in known.feeds for own in _of_experts(feed, block))
+    return tuple(
+        _bind(feed, block, config, known.offset)
+        for feed in feeds
+        if names.issuperset({feed.source, *feed.targets})
+    )
+
+
+def _of_experts(feed: Feed, block: nn.Module) -> list[Feed]:
+    """A feed with the numbers of the block's experts in the place of `*`."""
+    numbers = [range(experts.count) for _, experts in opened(block)] or [range(0)]
+    if "*" in feed.source:
+        return [
+            Feed(
+                feed.source.replace("*", str(e)),
+                tuple(t.replace("*", str(e)) for t in feed.targets),
+                feed.part,
+            )
+            for e in numbers[0]
+        ]
+    every = [[t.replace("*", str(e)) for e in numbers[0]] if "*" in t else [t] for t in feed.targets]
+    if not all(every):
+        return []
+    return [Feed(feed.source, tuple(name for names in every for name in names), feed.part)]
 
 
 def _bind(feed: Feed, block: nn.Module, config: Any, offset: float) -> Fold:
     source: Any = block.get_submodule(feed.source)
     targets: Any = tuple(block.get_submodule(name) for name in feed.targets)
-    n, k = len(source.weight), targets[0].in_features
+    n, k = len(source.weight), targets[0].weight.shape[1]
     spread = torch.arange(k, device=source.weight.device)
     rows = slice(0, n)
     if feed.part is Part.SECOND_HALF:

@@ -23,14 +23,14 @@ def rotate(model: nn.Module, seed: int = 0) -> None:
     gets one of its own, as only one of them follows the last norm.
 
     Raises ValueError for an unknown architecture, and for one with norms between its layers and the stream (Gemma 2 and
-    3), whose weights multiply channels of the stream itself.
+    3), whose weights multiply channels of the stream itself, or with experts.
     """
     config: Any = model.config
     known = mappings.architecture(config)
     if not known.writers:
         raise ValueError(
-            f"the model is a {config.model_type!r}, which has norms between its layers and the residual stream: "
-            "it can't be rotated"
+            f"the model is a {config.model_type!r}, which has norms between its layers and the residual stream, or "
+            "experts: it can't be rotated"
         )
     body: Any = model.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]

@@ -31,8 +31,9 @@ from bitfold.calibration.journal import Journal
 from bitfold.calibration.methods import METHODS, Rounded, round_plainly
 from bitfold.calibration.processes import Processes
 from bitfold.calibration.workers import Workers
+from bitfold.experts import DOWN, GATE_UP, QuantStack
 from bitfold.formats import parse
-from bitfold.layout import Source
+from bitfold.layout import Source, Step
 from bitfold.pipeline import check_finite, give_back_memory
 from bitfold.qtensor import QTensor
 from bitfold.quantize import (
@@ -117,11 +118,6 @@ def quantize_calibrated(
     model = layout.read_source(source)
     assignments = recipes.assign(recipe, model.infos)
     steps = layout.steps(model, assignments)
-    stacked = [step.name for step in steps if step.format is not None and step.experts]
-    if stacked:
-        raise ValueError(
-            f"{stacked[0]} is a stack of experts, which can't be calibrated yet: keep it by a rule"
-        )
     blocks = BlockModel(model, steps, dtype, torch.device(device))
     text = data.read(
         calibration,
@@ -201,7 +197,7 @@ class _Run(Job):
         for index in range(first if on_disk else 0, count):
             run = self._run_of(index, calls[index], inputs)
             if index < first:
-                self._restore(run, journal.tensors(index), journal.report(index))
+                self._restore(run, journal.tensors(index))
                 run.write_outputs()
                 inputs.advance()
             else:
@@ -220,10 +216,10 @@ class _Run(Job):
     def _run_of(self, index: int, call: Call, inputs: Activations) -> BlockRun:
         name = self.blocks.names[index]
         rules = {}
-        for step in self.steps:
+        for step in self._steps_of(name):
             rule = self.assignments[step.module].rule if step.format is not None else None
-            if rule is not None and step.name.startswith(f"{name}."):
-                rules[step.module.removeprefix(f"{name}.")] = rule
+            if rule is not None:
+                rules.update({layer.removeprefix(f"{name}."): rule for layer in step.layers})
         module = self.blocks.load(index)
         for key, parameter in module.named_parameters():
             check_finite(f"{name}.{key}", parameter)
@@ -240,33 +236,53 @@ class _Run(Job):
             stored=self._kept(name),
         )
 
+    def _steps_of(self, block: str) -> list[Step]:
+        """The tensors of a block."""
+        return [step for step in self.steps if step.name.startswith(f"{block}.")]
+
+    def _is_open(self, step: Step) -> bool:
+        """Whether it is a stack of experts that is taken apart while its block is quantized."""
+        return bool(step.experts) and self.source.infos[step.module].obstacle is None
+
     def _kept(self, block: str) -> dict[str, torch.dtype]:
-        """The dtypes in which the tensors of a block that are not quantized are stored, by their names within it."""
-        return {
-            step.name.removeprefix(f"{block}."): step.dtype
-            for step in self.steps
-            if step.name.startswith(f"{block}.") and step.format is None
-        }
+        """The dtypes in which the tensors of a block that are not quantized are stored, by their names within it (of
+        experts, that of each matrix)."""
+        found = {}
+        for step in self._steps_of(block):
+            names = [f"{layer}.weight" for layer in step.layers] if self._is_open(step) else [step.name]
+            if step.format is None:
+                found.update({name.removeprefix(f"{block}."): step.dtype for name in names})
+        return found
 
     def _quantize(self, run: BlockRun) -> list[dict[str, Any]]:
         """Quantize a block's layers; returns what is to be reported."""
-        if run.never_run and not self.allow_uncalibrated:
-            raise ValueError(
-                f"the calibration text never reaches {run.name}.{run.never_run[0]}: --allow-uncalibrated "
-                "(allow_uncalibrated=True) rounds such layers plainly and marks them"
-            )
+        self._refuse_unreached(run, [n for n in run.never_run if METHODS[run.rules[n].method].needs_inputs])
         for name, method in METHODS.items():
             layers = [layer for group in run.groups for layer in group if run.rules[layer].method == name]
             if layers and method.prepare is not None:
                 method.prepare(run, layers)
         run.settle(self._kept(run.name))
         modules = []
+        run.forget()
         for number, group in enumerate((*run.groups, run.never_run)):
             rounded = dict(self._round_group(run, group, number))
             for layer, made in rounded.items():
                 modules.append(self._summary(run, layer, made))
                 run.replace(layer, made.qtensor)
+        run.close()
         return [dataclasses.asdict(module) for module in modules]
+
+    def _refuse_unreached(self, run: BlockRun, layers: Sequence[str]) -> None:
+        """Raises ValueError, naming them, where there are layers that no token reaches, unless that is allowed."""
+        if layers and not self.allow_uncalibrated:
+            names = dict.fromkeys(
+                name.removesuffix(f".{GATE_UP}").removesuffix(f".{DOWN}") for name in layers
+            )
+            listed = ", ".join(f"{run.name}.{name}" for name in names)
+            raise ValueError(
+                f"the calibration text never reaches {listed}: a longer text may, and --allow-uncalibrated "
+                "(allow_uncalibrated=True) rounds such layers plainly and marks them"
+            )
 
     def _round_group(self, run: BlockRun, group: Sequence[str], number: int) -> Iterator[tuple[str, Rounded]]:
         """Round layers that share an input; a process rounds some of them, and gets the others."""
@@ -274,11 +290,15 @@ class _Run(Job):
         for turn, layer in enumerate(group):
             self._tell(f"{run.name}.{layer}", self._done(run, number))
             method = METHODS[run.rules[layer].method]
-            shared = method.gather is not None and layer not in run.never_run
+            reached = layer not in run.never_run
+            shared = method.gather is not None and reached
             if method.gather is not None and shared:
                 method.gather(run, layer)
+                # An expert may have lost its tokens to what was rounded before it.
+                reached = run.tokens(layer) > 0
+                self._refuse_unreached(run, [] if reached else [layer])
             if not shared or turn % self.processes.size == self.processes.rank:
-                own[layer] = _round(run, layer)
+                own[layer] = _round(run, layer, reached)
             give_back_memory()
         for turn, layer in enumerate(group):
             yield layer, self.processes.from_rank(turn % self.processes.size, own.get(layer))
@@ -286,7 +306,8 @@ class _Run(Job):
     def _summary(self, run: BlockRun, layer: str, made: Rounded) -> ModuleSummary:
         weight = run.linear(layer).weight
         summary = summarize(f"{run.name}.{layer}", weight, made.qtensor)
-        before = next(s.source_bytes for s in self.steps if s.name == f"{run.name}.{layer}.weight")
+        step = next(step for step in self._steps_of(run.name) if f"{run.name}.{layer}" in step.layers)
+        before = step.source_bytes // max(1, step.experts)
         return dataclasses.replace(summary, bytes_before=before, calibration=made.summary)
 
     def _tensors_of(self, run: BlockRun) -> dict[str, Tensor]:
@@ -296,19 +317,27 @@ class _Run(Job):
         tensors = {name: tensor.to(kept.get(name, tensor.dtype)) for name, tensor in tensors.items()}
         return {f"{run.name}.{name}": tensor for name, tensor in tensors.items()}
 
-    def _restore(
-        self, run: BlockRun, stored: Mapping[str, StoredTensor], modules: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def _restore(self, run: BlockRun, stored: Mapping[str, StoredTensor]) -> None:
         """Make a block what it became when it was finished."""
         tensors = dict(read_tensors(stored.values()))
-        for entry in modules:
-            planes = {
-                law.name: tensors[f"{entry['name']}.{law.name}"] for law in parse(entry["format"]).planes
-            }
-            g_idx = tensors.get(f"{entry['name']}.g_idx")
-            qtensor = QTensor(entry["format"], tuple(entry["shape"]), planes, g_idx=g_idx)
-            run.replace(entry["name"].removeprefix(f"{run.name}."), qtensor.to(self.blocks.device))
-        run.set({name: tensors[f"{run.name}.{name}"] for name in self._kept(run.name)})
+        device = self.blocks.device
+        stacks: dict[str, QuantStack | Tensor] = {}
+        for step in self._steps_of(run.name):
+            within = step.module.removeprefix(f"{run.name}.")
+            if step.format is None:
+                if self._is_open(step):
+                    stacks[within] = tensors.pop(step.name).to(device)
+                continue
+            planes = {law.name: tensors[f"{step.module}.{law.name}"] for law in parse(step.format).planes}
+            if step.experts:
+                stacks[within] = QuantStack(step.format, step.shape, planes).to(device)
+                continue
+            n, k = step.shape
+            qtensor = QTensor(step.format, (n, k), planes, g_idx=tensors.get(f"{step.module}.g_idx"))
+            run.replace(within, qtensor.to(device))
+        run.close(stacks)
+        kept = (name for name in self._kept(run.name) if f"{run.name}.{name}" in tensors)
+        run.set({name: tensors[f"{run.name}.{name}"] for name in kept})
 
     def _done(self, run: BlockRun, group: int) -> int:
         block = self.blocks.names.index(run.name)
@@ -319,9 +348,9 @@ class _Run(Job):
             self.progress(what, done, len(self.blocks.names) * _BLOCK)
 
 
-def _round(run: BlockRun, layer: str) -> Rounded:
+def _round(run: BlockRun, layer: str, reached: bool) -> Rounded:
     method = METHODS[run.rules[layer].method]
-    if layer not in run.never_run or not method.needs_inputs:
+    if reached or not method.needs_inputs:
         return method.round(run, layer)
     note = "rounded plainly: the calibration text never reaches it"
     return Rounded(round_plainly(run, layer).qtensor, CalibrationSummary("rtn", note=note))

@@ -4,6 +4,9 @@ All of it is done before anything of the block is rounded, with the inputs that 
 before it, quantized, make of the text. Feeds from linear layers come before those from norms, so that a layer's rows
 have been divided when its own columns are scaled and it is rounded.
 
+What goes into an expert are the tokens that are sent to it: its matrices have a Hessian of their own, and the scales of
+the norm before the experts are those with the smallest sum of changes over all of them.
+
 Weights that are to be quantized are held in float32 from here on; norms are divided in the dtype that the checkpoint
 stores them in, and columns multiplied by what that left. Where a linear layer or a bias stays in 16 bits, scales are
 powers of two: so the block computes what it did before, to float32's rounding.
@@ -12,7 +15,7 @@ powers of two: so the block computes what it did before, to float32's rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from bitfold.calibration import mappings
 from bitfold.calibration.collect import BlockRun
 from bitfold.calibration.mappings import Fold
+from bitfold.experts import stack_name
 from bitfold.qtensor import QTensor
 from bitfold.quantizers import awq
 from bitfold.quantizers.awq import AwqOptions
@@ -54,24 +58,41 @@ def prepare(run: BlockRun, names: Sequence[str]) -> None:
     alone = [name for name in names if name not in run.notes]
     for name in alone:
         ones = torch.ones(run.linear(name).in_features, dtype=torch.float64, device=run.device)
-        searched = _search(run, [name], ones[:1], spread=torch.zeros_like(ones, dtype=torch.int64))
+        searched = _search(run, [[name]], ones[:1], spread=torch.zeros_like(ones, dtype=torch.int64))
         _round(run, name, 0, searched, run.hessian(name), ones)
 
 
 def _scale(run: BlockRun, fold: Fold, layers: list[str]) -> None:
     """One feed: search, fold, round."""
-    gram = run.hessian(layers[0])
-    searched = _search(run, layers, fold.reduce(run.magnitudes(layers[0])), fold.spread)
+    parts = run.share_input(layers)
+    alone = len(parts) == 1
+    magnitudes = run.magnitudes(layers[0]) if alone else run.routing(_home_of_experts(layers)).magnitudes
+    searched = _search(run, parts, fold.reduce(magnitudes), fold.spread)
+    gram = run.hessian(layers[0]) if alone else None
     touched = [*fold.feed.targets, *([fold.feed.source] if isinstance(fold.source, nn.Linear) else [])]
-    run.set({f"{name}.weight": run.linear(name).weight.float() for name in touched if name in run.rules})
+    floats = {f"{name}.weight": run.linear(name).weight.float() for name in touched if name in run.rules}
+    run.set(floats, same=True)
     scales = searched.scales
     if any(_is_16_bit(run, f"{name}.weight") for name in touched) or (
         isinstance(fold.source, nn.Linear) and _is_16_bit(run, f"{fold.feed.source}.bias")
     ):
         scales = scales.log2().round().exp2()
-    columns = fold.apply(scales, run.stored.get(f"{fold.feed.source}.weight"))
-    for place, name in enumerate(layers):
-        _round(run, name, place, searched, gram, columns)
+    columns: Tensor | None = fold.apply(scales, run.stored.get(f"{fold.feed.source}.weight"))
+    if gram is None:  # of experts there are too many to hold: they are summed again, of the divided inputs
+        run.forget()
+        columns = None
+    place = 0
+    for names in parts:
+        gram = run.hessian(names[0]) if columns is None else gram
+        assert gram is not None
+        for name in names:
+            _round(run, name, place, searched, gram, columns)
+            place += 1
+
+
+def _home_of_experts(layers: list[str]) -> str:
+    """The name of the experts that are among layers with different inputs: "mlp.experts"."""
+    return next(stack_name(name) for name in layers if stack_name(name) != name).rpartition(".")[0]
 
 
 def _is_16_bit(run: BlockRun, tensor: str) -> bool:
@@ -90,24 +111,28 @@ def _format(run: BlockRun, name: str) -> str:
     return format
 
 
-def _search(run: BlockRun, layers: list[str], magnitudes: Tensor, spread: Tensor) -> awq.Scaled:
+def _search(run: BlockRun, parts: list[list[str]], magnitudes: Tensor, spread: Tensor) -> awq.Scaled:
+    """parts: layers, those together that have one Hessian."""
+
+    def inputs() -> Iterator[awq.Shared]:
+        for names in parts:
+            weights = [run.linear(name).weight for name in names]
+            yield awq.Shared(weights, [_format(run, name) for name in names], run.hessian(names[0]))
+
     try:
-        searched = awq.search_scales(
-            [run.linear(name).weight for name in layers],
-            [_format(run, name) for name in layers],
-            run.hessian(layers[0]),
-            magnitudes,
-            _options(run, layers[0]),
-            spread=spread,
-            map=run.map,
+        searched = awq.search_common_scales(
+            inputs, magnitudes, _options(run, parts[0][0]), spread=spread, map=run.map
         )
     except ValueError as error:
-        raise ValueError(f"{run.name}: {', '.join(layers)}: {error}") from error
+        names = [name for part in parts for name in part]
+        raise ValueError(f"{run.name}: {', '.join(names)}: {error}") from error
     return run.agree(searched)
 
 
-def _round(run: BlockRun, name: str, place: int, searched: awq.Scaled, gram: Tensor, columns: Tensor) -> None:
-    """Clip and round a layer whose columns have been multiplied by `columns` since gram was summed."""
+def _round(
+    run: BlockRun, name: str, place: int, searched: awq.Scaled, gram: Tensor, columns: Tensor | None
+) -> None:
+    """Clip and round a layer whose columns have been multiplied by `columns` since gram was summed (None: by none)."""
     weight, format, options = run.linear(name).weight, _format(run, name), _options(run, name)
     energy = searched.energy[place]
     rounding_error = _relative(searched.rounding_errors[place], energy)

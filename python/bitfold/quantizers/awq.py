@@ -88,7 +88,16 @@ def candidates(magnitudes: Tensor, grid: int) -> Tensor:
     return (alphas[:, None] * (logs - logs.mean())).exp()
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Matrices that have their inputs in common. weights: [n, k] each; formats: theirs; gram: [k, k], the sum of x x^T
+    over all inputs."""
+
+    weights: Sequence[Tensor]
+    formats: Sequence[str]
+    gram: Tensor
+
+
 def search_scales(
     weights: Sequence[Tensor],
     formats: Sequence[str],
@@ -101,32 +110,57 @@ def search_scales(
 ) -> Scaled:
     """The scales of the channels that matrices with one input have in common.
 
-    weights: [n, k] each; formats: theirs; gram: [k, k], the sum of x x^T over all inputs; magnitudes: the mean absolute
-    input of each channel [c]; spread: int64 [k], the channel of each column (None: its own).
+    weights, formats, gram: as in `Shared`; magnitudes: the mean absolute input of each channel [c]; spread: int64 [k],
+    the channel of each column (None: its own).
 
     Raises ValueError for shapes that don't fit, and what `encode` raises.
     """
-    _check(weights, formats, gram)
+    shared = [Shared(weights, formats, gram)]
+    return search_common_scales(lambda: shared, magnitudes, options, spread=spread, map=map)
+
+
+@torch.no_grad()
+def search_common_scales(
+    inputs: Callable[[], Iterable[Shared]],
+    magnitudes: Tensor,
+    options: AwqOptions = AwqOptions(),
+    *,
+    spread: Tensor | None = None,
+    map: Map = map,
+) -> Scaled:
+    """The scales of channels that several inputs have in common, of which each token is in some (experts that one norm
+    feeds): those with the smallest sum of the changes of all outputs. Lists of the result are in the order of inputs.
+
+    inputs: called twice, so that one Gram matrix at a time need be there; the rest as in `search_scales`.
+    """
     points = candidates(magnitudes, options.grid)
     columns = points if spread is None else points[:, spread]
-    if columns.shape[1] != gram.shape[0]:
-        raise ValueError(
-            f"magnitudes are of {columns.shape[1]} columns; they must be of the {gram.shape[0]} that gram has"
-        )
-    (parts,) = map(sketch, [gram])
-    ranks = _total(_ranks(w, f, parts, columns, map) for w, f in zip(weights, formats, strict=True))
-    order = ranks.argsort(stable=True)[: options.finalists].tolist()
+    ranks = []
+    for shared in inputs():
+        _check(shared.weights, shared.formats, shared.gram)
+        if columns.shape[1] != shared.gram.shape[0]:
+            raise ValueError(
+                f"magnitudes are of {columns.shape[1]} columns; they must be of the {shared.gram.shape[0]} that gram "
+                "has"
+            )
+        (parts,) = map(sketch, [shared.gram])
+        ranks += [
+            _ranks(w, f, parts, columns, map) for w, f in zip(shared.weights, shared.formats, strict=True)
+        ]
+    order = _total(ranks).argsort(stable=True)[: options.finalists].tolist()
     trial = sorted({0, *order})
-    gram = gram.to(torch.float32)
-    exact = torch.stack(
-        [_errors(w, f, gram, columns[trial], map) for w, f in zip(weights, formats, strict=True)]
-    )  # [weights, trials]
+    errors, energy = [], []
+    for shared in inputs():
+        gram = shared.gram.to(torch.float32)
+        for weight, format in zip(shared.weights, shared.formats, strict=True):
+            errors.append(_errors(weight, format, gram, columns[trial], map))
+            energy.append(float(_energy(weight, gram, map)))
+    exact = torch.stack(errors)  # [weights, trials]
     best = min(range(len(trial)), key=lambda i: (float(exact[:, i].sum()), i))
-    energy = tuple(float(_energy(w, gram, map)) for w in weights)
     return Scaled(
         points[trial[best]],
         trial[best] / options.grid,
-        energy,
+        tuple(energy),
         tuple(exact[:, 0].tolist()),
         tuple(exact[:, best].tolist()),
     )
