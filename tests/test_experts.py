@@ -288,6 +288,23 @@ def test_the_commands(source, tmp_path, capsys):
     assert call_json(capsys, "generate", target, "--prompt", "The", "--max-new-tokens", 4)["tokens"]
 
 
+def test_check_looks_at_every_expert(source, tmp_path, capsys):
+    quantized(source, tmp_path / "q")
+    assert call(capsys, "check", tmp_path / "q")[0] == 0
+    name = "model.layers.1.mlp.experts.down_proj.scales"
+    tiny.rewrite(tmp_path / "q", lambda tensors: tensors[name].__setitem__((2, 5, 0), float("nan")))
+    code, shown, err = call(capsys, "check", tmp_path / "q")
+    assert code != 0
+    assert "model.layers.1.mlp.experts.2.down_proj.scales" in "".join((shown + err).split())
+
+
+def test_experts_are_not_moved_into_formats_without_them(source, tmp_path, capsys):
+    quantized(source, tmp_path / "q")
+    code, _, err = call(capsys, "convert", tmp_path / "q", tmp_path / "g", "--to", "gptq")
+    assert code == 2
+    assert "is a stack of experts, which --to doesn't move" in " ".join(err.split())
+
+
 def test_the_report_has_the_experts_of_a_layer_as_one(source, tmp_path, capsys):
     text, page = tmp_path / "text.txt", tmp_path / "page.html"
     text.write_text(tiny.TEXT)

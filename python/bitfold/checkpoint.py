@@ -70,6 +70,10 @@ class ModuleEntry:
         """Rows and columns of the weight, or of each expert's."""
         return self.shape[-2], self.shape[-1]
 
+    def weight_of(self, name: str) -> str:
+        """What the weight is called where it isn't quantized; name: of the module."""
+        return name if self.kind == "experts" else f"{name}.weight"
+
     def to_json(self) -> dict[str, object]:
         fields: dict[str, object] = {
             "kind": self.kind,

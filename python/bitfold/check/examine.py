@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bitfold.check import sample, values, zeros
 from bitfold.check.files import read_files
 from bitfold.check.problem import Report
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig, listed, read_quantization
+from bitfold.experts import expert_name
 from bitfold.foreign import gptq
 from bitfold.foreign.owners import OWNERS, Owner, read_owner
 from bitfold.foreign.scheme import Config
@@ -435,6 +437,19 @@ def _own_module(
             planes[part] = _one(tensor)
     if len(planes) < len(entry.parts()):
         return
+    if entry.kind == "experts":
+        one = replace(entry, kind="linear", shape=entry.matrix)
+        for expert in range(entry.shape[0]):
+            own = {part: plane[expert] for part, plane in planes.items()}
+            _matrix(expert_name(name, expert), one, own, None, report)
+        return
+    _matrix(name, entry, planes, found, report)
+
+
+def _matrix(
+    name: str, entry: ModuleEntry, planes: dict[str, Tensor], found: zeros.Zeros | None, report: Report
+) -> None:
+    """One matrix. found: what its zero points say, None of an expert, whose planes can't be repaired alone."""
     format = parse(entry.format)
     if format.grid == "block":
         _blocks(name, entry, planes["blocks"], report)
@@ -457,9 +472,9 @@ def _own_module(
         return
     if not all(sound):
         return
-    qtensor = QTensor(entry.format, entry.shape, planes, entry.layout, g_idx)
+    qtensor = QTensor(entry.format, entry.matrix, planes, entry.layout, g_idx)
     values.check_zero_scales(f"{name}.scales", qtensor, report)
-    if format.asymmetric:
+    if format.asymmetric and found is not None:
         numbers = sample.of_planes(qtensor)
         if numbers is not None:
             found.found[name] = zeros.judged(zeros.centre_of(numbers), format.bits)
@@ -509,7 +524,7 @@ def _check_model(
         wanted[name] = tuple(tensor.shape)
         owners.setdefault(id(tensor), []).append(name)
     for name, entry in entries.items():
-        shape = wanted.get(f"{name}.weight")
+        shape = wanted.get(entry.weight_of(name))
         if shape is None:
             report.fault(
                 "model",
@@ -533,7 +548,7 @@ def _check_model(
                 "is in the files, and the model of config.json has no such tensor",
                 "both must agree",
             )
-    there = set(plain) | {f"{name}.weight" for name in entries}
+    there = set(plain) | {entry.weight_of(name) for name, entry in entries.items()}
     broken = {
         problem.where.split(".q")[0] for problem in report.problems if problem.kind in ("shape", "values")
     }

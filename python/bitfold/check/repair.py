@@ -136,7 +136,9 @@ class _Work:
         if self.owner == "bitfold":
             entry = self.scheme
             g_idx = found.pop("g_idx", None)
-            fixed = _fixed(QTensor(entry.format, entry.shape, found, entry.layout, g_idx), self.finding, None)
+            fixed = _fixed(
+                QTensor(entry.format, entry.matrix, found, entry.layout, g_idx), self.finding, None
+            )
             return {**fixed.planes, **({} if g_idx is None else {"g_idx": g_idx})}
         free = sample.as_stored(self.scheme)
         qtensor = free.unpack(found)

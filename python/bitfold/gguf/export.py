@@ -179,9 +179,7 @@ def _stored(
                 raise CheckpointError(f"{path}: '{home}' is {entry.format}, which GGUF has no type for")
             if tensor.shape != entry.parts()["blocks"].shape:
                 raise CheckpointError(f"{tensor.path}: tensor '{name}' has shape {list(tensor.shape)}")
-            found[home if entry.kind == "experts" else f"{home}.weight"] = Stored(
-                tensor, entry.shape, entry.format
-            )
+            found[entry.weight_of(home)] = Stored(tensor, entry.shape, entry.format)
         else:
             found[short] = Stored(tensor, tensor.shape)
     known = {

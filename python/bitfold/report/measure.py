@@ -221,7 +221,7 @@ def _of_experts(
 def _check_base(base: nn.Module, base_path: Path, path: Path, quantization: QuantizationConfig) -> None:
     for name, entry in quantization.modules.items():
         try:
-            weight = base.get_parameter(name if entry.kind == "experts" else f"{name}.weight")
+            weight = base.get_parameter(entry.weight_of(name))
         except AttributeError:
             raise CheckpointError(
                 f"{base_path} has no weight '{name}', which {path} quantizes: it is not its base model"

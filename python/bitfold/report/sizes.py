@@ -78,7 +78,7 @@ def tensor_sizes(path: Path, quantization: QuantizationConfig, base: Path | None
         planes.update(names.values())
         if next(iter(names.values())) in stored:  # a tied module's planes lie under the name of the other
             parts = {plane: stored[full].nbytes for plane, full in names.items()}
-            before = _nbytes(source, name if entry.kind == "experts" else f"{name}.weight")
+            before = _nbytes(source, entry.weight_of(name))
             sizes[name] = TensorSize(name, entry.format, entry.shape, parts, True, before)
     for name, tensor in stored.items():
         if name not in planes:
