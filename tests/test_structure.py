@@ -50,6 +50,7 @@ MODULES += [
     "integration",
     "peft",
     "budget",
+    "training",
     "calibration",
     "gguf",
     "foreign",

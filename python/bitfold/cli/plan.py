@@ -23,12 +23,14 @@ from bitfold.budget import (
     unquantized,
 )
 from bitfold.cli.console import Json, out, paragraph, print_json, quiet_transformers, table
+from bitfold.cli.plan_training import plan_train
 from bitfold.gguf import mixes
 from bitfold.gguf.budget import gguf_budget
 from bitfold.gguf.mixes import Mix
 from bitfold.layout import Source
 from bitfold.recipes import RECIPES, Recipe
 from bitfold.text import size
+from bitfold.training import ADAPTER_DTYPES, CONTEXT, OPTIMIZERS, Training
 
 # int4-g128 is the recipe that `quantize` takes when none is named: the one to explain the table with.
 EXAMPLE = "int4-g128"
@@ -51,6 +53,17 @@ def plan(
     ] = "",
     fit: Annotated[str, typer.Option(help="Say which recipes fit into so much memory: 24GB, 16GiB.")] = "",
     params: Annotated[str, typer.Option(help="Without a model: the sizes of so many parameters: 7e9.")] = "",
+    train: Annotated[
+        str, typer.Option(help="What fine-tuning takes: qlora (adapters on a base in nf4-dq, or --recipe).")
+    ] = "",
+    rank: Annotated[int, typer.Option(help="With --train: of the adapters.")] = 16,
+    adapter_dtype: Annotated[
+        str, typer.Option(help=f"With --train: {', '.join(ADAPTER_DTYPES)}; PEFT's default is fp32.")
+    ] = "fp32",
+    optimizer: Annotated[str, typer.Option(help=f"With --train: {', '.join(OPTIMIZERS)}.")] = "adamw",
+    checkpointing: Annotated[
+        bool, typer.Option(help="With --train: compute activations again in the backward pass.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Show what each recipe would cost: bytes by class of tensors, bits per weight, memory to run."""
@@ -67,6 +80,10 @@ def plan(
         return
     quiet_transformers()
     source = layout.read_source(model, config_suffices=True)
+    if train:
+        training = Training(rank, adapter_dtype, optimizer, context or CONTEXT, batch, checkpointing)
+        plan_train(source, train, recipe or [], training, limit, json)
+        return
     run = run_of(source, context or None, batch, kv_format or None)
     if recipe:
         budgets, refused = _plan_all(source, [_get(name) for name in recipe], run)

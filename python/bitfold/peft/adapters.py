@@ -45,14 +45,14 @@ def prepare(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
     return config
 
 
-def _linear_names(model: nn.Module) -> set[str]:
+def _linear_names(model: nn.Module) -> list[str]:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return {
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, QuantLinear)) and module is not head
-    }
+    ]
 
 
 def load(model: nn.Module, path: str | Path, *, is_trainable: bool = False, **options: Any) -> PeftModel:
