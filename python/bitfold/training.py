@@ -31,10 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bitfold import hf, layout, recipes, versions
+from bitfold.experts import QuantStack, put_stack
 from bitfold.formats import ceil_div
 from bitfold.layout import Source
-from bitfold.nn import QuantEmbedding, QuantLinear
-from bitfold.quantize import put_module, refuse_calibration
+from bitfold.nn import QuantEmbedding, QuantLinear, put_module
+from bitfold.quantize import refuse_calibration
 from bitfold.recipes import Assignment, ModuleInfo, Recipe
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -172,6 +173,9 @@ def _adapted(source: Source, assignments: Mapping[str, Assignment], training: Tr
     base: Any = hf.empty_causal_lm(source.path, source.config, dtype)
     for name, item in assignments.items():
         if item.format is None:
+            continue
+        if source.infos[name].kind == "experts":
+            put_stack(base, name, QuantStack.empty(item.format, source.infos[name].shape, "meta"))
             continue
         old = base.get_submodule(name)
         n, k = source.infos[name].shape
