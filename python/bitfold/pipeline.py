@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,10 +26,21 @@ from bitfold.shards import CheckpointError
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
 REPORT_FILE = "bitfold_report.json"
+SEEN_FILE = "bitfold_calibration.json"
+"""What a checkpoint was calibrated on, or its formats chosen by (calibration/overlap.py)."""
 _FINITE_CHUNK = 1 << 20  # elements checked for NaN at a time
 
 Progress = Callable[[str, int, int], None]
 """Told after each tensor: its name, the source bytes done so far, the source bytes to do in all."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a recipe was chosen for this model, to be noted beside it. report: what bitfold_report.json says of it, under
+    "allocation"; seen: the passages of the texts that it was chosen by (`calibration.overlap.to_json`)."""
+
+    report: Mapping[str, object]
+    seen: Mapping[str, object]
 
 
 def quantize_checkpoint(
@@ -39,6 +51,7 @@ def quantize_checkpoint(
     force: bool = False,
     clamp: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    origin: Origin | None = None,
     progress: Progress | None = None,
 ) -> QuantizationSummary:
     """Quantize a Hugging Face model directory into a new one.
@@ -51,6 +64,7 @@ def quantize_checkpoint(
         force: replace a bitfold checkpoint that is at `target`, at the end.
         clamp: with cast formats, values out of range become the largest finite one instead of an error.
         shard_bytes: the largest size of a file.
+        origin: how the recipe was chosen, where that is to be noted.
         progress: told after each tensor.
 
     Memory: about one weight matrix and its planes, whatever the size of the model.
@@ -92,7 +106,9 @@ def quantize_checkpoint(
             bytes_before=bytes_before,
             bytes_after=bytes_after,
         )
-        writer.add_json(REPORT_FILE, report(summary))
+        writer.add_json(REPORT_FILE, {**report(summary), **({"allocation": origin.report} if origin else {})})
+        if origin is not None:
+            writer.add_json(SEEN_FILE, origin.seen)
         for file in files_to_copy(source):
             writer.add_copy(file)
         section = quantization_config(recipe, steps, model, assignments)

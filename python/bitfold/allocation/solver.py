@@ -7,8 +7,12 @@ and an answer over the budget would be forbidden and solved for anew.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,20 +67,40 @@ def _milp(optimize: Any, costs: Any, sizes: Any, owners: Any, limit: int) -> Any
 
     count, columns = int(owners[-1]) + 1, len(costs)
     one_each = csr_array((np.ones(columns), (owners, np.arange(columns))), shape=(count, columns))
-    found = optimize.milp(
-        costs,
-        integrality=np.ones(columns),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(sizes[None], -np.inf, limit),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _quiet():
+        found = optimize.milp(
+            costs,
+            integrality=np.ones(columns),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one_each, 1, 1),
+                optimize.LinearConstraint(sizes[None], -np.inf, limit),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if not found.success:
         raise RuntimeError(f"scipy's milp found no assignment: {found.message}")
     chosen = [int(np.argmax(np.where(owners == j, found.x, -1.0))) for j in range(count)]
     return np.array(chosen)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No output of native code: HiGHS 1.12 prints a line of its own working now and then, whatever it is told, and
+    stdout is for results."""
+    sys.stdout.flush()
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    before = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)  # what C has buffered goes the same way
+        os.dup2(before, 1)
+        os.close(nowhere)
+        os.close(before)
 
 
 def _undominated(options: Sequence[Option]) -> list[int]:

@@ -8,18 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bitfold.calibration import overlap
 from bitfold.calibration.job import Job
 from bitfold.calibration.journal import Journal
 from bitfold.layout import Step, read_steps
-from bitfold.pipeline import REPORT_FILE, give_back_memory, quantization_config, report, write_tensor
+from bitfold.pipeline import REPORT_FILE, Origin, give_back_memory, quantization_config, report, write_tensor
 from bitfold.quantize import CalibrationSummary, ModuleSummary, QuantizationSummary
 from bitfold.shards import StoredTensor, TensorSpec, read_tensors
 from bitfold.writer import CheckpointWriter, files_to_copy
 
 
 def assemble(
-    job: Job, journal: Journal, target: Path, *, force: bool, shard_bytes: int
+    job: Job,
+    journal: Journal,
+    target: Path,
+    *,
+    force: bool,
+    shard_bytes: int,
+    origin: Origin | None = None,
 ) -> QuantizationSummary:
     """Write the checkpoint from the finished blocks and the rest of the source."""
     finished: dict[str, StoredTensor] = {}
@@ -46,8 +54,12 @@ def assemble(
             bytes_before=sum(step.source_bytes for step in job.steps),
             bytes_after=sum(spec.nbytes for spec in specs),
         )
-        writer.add_json(REPORT_FILE, {**report(summary), "calibration": job.described()})
-        writer.add_json(overlap.FILE, overlap.to_json(overlap.sample_of(job.text.ids)))
+        described = {"calibration": job.described(), **({"allocation": origin.report} if origin else {})}
+        writer.add_json(REPORT_FILE, {**report(summary), **described})
+        seen = overlap.sample_of(job.text.ids)
+        if origin is not None:
+            seen = np.union1d(seen, overlap.from_json(origin.seen, target / overlap.FILE))
+        writer.add_json(overlap.FILE, overlap.to_json(seen))
         for file in files_to_copy(job.source.path):
             writer.add_copy(file)
         sorted_columns = [m for m in summaries if f"{m}.g_idx" in finished]

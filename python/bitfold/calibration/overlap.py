@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitfold.pipeline import SEEN_FILE as FILE
 from bitfold.shards import CheckpointError, read_json
 
-FILE = "bitfold_calibration.json"
 NGRAM = 13  # tokens; as in the decontamination of GPT-3 (Brown et al. 2020, appendix C), which counts words
 KEEP_ONE_IN = 16
 NOTABLE = 0.01
@@ -70,17 +71,21 @@ def share_seen(model: Path, rows: Iterable[Tensor]) -> float | None:
     path = model / FILE
     if not path.is_file():
         return None
-    data = read_json(path)
+    known = from_json(read_json(path), path)
+    found = sample_of(rows)
+    return share(found, known) if len(found) else None
+
+
+def from_json(data: Mapping[str, Any], path: Path) -> NDArray[np.uint64]:
+    """The hashes that `to_json` wrote; path: where they are from. Raises CheckpointError for anything else."""
     if (data.get("ngram"), data.get("keep_one_in")) != (NGRAM, KEEP_ONE_IN):
         raise CheckpointError(
             f"{path} was written by another version of bitfold: its runs of tokens are not comparable"
         )
     try:
-        known = np.frombuffer(base64.b64decode(data["hashes"], validate=True), "<u8")
+        return np.frombuffer(base64.b64decode(data["hashes"], validate=True), "<u8")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has no readable hashes: {json.dumps(str(error))}") from None
-    found = sample_of(rows)
-    return share(found, known) if len(found) else None
 
 
 def share(found: NDArray[np.uint64], known: NDArray[np.uint64]) -> float:

@@ -34,7 +34,7 @@ from bitfold.calibration.workers import Workers
 from bitfold.experts import DOWN, GATE_UP, QuantStack
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
-from bitfold.pipeline import check_finite, give_back_memory
+from bitfold.pipeline import Origin, check_finite, give_back_memory
 from bitfold.qtensor import QTensor
 from bitfold.quantize import (
     CalibrationSummary,
@@ -70,6 +70,7 @@ def quantize_calibrated(
     restart: bool = False,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    origin: Origin | None = None,
     progress: Progress | None = None,
 ) -> QuantizationSummary:
     """Quantize a Hugging Face model directory into a new one, calibrated on a text.
@@ -90,6 +91,7 @@ def quantize_calibrated(
         restart: drop what an earlier run left there.
         force: replace a bitfold checkpoint that is at `target`, at the end.
         shard_bytes: the largest size of a file.
+        origin: how the recipe was chosen, where that is to be noted.
         progress: told as work goes on.
 
     Memory: a block, the Hessian of one layer and what its solver takes, and the activations of all samples. The same
@@ -159,7 +161,7 @@ def quantize_calibrated(
         job.calibrate(journal, folder if activations == "disk" else None)
         summary = None
         if processes.rank == 0:
-            summary = assemble(job, journal, target, force=force, shard_bytes=shard_bytes)
+            summary = assemble(job, journal, target, force=force, shard_bytes=shard_bytes, origin=origin)
             journal.drop()
         return processes.from_rank(0, summary)
 

@@ -97,11 +97,11 @@ def plan(
     _show(source, run, budgets, refused, limit, count)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--fit") -> int:
     """Bytes: "24GB" is 24 * 10^9, "24GiB" 24 * 2^30; a bare number is bytes. Raises ValueError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
     if match is None or (match[3] and not match[2]):
-        raise ValueError(f"--fit is {text!r}; it must be a size such as 24GB or 24GiB")
+        raise ValueError(f"{option} is {text!r}; it must be a size such as 24GB or 24GiB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 

@@ -15,6 +15,8 @@ from bitfold.budget import Entry, plan_checkpoint
 from bitfold.calibration.data import SAMPLES, SEQUENCE_LENGTH
 from bitfold.calibration.processes import is_first
 from bitfold.calibration.run import quantize_calibrated
+from bitfold.cli.allocate import Options as Budget
+from bitfold.cli.allocate import choose
 from bitfold.cli.console import (
     Json,
     out,
@@ -27,11 +29,13 @@ from bitfold.cli.console import (
     table,
 )
 from bitfold.cli.quantize_gguf import DEFAULT_MIX, Options, quantize_to_gguf
+from bitfold.cli.sensitivity import Include
 from bitfold.experts import stack_name
 from bitfold.gguf import mixes
-from bitfold.pipeline import quantize_checkpoint, report
+from bitfold.pipeline import Origin, quantize_checkpoint, report
 from bitfold.quantize import ModuleSummary, QuantizationSummary
-from bitfold.recipes import RECIPES
+from bitfold.recipes import RECIPES, Recipe
+from bitfold.sensitivity.ground import CONTEXT, TOKENS
 from bitfold.text import natural, size
 from bitfold.writer import SHARD_BYTES, check_target
 
@@ -119,6 +123,36 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="GGUF: quantize again what is quantized already.")
     ] = False,
     errors: Annotated[bool, typer.Option("--errors", help="GGUF: measure the error of each tensor.")] = False,
+    target_bpw: Annotated[
+        float, typer.Option(help="Choose formats for so many bits per weight, scales included, by --text.")
+    ] = 0,
+    target_size: Annotated[
+        str, typer.Option(help="Choose formats for a checkpoint of at most so many bytes: 4.5GB, 4GiB.")
+    ] = "",
+    text: Annotated[
+        Path | None, typer.Option(help="Budget: UTF-8 text to choose by; not the one to judge the result by.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(help="Budget: what 'bitfold sensitivity' measured, instead of measuring it."),
+    ] = None,
+    formats: Annotated[
+        str,
+        typer.Option(
+            help="Budget: formats to choose from, with commas between; default: those of 'bitfold sensitivity'."
+        ),
+    ] = "",
+    include: Include = None,
+    tokens: Annotated[int, typer.Option(help="Budget: tokens of the text to use; 0: all.")] = TOKENS,
+    context: Annotated[
+        int, typer.Option(help=f"Budget: tokens of a window; 0: the model's, at most {CONTEXT}.")
+    ] = 0,
+    rounds: Annotated[
+        int, typer.Option(help="Budget: how often to measure anew around the choice, at most.")
+    ] = 1,
+    save_recipe: Annotated[
+        Path | None, typer.Option(help="Budget: write the recipe that was chosen into this .toml file.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Quantize a model into a new directory or a GGUF file, streaming: memory holds a weight at most, a decoder block
@@ -149,10 +183,31 @@ def quantize(
         dtype=dtype,
         device=device,
     )
+    budget = Budget(
+        target_bpw=target_bpw,
+        target_size=target_size,
+        text=text,
+        sensitivity=sensitivity,
+        formats=formats,
+        include=tuple(include or ()),
+        tokens=tokens,
+        context=context,
+        rounds=rounds,
+        save_recipe=save_recipe,
+    )
+    budget.check()
+    if budget.asked and recipe:
+        raise ValueError(
+            f"{budget.given()[0]} chooses a recipe, but --recipe is given too: leave one of them away"
+        )
     if not calibration and calibrated != _Calibrated():
         name = next(f.name for f in fields(calibrated) if getattr(calibrated, f.name) != f.default)
         raise ValueError(f"--{name.replace('_', '-')} is given, which is for --calibration: name a text")
     if _means_gguf(model, output, recipe):
+        if budget.asked:
+            raise ValueError(
+                f"{budget.given()[0]} is given, but formats are chosen for directories alone: name a directory"
+            )
         if calibration:
             raise ValueError(
                 "--calibration is given; a GGUF file has no use for it: 'bitfold imatrix' is its way"
@@ -165,30 +220,51 @@ def quantize(
         return
     if options.given():
         raise ValueError(f"{options.given()[0]} is given, which is for GGUF files: name the output OUT.gguf")
-    recipe = recipe or DEFAULT_RECIPE
-    if dry_run:
-        _dry_run(model, output, recipe, force, json)
-        return
-    if output is None:
+    if output is None and not dry_run:
         raise ValueError("OUT is missing; name the directory to make, or add --dry-run")
-    if calibration:
-        if clamp:
-            raise ValueError("--clamp is given; --calibration has no use for it")
-        summary = _calibrate(model, output, recipe, calibrated, force, int(shard_size * 1e9))
+    if output is not None:
+        check_target(output, force=force)
+    if calibration and clamp:
+        raise ValueError("--clamp is given; --calibration has no use for it")
+    wanted: str | Recipe = recipe or DEFAULT_RECIPE
+    origin = None
+    calibrates = bool(calibration)
+    if budget.asked:
+        chosen = choose(
+            model,
+            budget,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            json=json,
+        )
+        wanted, origin = chosen.recipe, chosen.origin
+        calibrates = chosen.needs_calibration
+    if dry_run:
+        _dry_run(model, wanted, json, origin)
+        return
+    assert output is not None
+    shard_bytes = int(shard_size * 1e9)
+    if calibrates:
+        summary = _calibrate(model, output, wanted, calibrated, force, shard_bytes, origin)
         if is_first():
-            _show_result(summary, output, json)
+            _show_result(summary, output, json, origin)
         return
     with progress("quantizing") as update:
         summary = quantize_checkpoint(
             model,
             output,
-            recipe,
+            wanted,
             force=force,
             clamp=clamp,
-            shard_bytes=int(shard_size * 1e9),
+            shard_bytes=shard_bytes,
+            origin=origin,
             progress=update,
         )
-    _show_result(summary, output, json)
+    _show_result(summary, output, json, origin)
 
 
 @dataclass(frozen=True)
@@ -208,7 +284,13 @@ class _Calibrated:
 
 
 def _calibrate(
-    model: Path, output: Path, recipe: str, options: _Calibrated, force: bool, shard_bytes: int
+    model: Path,
+    output: Path,
+    recipe: str | Recipe,
+    options: _Calibrated,
+    force: bool,
+    shard_bytes: int,
+    origin: Origin | None,
 ) -> QuantizationSummary:
     dtype = parse_dtype(options.dtype)
     if dtype is None:
@@ -230,6 +312,7 @@ def _calibrate(
             restart=options.restart,
             force=force,
             shard_bytes=shard_bytes,
+            origin=origin,
             progress=update,
         )
 
@@ -255,14 +338,13 @@ def _means_gguf(model: Path, output: Path | None, recipe: str) -> bool:
     return False
 
 
-def _dry_run(model: Path, output: Path | None, recipe: str, force: bool, json: bool) -> None:
-    """Everything up to the first weight: config.json alone is enough."""
-    if output is not None:
-        check_target(output, force=force)
+def _dry_run(model: Path, recipe: str | Recipe, json: bool, origin: Origin | None) -> None:
+    """Everything up to the first weight: config.json alone is enough, unless formats are to be chosen."""
     plan = plan_checkpoint(model, recipe)
     if json:
         modules = [{**vars(entry), "parameters": entry.parameters} for entry in plan.entries]
-        print_json({"recipe": plan.recipe, "bytes": plan.nbytes, "notes": plan.notes, "modules": modules})
+        whole = {"recipe": plan.recipe, "bytes": plan.nbytes, "notes": plan.notes, "modules": modules}
+        print_json({**whole, **({"allocation": origin.report} if origin else {})})
         return
     shown = table("tensor", "layers", "shape", "format", "size")
     for name, entries in _alike(entry for entry in plan.entries if entry.tensor_class != "rest").items():
@@ -301,9 +383,11 @@ def _alike(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     return dict(sorted(named.items(), key=lambda item: natural(item[0])))
 
 
-def _show_result(summary: QuantizationSummary, output: Path, json: bool) -> None:
+def _show_result(
+    summary: QuantizationSummary, output: Path, json: bool, origin: Origin | None = None
+) -> None:
     if json:
-        print_json({"output": output, **report(summary)})
+        print_json({"output": output, **report(summary), **({"allocation": origin.report} if origin else {})})
     else:
         _show(summary, output)
 

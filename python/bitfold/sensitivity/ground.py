@@ -7,16 +7,17 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from bitfold import _C, hf, layout
-from bitfold.calibration import data, overlap
+from bitfold.calibration import data, job, overlap
 from bitfold.calibration.blocks import BlockModel
-from bitfold.calibration.job import model_sha256
 from bitfold.calibration.workers import Workers
 from bitfold.evaluate import Estimate, cut, ratio
+from bitfold.layout import Source
 from bitfold.recipes import Assignment
 from bitfold.sensitivity.candidates import Candidate, parts_of
 from bitfold.sensitivity.probe import Probe
@@ -24,9 +25,6 @@ from bitfold.sensitivity.walk import Ground, walk
 
 TOKENS = 4096  # of the text, unless more are asked for
 CONTEXT = 512  # of a window, unless the model's is smaller: many windows make small standard errors
-
-Tell = Callable[[str, float], None]
-"""Told as work goes on: what is worked on, and how many whole runs of the model over the text were done since."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,7 @@ def prepare(
         dtype=dtype,
         max_tokens=texts.tokens or None,
     )
-    calibration = None
-    if texts.calibration:
-        calibration = data.read(
-            texts.calibration,
-            tokenizer,
-            samples=texts.samples,
-            sequence_length=texts.sequence_length
-            or min(longest or data.SEQUENCE_LENGTH, data.SEQUENCE_LENGTH),
-            seed=texts.seed,
-        )
+    calibration = calibration_of(source, tokenizer, texts)
     with Workers() as workers:
         probe = Probe(blocks, windows, workers)
         names = [name for part in parts for name in part.names]
@@ -92,19 +81,32 @@ def prepare(
         yield Ground(source, blocks, probe, windows, calibration, workers, parts, unquantized)
 
 
+def calibration_of(source: Source, tokenizer: Any, texts: Texts) -> data.Calibration | None:
+    """The rows to calibrate on, those that `bitfold.quantize_calibrated` takes; None where no text is given."""
+    if not texts.calibration:
+        return None
+    longest = getattr(source.model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return data.read(
+        texts.calibration,
+        tokenizer,
+        samples=texts.samples,
+        sequence_length=texts.sequence_length or min(longest or data.SEQUENCE_LENGTH, data.SEQUENCE_LENGTH),
+        seed=texts.seed,
+    )
+
+
+def model_sha256(source: Source, workers: Workers) -> str:
+    """Of the model's configuration and weights."""
+    kept = {name: Assignment(None, None, "") for name in source.infos}
+    return job.model_sha256(source, layout.steps(source, kept, compare_tied=False), workers)
+
+
 def fingerprint(ground: Ground) -> dict[str, str]:
     """What must be the same for two measurements to belong together, by the name that a message has."""
-    rows, steps = (
-        ground.calibration,
-        layout.steps(
-            ground.source,
-            {name: Assignment(None, None, "") for name in ground.source.infos},
-            compare_tied=False,
-        ),
-    )
+    rows = ground.calibration
     protocol = ground.windows.protocol
     return {
-        "model": model_sha256(ground.source, steps, ground.workers),
+        "model": model_sha256(ground.source, ground.workers),
         "text": protocol.text_sha256,
         "length of windows": f"context {protocol.context}, stride {protocol.stride}, BOS {protocol.bos}",
         "calibration text": "none" if rows is None else rows.sha256,

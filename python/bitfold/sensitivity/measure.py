@@ -54,15 +54,23 @@ def measure(
     Raises CheckpointError for what is no model, or a file of another measurement; ValueError for texts that don't do,
     unknown candidates, and a candidate that needs a calibration text where there is none.
     """
-    asked = read_all(candidates)
-    if any(candidate.needs_calibration for candidate in asked) and not texts.calibration:
-        first = next(candidate for candidate in asked if candidate.needs_calibration)
-        raise ValueError(f"candidate {str(first)!r} needs a text to calibrate on: give --calibration FILE")
+    asked = asked_of(candidates, texts)
     with grounds.prepare(model, texts, include, dtype=dtype, device=device) as ground:
         job = Job(ground, choices(ground, asked), additivity, output, progress)
         if output is not None and output.exists() and not restart:
             job.resume(result.read(output))
         return job.run()
+
+
+def asked_of(candidates: Sequence[str], texts: Texts) -> tuple[Candidate, ...]:
+    """The candidates that are named. Raises ValueError for one that there isn't, or that lacks a calibration text."""
+    asked = read_all(candidates)
+    for candidate in asked:
+        if candidate.needs_calibration and not texts.calibration:
+            raise ValueError(
+                f"candidate {str(candidate)!r} needs a text to calibrate on: give --calibration FILE"
+            )
+    return asked
 
 
 def choices(ground: Ground, asked: Sequence[Candidate]) -> dict[str, tuple[Candidate, ...]]:

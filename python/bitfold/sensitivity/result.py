@@ -97,6 +97,21 @@ class Sensitivity:
         return entry.kl(self.window_tokens)
 
 
+def restrict(found: Sensitivity, names: Sequence[str]) -> Sensitivity:
+    """The measurements of some weights alone. Raises ValueError for one that wasn't measured."""
+    for name in names:
+        if name not in found.modules:
+            raise ValueError(f"the measurements have none of {name}: measure it too (--include)")
+    if set(names) == set(found.modules):
+        return found
+    return dataclasses.replace(
+        found,
+        modules={name: found.modules[name] for name in names},
+        entries=tuple(entry for entry in found.entries if entry.module in set(names)),
+        additivity=(),
+    )
+
+
 def write(path: Path, found: Sensitivity) -> None:
     """Write the file, whole or not at all."""
     data = {"version": VERSION, **dataclasses.asdict(found)}

@@ -1,0 +1,237 @@
+"""A budget becomes a recipe: measure or read, choose, measure the choice, look again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bitfold import budget, hf, layout
+from bitfold.allocation import rounds as looking
+from bitfold.allocation.choose import Allocation, Limit, allowed_of, choose, limit_of
+from bitfold.allocation.recipe import to_recipe
+from bitfold.allocation.rounds import Round
+from bitfold.allocation.solver import require_scipy
+from bitfold.calibration import overlap
+from bitfold.calibration.workers import Workers
+from bitfold.evaluate import Estimate
+from bitfold.layout import Source
+from bitfold.pipeline import Origin
+from bitfold.recipes import KEEP, Recipe
+from bitfold.sensitivity import ground as grounds
+from bitfold.sensitivity import result
+from bitfold.sensitivity.candidates import parts_of, read
+from bitfold.sensitivity.ground import Texts
+from bitfold.sensitivity.measure import Job, Progress, asked_of, choices
+from bitfold.sensitivity.result import Sensitivity
+from bitfold.sensitivity.walk import Ground
+from bitfold.shards import CheckpointError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A budget: exactly one of bits per weight that takes part, and bytes of all tensors of the checkpoint."""
+
+    bits: float | None = None
+    nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was chosen. rounds: with what was measured of each; empty where there was no text to measure on."""
+
+    recipe: Recipe
+    allocation: Allocation
+    rounds: tuple[Round, ...]
+    found: Sensitivity
+    seen: dict[str, object]
+
+    @property
+    def measured(self) -> Estimate | None:
+        """KL of the whole model on the text that it was chosen by, in nats a token."""
+        return looking.best(self.rounds).measured if self.rounds else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.recipe.needs_calibration
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.described(), self.seen)
+
+    def described(self) -> dict[str, object]:
+        """What the checkpoint's report says of the choice."""
+        return {
+            "target": self.allocation.limit.asked,
+            "bytes_at_most": self.allocation.limit.nbytes,
+            "bytes": self.allocation.nbytes,
+            "predicted_kl": dataclasses.asdict(self.allocation.predicted),
+            "measured_kl": dataclasses.asdict(self.measured) if self.measured else None,
+            "rounds": [
+                {
+                    "number": one.number,
+                    "changed": one.changed,
+                    "bytes": one.allocation.nbytes,
+                    "predicted_kl": dataclasses.asdict(one.predicted),
+                    "measured_kl": dataclasses.asdict(one.measured),
+                }
+                for one in self.rounds
+            ],
+            "protocol": str(self.found.protocol),
+            "candidates": dict(self.allocation.candidates),
+        }
+
+
+def allocate(
+    model: str | Path,
+    target: Target,
+    texts: Texts,
+    *,
+    sensitivity: str | Path | Sensitivity | None = None,
+    candidates: Sequence[str] = (),
+    include: Sequence[str] = (),
+    rounds: int = 1,
+    name: str = "",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    told: Callable[[Round], None] = lambda round: None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """The recipe with the smallest loss for so many bytes.
+
+    Args:
+        model: a Hugging Face model directory, unquantized.
+        target: the budget.
+        texts: to measure on, and to calibrate on. Without a text the choice is made by `sensitivity` alone, and neither
+            measured nor looked at again.
+        sensitivity: measurements of this model, or the file; None: they are made on the text.
+        candidates: formats that may be chosen; none: all that were measured, or the default ones. Calibrated ones only
+            where there is a text to calibrate on. Every weight may also be kept.
+        include: patterns that spell the names of embeddings or the head that are to take part.
+        rounds: how often to measure anew around a choice (rounds.py), at most.
+        name: of the recipe; "": one that says the budget.
+        told: of each choice when it has been measured.
+        progress: told as work goes on.
+
+    Raises ValueError where there is neither text nor measurements, a budget can't be met or leaves nothing to choose, a
+    candidate wasn't measured; CheckpointError where measurements are of another model or another calibration text;
+    MissingExtraError where scipy or transformers is not installed.
+    """
+    require_scipy()
+    if rounds < 0:
+        raise ValueError(f"rounds is {rounds}, it must be at least 0")
+    if not texts.text and sensitivity is None:
+        raise ValueError(
+            "there is nothing to choose by: give a text (--text FILE), or measurements (--sensitivity FILE)"
+        )
+    asked = asked_of(candidates, texts)
+    source = layout.read_source(Path(model))
+    if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
+        sensitivity = result.read(sensitivity)
+    if sensitivity is not None:
+        sensitivity = _of_this_model(source, sensitivity, texts, include)
+        _limits(source, sensitivity, target, _allowed(sensitivity, texts, [str(one) for one in asked]))
+    with contextlib.ExitStack() as stack:
+        ground = None
+        if texts.text:
+            prepared = grounds.prepare(model, texts, include, dtype=dtype, device=device)
+            ground = stack.enter_context(prepared)
+        if sensitivity is None:
+            assert ground is not None
+            job = Job(ground, choices(ground, asked), False, None, progress)
+            sensitivity = job.run()
+        allowed = _allowed(sensitivity, texts, [str(one) for one in asked])
+        limit = _limits(source, sensitivity, target, allowed)
+        allocation = choose(sensitivity, limit, allowed)
+        tried = _look(ground, sensitivity, allocation, allowed, rounds, told, progress)
+    if tried:
+        allocation = looking.best(tried).allocation
+    recipe = _recipe(source, sensitivity, allocation, name)
+    _check_bytes(source, recipe, allocation)
+    return Outcome(recipe, allocation, tried, sensitivity, _seen(sensitivity, ground))
+
+
+def _of_this_model(source: Source, found: Sensitivity, texts: Texts, include: Sequence[str]) -> Sensitivity:
+    """The measurements that are meant, once they are known to be of this model."""
+    with Workers() as workers:
+        if found.of.get("model") != grounds.model_sha256(source, workers):
+            raise CheckpointError(
+                f"the measurements are of another model than {source.path}: measure this one"
+            )
+    if not found.finished:
+        raise CheckpointError("the measurements are unfinished: give the command that made them again")
+    if texts.calibration and found.of.get("calibration text") != "none":
+        rows = grounds.calibration_of(source, hf.load_tokenizer(source.path), texts)
+        assert rows is not None
+        if rows.sha256 != found.of.get("calibration text"):
+            raise CheckpointError(
+                "the measurements were made with another calibration text, or other samples of it: give the same"
+            )
+    return result.restrict(found, [part.name for part in parts_of(source, include)])
+
+
+def _allowed(found: Sensitivity, texts: Texts, asked: Sequence[str]) -> tuple[str, ...]:
+    """The candidates that may be chosen."""
+    allowed = allowed_of(found, asked)
+    if texts.calibration:
+        return allowed
+    plain = tuple(name for name in allowed if not read(name).needs_calibration)
+    if not plain:
+        raise ValueError(
+            f"all candidates need a text to calibrate on ({', '.join(allowed)}): give --calibration FILE"
+        )
+    return plain
+
+
+def _limits(source: Source, found: Sensitivity, target: Target, allowed: Sequence[str]) -> Limit:
+    return limit_of(source, found, allowed, bits=target.bits, nbytes=target.nbytes)
+
+
+def _look(
+    ground: Ground | None,
+    found: Sensitivity,
+    allocation: Allocation,
+    allowed: Sequence[str],
+    count: int,
+    told: Callable[[Round], None],
+    progress: Progress | None,
+) -> tuple[Round, ...]:
+    if ground is None:
+        return ()
+    return looking.run(ground, found, allocation, allowed, count, told=told, progress=progress)
+
+
+def _recipe(source: Source, found: Sensitivity, allocation: Allocation, name: str) -> Recipe:
+    by_module = {
+        module: read(candidate)
+        for part, candidate in allocation.candidates.items()
+        for module in found.modules[part]["names"]
+    }
+    count = len(set(allocation.candidates.values()) - {KEEP})
+    asked = allocation.limit.asked
+    description = f"{count} formats for at most {asked}, chosen by what each weight loses alone on a text"
+    return to_recipe(name or f"for {asked}", description, by_module, source.infos)
+
+
+def _check_bytes(source: Source, recipe: Recipe, allocation: Allocation) -> None:
+    """What the checkpoint will hold is what was counted, and within the budget."""
+    planned = budget.budget(source, recipe, budget.run_of(source)).nbytes
+    if planned != allocation.nbytes or planned > allocation.limit.nbytes:
+        raise RuntimeError(
+            f"the recipe takes {planned:,} bytes, {allocation.nbytes:,} were counted of at most "
+            f"{allocation.limit.nbytes:,}: this is a bug"
+        )
+
+
+def _seen(found: Sensitivity, ground: Ground | None) -> dict[str, object]:
+    """The passages of both texts, that of the measurements and that of the rounds."""
+    if ground is None:
+        return dict(found.seen)
+    here = Path(overlap.FILE)
+    both = [overlap.from_json(one, here) for one in (found.seen, grounds.seen(ground))]
+    return overlap.to_json(np.union1d(*both))
