@@ -95,7 +95,8 @@ def _unknown(text: str, error: ValueError) -> str:
 def _recipe(recipe: Recipe) -> Meaning:
     facts = [("what", recipe.description or "a recipe of your own")]
     for rule in recipe.rules:
-        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}"))
+        method = f" by {rule.method}" if rule.needs_calibration else ""
+        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}{method}"))
     facts.append(("kept", "embeddings, output head and norms, unless a rule spells their name"))
     if recipe.use:
         facts.append(("use", recipe.use))

@@ -118,11 +118,22 @@ class Job:
             )
         names = {part.name for part in self.ground.parts}
         self.entries = {(e.module, e.candidate): e for e in before.entries if e.module in names}
+        self.zero = before.zero
         if set(before.modules) == names:
             self.together = {one.candidate: one for one in before.additivity}
 
     def run(self) -> Sensitivity:
         self._total = self._work()
+        if self._missing():
+            self._measure_each()
+        if self.additivity:
+            for candidate, assignment in uniform(self.ground.parts, self.wanted).items():
+                if str(candidate) not in self.together:
+                    self.together[str(candidate)] = self._all_as(candidate, assignment)
+                    self._save(finished=False)
+        return self._save(finished=True)
+
+    def _measure_each(self) -> None:
         block = None
         for stop in walk(self.ground, {}, alone=True):
             if stop.start != block:
@@ -136,12 +147,6 @@ class Job:
                     entry = measure_one(stop, candidate)
                     self.entries[entry.module, entry.candidate] = entry
                     self._done += self._cost(stop.part)
-        if self.additivity:
-            for candidate, assignment in uniform(self.ground.parts, self.wanted).items():
-                if str(candidate) not in self.together:
-                    self.together[str(candidate)] = self._all_as(candidate, assignment)
-                    self._save(finished=False)
-        return self._save(finished=True)
 
     def _check_zero(self, stop: Stop) -> None:
         """The unchanged model, run from this block on, gives the same logits to the bit."""
@@ -172,14 +177,18 @@ class Job:
         runs = 1 if part.is_head else count + 1 - (part.block or 0)
         return max(1, _RUN * runs // (count + 1))
 
-    def _work(self) -> int:
-        names = {part.name: part for part in self.ground.parts}
-        left = sum(
-            self._cost(names[name])
+    def _missing(self) -> list[tuple[str, Candidate]]:
+        """What is still to be measured alone."""
+        return [
+            (name, candidate)
             for name, wanted in self.wanted.items()
             for candidate in wanted
             if (name, str(candidate)) not in self.entries
-        )
+        ]
+
+    def _work(self) -> int:
+        names = {part.name: part for part in self.ground.parts}
+        left = sum(self._cost(names[name]) for name, _ in self._missing())
         if self.additivity:
             left += sum(_RUN for c in uniform(self.ground.parts, self.wanted) if str(c) not in self.together)
         return max(1, left)
