@@ -57,8 +57,8 @@ def evaluate(
     overlap = share_seen(model, windows.ids)
     if overlap is not None and overlap >= NOTABLE:
         say(
-            f"warning: {model} was calibrated on {overlap:.0%} of the passages of this text, or its formats were chosen "
-            "by them, so the figures flatter it: measure on another text"
+            f"warning: {model} was calibrated on {overlap:.0%} of the passages of this text, or its formats were "
+            "chosen by them, so the figures flatter it: measure on another text"
         )
     result: Perplexity | Comparison
     with progress("evaluating") as update:
