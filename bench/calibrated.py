@@ -8,6 +8,9 @@ heldout.txt, and every result is compared with the 16-bit model on the first hal
 library chooses its own scales. Options are each library's own, but for the damping (0.01) and the order of the columns
 (by falling diagonal, scales fixed before), which are the same. "gptq, plain" has the scales of plain rounding; the bars
 are for what is done where nothing is asked for.
+
+What was measured before stays in the file where it isn't measured again, so that it can be done in steps (--formats,
+--methods); each row has its own commit.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from typing import Any
 import bitfold
 import torch
 from bitfold import hf
-from bitfold.bench.machine import machine, versions
+from bitfold.bench.machine import versions
 from bitfold.calibration import data
 from bitfold.evaluate import Comparison, compare_all, cut, default_context, kl_gap
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.quantizers.gptq import GptqOptions
 from bitfold.recipes import Recipe, Rule
+from peer import save
 from torch import nn
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
@@ -109,7 +113,7 @@ def peer(python: str, format: str, method: str, ids: Path, folder: Path, threads
     return model
 
 
-def measure(formats: list[str], python: str | None, threads: int) -> dict[str, Any]:
+def measure(formats: list[str], methods: list[str], python: str | None, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     source, text = DEMO / "model", (DEMO / "heldout.txt").read_text(encoding="utf-8")
     tokenizer, base = hf.load_tokenizer(source), hf.load_causal_lm(source, dtype=torch.float32)
@@ -124,9 +128,9 @@ def measure(formats: list[str], python: str | None, threads: int) -> dict[str, A
             models: dict[str, nn.Module] = {}
             bitfold.quantize_checkpoint(source, folder / "q", format, force=True)
             models["rounding"] = bitfold.load(folder / "q", dtype=torch.float32)
-            for method, options in METHODS.items():
+            for method in methods:
                 kind, target = method.partition(",")[0], folder / f"{method}-{format}"
-                recipe = Recipe(method, "", (Rule("*", format, kind, options),))
+                recipe = Recipe(method, "", (Rule("*", format, kind, METHODS[method]),))
                 bitfold.quantize_calibrated(
                     source, target, recipe, calibration, samples=SAMPLES, sequence_length=LENGTH
                 )
@@ -140,10 +144,11 @@ def measure(formats: list[str], python: str | None, threads: int) -> dict[str, A
 
 def compare(format: str, found: dict[str, Comparison]) -> list[dict[str, Any]]:
     """A row for each model of a format; of bitfold's also how far it is from rounding and from the peer."""
-    rows = []
+    rows, commit = [], versions()["commit"]
     for name, comparison in found.items():
         kl = comparison.mean_kl
         row: dict[str, Any] = {"format": format, "method": name, "kl": kl.value, "kl_error": kl.error}
+        row["commit"] = commit
         if name in METHODS:
             gap = kl_gap(comparison, found["rounding"])
             assert gap.error is not None
@@ -186,27 +191,33 @@ def bars(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def merge(report: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The report with the rows of one before it that weren't measured again."""
+    for key in ("protocol", "samples", "length"):
+        if report[key] != before[key]:
+            raise SystemExit(f"the file has {key} {before[key]}, this run {report[key]}: name another file")
+    rows = {(row["format"], row["method"]): row for row in [*before["rows"], *report["rows"]]}
+    order = ["rounding", *(name + peer for name in METHODS for peer in ("", ", peer"))]
+    formats = list(dict.fromkeys([*FORMATS, *(format for format, _ in rows)]))
+    places = sorted(rows, key=lambda at: (formats.index(at[0]), order.index(at[1])))
+    return report | {"rows": [rows[place] for place in places]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer", help="a Python that has llmcompressor")
     parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .txt")
     options = parser.parse_args()
-    report = measure(options.formats, options.peer, options.threads)
+    report = measure(options.formats, options.methods, options.peer, options.threads)
+    if options.out and options.out.exists():
+        report = merge(report, json.loads(options.out.read_text())["calibrated"])
     text = table(report["rows"]) + "\n\n" + bars(report["rows"])
-    print(text)
-    if options.out:
-        whole = {
-            "machine": machine(),
-            "versions": versions(),
-            "threads": options.threads,
-            "calibrated": report,
-        }
-        options.out.write_text(json.dumps(whole, indent=1) + "\n")
-        options.out.with_suffix(".txt").write_text(text + "\n")
+    save(options.out, "calibrated", report, text, options.threads)
 
 
 if __name__ == "__main__":
