@@ -2,7 +2,6 @@
 // Each sum is that of one row and one step, over the columns in their order: the bits are the same for any number of
 // threads.
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "cpu/buffer.hpp"
@@ -52,8 +51,11 @@ void read_columns(const StepSearchArgs& args, const Rows& rows, int64_t first, i
   const float* weight = static_cast<const float*>(args.weight.data) + rows.first * k + first;
   for (int64_t r = 0; r < kPanel; ++r) {
     const float start = scratch->start[r];
-    const float* row = weight + r * k;
-    for (int64_t c = 0; c < count; ++c) scratch->columns[c * kPanel + r] = start == 0.0f ? 0.0f : row[c] / start;
+    if (start == 0.0f) {  // as beyond the last row
+      for (int64_t c = 0; c < count; ++c) scratch->columns[c * kPanel + r] = 0.0f;
+    } else {
+      for (int64_t c = 0; c < count; ++c) scratch->columns[c * kPanel + r] = weight[r * k + c] / start;
+    }
   }
 }
 
