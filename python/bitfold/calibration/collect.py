@@ -1,16 +1,8 @@
-"""One decoder block while it is quantized: what a method may ask of it and do to it.
-
-A block is run as often as something is asked, from the inputs that are held for every sample, by `Workers`, a sample on
-one thread each. So what a layer gets is always what the block makes of it as it is now, with the layers before it
-quantized or rewritten.
-"""
+"""One decoder block while it is quantized: what a method may ask of it and do to it."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -21,9 +13,10 @@ from torch import Tensor, nn
 from bitfold.calibration.activations import Activations
 from bitfold.calibration.blocks import Call, Compute, stays_stored
 from bitfold.calibration.experts import OpenExperts, close_experts
+from bitfold.calibration.passes import Passes, Watch, home_of, number_of
 from bitfold.calibration.processes import Processes
 from bitfold.calibration.workers import Workers
-from bitfold.experts import QuantStack, routed, stack_name
+from bitfold.experts import QuantStack, stack_name
 from bitfold.nn import QuantLinear
 from bitfold.pipeline import give_back_memory
 from bitfold.qtensor import QTensor
@@ -33,7 +26,6 @@ T = TypeVar("T")
 _STRIP = 256  # rows of a Hessian that are one piece of work
 _BUNDLE = 2048  # tokens whose products are summed in fp32, unless one sample has more
 _EXPERT_BYTES = 512 << 20  # sums of x x^T that are held at a time, unless one expert's are more
-_WAVE_BYTES = 256 << 20  # inputs of a layer that are held at a time, unless one sample has more
 
 
 def bundle_of(tokens: int) -> int:
@@ -41,16 +33,15 @@ def bundle_of(tokens: int) -> int:
     return max(1, _BUNDLE // tokens)
 
 
-class BlockRun:
-    """A decoder block, its weights loaded, and the samples that go into it.
+class BlockRun(Passes):
+    """A decoder block (passes.py) and what the recipe has for it.
 
-    name: "model.layers.3"; module: the block, with the weights of its linear layers as they are stored and all else
-    in `dtype`, in which it computes; rules: what the recipe says of each linear layer that it quantizes, by the name
-    within the block ("self_attn.q_proj", "mlp.experts.3.down_proj"); groups: these names, those together that have the
-    same input, or are the same projection of different experts, in the order in which they run; never_run: those that
-    the samples of all processes don't reach; config: the model's, as transformers reads
-    it; stored: the dtypes that the checkpoint will have of what isn't quantized, by name within the block; notes: what
-    a method found out before it rounds, by layer.
+    rules: what the recipe says of each linear layer that it quantizes, by the name within the block
+    ("self_attn.q_proj", "mlp.experts.3.down_proj"); groups: these names, those together that have the same input, or
+    are the same projection of different experts, in the order in which they run; never_run: those that the samples of
+    all processes don't reach; config: the model's, as transformers reads it; stored: the dtypes that the checkpoint
+    will have of what isn't quantized, by name within the block; notes: what a method found out before it rounds, by
+    layer.
     """
 
     def __init__(
@@ -67,12 +58,10 @@ class BlockRun:
         config: Any = None,
         stored: Mapping[str, torch.dtype] | None = None,
     ) -> None:
+        super().__init__(name, module, call, inputs, workers, dtype)
         self.config, self.stored = config, dict(stored or {})
         self.notes: dict[str, Any] = {}
-        self.name, self.module, self.rules, self.dtype = name, module, dict(rules), dtype
-        self.call, self.samples = call, inputs.data.shape[0]
-        self.device = next(module.parameters()).device
-        self._inputs, self._workers, self._processes = inputs, workers, processes or Processes()
+        self.rules, self._processes = dict(rules), processes or Processes()
         self._sums: dict[str, Sums] = {}  # of what was asked for last
         self._routing: dict[str, Routing] = {}
 
@@ -86,12 +75,6 @@ class BlockRun:
         return tuple(name for name in self.rules if name not in grouped)
 
     # ---- what a method may ask ----
-
-    def linear(self, name: str) -> nn.Linear:
-        """A linear layer by its name within the block."""
-        layer = self.module.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        return layer
 
     def hessian(self, name: str) -> Tensor:
         """The sum of x x^T over all inputs x of a linear layer: float32 [k, k], both halves filled.
@@ -129,34 +112,6 @@ class BlockRun:
     def forget(self) -> None:
         """What was summed is no longer so: the layers' inputs have changed."""
         self._sums = {}
-
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        """function of each item, in their order, by threads with one core each."""
-        return self._workers.map(function, items)
-
-    def inputs(self, name: str) -> Iterator[Tensor]:
-        """What a linear layer multiplies, of each sample in order: [tokens, k]."""
-        for wave in self._waves(self.linear(name).in_features):
-            for (x,) in self._inputs_of([name], wave):
-                yield x
-
-    def arguments(self, name: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What a part of the block is called with, of each sample in order: args, kwargs, to call it again.
-
-        name: of a submodule ("self_attn"), "" for the block itself. The tensors must not be changed.
-        """
-        for sample in range(self.samples):
-            yield self._workers.map(lambda s: self._arguments_of(name, s), [sample])[0]
-
-    def compute(self, function: Callable[[], Any]) -> Any:
-        """Run a function as the block is run: on one thread, without gradients, weights converted where they are
-        multiplied."""
-
-        def work(_: int) -> Any:
-            with Compute(self.dtype):
-                return function()
-
-        return self._workers.map(work, [0])[0]
 
     def agree(self, value: T) -> T:
         """What the first of several processes has in the place of `value`: all of them go on with the same."""
@@ -218,28 +173,10 @@ class BlockRun:
 
     # ---- how ----
 
-    def _dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def _run(self, sample: int) -> Tensor:
-        """The block's output [1, tokens, hidden] for one sample."""
-        hidden = self._inputs.data[sample : sample + 1].to(self.device)
-        output = self.module(hidden, *self.call.args, **self.call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def _waves(self, k: int, bundle: int = 1) -> Iterator[range]:
-        """Runs of samples that are worked on at a time, whole bundles: as many as there are workers, if inputs of k
-        columns fit."""
-        tokens = self._inputs.data.shape[1]
-        bundles = max(1, min(self._workers.count, _WAVE_BYTES // (4 * tokens * bundle * k)))
-        count = bundle * bundles
-        for start in range(0, self.samples, count):
-            yield range(start, min(start + count, self.samples))
-
     def _find_groups(self) -> tuple[tuple[str, ...], ...]:
         """Layers by their input, from the first sample: the same tensor, not an equal one; of experts those that any
         sample reaches."""
-        watch = _Watch(self.dtype, {self.linear(name).weight.data_ptr(): name for name in self.rules})
+        watch = Watch(self.dtype, {self.linear(name).weight.data_ptr(): name for name in self.rules})
 
         def work(sample: int) -> None:
             with watch:
@@ -253,9 +190,9 @@ class BlockRun:
             if stack == name:
                 group.append(name)
             elif not group:
-                counts = self.routing(_home_of(name)).counts
+                counts = self.routing(home_of(name)).counts
                 group += [
-                    other for other in self.rules if stack_name(other) == stack and counts[_number_of(other)]
+                    other for other in self.rules if stack_name(other) == stack and counts[number_of(other)]
                 ]
         return tuple(tuple(group) for group in groups.values())
 
@@ -282,85 +219,11 @@ class BlockRun:
             for found, magnitudes in self._at_experts(home, wave, work):
                 counts += found
                 sizes = magnitudes if sizes is None else sizes + magnitudes
-            tokens += len(wave) * self._inputs.data.shape[1]
+            tokens += len(wave) * self.tokens_of_a_sample
         assert sizes is not None
         for sums in (counts, sizes, tokens):
             self._processes.sum_(sums)
         return Routing(counts.long(), (sizes / tokens).to(self.device))
-
-    def _at_experts(self, home: str, samples: range, look: Callable[[tuple[Tensor, Tensor]], T]) -> list[T]:
-        """What `look` makes of what experts are called with, of each sample: hidden states [tokens, h] and the numbers
-        of the experts [tokens, of a token]. What comes behind them isn't run."""
-        experts = self.module.get_submodule(home)
-        signature = inspect.signature(experts.forward)
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, index, _ = signature.bind(*args, **kwargs).args
-            seen[threading.get_ident()] = (hidden, index)
-            raise _Seen
-
-        def work(sample: int) -> T:
-            with Compute(self.dtype):
-                with contextlib.suppress(_Seen):
-                    self._run(sample)
-                return look(seen.pop(threading.get_ident()))
-
-        handle = experts.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            return self._workers.map(work, samples)
-        finally:
-            handle.remove()
-
-    def _inputs_of(self, names: Sequence[str], samples: range) -> list[list[Tensor]]:
-        """What layers multiply, of each sample: [tokens, k] each. One layer, or the same projection of some experts."""
-        name = names[0]
-        if stack_name(name) != name:
-            return self._inputs_of_experts(names, samples)
-        address = self.linear(name).weight.data_ptr()
-
-        def work(sample: int) -> list[Tensor]:
-            watch = _Watch(self.dtype, {address: name}, first_only=True)
-            try:
-                with watch:
-                    self._run(sample)
-            except _Seen:
-                pass
-            return [torch.cat([x.reshape(-1, x.shape[-1]) for x in watch.found[name]])]
-
-        return self._workers.map(work, samples)
-
-    def _inputs_of_experts(self, names: Sequence[str], samples: range) -> list[list[Tensor]]:
-        home, leaf = _home_of(names[0]), names[0].rpartition(".")[2]
-        experts = self.module.get_submodule(home)
-        assert isinstance(experts, OpenExperts)
-
-        def look(arguments: tuple[Tensor, Tensor]) -> list[Tensor]:
-            hidden, index = arguments
-            tokens = {number: found for number, found, _ in routed(index)}
-            none = torch.empty(0, dtype=torch.int64, device=hidden.device)
-            numbers = map(_number_of, names)
-            return [experts.inputs(e, leaf, hidden[tokens.get(e, none)]) for e in numbers]
-
-        return self._at_experts(home, samples, look)
-
-    def _arguments_of(self, name: str, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        part = self.module.get_submodule(name)
-        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append((args, kwargs))
-            raise _Seen
-
-        handle = part.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with Compute(self.dtype):
-                self._run(sample)
-        except _Seen:
-            return found[0]
-        finally:
-            handle.remove()
-        raise ValueError(f"{self.name} never runs its part {name!r}")
 
     def _sums_of(self, name: str) -> Sums:
         first = self._first_of(name)
@@ -407,7 +270,7 @@ class BlockRun:
         k = self.linear(names[0]).in_features
         sums = [torch.zeros(k, k, dtype=torch.float64, device=self.device) for _ in names]
         sizes = [torch.zeros(k + 1, dtype=torch.float64, device=self.device) for _ in names]
-        bundle = bundle_of(self._inputs.data.shape[1])
+        bundle = bundle_of(self.tokens_of_a_sample)
         # Of its experts, a token goes to a few.
         choices = getattr(self.config, "num_experts_per_tok", 1) if stack_name(names[0]) != names[0] else 1
         for wave in self._waves(k * min(len(names), choices), bundle):
@@ -449,37 +312,3 @@ class Routing:
 
     counts: Tensor
     magnitudes: Tensor
-
-
-def _home_of(name: str) -> str:
-    """ "mlp.experts" of "mlp.experts.3.down_proj"."""
-    return name.rsplit(".", 2)[0]
-
-
-def _number_of(name: str) -> int:
-    return int(name.rsplit(".", 2)[1])
-
-
-class _Seen(Exception):
-    """What was looked for has been seen: the rest of the block isn't needed."""
-
-
-class _Watch(Compute):
-    """Notes what certain weights are multiplied with.
-
-    wanted: names by the address of the weight's first byte; found: inputs by name, in the order in which they run;
-    first_only: stop, by _Seen, when all of them have been seen.
-    """
-
-    def __init__(self, dtype: torch.dtype, wanted: Mapping[int, str], first_only: bool = False) -> None:
-        super().__init__(dtype)
-        self._wanted, self._first_only = wanted, first_only
-        self.found: dict[str, list[Tensor]] = {}
-
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        name = self._wanted.get(weight.data_ptr())
-        if name is not None:
-            self.found.setdefault(name, []).append(input)
-            if self._first_only and len(self.found) == len(self._wanted):
-                raise _Seen
-        return super().linear(input, weight, bias)

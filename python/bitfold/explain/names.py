@@ -97,7 +97,9 @@ def _recipe(recipe: Recipe) -> Meaning:
     for rule in recipe.rules:
         method = f" by {rule.method}" if rule.needs_calibration else ""
         facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}{method}"))
-    facts.append(("kept", "embeddings, output head and norms, unless a rule spells their name"))
+    facts.append(
+        ("kept", "embeddings, output head, norms and routers of experts, unless a rule spells their name")
+    )
     if recipe.use:
         facts.append(("use", recipe.use))
     bits = None
