@@ -31,6 +31,8 @@ from bitfold.report.outliers import activation_columns, weight_columns
 from bitfold.report.page import all_plots, render, save_plots
 from bitfold.report.plots import is_best, joined
 from bitfold.report.sizes import class_name, place
+from bitfold.sensitivity import measure as sensitivity
+from bitfold.sensitivity.ground import Texts
 from browser import browser  # noqa: F401
 from tiny import one_thread  # noqa: F401
 from torch import nn
@@ -429,6 +431,34 @@ def test_errors_are_one_sentence(capsys, small, arguments, words):
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert words in err
     assert not (small.q4.parent / "unwritten.html").exists()
+
+
+def test_what_every_weight_would_lose(capsys, small, tmp_path):
+    found = tmp_path / "found.json"
+    measured = sensitivity.measure(
+        small.base, Texts(tiny.TEXT, 128, 64), ["int4-g32", "int2-g32"], output=found
+    )
+    path = tmp_path / "r.html"
+    code, out, err = call(capsys, small.q4, "-o", path, "--sensitivity", found, "--json")
+    assert code == 0, err
+    data = json.loads(out)["sensitivity"]
+    assert len(data["entries"]) == len(measured.entries) == 28
+    text = path.read_text(encoding="utf-8")
+    check_page(text)
+    assert "is 0 nats away from itself" in text
+    section = text[text.index('id="sensitivity"') : text.index('id="grid"')]
+    assert section.count("<svg") == 2
+    one = measured.find("model.layers.1.mlp.down_proj", "int2-g32")
+    assert f"{one.output_error:.3%}" in section
+    assert f"{measured.additivity[0].ratio:.3f}" in section
+    code, _, err = call(capsys, small.q4, "-o", path, "--sensitivity", small.text)
+    assert (code, err.count("\n")) == (2, 1)
+    other = json.loads(found.read_text())
+    other["modules"] = {f"other.{name}": fields for name, fields in other["modules"].items()}
+    other["entries"] = []
+    found.write_text(json.dumps(other))
+    code, _, err = call(capsys, small.q4, "-o", path, "--sensitivity", found)
+    assert (code, "of another model" in err) == (2, True)
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])

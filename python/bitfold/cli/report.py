@@ -21,6 +21,8 @@ from bitfold.cli.console import (
     size,
 )
 from bitfold.cli.eval import read_text
+from bitfold.cli.sensitivity import as_json
+from bitfold.sensitivity import result
 from bitfold.versions import MissingExtraError
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ def report(
     recipes: Annotated[
         str, typer.Option("--try", help="Recipes to quantize the base with and compare, with commas between.")
     ] = "",
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(help="What 'bitfold sensitivity' measured of the unquantized model, to show it."),
+    ] = None,
     plots: Annotated[Path | None, typer.Option(help="Write each plot as PNG and SVG here.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare recipes on; 0: all.")] = 8192,
     attribution_tokens: Annotated[
@@ -80,6 +86,7 @@ def report(
         context=context,
         dtype=parse_dtype(dtype) or DTYPES["float32"],
         device=parse_device(device),
+        sensitivity=None if sensitivity is None else result.read(sensitivity),
     )
     with progress("measuring") as update:
         measured = measure(checkpoints[0], options, update)
@@ -102,8 +109,10 @@ def _fields(report: Report) -> dict[str, object]:
     def without(prefixes: tuple[str, ...], entry: object) -> dict[str, object]:
         return {name: value for name, value in vars(entry).items() if not name.startswith(prefixes)}
 
+    shown = {} if report.sensitivity is None else as_json(report.sensitivity)
     return {
         **vars(report),
+        "sensitivity": shown or None,
         "nbytes": report.nbytes,
         "tensors": sizes(report.tensors),
         "classes": sizes(report.classes),

@@ -5,7 +5,7 @@ text, and other recipes of the same model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from bitfold.report.attribution import attribute, quantized_groups
 from bitfold.report.histogram import Histogram, histogram
 from bitfold.report.outliers import Columns, activation_columns, weight_columns
 from bitfold.report.sizes import ClassSize, TensorSize, class_sizes, tensor_sizes
+from bitfold.sensitivity.result import Sensitivity
 from bitfold.shards import CheckpointError, read_directory, read_json
 
 Progress = Callable[[str, int, int], None]
@@ -39,7 +40,7 @@ class Options:
     base: directory of the unquantized model; text: to measure on; calibration: text whose activations are
     looked at (None: `text`); others: further checkpoints of the same base; recipes: to try in memory; tokens,
     attribution_tokens: of the texts to use, 0 for all and for no attribution; context: 0 for the model's;
-    dtype: to compute in.
+    dtype: to compute in; sensitivity: what `bitfold sensitivity` measured of the base model.
     """
 
     base: Path | None = None
@@ -52,6 +53,7 @@ class Options:
     context: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Report:
     tried: tuple[Tried, ...]
     attribution_protocol: Protocol | None
     calibration_protocol: Protocol | None
+    sensitivity: Sensitivity | None = None
 
     @property
     def nbytes(self) -> int:
@@ -128,6 +131,8 @@ def measure(path: Path, options: Options, progress: Progress | None = None) -> R
         base = hf.load_causal_lm(options.base, device=options.device, dtype=options.dtype)
         _check_base(base, options.base, path, quantization)
     groups = quantized_groups(model)
+    if options.sensitivity is not None:
+        _check_sensitivity(options.sensitivity, groups, model, path)
     text = _cut_texts(options, base) if base is not None else None
     kls: dict[str, Comparison] = {}
     if text is not None and text.attribution is not None and base is not None:
@@ -173,6 +178,7 @@ def measure(path: Path, options: Options, progress: Progress | None = None) -> R
         tried=tried,
         attribution_protocol=text.attribution.protocol if text and text.attribution and kls else None,
         calibration_protocol=text.calibration.protocol if text and text.calibration else None,
+        sensitivity=options.sensitivity,
     )
 
 
@@ -231,6 +237,24 @@ def _check_base(base: nn.Module, base_path: Path, path: Path, quantization: Quan
                 f"'{name}' is {list(weight.shape)} in {base_path} and {list(entry.shape)} in {path}: it is "
                 "not its base model"
             )
+
+
+def _check_sensitivity(
+    found: Sensitivity, groups: Mapping[str, Sequence[str]], model: nn.Module, path: Path
+) -> None:
+    """Names and shapes must be those of the checkpoint; of which weights they are, its base alone could tell."""
+    for name in groups:
+        quantized: Any = model.get_submodule(name)
+        measured = found.modules.get(name)
+        if measured is not None and tuple(measured["shape"]) != tuple(quantized.shape):
+            raise CheckpointError(
+                f"'{name}' is {list(measured['shape'])} in the measurements of --sensitivity and "
+                f"{list(quantized.shape)} in {path}: they are of another model"
+            )
+    if not set(groups) & set(found.modules):
+        raise CheckpointError(
+            f"the measurements of --sensitivity have no weight of {path}: they are of another model"
+        )
 
 
 @dataclass(frozen=True)

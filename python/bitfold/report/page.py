@@ -19,6 +19,7 @@ from bitfold.report.draw import Draw, inline, save
 from bitfold.report.histogram import Histogram
 from bitfold.report.measure import ModuleError, Report
 from bitfold.report.outliers import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Columns
+from bitfold.sensitivity.result import Sensitivity
 from bitfold.text import estimate, natural, size
 
 PANELS = 8  # matrices whose weights are drawn
@@ -47,6 +48,10 @@ def all_plots(report: Report) -> dict[str, Plot]:
         unit = "KL alone (10⁻³ nats per token)"
         draw = partial(plots.error_map, report.modules, value, unit)
         found.append(Plot("kl", draw, _kl_alt(report.modules)))
+    if report.sensitivity is not None:
+        draw = partial(plots.sensitivity_map, report.sensitivity, _most_sensitive(report.sensitivity))
+        alt = "KL of each weight alone in each format; the table has all numbers."
+        found.append(Plot("sensitivity", draw, alt))
     if drawn := _drawn(report):
         draw = partial(plots.weights_on_grid, drawn)
         names = ", ".join(h.name for h in drawn)
@@ -101,8 +106,9 @@ def render(report: Report) -> str:
         theme=Markup(asset("pages", "theme.html")),
         lead=_lead(report),
         facts=_facts(report),
-        plots={name: figures.get(name) for name in ("bytes", "relative", "kl", "grid", "size")},
+        plots={name: figures.get(name) for name in ("bytes", "relative", "kl", "sensitivity", "grid", "size")},
         additivity=_additivity(report),
+        sensitivity=_sensitivity(report.sensitivity),
         deepest={
             "relative": f"{max((m.relative_rmse or 0.0 for m in report.modules), default=0.0):.3%}",
             "kl": _nats(max((m.kl for m in report.modules if m.kl is not None), key=_value, default=None)),
@@ -187,6 +193,47 @@ def _additivity(report: Report) -> str:
         whole = report.tried[0].comparison.mean_kl.value
         text += f"; all quantized together, on the text of the last plot, they come to {whole * 1e3:.3g}"
     return text + "."
+
+
+def _most_sensitive(found: Sensitivity) -> list[str]:
+    """Those that fit a plot, in their own order: the weights whose KL is largest in whatever they lose most by."""
+    worst = dict.fromkeys(found.modules, 0.0)
+    for entry in found.entries:
+        worst[entry.module] = max(worst[entry.module], found.kl(entry).value)
+    kept = set(sorted(worst, key=lambda name: -worst[name])[:ROWS])
+    return sorted(kept, key=natural)
+
+
+def _sensitivity(found: Sensitivity | None) -> Mapping[str, Any] | None:
+    """Tables of what each weight loses alone, and of how that adds up; KL in thousandths of a nat."""
+    if found is None:
+        return None
+    rows = [
+        (
+            name,
+            [
+                None if entry is None else (_nats(found.kl(entry)), entry.output_error)
+                for entry in (found.find(name, candidate) for candidate in found.candidates)
+            ],
+        )
+        for name in sorted(found.modules, key=natural)
+    ]
+    together = {one.candidate: one for one in found.additivity}
+    more = len(found.modules) - ROWS
+    return {
+        "protocol": str(found.protocol),
+        "zero": f"{found.zero:g}",
+        "candidates": found.candidates,
+        "rows": rows,
+        "note": f"The {ROWS} of {len(found.modules)} weights that lose most; the table has all."
+        if more > 0
+        else "",
+        "together": [
+            (one.candidate, f"{1e3 * one.added:.4g}", _nats(one.together), f"{one.ratio:.3f}")
+            for one in (together.get(candidate) for candidate in found.candidates)
+            if one is not None
+        ],
+    }
 
 
 def _drawn(report: Report) -> list[Histogram]:

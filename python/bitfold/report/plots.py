@@ -6,6 +6,7 @@ colours that follow its theme, and a file in plain ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from bitfold.report.histogram import Histogram
 from bitfold.report.measure import ModuleError, Tried
 from bitfold.report.outliers import Columns
 from bitfold.report.sizes import ClassSize, place
+from bitfold.sensitivity.result import Sensitivity
 from bitfold.text import natural
 
 NATS = 1e3  # KL is shown in thousandths of a nat
@@ -117,6 +119,37 @@ def error_map(
         spine.set_visible(False)
     ax.set_title(unit, loc="left", color=palette.ink)
     ax.set_xlabel("layer")
+    return _figure(ax)
+
+
+def sensitivity_map(found: Sensitivity, names: Sequence[str], width: float, palette: Palette) -> Figure:
+    """A cell for each weight of `names` and each candidate, the smallest left; colours on a log scale."""
+    candidates = found.candidates
+    cells = {
+        (name, candidate): NATS * found.kl(entry).value
+        for name in names
+        for candidate in candidates
+        if (entry := found.find(name, candidate)) is not None
+    }
+    (ax,) = _axes(width, 1.3 + _ROW * len(names), palette)
+    logs = {key: math.log10(max(value, 1e-6)) for key, value in cells.items()}
+    low, high = min(logs.values(), default=0.0), max(logs.values(), default=1.0)
+    room = (width - 2.2) / len(candidates)
+    for (name, candidate), value in cells.items():
+        x, y = candidates.index(candidate), names.index(name)
+        strength = 0.03 + 0.47 * (logs[name, candidate] - low) / max(high - low, 1e-9)
+        ax.barh(y, 0.96, 0.92, left=x - 0.48, color=palette.accent, alpha=strength, linewidth=0)
+        if room > 0.36:
+            text = f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
+            ax.text(x, y, text, ha="center", va="center", color=palette.ink, fontsize=min(8.0, 16 * room))
+    ax.set_xticks(range(len(candidates)), candidates, rotation=60, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(names)), [name.removeprefix("model.") for name in names])
+    ax.set_xlim(-0.5, len(candidates) - 0.5)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_title("KL alone (10⁻³ nats per token)", loc="left", color=palette.ink)
     return _figure(ax)
 
 
