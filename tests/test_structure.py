@@ -38,6 +38,7 @@ MODULES = [
     "recipes",
     "quantize",
     "dequantize",
+    "qat",
     "shards",
     "versions",
     "hf",

@@ -42,7 +42,7 @@ _LAZY = {
 }
 
 # Packages that are imported at first use: `bitfold.peft` without `import bitfold.peft`.
-_LAZY_PACKAGES = ("peft",)
+_LAZY_PACKAGES = ("peft", "qat")
 
 __all__ = [
     "FORMATS",
