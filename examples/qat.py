@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> list[Result]:
     tokenizer = hf.load_tokenizer(options.model)
     text = (HERE / "demo" / "heldout.txt").read_text(encoding="utf-8")
     windows = cut(text, tokenizer, context=512, max_tokens=options.tokens, dtype=torch.float32)
-    data = rows(options.model, options.context, (options.steps + 1) * options.batch)
+    data = rows(options.model, options.context, options.rows)
     results = []
     for recipe in options.recipe or RECIPES:
         print(recipe)
@@ -136,6 +136,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", action="append", help=f"default: {', '.join(RECIPES)}")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=8000, help="to choose from")
     parser.add_argument("--context", type=int, default=128, help="tokens of a row")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--learned-steps", action="store_true", help="train the scales too")

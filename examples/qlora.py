@@ -145,7 +145,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument(
-        "--optim", default="adamw_torch", help="adamw_bnb_8bit, paged_adamw_8bit: bitsandbytes, on a GPU"
+        "--optim", default="adamw_torch", help="adamw_bnb_8bit: with bitsandbytes; paged_adamw_8bit: on a GPU"
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument(

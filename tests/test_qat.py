@@ -255,7 +255,7 @@ def test_the_example_in_small(tmp_path, capsys):
     example = runpy.run_path(str(EXAMPLE))
     options = example["parse"](
         ["--recipe", "int2-g64", "--steps", "12", "--batch", "4", "--context", "64", "--tokens", "1022",
-         "--learning-rate", "5e-4", "--keep", str(tmp_path)]
+         "--rows", "200", "--learning-rate", "5e-4", "--keep", str(tmp_path)]
     )  # fmt: skip
     results = example["run"](options)
     example["show"](results)

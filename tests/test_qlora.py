@@ -238,6 +238,19 @@ def test_optimizers_and_what_training_refuses():
             Training(**wrong)
 
 
+def test_optimizer_bytes_are_those_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    parameter = nn.Parameter(torch.randn(64, 512))
+    optimizer = bitsandbytes.optim.AdamW8bit([parameter])
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    state = {
+        name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)
+    }
+    held = sum(value.nbytes for name, value in state.items() if "qmap" not in name)  # one for all parameters
+    assert held == optimizer_bytes(parameter.numel(), parameter.nbytes, "adamw-8bit")
+
+
 def test_the_command(source, capsys):
     from command import call, call_json
 
