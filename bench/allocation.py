@@ -288,6 +288,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="a folder for what has been measured")
     parser.add_argument("--rounds", type=int, default=0, help="how often a choice is looked at again")
+    parser.add_argument("--report", action="store_true", help="measure no more, say what is in DIR")
     parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .txt")
     options = parser.parse_args()
     hf.require_transformers().utils.logging.disable_progress_bar()
@@ -299,7 +300,7 @@ def main() -> None:
         include=[EMBEDDING],
         output=options.work / "sensitivity.json",
     )
-    for calibrated in (False, True):
+    for calibrated in () if options.report else (False, True):
         choices(bench, found, calibrated, options.rounds)
         for contestants in (presets, mixes, uniform):
             contestants(bench, calibrated)

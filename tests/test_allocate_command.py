@@ -210,6 +210,24 @@ def test_measured_on_the_spot(capsys, folder, tmp_path):
     assert "100% of the passages" in err
 
 
+def test_a_file_that_is_not_there_is_made_and_gone_on_from(folder, tmp_path, monkeypatch):
+    path, asked = tmp_path / "new.json", ["int2-g32", "int8"]
+    few = Texts((folder / "text.txt").read_text(), 100, 32)
+
+    def stop(what, done, total):
+        if "layers.1.mlp" in what:
+            raise InterruptedError
+
+    arguments = {"sensitivity": path, "candidates": asked, "rounds": 0}
+    with pytest.raises(InterruptedError):
+        allocate(folder / "model", Target(bits=4), few, **arguments, progress=stop)
+    assert not result.read(path).finished
+    first = allocate(folder / "model", Target(bits=4), few, **arguments)
+    assert result.read(path).finished
+    monkeypatch.setattr(measure, "measure_one", None)  # nothing is measured again
+    assert allocate(folder / "model", Target(bits=4), few, **arguments).recipe == first.recipe
+
+
 def test_a_dry_run_writes_nothing(capsys, folder, tmp_path):
     size = budget.plan_checkpoint(folder / "model", "int4-g32").nbytes
     data = call_json(
@@ -256,6 +274,7 @@ def test_stdout_is_json_alone_whatever_the_solver_prints(folder):
         (["--target-bpw", 4, "--sensitivity", "FOUND", "--rounds", -1], "at least 0"),
         (["--target-bpw", 4, "--sensitivity", "FOUND", "--formats", "gptq-int3-g32"], "needs a text to calibrate"),
         (["--target-bpw", 4, "--sensitivity", "nowhere.json"], "nowhere.json does not exist"),
+        (["--target-bpw", 4, "--sensitivity", "no/where.json"], "doesn't exist"),
         (["--target-bpw", 4, "--text", "nowhere.txt"], "nowhere.txt"),
         (["--sensitivity", "FOUND"], "--sensitivity is given, which is for --target-bpw"),
         (["--target-bpw", 4, "--sensitivity", "FOUND", "--save-recipe", "no/where.toml"], "doesn't exist"),

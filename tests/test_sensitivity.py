@@ -10,8 +10,11 @@ from pathlib import Path
 import bitfold
 import calibrated
 import pytest
+import tiny
+import tiny_architectures
 import torch
 from bitfold import evaluate, hf
+from bitfold.allocation.allocate import Target, allocate
 from bitfold.nn import QuantModule
 from bitfold.recipes import Recipe, Rule
 from bitfold.sensitivity import candidates, ground, measure, result
@@ -20,6 +23,7 @@ from bitfold.sensitivity.walk import walk
 from bitfold.shards import CheckpointError
 from command import call, call_json
 from tiny import one_thread  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM
 
 FORMATS = ("int4-g32", "gptq-int3-g32", "int2-g32")
 CALIBRATION = {"samples": 6, "sequence_length": 32}
@@ -156,6 +160,30 @@ def test_an_untied_head_runs_nothing_but_itself(tmp_path, text):
         bitfold.quantize(other, Recipe("one", "", (Rule(name, "int4-g32"),)), quiet=True)
         expected = evaluate.compare(base, other, windows).window_kl
         assert both.find(name, "int4-g32").window_kl == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+SMALL = {"vocab_size": tiny.VOCAB, "num_hidden_layers": 2}
+MIXTURES = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "phi3", "qwen3_moe"])
+def test_other_architectures_are_zero_too_and_their_budgets_are_kept(name, text, calibration, tmp_path):
+    """Sliding windows, fused layers; stacks of experts are kept, and a rule says so."""
+    torch.manual_seed(0)
+    kind = tiny_architectures.MODELS.get(name, {"head_dim": 12, **MIXTURES})
+    config = AutoConfig.for_model(name, **{**tiny_architectures._SIZES, **kind, **SMALL})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    tiny.tokenizer().save_pretrained(tmp_path / "m")
+    texts = Texts(text, tokens=100, context=32, calibration=calibration, **CALIBRATION)
+    found = measure.measure(tmp_path / "m", texts, ["int4-g16", "gptq-int4-g16"])
+    assert found.zero == 0.0
+    assert all(found.kl(entry).value > 0 for entry in found.entries)
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    outcome = allocate(tmp_path / "m", Target(bits=6), texts, sensitivity=found, rounds=0)
+    assert outcome.allocation.nbytes <= outcome.allocation.limit.nbytes
+    experts = {rule.pattern: rule.format for rule in outcome.recipe.rules if "experts" in rule.pattern}
+    wanted = {f"model.layers.*.mlp.experts.{leaf}": None for leaf in ("gate_up_proj", "down_proj")}
+    assert experts == (wanted if "moe" in name else {})
 
 
 # ---- together ----

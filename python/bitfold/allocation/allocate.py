@@ -109,7 +109,8 @@ def allocate(
         target: the budget.
         texts: to measure on, and to calibrate on. Without a text the choice is made by `sensitivity` alone, and neither
             measured nor looked at again.
-        sensitivity: measurements of this model, or the file; None: they are made on the text.
+        sensitivity: measurements of this model, or the file. None, or a file that isn't there or isn't finished: they
+            are made on the text, and written there as they come.
         candidates: formats that may be chosen; none: all that were measured, or the default ones. Calibrated ones only
             where there is a text to calibrate on. Every weight may also be kept.
         include: patterns that spell the names of embeddings or the head that are to take part.
@@ -131,8 +132,13 @@ def allocate(
         )
     asked = asked_of(candidates, texts)
     source = layout.read_source(Path(model))
+    output = None
     if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
-        sensitivity = result.read(sensitivity)
+        output = Path(sensitivity)
+        if texts.text and not (output.exists() and result.read(output).finished):
+            sensitivity = None
+        else:
+            sensitivity = result.read(output)
     if sensitivity is not None:
         sensitivity = _of_this_model(source, sensitivity, texts, include)
         _limits(source, sensitivity, target, _allowed(sensitivity, texts, [str(one) for one in asked]))
@@ -143,7 +149,9 @@ def allocate(
             ground = stack.enter_context(prepared)
         if sensitivity is None:
             assert ground is not None
-            job = Job(ground, choices(ground, asked), False, None, progress)
+            job = Job(ground, choices(ground, asked), False, output, progress)
+            if output is not None and output.exists():
+                job.resume(result.read(output))
             sensitivity = job.run()
         allowed = _allowed(sensitivity, texts, [str(one) for one in asked])
         limit = _limits(source, sensitivity, target, allowed)

@@ -51,8 +51,9 @@ class Options:
                 f"{self.given()[0]} is given without anything to choose by: add --text FILE, or --sensitivity FILE of "
                 "'bitfold sensitivity'"
             )
-        if self.save_recipe is not None and not self.save_recipe.parent.is_dir():
-            raise ValueError(f"--save-recipe is '{self.save_recipe}', in a directory that doesn't exist")
+        for name, path in (("--save-recipe", self.save_recipe), ("--sensitivity", self.sensitivity)):
+            if path is not None and not path.parent.is_dir():  # said before hours of measuring, not after
+                raise ValueError(f"{name} is '{path}', in a directory that doesn't exist")
 
 
 def choose(

@@ -134,7 +134,7 @@ def quantize(
     ] = None,
     sensitivity: Annotated[
         Path | None,
-        typer.Option(help="Budget: what 'bitfold sensitivity' measured, instead of measuring it."),
+        typer.Option(help="Budget: what 'bitfold sensitivity' measured; made with --text where it isn't."),
     ] = None,
     formats: Annotated[
         str,
