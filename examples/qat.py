@@ -134,7 +134,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE / "demo" / "model")
     parser.add_argument("--recipe", action="append", help=f"default: {', '.join(RECIPES)}")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--rows", type=int, default=8000, help="to choose from")
     parser.add_argument("--context", type=int, default=128, help="tokens of a row")

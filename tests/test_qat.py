@@ -88,6 +88,23 @@ def test_learned_steps_too(format):
         assert torch.equal(model.get_submodule(name).qtensor.decode(), weight)
 
 
+@pytest.mark.parametrize("format", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
+def test_blocks_of_256_columns(format):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 24), nn.Linear(24, 1))
+    x = torch.randn(16, 512)
+    net[0] = qat.FakeQuantLinear("0", net[0], format)
+    before = net[0].weight.detach().clone()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(2):
+        net(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    used = net[0].rounded().detach()
+    assert not torch.equal(before, net[0].weight)
+    assert torch.equal(qat.convert(net)[0].qtensor.decode(), used)
+
+
 def test_all_of_it_in_bfloat16():
     """A model in bf16, and one in float32 under autocast, as Trainer's bf16=True has it."""
     model = qat.prepare(llama(torch.bfloat16), "int4-g32")
