@@ -1,6 +1,6 @@
 """Train the demo model knowing how its weights will be rounded, and print how much of what rounding loses comes back.
 
-    python examples/qat.py                            some minutes on two cores; on a GPU the same
+    python examples/qat.py                            a few minutes on two cores; uses a GPU where there is one
     python examples/qat.py --steps 10                 to see it run
     python examples/qat.py --recipe int2-g64          another format (again for more)
     python examples/qat.py --learned-steps            train the scales too (symmetric integers)

@@ -1,6 +1,6 @@
 """Fine-tune the demo model on another kind of text, in 16 bits and as QLoRA, and print both side by side.
 
-    python examples/qlora.py                      a few minutes on two cores; on a GPU the same
+    python examples/qlora.py                      a few minutes on two cores; uses a GPU where there is one
     python examples/qlora.py --steps 20           to see it run
     python examples/qlora.py --recipe int4-g32    another base; any recipe that looks at the weights alone
     python examples/qlora.py --text FILE          another text
