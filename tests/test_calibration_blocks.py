@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
+
 import pytest
 import tiny
 import tiny_architectures
 import torch
 from bitfold import layout, recipes
+from bitfold.calibration import methods
 from bitfold.calibration.activations import Activations, are_kept
 from bitfold.calibration.blocks import BlockModel, find_blocks
 from bitfold.calibration.collect import BlockRun
 from bitfold.calibration.workers import Workers
+from bitfold.quantizers import gptq
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError
 from tiny import one_thread  # noqa: F401
@@ -117,6 +122,30 @@ def test_the_hessian_is_the_sum_over_all_inputs(tmp_path, workers):
         assert tiny_architectures.relative_difference(run.hessian(layer), x.t() @ x) < 1e-5
         assert tiny_architectures.relative_difference(torch.cat(list(run.inputs(layer))), x) < 1e-5
     assert run.hessian("mlp.gate_proj") is run.hessian("mlp.up_proj")
+
+
+def test_the_last_layer_of_a_group_takes_the_hessian_along(tmp_path, workers):
+    """And the solver lets go of it when it has its factor: from then on nothing holds it."""
+    saved("llama", tmp_path, torch.bfloat16)
+    blocks = opened(tmp_path)
+    inputs = Activations((3, 24, 48), torch.float32, None)
+    calls = blocks.first_inputs(IDS, inputs.write_first)
+    run = BlockRun(
+        blocks.names[0], blocks.load(0), rules_of(blocks, 0), calls[0], inputs, workers, torch.float32
+    )
+    held = []
+
+    def columns(*args, of=gptq._columns):
+        held.append(hessian() is not None)
+        return of(*args)
+
+    for name in ("mlp.gate_proj", "mlp.up_proj"):
+        hessian = weakref.ref(run.hessian(name))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gptq, "_columns", columns)
+            methods.METHODS["gptq"].round(run, name)
+    assert held[0]
+    assert held[-1] == (sys.version_info < (3, 11))  # whose callers hold what they have handed on
 
 
 def test_a_hessian_of_many_strips_and_waves_has_the_same_bits_for_any_number_of_threads(tmp_path, threads):

@@ -86,6 +86,16 @@ class BlockRun(Passes):
         """
         return self._sums_of(name).hessian
 
+    def take_hessian(self, name: str) -> Tensor:
+        """The Hessian, for whoever is the last to ask for it: it is kept only where a layer behind this one shares it,
+        so that what solves may let it go."""
+        hessian = self._sums_of(name).hessian
+        if stack_name(name) != name:
+            del self._sums[name]
+        elif name == next(group for group in self.groups if name in group)[-1]:
+            self.forget()
+        return hessian
+
     def magnitudes(self, name: str) -> Tensor:
         """The mean absolute input of each column of a linear layer: float64 [k], summed with the Hessian."""
         sums = self._sums_of(name)

@@ -64,7 +64,8 @@ def _round_gptq(run: BlockRun, name: str) -> Rounded:
 
 def _solve(run: BlockRun, name: str, options: gptq.GptqOptions) -> Rounded:
     try:
-        solved = gptq.solve(run.linear(name).weight, run.hessian(name), _format(run, name), options)
+        # Handed on without a name here: solve lets go of it when it has its factor.
+        solved = gptq.solve(run.linear(name).weight, run.take_hessian(name), _format(run, name), options)
     except ValueError as error:
         raise ValueError(f"{run.name}.{name}.weight: {error}") from error
     summary = CalibrationSummary(

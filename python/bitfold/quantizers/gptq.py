@@ -106,6 +106,7 @@ def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = G
     if factor is None:
         error = _direct_error(wide, plain, hessian) if options.measure else math.nan
         return Solved(plain, error, error, damping, "rtn", note)
+    del hessian  # as large as its factor: gone from here on, unless the caller keeps it
     quiet = _without(wide, live, parsed)
     g_idx = _g_idx(parsed, order) if options.order == "groups" else None
     if options.order != "static" and _moves(parsed):
