@@ -114,11 +114,10 @@ def solve(weight: Tensor, hessian: Tensor, format: str, options: GptqOptions = G
     else:
         if parsed.grid == "block":
             grid = grids.fit(quiet, parsed.canonical, importance=(diagonal / unit).to(torch.float32))
-        elif quiet is wide and not options.search:
-            grid = grids.of(plain)
         else:
             importance = _importance(factor)[order.argsort()]
-            grid = grids.fit(quiet, parsed.canonical, options.search, importance)
+            known = plain if quiet is wide else None
+            grid = grids.fit(quiet, parsed.canonical, options.search, importance, known)
         codes, _, losses = _columns(wide, order, factor, 0, grid, grid.groups(order))
         qtensor, loss = grid.assemble(codes), float(losses.sum())
     if not options.measure:

@@ -95,25 +95,30 @@ def reach(format: str) -> Format:
     return parsed
 
 
-def fit(weight: Tensor, format: str, search: bool = False, importance: Tensor | None = None) -> Grid:
+def fit(
+    weight: Tensor,
+    format: str,
+    search: bool = False,
+    importance: Tensor | None = None,
+    plain: QTensor | None = None,
+) -> Grid:
     """The grid of a float32 [n, k] weight whose groups have the scales of plain rounding (`bitfold.encode`).
 
     search: the range of each group is one of SHRINK times its own, that with the smallest sum of importance * |error|³
     of the group (docs/gptq.md); "-dq" nests the scales that were found. The encoders of blocks search by themselves,
-    whatever is asked for. importance: float32 [k], what a column counts where scales are searched for.
-    Raises what `encode` raises.
+    whatever is asked for. importance: float32 [k], what a column counts where scales are searched for. plain: the
+    weight, encoded, where that has been done. Raises what `encode` raises.
     """
     parsed = reach(format)
     if parsed.grid == "block":
         return of(encode(weight, parsed.canonical, importance=importance))
-    if not search or not weight.numel():
-        return of(encode(weight, parsed.canonical))
-    if parsed.scale == "nested":
+    if search and parsed.scale == "nested" and weight.numel():
         # Its scales are the largest weights of groups: those of a matrix that is cut to the ranges found.
         flat = _search(weight, of(encode(weight, parsed.canonical.replace("-dq", "-sfp32"))), importance)
         most = flat.step.t().repeat_interleave(parsed.group, 1)[:, : flat.k]
         return of(encode(weight.clamp(-most, most), parsed.canonical))
-    return _search(weight, of(encode(weight, parsed.canonical)), importance)
+    grid = of(encode(weight, parsed.canonical) if plain is None else plain)
+    return _search(weight, grid, importance) if search and weight.numel() else grid
 
 
 def of(qtensor: QTensor) -> Grid:
