@@ -1,7 +1,7 @@
 """AWQ's checkpoints in gemm order (AutoAWQ): 4 bits, a zero point a group, no order of columns (docs/foreign.md).
 
 Words run along the output features: `qweight` [k, n / 8], `qzeros` [g, n / 8], each word with eight neighbouring
-outputs in the order `ORDER`. Zero points are stored as they are.
+outputs in the order `ORDER`: first the even, then the odd ones. Zero points are stored as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bitfold.foreign.scheme import (
     integer_format,
     scale_dtype,
 )
-from bitfold.formats import Format
+from bitfold.formats import Format, ceil_div
 from bitfold.qtensor import QTensor
 from bitfold.shards import TensorSpec
 
@@ -75,21 +75,19 @@ class AwqScheme(Scheme):
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QTensor:
         entry = self.entry(tensors)
-        n, k = entry.shape
-        codes = _in_order(words.unpack(tensors["qweight"], BITS, n), PLACE)
-        zeros = _in_order(words.unpack(tensors["qzeros"], BITS, n), PLACE)
-        planes = {
-            "codes": words.to_plane(words.pack(codes.t(), BITS), BITS, k),
-            "scales": tensors["scales"].t().contiguous(),
-        }
+        planes = {"codes": _to_plane(tensors["qweight"]), "scales": tensors["scales"].t().contiguous()}
+        zeros = _to_plane(tensors["qzeros"])
         if self.zero_point:
-            planes["zeros"] = words.to_plane(words.pack(zeros.t(), BITS), BITS, len(zeros))
-        elif (zeros != 8).any():
-            group, row = (zeros != 8).nonzero()[0].tolist()
-            raise ValueError(
-                f"the zero point of group {group} of output {row} is {int(zeros[group, row])}; without zero_point it "
-                "must be 8"
-            )
+            planes["zeros"] = zeros
+        else:
+            found = words.unpack(words.from_plane(zeros), BITS, planes["scales"].shape[1])
+            wrong = (found != 8).nonzero()
+            if len(wrong):
+                row, group = wrong[0].tolist()
+                raise ValueError(
+                    f"the zero point of group {group} of output {row} is {int(found[row, group])}; without zero_point "
+                    "it must be 8"
+                )
         return QTensor(entry.format, entry.matrix, planes)
 
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
@@ -99,15 +97,13 @@ class AwqScheme(Scheme):
             )
         )
         k = qtensor.shape[1]
-        codes = words.unpack(words.from_plane(qtensor.planes["codes"]), BITS, k)
         scales = qtensor.planes["scales"]
-        if format.asymmetric:
-            zeros = words.unpack(words.from_plane(qtensor.planes["zeros"]), BITS, scales.shape[1])
-        else:
-            zeros = torch.full(tuple(scales.shape), 8, dtype=torch.uint8)
+        groups = scales.shape[1]
+        eights = torch.full((scales.shape[0], ceil_div(groups, 2)), 0x88, dtype=torch.uint8)
+        zeros = qtensor.planes["zeros"] if format.asymmetric else eights
         return {
-            "qweight": words.pack(_in_order(codes.t(), ORDER), BITS),
-            "qzeros": words.pack(_in_order(zeros.t(), ORDER), BITS),
+            "qweight": _from_plane(qtensor.planes["codes"], k),
+            "qzeros": _from_plane(zeros, groups),
             "scales": scales.t().contiguous(),
         }
 
@@ -131,10 +127,34 @@ class AwqScheme(Scheme):
         return format
 
 
-def _in_order(numbers: Tensor, order: tuple[int, ...]) -> Tensor:
-    """[rows, 8 * c]: number i of each eight is what number order[i] was."""
-    rows = len(numbers)
-    return numbers.reshape(rows, -1, 8)[..., list(order)].reshape(rows, -1)
+# A byte of a word holds two output features of one column; a byte of a plane two columns of one output feature.
+
+
+def _to_plane(packed: Tensor) -> Tensor:
+    """Words [columns, n / 8] as a plane of 4 bits, uint8 [n, ceil(columns / 2)]."""
+    columns, eighth = packed.shape
+    padded = torch.nn.functional.pad(packed, (0, 0, 0, columns % 2))
+    pairs = (
+        padded.t().contiguous().view(-1).view(torch.uint8).view(eighth, -1, 2, 4)
+    )  # ..., columns 2j and 2j + 1, bytes
+    plane = torch.empty(eighth, 8, pairs.shape[1], dtype=torch.uint8)
+    for byte in range(4):
+        even, odd = pairs[..., byte].unbind(-1)
+        plane[:, ORDER[2 * byte]] = even & 15 | odd << 4
+        plane[:, ORDER[2 * byte + 1]] = even >> 4 | odd & 0xF0
+    return plane.view(8 * eighth, -1)
+
+
+def _from_plane(plane: Tensor, columns: int) -> Tensor:
+    """The inverse of `_to_plane`."""
+    eights = plane.view(len(plane) // 8, 8, -1)
+    pairs = torch.empty(len(eights), eights.shape[2], 2, 4, dtype=torch.uint8)
+    for byte in range(4):
+        low, high = eights[:, ORDER[2 * byte]], eights[:, ORDER[2 * byte + 1]]
+        pairs[:, :, 0, byte] = low & 15 | high << 4
+        pairs[:, :, 1, byte] = low >> 4 | high & 0xF0
+    words_of_eights = pairs.view(-1).view(torch.int32).view(len(eights), -1).t()[:columns]
+    return words_of_eights.clone(memory_format=torch.contiguous_format)  # strides of one word, too
 
 
 @dataclass(frozen=True)

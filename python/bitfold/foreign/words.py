@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitfold import ops  # noqa: F401 - registers torch.ops.bitfold
 from bitfold.formats import ceil_div
 
 WORD = 32  # bits
@@ -23,30 +24,14 @@ def words_of(count: int, bits: int) -> int:
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """int32 [rows, words_of(count, bits)] as uint8 [rows, count]: the numbers of each row."""
-    stream = _bytes(words)
-    if bits == 3:  # eight numbers in three bytes; a number may straddle two bytes, and two words
-        stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 3))
-        triples = stream.reshape(len(stream), -1, 3).to(torch.int32)
-        units = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
-        shifts = torch.arange(0, 24, 3, dtype=torch.int32)
-    else:
-        units, shifts = stream, torch.arange(0, 8, bits, dtype=torch.uint8)
-    numbers = (units[..., None] >> shifts) & (1 << bits) - 1
-    return numbers.reshape(len(words), -1)[:, :count].to(torch.uint8).contiguous()
+    planes = [to_plane(words, bits, count), torch.zeros(len(words), 1, dtype=torch.float16)]
+    return torch.ops.bitfold.unpack(planes, f"int{bits}-channel", len(words), count, "rows")[0]
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """uint8 [rows, count], each below 2^bits, as int32 [rows, words_of(count, bits)]; the inverse of `unpack`."""
-    rows, count = numbers.shape
-    size = 4 * words_of(count, bits)  # bytes of a row
-    per, width = (8, 3) if bits == 3 else (8 // bits, 1)  # numbers of a unit, and its bytes
-    units = ceil_div(count, per)
-    padded = torch.nn.functional.pad(numbers, (0, units * per - count)).reshape(rows, units, per)
-    shifts = torch.arange(0, per * bits, bits, dtype=torch.int32)
-    sums = (padded.to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
-    stream = torch.stack([sums >> 8 * i & 0xFF for i in range(width)], -1).to(torch.uint8).reshape(rows, -1)
-    stream = torch.nn.functional.pad(stream, (0, size - stream.shape[1]))
-    return _words(stream)
+    scales = torch.zeros(len(numbers), 1, dtype=torch.float16)
+    return from_plane(torch.ops.bitfold.pack(numbers.contiguous(), scales, None, f"int{bits}-channel", [])[0])
 
 
 def to_plane(words: Tensor, bits: int, count: int) -> Tensor:
