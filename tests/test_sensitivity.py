@@ -162,6 +162,21 @@ def test_an_untied_head_runs_nothing_but_itself(tmp_path, text):
         assert both.find(name, "int4-g32").window_kl == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.parametrize("columns", [64, 96, 256, 768, 11008])
+@pytest.mark.parametrize("calibrates", [False, True])
+def test_default_candidates_fit_whatever_the_columns_are(columns, calibrates):
+    part = candidates.Part(("layer",), (32, columns), 64 * columns, 0, False)
+    found = candidates.default(part, calibrates)
+    assert len(found) >= 7
+    bits = [8 * part.nbytes(candidate) / part.weights for candidate in found]
+    assert min(bits) < 3.1 < 4 < 5 < max(bits) < 8.6
+    for candidate in found:
+        bitfold.encode(torch.randn(32, columns), candidate.format)
+    assert any(candidate.method == "gptq" for candidate in found) == calibrates
+    outside = candidates.Part(("layer",), (32, columns), 64 * columns, None, True)
+    assert {candidate.method for candidate in candidates.default(outside, calibrates)} == {"rtn"}
+
+
 SMALL = {"vocab_size": tiny.VOCAB, "num_hidden_layers": 2}
 MIXTURES = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 

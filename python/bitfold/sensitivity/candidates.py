@@ -16,18 +16,9 @@ from bitfold.formats import parse, stored_bytes
 from bitfold.layout import Source
 from bitfold.recipes import KEEP, METHODS, Assignment, Rule
 
-# One format for each step of about half a bit, the best of its size on the demo model by the same method.
-PLAIN = ("q2_k", "int3-g128", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "int8-channel")
-CALIBRATED = (
-    "gptq-q2_k",
-    "gptq-int3-g128",
-    "gptq-q3_k",
-    "gptq-iq4_xs",
-    "gptq-q4_k",
-    "gptq-q5_k",
-    "gptq-q6_k",
-    "int8-channel",
-)
+# A format for each step of about half a bit.
+PLAIN = ("q2_k", "int3-g128", "q3_k", "nf4-b64-dq", "iq4_xs", "q4_k", "q5_k", "q6_k", "int8-channel")
+CALIBRATED = tuple(name if name.startswith("int8") else f"gptq-{name}" for name in PLAIN)
 # Of weights whose rows are no whole blocks of 256 columns.
 RAGGED = {
     "q2_k": "int2-g32",
