@@ -67,10 +67,11 @@ def run(
         before = rounds[-1]
         allocation = _again(ground, found, before, allowed, modules, progress)
         changed = _changed(allocation, before.allocation)
-        if not changed:
-            break
-        modules = _build(ground, allocation, progress)
-        rounds.append(_measured(ground, number, allocation, changed, modules))
+        if changed:
+            modules = _build(ground, allocation, progress)
+            rounds.append(_measured(ground, number, allocation, changed, modules))
+        else:
+            rounds.append(dataclasses.replace(before, number=number, allocation=allocation, changed=0))
         told(rounds[-1])
         if rounds[-1].measured.value >= before.measured.value:
             break
