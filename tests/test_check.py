@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import bitfold
 import numpy as np
 import planted
 import pytest
+import tiny
 import torch
 from bitfold.check.examine import examine
 from bitfold.check.repair import repair
@@ -459,3 +461,102 @@ def test_command(tmp_path, capsys):
     code, _, err = call(capsys, "check", path, "--repair", tmp_path / "right")
     assert code == 2
     assert "exists" in err
+
+
+# ---- loading ----
+
+
+def quantized_llama(path, **labels):
+    """A tiny Llama whose linear layers are GPTQ's, symmetric, version 1."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(tiny.config(tied=True))
+    section = planted.gptq_config(4, 32, True, 1)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            parts = planted.gptq(*planted.rounded(tensor.numpy(), 4, 32, True), 4, 1, 32)
+            tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
+        elif name != "lm_head.weight":
+            tensors[name] = tensor
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = {**json.loads(model.config.to_json_string()), "quantization_config": {**section, **labels}}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def test_load_refuses_what_check_finds(tmp_path):
+    sound = quantized_llama(tmp_path / "sound")
+    assert examine(sound).sound
+    model = bitfold.load(sound)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    wrong = quantized_llama(tmp_path / "wrong", checkpoint_format="gptq_v2")
+    with pytest.raises(CheckpointError, match=r"is faulty.*version 1.*bitfold check .*--repair"):
+        bitfold.load(wrong)
+    repair(wrong, tmp_path / "right")
+    again = bitfold.load(tmp_path / "right")
+    assert torch.equal(again(torch.arange(8)[None]).logits, model(torch.arange(8)[None]).logits)
+
+
+def test_names_and_shapes_against_the_model(tmp_path):
+    path = quantized_llama(tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    for change, where in [({"intermediate_size": 256}, "mlp.up_proj"), ({"vocab_size": 300}, "embed_tokens")]:
+        (path / "config.json").write_text(json.dumps({**config, **change}))
+        found = [problem for problem in examine(path).problems if problem.kind == "model"]
+        assert any(where in problem.where for problem in found), change
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert kinds(examine(path)) == {"model"}
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert kinds(examine(path)) == {"tensor-missing"}
+
+
+# ---- bitfold's own, GGUF ----
+
+
+def test_own_checkpoints(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(512, 128, bias=False), torch.nn.Linear(128, 64))
+    for module, seed in zip(model, (1, 2), strict=True):
+        shape = (module.out_features, module.in_features)
+        module.weight.data = torch.from_numpy(planted.weights(*shape, seed))
+    bitfold.quantize(model, "int4-g32-asym")
+    bitfold.save(model, tmp_path / "sound")
+    assert examine(tmp_path / "sound").sound
+    faults = {
+        "scale-not-finite": lambda tensors: tensors["0.scales"][3].__setitem__(2, float("nan")),
+        "scale-zero": lambda tensors: tensors["0.scales"][3].__setitem__(2, 0),
+        "scale-negative": lambda tensors: tensors["0.scales"][3].__setitem__(2, -1),
+        "tensor-missing": lambda tensors: tensors.pop("1.zeros"),
+        "shape": lambda tensors: tensors.update({"1.zeros": tensors["1.zeros"][1:].clone()}),
+        "weight-not-finite": lambda tensors: tensors["1.bias"].__setitem__(2, float("nan")),
+    }
+    for kind, edit in faults.items():
+        path = shutil.copytree(tmp_path / "sound", tmp_path / kind)
+        planted.change(path, edit)
+        assert kinds(examine(path)) == {kind}
+
+
+def test_gguf_files(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    weights = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    for value, sound in ((None, True), (np.inf, False)):
+        path = tmp_path / f"{sound}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        blocks = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+        if value is not None:
+            blocks[3, :2] = np.array([value], np.float16).view(np.uint8)
+        writer.add_tensor("blk.0.ffn_up.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        report = examine(path)
+        assert report.sound == sound
+        assert report.owner == "gguf"
+    assert report.problems[0].where == "blk.0.ffn_up.weight"
+    assert "row 3" in report.problems[0].found
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-100])
+    assert kinds(examine(path)) == {"file-damaged"}

@@ -43,7 +43,8 @@ def load(
 
     Raises:
         CheckpointError: files are missing, truncated or contradict each other, a newer bitfold wrote them, or bitfold
-            doesn't run the architecture of a GGUF file.
+            doesn't run the architecture of a GGUF file; or `bitfold check` finds a fault in a directory of another
+            library.
         ValueError: a quantized layer can't be multiplied with such activations, or there is none.
         MissingExtraError: transformers or gguf is needed and not installed.
     """
@@ -59,8 +60,10 @@ def _load(
     if not path.is_file():
         if is_bitfold_checkpoint(path) or read_owner(path) is None:
             return checkpoint.load(path, model=model, device=device, dtype=dtype)
+        from bitfold.check.examine import refuse_faults
         from bitfold.foreign.load import load as load_foreign
 
+        refuse_faults(path)
         return load_foreign(path, model=model, device=device, dtype=dtype)
     if model is not None:
         raise ValueError("model was given, but a GGUF file makes its own: it must be None")

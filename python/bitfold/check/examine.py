@@ -559,3 +559,16 @@ def _check_model(
 
 def _one(tensor: StoredTensor) -> Tensor:
     return next(iter(read_tensors([tensor])))[1]
+
+
+def refuse_faults(path: Path) -> None:
+    """Raises CheckpointError, with the first fault and the way to see them all, where a directory that another library
+    quantized has any. Doubts refuse nothing.
+    """
+    report = examine(path, thorough=False)
+    if report.sound:
+        return
+    first, more = report.problems[0], len(report.problems) - 1
+    others = f" ({more} more)" if more else ""
+    mends = ", and --repair OUT mends it" if first.repair else ""
+    raise CheckpointError(f"{path} is faulty: {first}{others}; 'bitfold check {path}' lists all{mends}")

@@ -49,8 +49,8 @@ def repair(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Repaired:
-    """Write a checkpoint directory anew without the faults that have a sure repair; all other tensors keep
-    their bytes.
+    """Write a checkpoint directory anew without the faults that have a sure repair; all other tensors keep their
+    bytes.
 
     Args:
         source: the directory. It is not changed.
@@ -58,8 +58,10 @@ def repair(
         shard_bytes: the largest size of a file.
         progress: told after each module that is examined.
 
-    Raises: CheckpointError: there is no fault, or none with a sure repair; or files are missing or damaged, so
-        that the copy would be too. OSError: the target can't be written.
+    Raises:
+        CheckpointError: there is no fault, or none with a sure repair; or files are missing or damaged, so that the
+            copy would be too.
+        OSError: the target can't be written.
     """
     source, target = Path(source), Path(target)
     before = examine(source, progress=progress)
