@@ -4,8 +4,8 @@
 
 Layers are drawn at random: a kind of weights (some whose mean is by itself a step away from 0), a shape, bits, groups,
 symmetric or not, a quantizer (rounding as GPTQ's or AWQ's owners do, bitfold's GPTQ in three orders, columns scaled as
-AWQ does), and the format that they are stored in. Each is looked at as it is, and with faults planted: the other version's
-label, zero points moved by one, outputs in another order. Models are eight layers of one kind, judged together.
+AWQ does), and the format that they are stored in. Each is looked at as it is, and with faults planted: the other
+version's label, zero points moved by one, outputs in another order. Models are eight layers of a kind, judged together.
 A fault that is "undecided" is not refused and not called sound.
 """
 
@@ -209,7 +209,7 @@ def layer(case: dict[str, Any], g: torch.Generator) -> bitfold.QTensor:
     w = w * (0.4 * torch.randn((len(w), 1), generator=g)).exp()
     if case["step"]:
         w = one_step(w, case, case["step"])
-    return quantized(w * 0.02, case, g)
+    return quantized(w, case, g)
 
 
 def stored(qtensor: bitfold.QTensor, case: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
@@ -284,12 +284,13 @@ def _where(case: dict[str, Any]) -> str:
 
 def run_layers(count: int, seed: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
-    sound, alarms, faults = Counter(), [], {}
+    sound, alarms, faults = {}, [], {}
     for number in range(count):
         case = draw(g)
         qtensor = layer(case, g)
         result, _ = verdict(case, *stored(qtensor, case))
-        sound[result if result in ("sound", "undecided") else "false alarm"] += 1
+        counts = sound.setdefault(f"{_where(case)}, {case['bits']} bits", Counter())
+        counts[result if result in ("sound", "undecided") else "false alarm"] += 1
         if result not in ("sound", "undecided"):
             alarms.append({**case, "said": result, "number": number})
         for name, scheme, tensors in planted(qtensor, case):
@@ -299,17 +300,13 @@ def run_layers(count: int, seed: int) -> dict[str, Any]:
             faults.setdefault(key, Counter())[
                 "found" if hit else got if got in ("sound", "undecided") else "other"
             ] += 1
-    return {
-        "sound": dict(sound),
-        "false_alarms": alarms,
-        "planted": {k: dict(v) for k, v in sorted(faults.items())},
-    }
+    return _result(sound, alarms, faults)
 
 
 def run_models(count: int, seed: int) -> dict[str, Any]:
     """Models of eight layers that are alike in kind, bits and group, and differ in shape and quantizer."""
     g = torch.Generator().manual_seed(seed)
-    sound, faults, alarms = Counter(), {}, []
+    sound, faults, alarms = {}, {}, []
     for _ in range(count):
         case = draw(g)
         case["symmetric"], case["owner"] = False, "gptq"
@@ -328,26 +325,35 @@ def run_models(count: int, seed: int) -> dict[str, Any]:
                     zeros.found[f"{number}"] = finding
             result = said([zeros], report)
             if version == 1:
-                sound[result if result in ("sound", "undecided") else "false alarm"] += 1
+                counts = sound.setdefault(f"{_where(case)}, {case['bits']} bits", Counter())
+                counts[result if result in ("sound", "undecided") else "false alarm"] += 1
                 if result not in ("sound", "undecided"):
                     alarms.append({**case, "said": result})
             else:
                 counts = faults.setdefault(f"other version, {_where(case)}, {case['bits']} bits", Counter())
                 counts["found" if "zeros-off-by-one" in result else result] += 1
+    return _result(sound, alarms, faults)
+
+
+def _result(sound: dict[str, Counter], alarms: list[Any], faults: dict[str, Counter]) -> dict[str, Any]:
     return {
-        "sound": dict(sound),
+        "count": sum(sum(counts.values()) for counts in sound.values()),
+        "sound": {name: dict(counts) for name, counts in sorted(sound.items())},
         "false_alarms": alarms,
-        "planted": {k: dict(v) for k, v in sorted(faults.items())},
+        "planted": {name: dict(counts) for name, counts in sorted(faults.items())},
     }
 
 
 def show(title: str, result: dict[str, Any]) -> None:
-    total = sum(result["sound"].values())
-    print(f"{title}: {total} sound ones: {result['sound']}")
+    print(f"{title}: {result['count']} sound ones, {len(result['false_alarms'])} false alarms")
+    for part in ("sound", "planted"):
+        print(f"  {part}")
+        for name, counts in result[part].items():
+            print(
+                f"    {name:<44} {sum(counts.values()):5d}: {', '.join(f'{v} {k}' for k, v in counts.items())}"
+            )
     for alarm in result["false_alarms"]:
         print(f"  FALSE ALARM {alarm}")
-    for name, counts in result["planted"].items():
-        print(f"  {name:<44} {sum(counts.values()):5d}: {counts}")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitfold.check.examine import refuse_faults
 from bitfold.foreign.owners import OWNERS, read_owner
 from bitfold.foreign.targets import TARGETS
 from bitfold.formats import parse
@@ -135,6 +136,8 @@ def convert_checkpoint(
     report = target.with_name(f"{target.name}.json") if after == GGUF else target / CONVERSION_FILE
     if report.exists() and not force:
         raise CheckpointError(f"{report} exists already; --force (force=True) replaces it")
+    if before in OWNERS:
+        refuse_faults(source)
     remarks: list[str] = []
     options = _Options(kind, decode, dtype, allow_lossy, force, progress, remarks.append)
     statuses = _PAIRS[before, after](source, target, options)

@@ -13,9 +13,9 @@ three things are looked at, in units of steps, with d the mean of code - z over 
   outliers make them wide compared with the weights, d is small. An error of the zero points is h steps,
   whatever the steps are. So d is regressed on a v that such a mean would be proportional to, row by row (each
   row may have its own mean): d = intercept + slope(row) * v; twice, for two ideas of what the mean follows: v
-  the standard deviation of the group's codes (a mean proportional to the spread), and v = 1 / s (the same mean
-  in all groups of a row). Errors are those of a regression whose rows are independent and may differ in their
-  noise;
+  the mean absolute deviation of the group's codes (a mean proportional to the spread), and v = 1 / s (the same mean
+  in all groups of a row). Where a row is one group, all rows are one regression, on the spread alone. Errors
+  are those of a regression whose rows are independent and may differ in their noise;
 - weights that were exactly 0, as those of dead columns, padding and empty groups: their codes all lie h beside
   z.
 
@@ -34,8 +34,9 @@ from torch import Tensor
 
 NEAR = 0.3  # steps: how far from h the mean may be
 FAR = 0.5  # steps: from here on an intercept is nearer to h than to 0
-CERTAIN = 4.0  # standard errors between an intercept and 0, and at least so many between the mean and h / 2
+CERTAIN = 4.0  # standard errors between mean or intercept and 0, and between the mean and h / 2
 _LEAST_GROUPS = 64  # fewer are no evidence
+_LEAST_ALONE = 128  # rows that are one group each
 _LEAST_ROWS = 32  # of a column whose codes all lie at the same distance from their zero points
 _LEAST_EXACT = 4  # such columns, or groups
 SHIFTS = (-1, 1)
@@ -57,8 +58,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Centre:
-    """groups: how many were looked at; mean: of d; by_spread, by_step: what d would be in a group without
-    spread, in the two ways; exact: by h how many columns and groups have all of their codes at z + h.
+    """groups: how many were looked at; mean: of d; by_spread, by_step: what d would be in a group without spread, in
+    the two ways; exact: by h how many columns and groups have all of their codes at z + h; alone: the matrix is one
+    whose rows are one group each. Then no two groups share a row's mean, and only several matrices tell.
     """
 
     groups: int
@@ -66,6 +68,7 @@ class Centre:
     by_spread: Estimate
     by_step: Estimate
     exact: dict[int, int]
+    alone: bool = False
 
     def judge(self, shift: int) -> Verdict:
         """Whether all zero points are too small by `shift` (so that code - z is too large by it)."""
@@ -75,7 +78,7 @@ class Centre:
         if self.groups < _LEAST_GROUPS or not math.isfinite(self.mean.error):
             return Verdict.UNDECIDED
         mean, error = shift * self.mean.value, self.mean.error
-        if mean < FAR or (away >= _LEAST_EXACT and away > 8 * at):
+        if mean < max(FAR, CERTAIN * error) or (away >= _LEAST_EXACT and away > 8 * at):
             return Verdict.FITS
         near = abs(mean - 1) <= NEAR and mean - CERTAIN * error > 0.5
         clear = all(
@@ -84,15 +87,7 @@ class Centre:
             and shift * found.value > CERTAIN * found.error
             for found in (self.by_spread, self.by_step)
         )
-        return Verdict.OFF if near and clear else Verdict.UNDECIDED
-
-    def moved(self, shift: int) -> Centre:
-        """What would be found with zero points larger by `shift`."""
-        mean, by_spread, by_step = (
-            Estimate(found.value - shift, found.error) for found in (self.mean, self.by_spread, self.by_step)
-        )
-        exact = {h - shift: count for h, count in self.exact.items()}
-        return Centre(self.groups, mean, by_spread, by_step, exact)
+        return Verdict.OFF if near and clear and not self.alone else Verdict.UNDECIDED
 
 
 def measure(codes: Tensor, zeros: Tensor, scales: Tensor, group: int) -> Centre:
@@ -106,26 +101,30 @@ def measure(codes: Tensor, zeros: Tensor, scales: Tensor, group: int) -> Centre:
     numbers = codes[:, : whole * group].reshape(n, whole, group)
     z = zeros[:, :whole].to(torch.float32)
     steps = scales[:, :whole].to(torch.float64)
-    mean = torch.empty(n, whole, dtype=torch.float64)
-    spread = torch.empty(n, whole, dtype=torch.float64)
-    exact = {}
-    for row in range(0, n, _AT_ONCE):
-        part = numbers[row : row + _AT_ONCE].to(torch.float32)
-        mean[row : row + _AT_ONCE] = part.mean(-1).to(torch.float64)
-        spread[row : row + _AT_ONCE] = part.std(-1, unbiased=False).to(torch.float64)
+    mean, spread = _moments(numbers)
     used = (steps > 0) & steps.isfinite() & (spread > 0)
     d = mean - z.to(torch.float64)
-    same = spread == 0
     columns = _one_distance(numbers, z) if n >= _LEAST_ROWS else torch.empty(0)
-    for h in (*SHIFTS, 0):
-        exact[h] = int((same & (d == h)).sum()) + int((columns == h).sum())
-    return Centre(
-        int(used.sum()),
-        _mean(d, used),
-        _intercept(d, spread, used),
-        _intercept(d, 1 / steps.where(used, torch.ones(())), used),
-        exact,
-    )
+    same = spread == 0
+    exact = {h: int((same & (d == h)).sum()) + int((columns == h).sum()) for h in (*SHIFTS, 0)}
+    if whole == 1:
+        _, even = _moments(numbers[..., ::2])
+        _, odd = _moments(numbers[..., 1::2])
+        by_spread = by_step = _intercept_of_halves(d[used], even[used], odd[used])
+    else:
+        by_spread = _intercept(d, spread, used)
+        by_step = _intercept(d, 1 / steps.where(used, torch.ones(())), used)
+    return Centre(int(used.sum()), _mean(d, used), by_spread, by_step, exact, alone=whole == 1)
+
+
+def _moments(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and mean absolute deviation over the last axis: float64 [n, G]."""
+    means, spreads = [], []
+    for part in numbers.split(_AT_ONCE):
+        wide = part.to(torch.float32)
+        means.append(wide.mean(-1))
+        spreads.append((wide - means[-1][..., None]).abs().mean(-1))
+    return torch.cat(means).to(torch.float64), torch.cat(spreads).to(torch.float64)
 
 
 def pooled(found: Iterable[Centre]) -> Centre:
@@ -190,11 +189,7 @@ def _mean(d: Tensor, used: Tensor) -> Estimate:
 
 
 def _intercept(d: Tensor, v: Tensor, used: Tensor) -> Estimate:
-    """a of d = a + slope(row) * v: the part of 1 that is orthogonal to v, within each row; over all rows at
-    once where a row is one group.
-    """
-    if d.shape[1] == 1:
-        d, v, used = d.t(), v.t(), used.t()
+    """a of d = a + slope(row) * v: the part of 1 that is orthogonal to v, within each row. All [n, G]."""
     v, one = v * used, used.to(torch.float64)
     square = v.square().sum(1, keepdim=True).clamp(min=1e-300)
     part = one - v * v.sum(1, keepdim=True) / square
@@ -207,3 +202,24 @@ def _intercept(d: Tensor, v: Tensor, used: Tensor) -> Estimate:
     moments = (part * rest) if len(d) == 1 else (part * rest).sum(1)
     freedom = len(d) / (len(d) - 1) if len(d) > 1 else 1.0
     return Estimate(value, math.sqrt(float(moments.square().sum()) * freedom) / weight)
+
+
+def _intercept_of_halves(d: Tensor, even: Tensor, odd: Tensor) -> Estimate:
+    """a of d = a + slope * v over rows that are one group each, [n]: v is known from two halves of the columns, each
+    with an error of its own. One stands for v and the other is its instrument, so that the errors, which would draw the
+    slope to 0 and the intercept to the mean, drop out.
+    """
+    n = len(d)
+    if n < _LEAST_ALONE:
+        return Estimate()
+    x = torch.stack([torch.ones_like(even), even], 1)
+    w = torch.stack([torch.ones_like(odd), odd], 1)
+    square = w.t() @ x / n
+    if abs(float(torch.linalg.det(square))) < 1e-9 * float(square[1, 1]):
+        return Estimate()
+    inverse = torch.linalg.inv(square)
+    solution = inverse @ (w.t() @ d / n)
+    rest = d - x @ solution
+    moments = w * rest[:, None]
+    variance = inverse @ (moments.t() @ moments / n) @ inverse.t() / n
+    return Estimate(float(solution[0]), math.sqrt(max(0.0, float(variance[0, 0]))))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitfold.check.sample import Numbers
 
-_LEAST = 256  # groups
+_LEAST = 64  # groups
 _WHOLE = -0.3  # a correlation of log s with the log of the codes' spread, of parts that fit
 _PART = 0.6  # of it that an order may have where another is right: some outputs of eight are in their places in both
 _CERTAIN = 6.0  # standard errors between two correlations, with half the groups counted: neighbours are alike

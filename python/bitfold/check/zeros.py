@@ -20,8 +20,9 @@ from bitfold.formats import parse
 
 _LEAST_CONSTANT = 64  # zero points that are all alike, beside the middle of the codes
 _LEAST_POOLED = 4  # modules whose evidence counts together
-_LEAST_ALIKE = 7  # modules that agree on the mean, where nothing else is to be had
-_SCATTER = 0.25  # steps: how far such means may lie apart
+_BOTH_ENDS = (
+    0.5  # the share of groups that use the first code and the last; nearly all do where zero points are free
+)
 _RUN = 10  # words in which a zero point of 0 is followed by nothing but such
 
 REWRITE_ZEROS = "the zero points are written anew, each {change}"
@@ -80,26 +81,9 @@ class Zeros:
                 if fits or not open_ or len(open_) + len(off) < _LEAST_POOLED:
                     continue
                 parts = [finding.centre for finding in [*open_.values(), *off] if finding.centre is not None]
-                if _together(parts, shift):
+                if centre.pooled(parts).judge(shift) is Verdict.OFF:
                     for name, finding in open_.items():
                         self.found[name] = replace(finding, shift=shift, undecided=0)
-
-
-def _together(parts: list[Centre], shift: int) -> bool:
-    whole = centre.pooled(parts)
-    if whole.judge(shift) is Verdict.OFF:
-        return True
-    means = torch.tensor([shift * part.mean.value for part in parts])
-    against = any(
-        shift * found.value + centre.CERTAIN * found.error < 1 for found in (whole.by_spread, whole.by_step)
-    )
-    return (
-        len(means) >= _LEAST_ALIKE
-        and float((means - 1).abs().max()) <= centre.FAR
-        and float((means.mean() - 1).abs()) <= centre.NEAR
-        and float(means.std()) <= _SCATTER
-        and not against
-    )
 
 
 def look(
@@ -133,7 +117,7 @@ def look(
     seen = centre_of(numbers)
     if constant and abs(value - half) == 1 and numbers.zeros.numel() >= _LEAST_CONSTANT and bits >= 4:
         shift = half - value
-        if abs(shift * seen.mean.value - 1) <= centre.NEAR:
+        if abs(shift * seen.mean.value - 1) <= centre.NEAR and _reach(numbers, bits) < _BOTH_ENDS:
             return Finding(seen, bits, shift, symmetric=True)
     if labelled and not constant:
         low, high = int(numbers.zeros.min()), int(numbers.zeros.max())
@@ -163,6 +147,13 @@ def judged(seen: Centre, bits: int) -> Finding:
 def centre_of(numbers: Numbers) -> Centre:
     """The evidence of some rows."""
     return centre.measure(numbers.codes, numbers.zeros, numbers.scales, numbers.group)
+
+
+def _reach(numbers: Numbers, bits: int) -> float:
+    """The share of groups in which both the first and the last code are used."""
+    n, whole = len(numbers.codes), numbers.codes.shape[1] // numbers.group
+    parts = numbers.codes[:, : whole * numbers.group].reshape(n, whole, numbers.group)
+    return float(((parts.amin(-1) == 0) & (parts.amax(-1) == (1 << bits) - 1)).float().mean())
 
 
 def symmetric_label(scheme: Any) -> bool:
