@@ -74,7 +74,19 @@ DType float_dtype(ScalarType type, const std::string& what) {
 }
 
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  return empty_beside(like, std::vector<int64_t>(shape), type);
+}
+
+Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  try {
+    return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+  } catch (const std::exception& error) {  // of which torch's stable interface tells no more than that it failed
+    throw std::runtime_error(
+        "torch has no memory " +
+        (like.is_cuda() ? "on cuda:" + std::to_string(like.get_device_index()) : std::string("of the CPU")) +
+        " for a " + dtype_name(type) + " tensor of shape " +
+        shape_text(shape.data(), static_cast<int64_t>(shape.size())) + ": " + error.what());
+  }
 }
 
 Weight read_weight(const Device& device, const std::vector<Tensor>& planes, const std::string& format_text, int64_t n,
@@ -128,7 +140,7 @@ std::vector<Tensor> new_planes(const Tensor& like, const Format& format, int64_t
   for (int i = 0; i < laws.count; ++i) {
     const PlaneLaw& law = laws.items[static_cast<size_t>(i)];
     const std::vector<int64_t> sizes = extent_sizes(law, n, k);
-    planes.push_back(torch::stable::new_empty(like, {sizes.data(), sizes.size()}, scalar_type(law.dtype)));
+    planes.push_back(empty_beside(like, sizes, scalar_type(law.dtype)));
     set_plane(out, law.plane, planes.back().mutable_data_ptr());
   }
   return planes;

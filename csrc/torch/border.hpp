@@ -27,8 +27,9 @@ const char* dtype_name(ScalarType type);
 // fp32, bf16, fp16 or float64; else an error that names `what`.
 DType float_dtype(ScalarType type, const std::string& what);
 
-// An uninitialised tensor beside `like`.
+// An uninitialised tensor beside `like`. Where torch has none to give, a runtime_error that says what was asked for.
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type);
+Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type);
 
 // Planes of an n x k weight, checked against the format's laws; all on `device`.
 Weight read_weight(const Device& device, const std::vector<Tensor>& planes, const std::string& format, int64_t n,

@@ -181,7 +181,7 @@ Tensor embedding(const Tensor& ids, const std::vector<Tensor>& planes, const std
   }
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(k);
-  Tensor out = torch::stable::new_empty(ids, {shape.data(), shape.size()}, dtype);
+  Tensor out = empty_beside(ids, shape, dtype);
   device.decode({w, data, count, target, out.mutable_data_ptr(), nullptr});
   return out;
 }
@@ -297,10 +297,15 @@ MatrixIn activations(const Device& device, const Tensor& x, const char* what, co
   return read_matrix(x, what, owner);
 }
 
-Tensor empty_rows(const Tensor& x, int64_t columns) {
+// x's, with as many numbers in a row.
+std::vector<int64_t> shape_beside(const Tensor& x, int64_t columns) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
-  return torch::stable::new_empty(x, {shape.data(), shape.size()}, x.scalar_type());
+  return shape;
+}
+
+Tensor empty_rows(const Tensor& x, int64_t columns) {
+  return empty_beside(x, shape_beside(x, columns), x.scalar_type());
 }
 
 // The weight decoded to x's dtype, or itself where it is stored in it: for torch's products.
@@ -339,9 +344,14 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
   }
   if (device.gpu() && kind != Activations::Float)
     fail("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
-  if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul)
-    return torch_product("aten::linear", torch::stable::contiguous(x), decoded_for(device, x, w, planes[0]),
-                         dense_bias);
+  if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul) {
+    // As a matrix: of a vector or of many dimensions torch rounds the product before it adds the bias.
+    const Tensor matrix = torch::stable::reshape(x, {rows.rows, k});
+    const Tensor y = torch_product("aten::linear", torch::stable::contiguous(matrix),
+                                   decoded_for(device, x, w, planes[0]), dense_bias);
+    const std::vector<int64_t> shape = shape_beside(x, n);
+    return torch::stable::reshape(y, {shape.data(), shape.size()});
+  }
   Tensor y = empty_rows(x, n);
   device.linear({w, rows, dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), nullptr, kind}, x);
   return y;

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import bitfold
 import pytest
 import torch
@@ -170,10 +174,18 @@ def test_whole_number_activations_are_the_cpus():
     )
 
 
-def test_out_of_memory_is_torchs_error():
+def test_out_of_memory_is_an_error():
+    # torch's stable interface looks at its own error's text, which one machine's torch 2.11 may not have survived.
+    own = "import torch; torch.empty(2**41, dtype=torch.uint8, device='cuda')"
+    environment = {**os.environ, "TORCH_SHOW_CPP_STACKTRACES": "1"}
+    alone = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, env=environment)
+    if alone.returncode < 0:
+        pytest.skip(f"torch's own error of memory ends in signal {-alone.returncode} here")
     ids = torch.zeros(2**22, dtype=torch.int64, device="cuda")
     qtensor = quantized("int4", 16, 2**16)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        RuntimeError, match=r"no memory on cuda:0 for a float64 tensor of shape \[4194304, 65536\]"
+    ):
         bitfold.embedding(ids, qtensor, torch.float64)  # 2 TiB
     assert torch.isfinite(bitfold.embedding(ids[:3], qtensor)).all()
 
