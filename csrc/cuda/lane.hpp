@@ -48,14 +48,14 @@ BITFOLD_SIMD F gather(const float* p, I index) { return {p[index.v]}; }
 BITFOLD_SIMD F splat(float a) { return {a}; }
 BITFOLD_SIMD I splat(int32_t a) { return {a}; }
 
-BITFOLD_SIMD F add(F a, F b) { return {a.v + b.v}; }
-BITFOLD_SIMD F sub(F a, F b) { return {a.v - b.v}; }
-BITFOLD_SIMD F mul(F a, F b) { return {a.v * b.v}; }
-BITFOLD_SIMD F div(F a, F b) { return {a.v / b.v}; }
-BITFOLD_SIMD F sqrt(F a) { return {sqrtf(a.v)}; }
+BITFOLD_SIMD F add(F a, F b) { return {cuda::ptx::add(a.v, b.v)}; }
+BITFOLD_SIMD F sub(F a, F b) { return {cuda::ptx::add(a.v, -b.v)}; }
+BITFOLD_SIMD F mul(F a, F b) { return {cuda::ptx::mul(a.v, b.v)}; }
+BITFOLD_SIMD F div(F a, F b) { return {cuda::ptx::div(a.v, b.v)}; }
+BITFOLD_SIMD F sqrt(F a) { return {cuda::ptx::sqrt(a.v)}; }
 BITFOLD_SIMD F abs(F a) { return {fabsf(a.v)}; }
 // a * b + c; in one rounding or two.
-BITFOLD_SIMD F fma(F a, F b, F c) { return {fmaf(a.v, b.v, c.v)}; }
+BITFOLD_SIMD F fma(F a, F b, F c) { return {cuda::ptx::fma(a.v, b.v, c.v)}; }
 // Where one is NaN, the second.
 BITFOLD_SIMD F min(F a, F b) { return {a.v < b.v ? a.v : b.v}; }
 BITFOLD_SIMD F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }

@@ -175,6 +175,10 @@ CASE(nan_comes_out_as_one_pattern) {
   expect(ptx::hadd2(0x7e00, 0x3c00) == 0x7fff && ptx::hfma2(0x7c00, 0, 0) == 0x7fff, "halves");
   expect(ptx::hmul2_bf16(0x7f81, 0x3f80) == 0x7fff && ptx::hadd2_bf16(0x7f80, 0xff80) == 0x7fff, "bf16s");
   expect(ptx::float_to_half(NAN) == 0x7fff && ptx::float_to_bf16(-NAN) == 0x7fff, "conversions");
+  for (const float nan : {ptx::add(INFINITY, -INFINITY), ptx::mul(0.0f, INFINITY), ptx::div(0.0f, 0.0f),
+                          ptx::sqrt(-1.0f), ptx::fma(1.0f, -NAN, 1.0f)}) {
+    expect(ptx::float_as_uint(nan) == 0x7fffffff, "floats");
+  }
   expect(ptx::hmax2(0x7e00, 0x3c00) == 0x3c00 && ptx::hmin2(0xbc00, 0x7fff) == 0xbc00,
          "the number of a number and a NaN");
   expect(ptx::hmul2(0x7bff, 0x7bff) == 0x7c00 && ptx::hadd2(0xfbff, 0xfbff) == 0xfc00, "beyond the largest");

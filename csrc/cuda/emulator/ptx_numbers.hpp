@@ -147,10 +147,18 @@ BITFOLD_DEVICE uint32_t hmul2_bf16(uint32_t a, uint32_t b) { return hfma2_bf16(a
 
 // ---- floats ----
 
-BITFOLD_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
-BITFOLD_DEVICE float add(float a, float b) { return a + b; }
-BITFOLD_DEVICE float mul(float a, float b) { return a * b; }
-BITFOLD_DEVICE float div(float a, float b) { return a / b; }
+namespace detail {
+
+// The NaN of a GPU's arithmetic is one pattern; a CPU's is another, or an operand's.
+inline float made(float a) { return a != a ? std::bit_cast<float>(0x7fffffffu) : a; }
+
+}  // namespace detail
+
+BITFOLD_DEVICE float fma(float a, float b, float c) { return detail::made(std::fma(a, b, c)); }
+BITFOLD_DEVICE float add(float a, float b) { return detail::made(a + b); }
+BITFOLD_DEVICE float mul(float a, float b) { return detail::made(a * b); }
+BITFOLD_DEVICE float div(float a, float b) { return detail::made(a / b); }
+BITFOLD_DEVICE float sqrt(float a) { return detail::made(std::sqrt(a)); }
 
 BITFOLD_DEVICE int float_to_int(float a) {
   if (a != a) return 0;

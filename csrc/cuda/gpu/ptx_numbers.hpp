@@ -136,11 +136,12 @@ BITFOLD_DEVICE uint32_t e4m3s_to_halves(uint32_t a) {
 
 // ---- floats ----
 
-// One operation, one rounding: the compiler makes no fused one of two of these.
+// One operation, one rounding: the compiler makes no fused one of two of these. A NaN that comes out is 0x7fffffff.
 BITFOLD_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 BITFOLD_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 BITFOLD_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 BITFOLD_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
+BITFOLD_DEVICE float sqrt(float a) { return __fsqrt_rn(a); }
 
 // Towards zero; beyond the ints the nearest of them, and 0 for NaN.
 BITFOLD_DEVICE int float_to_int(float a) { return __float2int_rz(a); }
