@@ -40,7 +40,7 @@ from bitfold.imatrix import measure as measure_importance
 from bitfold.recipes import RECIPES, Recipe, get
 from bitfold.sensitivity.ground import Texts
 from bitfold.sensitivity.measure import measure
-from bitfold.sensitivity.result import Sensitivity
+from bitfold.sensitivity.result import Sensitivity, read
 from torch import Tensor
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "demo" / "model"
@@ -163,7 +163,7 @@ def uniform(bench: Bench, calibrated: bool) -> None:
 
 def mixes(bench: Bench, calibrated: bool) -> None:
     importance = bench.work / "importance.gguf"
-    if not importance.exists():
+    if calibrated and not importance.exists():
         text = (bench.work / "calibration.txt").read_text(encoding="utf-8")
         chunks = chunks_of(text, hf.load_tokenizer(MODEL), max_chunks=CALIBRATION["samples"])
         write_imatrix(importance, measure_importance(bench.base, chunks), force=True)
@@ -293,13 +293,12 @@ def main() -> None:
     options = parser.parse_args()
     hf.require_transformers().utils.logging.disable_progress_bar()
     bench = open_bench(options.work)
-    found = measure(
-        MODEL,
-        bench.texts(calibrated=True),
-        CANDIDATES,
-        include=[EMBEDDING],
-        output=options.work / "sensitivity.json",
-    )
+    measured = options.work / "sensitivity.json"
+    if options.report:
+        found = read(measured)
+    else:
+        texts = bench.texts(calibrated=True)
+        found = measure(MODEL, texts, CANDIDATES, include=[EMBEDDING], output=measured)
     for calibrated in () if options.report else (False, True):
         choices(bench, found, calibrated, options.rounds)
         for contestants in (presets, mixes, uniform):
@@ -316,8 +315,11 @@ def main() -> None:
             ),
             "Against presets and mixes\n" + table(bench, contest, outer),
             bars(contest, outer),
-            "Against each candidate for all layers\n" + table(bench, contest, own),
-            bars(contest, own),
+            *(
+                ["Against each candidate for all layers\n" + table(bench, contest, own), bars(contest, own)]
+                if any(name.startswith(own) for name in bench.rows)
+                else []
+            ),
         )
     )
     print(text)
