@@ -32,9 +32,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEAR = 0.3  # steps: how far from h the mean may be
+NEAR = 0.2  # steps: how far from h the mean may be
 FAR = 0.5  # steps: from here on an intercept is nearer to h than to 0
-CERTAIN = 4.0  # standard errors between mean or intercept and 0, and between the mean and h / 2
+CERTAIN = 4.0  # standard errors between the mean and 0, and between the mean and h / 2
+CLEAR = 5.0  # standard errors between an intercept and 0
 _LEAST_GROUPS = 64  # fewer are no evidence
 _LEAST_ALONE = 128  # rows that are one group each
 _LEAST_ROWS = 32  # of a column whose codes all lie at the same distance from their zero points
@@ -84,7 +85,7 @@ class Centre:
         clear = all(
             shift * found.value >= FAR
             and abs(shift * found.value - 1) <= FAR + 2 * found.error
-            and shift * found.value > CERTAIN * found.error
+            and shift * found.value > CLEAR * found.error
             for found in (self.by_spread, self.by_step)
         )
         return Verdict.OFF if near and clear and not self.alone else Verdict.UNDECIDED
