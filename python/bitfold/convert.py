@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitfold import hf
 from bitfold.check.examine import refuse_faults
+from bitfold.checkpoint import read_quantization
 from bitfold.foreign.owners import OWNERS, read_owner
 from bitfold.foreign.targets import TARGETS
 from bitfold.formats import parse
@@ -185,9 +187,8 @@ def _directory_to_gguf(source: Path, target: Path, options: _Options) -> list[St
 
 def _bitfold_to_gguf(source: Path, target: Path, options: _Options) -> list[Status]:
     """Blocks go into a file as they are; other formats become blocks first."""
-    from bitfold.foreign.source import open_source
-
-    formats = [parse(entry.format) for entry in open_source(source).modules.values()]
+    modules = read_quantization(source, hf.read_config(source)).modules
+    formats = [parse(entry.format) for entry in modules.values()]
     blocks = all(format.grid == "block" for format in formats)
     return (_directory_to_gguf if blocks else _through_weights)(source, target, options)
 
