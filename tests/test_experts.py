@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import bitfold
 import mixtures
@@ -283,8 +284,17 @@ def test_the_commands(source, tmp_path, capsys):
     errors = [m["relative_rmse"] for m in report if stack_name(m["name"]) == row["name"]]
     assert len(errors) == EXPERTS
     assert row["relative_rmse"] == max(errors)
-    measured = call_json(capsys, "eval", target, "--base", source, "--text", text, "--max-tokens", 100)
-    assert 0 < measured["mean_kl"]["value"] < 2  # weights at random: far from any text
+    # As far from the base as transformers' own model with the decoded weights.
+    dequantize(bitfold.load(target, dtype=torch.float32)).save_pretrained(tmp_path / "decoded")
+    shutil.copy(source / "tokenizer.json", tmp_path / "decoded")
+    measured, decoded_too = (
+        call_json(
+            capsys, "eval", path, "--base", source, "--text", text, "--max-tokens", 100, "--dtype", "float32"
+        )["mean_kl"]
+        for path in (target, tmp_path / "decoded")
+    )
+    assert measured["value"] > 0
+    assert measured["value"] == pytest.approx(decoded_too["value"], rel=1e-4)
     assert call_json(capsys, "generate", target, "--prompt", "The", "--max-new-tokens", 4)["tokens"]
 
 

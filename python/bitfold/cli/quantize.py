@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from bitfold.budget import Entry, plan_checkpoint
-from bitfold.calibration.data import SAMPLES, SEQUENCE_LENGTH
+from bitfold.calibration.data import SAMPLES
 from bitfold.calibration.processes import is_first
 from bitfold.calibration.run import quantize_calibrated
 from bitfold.cli.allocate import Options as Budget
@@ -29,7 +29,7 @@ from bitfold.cli.console import (
     table,
 )
 from bitfold.cli.quantize_gguf import DEFAULT_MIX, Options, quantize_to_gguf
-from bitfold.cli.sensitivity import Include
+from bitfold.cli.sensitivity import Include, Samples, Seed, SequenceLength
 from bitfold.experts import stack_name
 from bitfold.gguf import mixes
 from bitfold.pipeline import Origin, quantize_checkpoint, report
@@ -76,14 +76,9 @@ def quantize(
             "dataset:NAME[:CONFIG[:SPLIT]]."
         ),
     ] = "",
-    samples: Annotated[int, typer.Option(help="Calibration: rows of tokens.")] = SAMPLES,
-    sequence_length: Annotated[
-        int,
-        typer.Option(
-            help=f"Calibration: tokens of a row; 0: the model's context, at most {SEQUENCE_LENGTH}."
-        ),
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Calibration: which rows of the text.")] = 0,
+    samples: Samples = SAMPLES,
+    sequence_length: SequenceLength = 0,
+    seed: Seed = 0,
     allow_uncalibrated: Annotated[
         bool,
         typer.Option(

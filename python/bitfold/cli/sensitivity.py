@@ -41,6 +41,12 @@ Formats = Annotated[
         f"{', '.join(PLAIN)}; with --calibration {', '.join(CALIBRATED)}."
     ),
 ]
+Samples = Annotated[int, typer.Option(help="Calibration: rows of tokens.")]
+SequenceLength = Annotated[
+    int,
+    typer.Option(help=f"Calibration: tokens of a row; 0: the model's context, at most {SEQUENCE_LENGTH}."),
+]
+Seed = Annotated[int, typer.Option(help="Calibration: which rows of the text.")]
 Include = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,14 +66,9 @@ def sensitivity(
     calibration: Annotated[
         str, typer.Option(help="Text to calibrate gptq- formats on, as 'bitfold quantize' takes it.")
     ] = "",
-    samples: Annotated[int, typer.Option(help="Calibration: rows of tokens.")] = SAMPLES,
-    sequence_length: Annotated[
-        int,
-        typer.Option(
-            help=f"Calibration: tokens of a row; 0: the model's context, at most {SEQUENCE_LENGTH}."
-        ),
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Calibration: which rows of the text.")] = 0,
+    samples: Samples = SAMPLES,
+    sequence_length: SequenceLength = 0,
+    seed: Seed = 0,
     include: Include = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use; 0: all.")] = TOKENS,
     context: Annotated[int, typer.Option(help=f"Tokens of a window; 0: the model's, at most {CONTEXT}.")] = 0,

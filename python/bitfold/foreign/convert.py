@@ -24,7 +24,7 @@ from bitfold.foreign.scheme import ReadPlane, Store, Unfit
 from bitfold.foreign.source import Source, open_source
 from bitfold.foreign.targets import TARGETS, Place, with_order
 from bitfold.formats import parse
-from bitfold.gguf.convert import Progress, Status
+from bitfold.gguf.convert import Count, Progress, Status
 from bitfold.qtensor import QTensor, encode
 from bitfold.shards import CheckpointError, TensorSpec, read_directory, read_tensors
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
@@ -87,7 +87,7 @@ def convert(
     plan = _plan(source, to, decode, allow_lossy)
     specs = _specs(source, plan, allow_lossy)
     weights = sum(math.prod(entry.shape) for entry in source.modules.values())
-    count = _Count(progress, 2 * weights)
+    count = Count(progress, 2 * weights)
     ordered = False
     rounded: dict[str, list[str]] = {}
     with CheckpointWriter(target, specs, force=force, shard_bytes=shard_bytes) as writer:
@@ -328,7 +328,7 @@ def _grouped(rounded: Mapping[str, Sequence[str]]) -> Iterator[str]:
 # ---- comparing ----
 
 
-def _compared(source: Source, target: Path, plan: _Plan, count: _Count) -> Iterator[Status]:
+def _compared(source: Source, target: Path, plan: _Plan, count: Count) -> Iterator[Status]:
     """Every value of every tensor, decoded from what lies on the disk on both sides."""
     made = open_source(target) if plan.places else None
     stored = read_directory(target) if made is None else made.plain
@@ -358,17 +358,3 @@ def _status(name: str, before: str, after: str, one: Tensor, other: Tensor) -> S
         norm = torch.linalg.vector_norm(exact).item()
         relative = torch.linalg.vector_norm(error).item() / norm if norm else math.inf
     return Status(name, tuple(one.shape), before, after, largest, relative)
-
-
-class _Count:
-    """Weights done."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-
-    def add(self, name: str, weights: int) -> None:
-        self._done += weights
-        if self._progress is not None:
-            self._progress(name, self._done, self._total)

@@ -84,7 +84,7 @@ def to_directory(
     dtype = decode or default_dtype(tensors.values())
     model: Any = hf.empty_causal_lm(source, config, dtype)
     specs = {name: _spec(tensor, decode) for name, tensor in tensors.items()}
-    count = _Count(progress, 2 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
+    count = Count(progress, 2 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
     with CheckpointWriter(target, list(specs.values()), force=force, shard_bytes=shard_bytes) as writer:
         for name, tensor in tensors.items():
             writer.write(specs[name].name, _written(tensor, specs[name].dtype))
@@ -189,7 +189,7 @@ def to_file(
     target = check_target_file(target, force=force)
     model, rows = open_directory(source, dtype=dtype, remark=remark)
     infos = [TensorInfo(tensor.name, tensor.shape, tensor.type) for tensor in model.tensors.values()]
-    count = _Count(progress, 2 * sum(math.prod(tensor.shape) for tensor in model.tensors.values()))
+    count = Count(progress, 2 * sum(math.prod(tensor.shape) for tensor in model.tensors.values()))
     with GgufWriter(target, lay_out(model.metadata, infos), force=force) as writer:
         for tensor in model.tensors.values():
             for begin, end in _pieces(tensor):
@@ -219,7 +219,7 @@ class _Wanted:
     shift: float = 0.0
 
 
-def _compared(wanted: Mapping[str, _Wanted], found: GgufModel, count: _Count) -> Iterator[Status]:
+def _compared(wanted: Mapping[str, _Wanted], found: GgufModel, count: Count) -> Iterator[Status]:
     for name, source in wanted.items():
         tensor = found.tensors[name]
         largest = errors = values = 0.0
@@ -249,8 +249,8 @@ def _pieces(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
         yield begin, min(tensor.rows, begin + step)
 
 
-class _Count:
-    """Weights done."""
+class Count:
+    """Tells `progress` how many weights are done, of how many."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress = progress
