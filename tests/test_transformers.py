@@ -12,6 +12,7 @@ import bitfold
 import pytest
 import torch
 from bitfold import versions
+from bitfold.dequantize import dequantize
 from bitfold.integration.hook import after_import
 from bitfold.shards import CheckpointError
 from tiny import one_thread, rewrite, rewrite_config, tensors_of, write_llama  # noqa: F401
@@ -232,6 +233,32 @@ def run(script: str, *arguments: object) -> tuple[str, str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("way", ["quantize", "load"])
+def test_a_model_that_bitfold_made_saves_itself_as_quantized(
+    source, tied_source, tied_checkpoint, checkpoint, everything, tmp_path, way, tied
+):
+    """transformers' own save_pretrained of what bitfold.quantize and bitfold.load return."""
+    if way == "load":
+        model = bitfold.load(tied_checkpoint if tied else checkpoint)
+    else:
+        model = load(tied_source if tied else source)
+        bitfold.quantize(model, everything if tied else "nf4-dq", quiet=True)
+    model.save_pretrained(tmp_path / "saved")
+    section = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert section["recipe"] == ("everything" if tied else "nf4-dq")
+    for again in (load(tmp_path / "saved"), bitfold.load(tmp_path / "saved")):
+        assert states_equal(again, model)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_model_whose_weights_were_decoded_saves_itself_as_plain(checkpoint, tmp_path):
+    model = dequantize(bitfold.load(checkpoint))
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert torch.equal(load(tmp_path / "saved")(IDS).logits, model(IDS).logits)
 
 
 def test_without_bitfold_transformers_warns_and_skips(checkpoint):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bitfold import _C, hf
 from bitfold.experts import QuantStack, put_stack
 from bitfold.formats import parse, plane_shapes
-from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, embedding_scale
+from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, announce, embedding_scale
 from bitfold.shards import (
     CONFIG_FILE,
     CheckpointError,
@@ -341,6 +341,7 @@ def assemble(
             if isinstance(module, QuantModule):
                 check_g_idx_of(path, name, module)
             module.prepare()
+    announce(model, quantization.recipe)
     return model.eval()
 
 

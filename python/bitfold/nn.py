@@ -20,6 +20,16 @@ from bitfold.formats import parse, plane_shapes
 from bitfold.hugepages import use_huge_pages
 from bitfold.qtensor import QTensor, check_activations, column_order, gather_columns
 
+LISTENERS: list[Callable[[nn.Module, str], None]] = []
+"""Called with each model that was given quantized modules, and the recipe's name: so that the library that the model
+comes from saves it as what it is now (bitfold.integration)."""
+
+
+def announce(model: nn.Module, recipe: str = "") -> None:
+    """Tell whoever listens that a model has quantized modules, all of them with values."""
+    for listener in LISTENERS:
+        listener(model, recipe)
+
 
 class PlaneModule(nn.Module):
     """A module that holds the planes of one or more matrices: what all quantized modules share.

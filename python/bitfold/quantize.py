@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitfold import experts
 from bitfold.experts import QuantStack
 from bitfold.formats import parse
-from bitfold.nn import QuantEmbedding, QuantLinear, put_module
+from bitfold.nn import QuantEmbedding, QuantLinear, announce, put_module
 from bitfold.qtensor import QTensor, column_order, embedding, encode
 from bitfold.recipes import ModuleInfo, Recipe, assign, get
 
@@ -194,6 +194,7 @@ def quantize(
         if progress is not None:
             progress(name, done, total)
 
+    announce(model, recipe.name)
     summary = QuantizationSummary(recipe.name, tuple(summaries), parameters, bytes_before, _count(model)[1])
     if not quiet:
         print(summary)

@@ -24,7 +24,7 @@ from bitfold.gguf.reader import read_gguf
 from bitfold.gguf.restore import Restored, restored
 from bitfold.gguf.rope import ROTARY
 from bitfold.gguf.vocabulary import tokenizer_of
-from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, embedding_scale
+from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, announce, embedding_scale
 from bitfold.qtensor import QTensor
 from bitfold.shards import CheckpointError
 
@@ -87,6 +87,7 @@ def build(
     for module in model.modules():
         if isinstance(module, PlaneModule):
             module.prepare()
+    announce(model)
     return model.eval()
 
 

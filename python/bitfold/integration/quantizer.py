@@ -33,7 +33,7 @@ from bitfold.checkpoint import (
 )
 from bitfold.formats import stored_bytes
 from bitfold.integration.config import Config
-from bitfold.nn import PlaneModule, QuantEmbedding, QuantModule
+from bitfold.nn import LISTENERS, PlaneModule, QuantEmbedding, QuantModule
 from bitfold.quantize import check_swappable, describe, refuse_calibration
 from bitfold.recipes import ModuleInfo
 from bitfold.shards import CheckpointError, StoredTensor, read_header
@@ -43,6 +43,20 @@ def enter() -> None:
     """Put bitfold into transformers' tables."""
     register_quantization_config(QUANT_METHOD)(Config)
     register_quantizer(QUANT_METHOD)(Quantizer)
+    LISTENERS.append(adopt)
+
+
+def adopt(model: nn.Module, recipe: str = "") -> None:
+    """Make a model of transformers that bitfold quantized or loaded like one of from_pretrained's: it saves itself as
+    quantized, and Trainer knows that it is. Other models are left alone.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+        section = describe_quantization(model, recipe)
+        if section.modules:
+            model.hf_quantizer = Quantizer(Config(recipe, section=section), pre_quantized=True)
+            tie_planes(model)
 
 
 class Quantizer(HfQuantizer):
@@ -181,7 +195,10 @@ class Quantizer(HfQuantizer):
         """Told before the model is saved: its configuration is to say what it is now."""
         if not getattr(model, "_hf_peft_config_loaded", False):
             self._describe(model)
-            model.config.quantization_config = self.quantization_config
+            if self.quantization_config.section.modules:
+                model.config.quantization_config = self.quantization_config
+            else:  # its weights were decoded since
+                self.remove_quantization_config(model)
             # transformers would give tensors the names of older checkpoints, and take stacks of experts apart.
             model._weight_conversions = []
         return None, {}
