@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import tiny
@@ -72,3 +77,41 @@ def block_run(path: Path, recipe: Recipe, ids: torch.Tensor, workers: Workers) -
 def outputs(run: BlockRun) -> torch.Tensor:
     """What the block makes of all samples."""
     return torch.stack([run.compute(lambda s=s: run._run(s)) for s in range(run.samples)])
+
+
+KILLED = """
+import sys, torch, bitfold
+torch.set_num_threads(2)
+print("ready", flush=True)
+bitfold.quantize_calibrated(*sys.argv[1:5], samples=6, sequence_length=32, activations=sys.argv[5])
+"""
+
+
+def quantize_with_kills(source: Path, target: Path, recipe: str, text: Path, activations: str) -> int:
+    """Start quantizing again and again, with OPTIONS, and kill it at a random time, up to ten times, until it is done;
+    returns how often it was killed before `target` was there. A kill behind that finds everything done.
+    """
+
+    def start(target: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", KILLED, source, target, recipe, text, activations]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    # How long it takes when nobody kills it.
+    spare = target.with_name("spare")
+    process, began = start(spare), time.perf_counter()
+    assert process.wait() == 0
+    seconds = time.perf_counter() - began
+    shutil.rmtree(spare)
+
+    rng = random.Random(0)
+    for kills in range(10):
+        process = start(target)
+        time.sleep(rng.uniform(0.0, 0.6 * seconds))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0 or target.exists():
+            return kills
+        assert process.returncode == -signal.SIGKILL
+    assert start(target).wait() == 0
+    return 10

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import bitfold
@@ -21,7 +18,7 @@ from bitfold.calibration.workers import Workers
 from bitfold.experts import QuantExperts, routed, stack_name
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.recipes import Recipe, Rule
-from calibrated import OPTIONS, block_run, contents, outputs
+from calibrated import OPTIONS, block_run, contents, outputs, quantize_with_kills
 from mixtures import EXPERTS, KINDS
 from tiny import one_thread  # noqa: F401
 from tiny_architectures import relative_difference
@@ -212,30 +209,9 @@ def test_both_ways_to_store_experts_give_the_same_bytes(recipe, text, whole, tmp
         assert torch.equal(tensor, two[name]), name
 
 
-KILLED = """
-import sys, torch, bitfold
-torch.set_num_threads(2)
-print("ready", flush=True)
-bitfold.quantize_calibrated(*sys.argv[1:5], samples=6, sequence_length=32, activations="disk")
-"""
-
-
 @pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(mixtral, recipe, text, whole, tmp_path):
-    command = [sys.executable, "-c", KILLED, mixtral, tmp_path / "q", recipe, text]
-    rng = random.Random(0)
-    kills = 0
-    while True:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        if kills < 10:
-            time.sleep(rng.uniform(0.0, 4.0))
-            process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-        kills += 1
-    assert kills >= 3
+    assert quantize_with_kills(mixtral, tmp_path / "q", recipe, text, "disk") >= 3
     assert contents(tmp_path / "q") == contents(whole)
 
 

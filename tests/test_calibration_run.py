@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import bitfold
@@ -23,7 +20,7 @@ from bitfold.evaluate import compare_all, cut, kl_gap
 from bitfold.quantizers import gptq
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError
-from calibrated import OPTIONS, RECIPE, contents
+from calibrated import OPTIONS, RECIPE, contents, quantize_with_kills
 from command import call, call_json
 from tiny import one_thread  # noqa: F401
 from torch import nn
@@ -352,32 +349,10 @@ def test_the_work_folder_may_be_named_and_must_be_ours(source, text, whole, tmp_
     assert (work / "thesis.tex").exists()
 
 
-KILLED = """
-import sys, torch, bitfold
-torch.set_num_threads(2)
-print("ready", flush=True)
-bitfold.quantize_calibrated(*sys.argv[1:5], samples=6, sequence_length=32, activations=sys.argv[5])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("activations", ["ram", "disk"])
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(activations, source, text, whole, tmp_path):
-    command = [sys.executable, "-c", KILLED, source, tmp_path / "q", RECIPE, text, activations]
-    rng = random.Random(0)
-    kills = 0
-    while True:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        if kills < 10:
-            time.sleep(rng.uniform(0.0, 4.0))
-            process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-        assert kills == 0 or not (tmp_path / "q").exists()
-        kills += 1
-    assert kills >= 3
+    assert quantize_with_kills(source, tmp_path / "q", RECIPE, text, activations) >= 3
     assert contents(tmp_path / "q") == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
