@@ -26,6 +26,7 @@ from bitfold import recipes
 from bitfold.checkpoint import (
     QUANT_METHOD,
     ModuleEntry,
+    QuantizationConfig,
     check_g_idx_of,
     describe_quantization,
     listed,
@@ -55,7 +56,8 @@ def adopt(model: nn.Module, recipe: str = "") -> None:
     if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
         section = describe_quantization(model, recipe)
         if section.modules:
-            model.hf_quantizer = Quantizer(Config(recipe, section=section), pre_quantized=True)
+            adopted: Any = model
+            adopted.hf_quantizer = Quantizer(Config(recipe, section=section), pre_quantized=True)
             tie_planes(model)
 
 
@@ -187,15 +189,15 @@ class Quantizer(HfQuantizer):
             module.prepare()
         self._describe(model)
 
-    def _describe(self, model: Any) -> None:
+    def _describe(self, model: Any) -> QuantizationConfig:
         config = self.quantization_config
         config.section = describe_quantization(model, config.name)
+        return config.section
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Told before the model is saved: its configuration is to say what it is now."""
         if not getattr(model, "_hf_peft_config_loaded", False):
-            self._describe(model)
-            if self.quantization_config.section.modules:
+            if self._describe(model).modules:
                 model.config.quantization_config = self.quantization_config
             else:  # its weights were decoded since
                 self.remove_quantization_config(model)
