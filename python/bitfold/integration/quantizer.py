@@ -199,10 +199,10 @@ class Quantizer(HfQuantizer):
         if not getattr(model, "_hf_peft_config_loaded", False):
             if self._describe(model).modules:
                 model.config.quantization_config = self.quantization_config
+                # transformers would give tensors the names of older checkpoints, and take stacks of experts apart.
+                model._weight_conversions = []
             else:  # its weights were decoded since
                 self.remove_quantization_config(model)
-            # transformers would give tensors the names of older checkpoints, and take stacks of experts apart.
-            model._weight_conversions = []
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
