@@ -12,7 +12,6 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench" / "calibration_memory.py"
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not BENCH.is_file(), reason="bench/ is not beside the tests"),
     pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc/self/status"),
 ]
