@@ -28,7 +28,9 @@ ROOMS = {
 MODULES = [
     "_C",
     "formats",
+    "activations",
     "ops",
+    "ops_int8",
     "qtensor",
     "grids",
     "quantizers",

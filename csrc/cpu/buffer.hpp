@@ -88,6 +88,16 @@ inline void read_row(const MatrixIn& in, int64_t row, double* to) {
   }
 }
 
+// Element i of an array of `dtype`.
+inline void store_double(DType dtype, void* to, int64_t i, double value) {
+  switch (dtype) {
+    case DType::F64: static_cast<double*>(to)[i] = value; break;
+    case DType::F32: static_cast<float*>(to)[i] = static_cast<float>(value); break;
+    case DType::BF16: static_cast<uint16_t*>(to)[i] = float_to_bf16(static_cast<float>(value)); break;
+    default: static_cast<uint16_t*>(to)[i] = float_to_half(static_cast<float>(value)); break;
+  }
+}
+
 // Columns [begin, end) of matrix row `row`, whatever the layout.
 inline void decode_row(const Kernels& kernels, const Weight& w, int64_t row, int64_t begin, int64_t end, float* to,
                        Stores stores = Stores::Cached) {

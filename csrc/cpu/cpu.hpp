@@ -2,6 +2,7 @@
 #pragma once
 
 #include "formats/args.hpp"
+#include "formats/int8.hpp"
 
 namespace bitfold::cpu {
 
@@ -9,6 +10,7 @@ EncodeStatus encode(const EncodeArgs& args);
 void decode(const DecodeArgs& args);
 void linear(const LinearArgs& args);
 void linear_grad_x(const LinearGradArgs& args);
+void linear_int8(const LinearInt8Args& args);
 void pack(const PackArgs& args);
 void unpack(const PackArgs& args);
 

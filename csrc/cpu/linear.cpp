@@ -139,15 +139,6 @@ void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
 
 // ---- the floor: float64 sums, a decoded row at a time, any layout ----
 
-void store_double(DType dtype, void* to, int64_t i, double value) {
-  switch (dtype) {
-    case DType::F64: static_cast<double*>(to)[i] = value; break;
-    case DType::F32: static_cast<float*>(to)[i] = static_cast<float>(value); break;
-    case DType::BF16: static_cast<uint16_t*>(to)[i] = float_to_bf16(static_cast<float>(value)); break;
-    default: static_cast<uint16_t*>(to)[i] = float_to_half(static_cast<float>(value)); break;
-  }
-}
-
 void read_matrix(const MatrixIn& in, ParallelFor parallel_for, double* to) {
   cut(parallel_for, in.rows, grain_rows(in.columns), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) read_row(in, j, to + j * in.columns);

@@ -89,6 +89,11 @@ Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& shape, Scala
   }
 }
 
+Device device_of(const std::vector<Tensor>& planes) {
+  if (planes.empty()) fail("planes is empty; it must hold the planes of the format");
+  return Device(planes[0], "planes[0]");
+}
+
 Weight read_weight(const Device& device, const std::vector<Tensor>& planes, const std::string& format_text, int64_t n,
                    int64_t k, const std::string& layout_text) {
   const Format format = parse_format(format_text);
@@ -166,6 +171,34 @@ MatrixIn read_matrix(const Tensor& tensor, const std::string& what, std::optiona
   if (walks || rows == 0) return {tensor.const_data_ptr(), dtype, rows, sizes[last], row_stride, strides[last]};
   *owner = torch::stable::contiguous(tensor);
   return {(*owner)->const_data_ptr(), dtype, rows, sizes[last], sizes[last], 1};
+}
+
+MatrixIn read_activations(const Device& device, const Tensor& x, const char* what, const char* width, int64_t columns,
+                          std::optional<Tensor>* owner) {
+  device.require(x, what);
+  if (x.dim() < 1 || x.size(x.dim() - 1) != columns) {
+    fail(std::string(what) + " has shape " + shape_text(x) + "; its last dimension must be " + width + " = " +
+         std::to_string(columns));
+  }
+  return read_matrix(x, what, owner);
+}
+
+std::vector<int64_t> shape_beside(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = columns;
+  return shape;
+}
+
+std::optional<Tensor> read_bias(const Device& device, const std::optional<Tensor>& bias, const Tensor& x, int64_t n) {
+  if (!bias) return std::nullopt;
+  device.require(*bias, "bias");
+  if (bias->scalar_type() != x.scalar_type()) {
+    fail(std::string("bias is ") + dtype_name(bias->scalar_type()) + "; it must be " + dtype_name(x.scalar_type()) +
+         " like x");
+  }
+  if (bias->dim() != 1 || bias->size(0) != n)
+    fail("bias has shape " + shape_text(*bias) + "; it must be [" + std::to_string(n) + "]");
+  return torch::stable::contiguous(*bias);
 }
 
 }  // namespace bitfold::border

@@ -34,11 +34,20 @@ Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& shape, Scala
 // Planes of an n x k weight, checked against the format's laws; all on `device`.
 Weight read_weight(const Device& device, const std::vector<Tensor>& planes, const std::string& format, int64_t n,
                    int64_t k, const std::string& layout);
+// Planes decide where an op runs.
+Device device_of(const std::vector<Tensor>& planes);
 // New planes for an n x k weight, in the order of the laws, and where their bytes are.
 std::vector<Tensor> new_planes(const Tensor& like, const Format& format, int64_t n, int64_t k, PlanesOut* out);
 
 // A tensor of at least one dimension as rows: leading dimensions are flattened; `owner` keeps a copy alive where no
 // single stride walks over the rows.
 MatrixIn read_matrix(const Tensor& tensor, const std::string& what, std::optional<Tensor>* owner);
+// The same of x or grad, `what`: its last dimension must be `columns`, which messages call `width`.
+MatrixIn read_activations(const Device& device, const Tensor& x, const char* what, const char* width, int64_t columns,
+                          std::optional<Tensor>* owner);
+// A bias of x's dtype and n numbers, contiguous; none of none.
+std::optional<Tensor> read_bias(const Device& device, const std::optional<Tensor>& bias, const Tensor& x, int64_t n);
+// x's shape, with as many numbers in a row.
+std::vector<int64_t> shape_beside(const Tensor& x, int64_t columns);
 
 }  // namespace bitfold::border

@@ -146,6 +146,11 @@ void Device::linear_grad_x(LinearGradArgs args) const {
   on(gpu_, [&] { cuda::linear_grad_x(args, stream_); }, [&] { cpu::linear_grad_x(args); });
 }
 
+void Device::linear_int8(LinearInt8Args args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, only_on_the_cpu, [&] { cpu::linear_int8(args); });
+}
+
 // What only the CPU has: the border has said so already where `gpu_` holds.
 void Device::block_grid(cpu::BlockGridArgs args) const {
   args.parallel_for = parallel_for;

@@ -11,6 +11,7 @@
 #include "cpu/block_codes.hpp"
 #include "formats/args.hpp"
 #include "formats/gptq.hpp"
+#include "formats/int8.hpp"
 
 namespace bitfold::border {
 
@@ -34,6 +35,7 @@ class Device {
   void unpack(PackArgs args) const;
   void linear(LinearArgs args, const Tensor& like) const;  // `like`: workspace is allocated beside it
   void linear_grad_x(LinearGradArgs args) const;
+  void linear_int8(LinearInt8Args args) const;
   int64_t block_shape(const Format& format, int64_t* levels) const;  // columns with a step of their own
   void block_grid(cpu::BlockGridArgs args) const;
   void put_block_codes(cpu::BlockCodesArgs args) const;

@@ -10,6 +10,7 @@
 #include "cuda/plan.hpp"
 #include "torch/border.hpp"
 #include "torch/gptq.hpp"
+#include "torch/int8.hpp"
 
 namespace bitfold {
 namespace {
@@ -41,6 +42,9 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype, str layout=\"rows\") "
       "-> Tensor");
+  library.def(
+      "linear_int8(Tensor x, Tensor[] planes, str format, SymInt n, SymInt k, Tensor? bias=None, float threshold=0, "
+      "bool per_row=False, Tensor? x_scale=None, Tensor? outlier_columns=None, Tensor? outlier_weight=None) -> Tensor");
   library.def("block_grid(Tensor blocks, str format, SymInt n, SymInt k) -> Tensor[]");
   library.def("put_block_codes(Tensor blocks, Tensor codes, str format) -> Tensor");
   library.def("gptq_factor(Tensor hessian, Tensor order, float unit, float damping) -> Tensor[]");
@@ -50,12 +54,6 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "search_steps(Tensor weight, int group, Tensor start, Tensor factors, ScalarType stored, Tensor? zeros, "
       "Tensor? importance, Tensor? table, int low, int high) -> Tensor[]");
-}
-
-// Planes decide where an op runs.
-Device device_of(const std::vector<Tensor>& planes) {
-  if (planes.empty()) fail("planes is empty; it must hold the planes of the format");
-  return Device(planes[0], "planes[0]");
 }
 
 std::string scale_advice(const Format& format) {
@@ -286,24 +284,6 @@ std::vector<Tensor> unpack(const std::vector<Tensor>& planes, const std::string&
 
 // ---- products ----
 
-// x or grad: rows of `columns` numbers.
-MatrixIn activations(const Device& device, const Tensor& x, const char* what, const char* width, int64_t columns,
-                     std::optional<Tensor>* owner) {
-  device.require(x, what);
-  if (x.dim() < 1 || x.size(x.dim() - 1) != columns) {
-    fail(std::string(what) + " has shape " + shape_text(x) + "; its last dimension must be " + width + " = " +
-         std::to_string(columns));
-  }
-  return read_matrix(x, what, owner);
-}
-
-// x's, with as many numbers in a row.
-std::vector<int64_t> shape_beside(const Tensor& x, int64_t columns) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = columns;
-  return shape;
-}
-
 Tensor empty_rows(const Tensor& x, int64_t columns) {
   return empty_beside(x, shape_beside(x, columns), x.scalar_type());
 }
@@ -330,18 +310,8 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
   const Weight w = read_weight(device, planes, format, n, k, layout);
   const Activations kind = parse_activations(activations_text, w.format);
   std::optional<Tensor> x_owner;
-  const MatrixIn rows = activations(device, x, "x", "k", k, &x_owner);
-  std::optional<Tensor> dense_bias;
-  if (bias) {
-    device.require(*bias, "bias");
-    if (bias->scalar_type() != x.scalar_type()) {
-      fail(std::string("bias is ") + dtype_name(bias->scalar_type()) + "; it must be " + dtype_name(x.scalar_type()) +
-           " like x");
-    }
-    if (bias->dim() != 1 || bias->size(0) != n)
-      fail("bias has shape " + shape_text(*bias) + "; it must be [" + std::to_string(n) + "]");
-    dense_bias = torch::stable::contiguous(*bias);
-  }
+  const MatrixIn rows = read_activations(device, x, "x", "k", k, &x_owner);
+  const std::optional<Tensor> dense_bias = read_bias(device, bias, x, n);
   if (device.gpu() && kind != Activations::Float)
     fail("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
   if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul) {
@@ -362,7 +332,7 @@ Tensor linear_grad_x(const Tensor& grad, const std::vector<Tensor>& planes, cons
   const Device device = device_of(planes);
   const Weight w = read_weight(device, planes, format, n, k, layout);
   std::optional<Tensor> owner;
-  const MatrixIn rows = activations(device, grad, "grad", "n", n, &owner);
+  const MatrixIn rows = read_activations(device, grad, "grad", "n", n, &owner);
   if (device.gpu() && cuda::plan_grad_x(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul)
     return torch_product("aten::matmul", torch::stable::contiguous(grad), decoded_for(device, grad, w, planes[0]));
   Tensor dx = empty_rows(grad, k);
@@ -379,6 +349,7 @@ void implement(Library& library) {
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_grad_x", TORCH_BOX(&linear_grad_x));
   library.impl("embedding", TORCH_BOX(&embedding));
+  library.impl("linear_int8", TORCH_BOX(&linear_int8));
   library.impl("block_grid", TORCH_BOX(&block_grid));
   library.impl("put_block_codes", TORCH_BOX(&put_block_codes));
   library.impl("gptq_factor", TORCH_BOX(&gptq_factor));

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from bitfold import formats, hf, layout, recipes
+from bitfold.activations import read as read_activations
 from bitfold.layout import Source, Step
 from bitfold.qtensor import plan_linear
 from bitfold.recipes import ATTENTION, Assignment, ModuleInfo, Recipe
@@ -73,7 +74,7 @@ class Entry:
     """One tensor, or all planes of one quantized module.
 
     tensor_class: of CLASSES; format: of its planes, or the dtype that it keeps; quantized: whether it has planes;
-    reason: why it gets that format.
+    reason: why it gets that format; activations: what a layer does with its input.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Entry:
     shape: tuple[int, ...]
     nbytes: int
     reason: str
+    activations: str = "float"
 
     @property
     def parameters(self) -> int:
@@ -218,6 +220,7 @@ def _entry(step: Step, source: Source, assignments: Mapping[str, Assignment]) ->
         shape=step.shape,
         nbytes=step.nbytes,
         reason=assignments[step.module].reason,
+        activations=str(assignments[step.module].activations),
     )
 
 
@@ -321,7 +324,11 @@ def _notes(
     for text, names in grouped(_ragged(entries)):
         yield f"{text} in {listed(names)}"
     multiplied = (name for name, info in source.infos.items() if info.kind in ("linear", "experts"))
-    chosen = {assignments[name].format for name in multiplied}
+    chosen = {assignments[name].format for name in multiplied if assignments[name].activations.is_float}
+    for text, names in grouped(
+        (entry.activations, entry.name) for entry in entries if entry.activations != "float"
+    ):
+        yield f"activations '{text}' in {listed(names)}: {read_activations(text).says}"
     for format in sorted(filter(None, chosen)):
         plan = plan_linear(format, 1, 1, 1, run.dtype)
         if plan.regime != "fused":

@@ -13,7 +13,9 @@ else as it was. config.json has the section
 
 where a stack of experts has the kind "experts" and the shape [experts, n, k], and planes whose first dimension are the
 experts, an embedding also names its output "dtype", and `tied` maps the name of a tensor that is not stored to the one
-that it is.
+that it is. A layer that does something with its input says so ("activations": "llm-int8-exact"; without that word it is
+"float"), and where it has a 16-bit copy of columns, of how many and in which dtype ("outliers": 12, "outlier_dtype":
+"bfloat16").
 """
 
 from __future__ import annotations
@@ -27,10 +29,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold import _C, hf
+from bitfold import _C, activations, hf
+from bitfold.activations import FLOAT, Activations
 from bitfold.experts import QuantStack, put_stack
 from bitfold.formats import parse, plane_shapes
-from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, announce, embedding_scale
+from bitfold.nn import (
+    OUTLIER_DTYPES,
+    PlaneModule,
+    QuantEmbedding,
+    QuantLinear,
+    QuantModule,
+    announce,
+    embedding_scale,
+)
 from bitfold.shards import (
     CONFIG_FILE,
     CheckpointError,
@@ -55,7 +66,8 @@ class ModuleEntry:
     """What config.json says of one quantized module.
 
     kind: "linear", "embedding" or "experts"; format: canonical; shape: (n, k), of experts (experts, n, k); dtype: of
-    an embedding's output, else None; g_idx: whether the weight has one.
+    an embedding's output, else None; g_idx: whether the weight has one; activations: of a linear layer or of experts;
+    outliers, outlier_dtype: the columns of which a linear layer has a copy, and its dtype.
     """
 
     kind: str
@@ -64,6 +76,9 @@ class ModuleEntry:
     layout: str = "rows"
     dtype: torch.dtype | None = None
     g_idx: bool = False
+    activations: Activations = FLOAT
+    outliers: int = 0
+    outlier_dtype: torch.dtype | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -85,10 +100,16 @@ class ModuleEntry:
             fields["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.g_idx:
             fields["g_idx"] = True
+        if not self.activations.is_float:
+            fields["activations"] = str(self.activations)
+        if self.outliers:
+            fields["outliers"] = self.outliers
+            fields["outlier_dtype"] = str(self.outlier_dtype).removeprefix("torch.")
         return fields
 
     def parts(self) -> dict[str, TensorSpec]:
-        """What the weight is stored as, by names within the module: its planes, and g_idx where it has one."""
+        """What the weight is stored as, by names within the module: its planes, and g_idx and what the activations take
+        where it has them."""
         (n, k), experts = self.matrix, self.shape[:-2]
         shapes = plane_shapes(self.format, n, k, self.layout)
         found = {
@@ -97,6 +118,11 @@ class ModuleEntry:
         }
         if self.g_idx:
             found["g_idx"] = TensorSpec("g_idx", torch.int32, (k,))
+        if self.activations.is_static:
+            found["x_scale"] = TensorSpec("x_scale", torch.float32, ())
+        if self.outliers and self.outlier_dtype is not None:
+            found["outlier_columns"] = TensorSpec("outlier_columns", torch.int32, (self.outliers,))
+            found["outlier_weight"] = TensorSpec("outlier_weight", self.outlier_dtype, (n, self.outliers))
         return found
 
 
@@ -174,7 +200,38 @@ def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
         raise ValueError(f"g_idx is {g_idx!r}; it must be true or false")
     if g_idx and kind == "experts":
         raise ValueError("experts have a g_idx; they must have none")
-    return ModuleEntry(kind, parse(fields["format"]).canonical, shape, fields["layout"], dtype, g_idx)
+    entry = ModuleEntry(
+        kind,
+        parse(fields["format"]).canonical,
+        shape,
+        fields["layout"],
+        dtype,
+        g_idx,
+        activations.read(fields.get("activations", "float")),
+        fields.get("outliers", 0),
+        getattr(torch, fields["outlier_dtype"]) if "outlier_dtype" in fields else None,
+    )
+    _check_activations(entry)
+    return entry
+
+
+def _check_activations(entry: ModuleEntry) -> None:
+    entry.activations.check(entry.format)
+    multiplies = entry.kind != "embedding" or entry.activations.is_float
+    if not multiplies or (entry.kind == "experts" and entry.activations.needs_calibration):
+        raise ValueError(
+            f"a module of the kind '{entry.kind}' can't have the activations '{entry.activations}'"
+        )
+    outliers = entry.outliers
+    if not isinstance(outliers, int) or isinstance(outliers, bool) or not 0 <= outliers <= entry.shape[-1]:
+        raise ValueError(f"outliers is {outliers!r}; it must be a number of columns of {list(entry.shape)}")
+    if outliers and (entry.kind != "linear" or entry.outlier_dtype not in OUTLIER_DTYPES):
+        raise ValueError(
+            f"outlier_dtype of a module of the kind '{entry.kind}' is {entry.outlier_dtype}; outliers are for linear "
+            "layers, in float16 or bfloat16"
+        )
+    if entry.activations.exact_outliers and not outliers:
+        raise ValueError(f"the activations '{entry.activations}' take outliers, but there are none")
 
 
 def save(
@@ -250,10 +307,23 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
 def _entry_of(module: PlaneModule) -> ModuleEntry:
     if isinstance(module, QuantStack):
-        return ModuleEntry("experts", module.format, module.shape, module.layout)
+        return ModuleEntry(
+            "experts", module.format, module.shape, module.layout, activations=module.activations
+        )
     if isinstance(module, QuantEmbedding):
         return ModuleEntry("embedding", module.format, module.shape, module.layout, module.dtype)
-    return ModuleEntry("linear", module.format, module.shape, module.layout, g_idx=module.g_idx is not None)
+    assert isinstance(module, QuantLinear)
+    copy = module.outlier_weight
+    return ModuleEntry(
+        "linear",
+        module.format,
+        module.shape,
+        module.layout,
+        g_idx=module.g_idx is not None,
+        activations=module.activations,
+        outliers=0 if copy is None else copy.shape[1],
+        outlier_dtype=None if copy is None else copy.dtype,
+    )
 
 
 def _config_of(
@@ -339,18 +409,20 @@ def assemble(
     for name, module in model.named_modules():
         if isinstance(module, PlaneModule):
             if isinstance(module, QuantModule):
-                check_g_idx_of(path, name, module)
+                check_values_of(path, name, module)
             module.prepare()
     announce(model, quantization.recipe)
     return model.eval()
 
 
-def check_g_idx_of(path: Path, name: str, module: QuantModule) -> None:
-    """What no shape tells: whether g_idx gives each group its columns. Raises CheckpointError."""
-    if module.g_idx is None:
-        return
+def check_values_of(path: Path, name: str, module: QuantModule) -> None:
+    """What no shape tells: whether g_idx gives each group its columns, and whether what a layer keeps for its
+    activations can be. Raises CheckpointError."""
     try:
-        _ = module.qtensor
+        if module.g_idx is not None:
+            _ = module.qtensor
+        if isinstance(module, QuantLinear):
+            module.check_kept()
     except ValueError as error:
         raise CheckpointError(f"{path}: '{name}': {error}") from None
 
@@ -394,6 +466,9 @@ def put_empty_modules(model: nn.Module, modules: Mapping[str, ModuleEntry]) -> N
                 dtype=bias,
                 layout=entry.layout,
                 with_g_idx=entry.g_idx,
+                activations=entry.activations,
+                outliers=entry.outliers,
+                outlier_dtype=entry.outlier_dtype,
             )
         else:
             new = QuantEmbedding.empty(
@@ -414,7 +489,9 @@ def _put_empty_stack(model: nn.Module, name: str, entry: ModuleEntry) -> None:
     """Put a stack without values in the place of one parameter of a module of experts."""
     count, n, k = entry.shape
     try:
-        put_stack(model, name, QuantStack.empty(entry.format, (count, n, k), "meta", entry.layout))
+        stack = QuantStack.empty(entry.format, (count, n, k), "meta", entry.layout)
+        stack.activations = entry.activations
+        put_stack(model, name, stack)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint quantizes the experts '{name}', but {error}") from None
 

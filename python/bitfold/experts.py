@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold import ops
+from bitfold import ops, ops_int8
 from bitfold.formats import parse, plane_shapes
 from bitfold.nn import Multiplies, put_module
 from bitfold.qtensor import QTensor
@@ -146,11 +146,13 @@ class QuantStack(Multiplies):
         """x [..., k] times one expert's matrix: [..., n], in the dtype of x."""
         _, n, k = self.shape
         planes = [plane[expert] for plane in self.planes()]
-        return ops.linear(x, planes, self.format, n, k, None, self.layout, self._activations)
+        if self._rounds_rows:
+            return ops_int8.linear_int8(x, planes, self.format, n, k, None, self._activations)
+        return ops.linear(x, planes, self.format, n, k, None, self.layout, self._activations.kind)
 
     def extra_repr(self) -> str:
         experts, n, k = self.shape
-        activations = "" if self._activations == "float" else f", activations={self._activations}"
+        activations = "" if self._activations.is_float else f", activations={self._activations}"
         return f"experts={experts}, in_features={k}, out_features={n}, format={self.format}{activations}"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitfold import checkpoint, hf
+from bitfold.activations import Activations
 from bitfold.foreign.owners import read_owner
 from bitfold.nn import set_activations
 from bitfold.writer import is_bitfold_checkpoint
@@ -22,7 +23,7 @@ def load(
     model: nn.Module | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    activations: str = "float",
+    activations: str | Activations | None = None,
 ) -> nn.Module:
     """Load a quantized model; the weights stay quantized and, on the CPU, memory-mapped.
 
@@ -35,8 +36,9 @@ def load(
         device: where the model goes.
         dtype: compute in this dtype; norms, biases and plain weights are cast to it. None: as they are stored (of a
             GGUF file: the dtype of its matrices where none is packed, else float32).
-        activations: "int8" lets all quantized linear layers, which must then be in GGUF's block formats, round their
-            inputs to 8 bits, as llama.cpp does (`bitfold.linear`); layers that aren't quantized compute as ever.
+        activations: what all quantized linear layers are to do with their inputs (docs/activations.md), None: what the
+            checkpoint says. "int8" rounds them to 8 bits, with weights in GGUF's block formats as llama.cpp does;
+            layers that aren't quantized compute as ever.
 
     Returns:
         The model, in eval mode.
@@ -49,7 +51,7 @@ def load(
         MissingExtraError: transformers or gguf is needed and not installed.
     """
     loaded = _load(Path(path), model, device, dtype)
-    if activations != "float":
+    if activations is not None:
         set_activations(loaded, activations)
     return loaded
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold import ops
+from bitfold import ops, ops_int8
+from bitfold.activations import FLOAT, Activations
+from bitfold.activations import read as read_activations
 from bitfold.formats import parse, plane_shapes
 from bitfold.hugepages import use_huge_pages
-from bitfold.qtensor import QTensor, check_activations, column_order, gather_columns
+from bitfold.qtensor import QTensor, column_order, gather_columns
 
 LISTENERS: list[Callable[[nn.Module, str], None]] = []
 """Called with each model that was given quantized modules, and the recipe's name: so that the library that the model
@@ -63,14 +65,21 @@ class PlaneModule(nn.Module):
         parameters = self._parameters
         return [parameters[name] for name in self.plane_names]  # type: ignore[misc]
 
+    _part_names: tuple[str, ...] = ("g_idx",)  # beside the planes
+
+    def named_parts(self) -> dict[str, nn.Parameter]:
+        """All that makes the weight and what it is multiplied with: the planes and, where they are there, g_idx and
+        what `QuantLinear` keeps for its activations."""
+        names = [*self.plane_names, *self._part_names]
+        return {name: part for name in names if (part := self._parameters[name]) is not None}
+
     def parts(self) -> list[nn.Parameter]:
-        """The planes, and g_idx where there is one: all parameters that make the weight."""
-        names = [*self.plane_names, "g_idx"]
-        return [part for name in names if (part := self._parameters[name]) is not None]
+        """The same without names."""
+        return list(self.named_parts().values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all planes, and of g_idx."""
+        """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts())
 
     def prepare(self) -> None:
@@ -84,15 +93,15 @@ class PlaneModule(nn.Module):
             use_huge_pages(plane)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
-        planes = {id(plane) for plane in self.planes()}
+        parts = {id(part) for part in self.parts()}
 
-        def keep_plane_dtype(tensor: Tensor) -> Tensor:
+        def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if id(tensor) in planes and moved.dtype != tensor.dtype:
+            if id(tensor) in parts and moved.dtype != tensor.dtype:
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(keep_plane_dtype, recurse)
+        return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(
         self,
@@ -106,9 +115,9 @@ class PlaneModule(nn.Module):
     ) -> None:
         # Module copies with a cast; a plane of another dtype is another format.
         wrong = [
-            f"{key} is {state_dict[key].dtype}; for {self.format} it must be {plane.dtype}"
-            for key, plane in zip((prefix + name for name in self.plane_names), self.planes(), strict=True)
-            if key in state_dict and state_dict[key].dtype != plane.dtype
+            f"{prefix}{name} is {state_dict[prefix + name].dtype}; for {self.format} it must be {part.dtype}"
+            for name, part in self.named_parts().items()
+            if prefix + name in state_dict and state_dict[prefix + name].dtype != part.dtype
         ]
         if wrong:
             error_msgs.extend(wrong)
@@ -157,19 +166,35 @@ def empty_qtensor(
 
 
 class Multiplies(PlaneModule):
-    """A module whose matrices are multiplied with activations "float" or "int8", as in `bitfold.linear`; may be set at
-    any time. It is no part of the state dict."""
+    """A module that does something with its input before it multiplies: `activations`, which may be set at any time,
+    also as a string. They are no part of the state dict."""
 
-    _activations = "float"
+    _activations = FLOAT
+    _rounds_rows = False  # whether the op is linear_int8 and not linear
 
     @property
-    def activations(self) -> str:
+    def activations(self) -> Activations:
         return self._activations
 
     @activations.setter
-    def activations(self, activations: str) -> None:
-        check_activations(activations, self.format)
-        self._activations = activations
+    def activations(self, activations: str | Activations) -> None:
+        wanted = read_activations(activations)
+        self.check_activations(wanted)
+        self._activations = wanted
+        self._rounds_rows = not wanted.is_float and parse(self.format).grid != "block"
+
+    def check_activations(self, wanted: Activations) -> None:
+        """Raises ValueError unless the weight can be multiplied so, and what that takes is there."""
+        wanted.check(self.format)
+        if wanted.needs_calibration:
+            raise ValueError(
+                f"activations is '{wanted}', which take something from calibration; this layer has none of it"
+            )
+
+
+OUTLIER_DTYPES = (torch.float16, torch.bfloat16)
+KEPT_PARTS = ("x_scale", "outlier_columns", "outlier_weight")
+"""What a layer may keep for its activations beside the planes."""
 
 
 class QuantLinear(QuantModule, Multiplies):
@@ -178,17 +203,39 @@ class QuantLinear(QuantModule, Multiplies):
     qtensor: [out_features, in_features]; bias: [out_features] or None, of the dtype of the inputs to come; a
     Parameter is kept as it is. Differentiable with respect to input and bias. Where qtensor has g_idx, the columns of
     the input are gathered once, in an order that `prepare` works out.
+
+    activations: what is done with the input; and what that takes, frozen as the planes are: x_scale: float32 [], the
+    step of static activations; outlier_columns: int32 [c], ascending, and outlier_weight: float16 or bfloat16
+    [out_features, c], a copy of these columns of the weight as they were before rounding.
     """
 
     bias: nn.Parameter | None
+    x_scale: nn.Parameter | None
+    outlier_columns: nn.Parameter | None
+    outlier_weight: nn.Parameter | None
+    _part_names = ("g_idx", *KEPT_PARTS)
     _order: Tensor | None = (
         None  # of the columns in the planes, from `prepare` until something may change g_idx
     )
 
-    def __init__(self, qtensor: QTensor, bias: Tensor | None = None, activations: str = "float"):
+    def __init__(
+        self,
+        qtensor: QTensor,
+        bias: Tensor | None = None,
+        activations: str | Activations = FLOAT,
+        *,
+        x_scale: Tensor | None = None,
+        outlier_columns: Tensor | None = None,
+        outlier_weight: Tensor | None = None,
+    ):
         super().__init__(qtensor)
-        self.activations = activations
         self.out_features, self.in_features = qtensor.shape
+        for name, part in zip(KEPT_PARTS, (x_scale, outlier_columns, outlier_weight), strict=True):
+            kept = part is None or (isinstance(part, nn.Parameter) and not part.requires_grad)
+            self.register_parameter(name, part if kept else nn.Parameter(part, requires_grad=False))  # type: ignore[arg-type]
+        self._check_kept_shapes()
+        self.check_kept()
+        self.activations = activations
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{self.out_features}]")
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -206,10 +253,63 @@ class QuantLinear(QuantModule, Multiplies):
         dtype: torch.dtype | None = None,
         layout: str = "rows",
         with_g_idx: bool = False,
+        activations: str | Activations = FLOAT,
+        outliers: int = 0,
+        outlier_dtype: torch.dtype | None = None,
     ) -> QuantLinear:
-        """One with uninitialised planes, to load into; dtype is the bias's."""
+        """One with uninitialised planes, to load into; dtype is the bias's; outliers: columns that it has a copy of, of
+        outlier_dtype."""
         values = torch.empty(n, device=device, dtype=dtype) if bias else None
-        return cls(empty_qtensor(format, n, k, device, layout, with_g_idx), values)
+        wanted = read_activations(activations)
+        return cls(
+            empty_qtensor(format, n, k, device, layout, with_g_idx),
+            values,
+            wanted,
+            x_scale=torch.ones((), dtype=torch.float32, device=device) if wanted.is_static else None,
+            outlier_columns=torch.arange(outliers, dtype=torch.int32, device=device) if outliers else None,
+            outlier_weight=torch.empty(n, outliers, dtype=outlier_dtype, device=device) if outliers else None,
+        )
+
+    def _check_kept_shapes(self) -> None:
+        scale, columns, weight = self.x_scale, self.outlier_columns, self.outlier_weight
+        if scale is not None and (scale.dtype != torch.float32 or scale.dim() != 0):
+            raise ValueError(f"x_scale is {_kind(scale)}; it must be a torch.float32 of shape []")
+        if (columns is None) != (weight is None):
+            raise ValueError("one of outlier_columns and outlier_weight is given; it must be both or none")
+        if columns is None or weight is None:
+            return
+        if columns.dtype != torch.int32 or columns.dim() != 1 or not len(columns):
+            raise ValueError(
+                f"outlier_columns is {_kind(columns)}; it must be a torch.int32 of shape [c], c > 0"
+            )
+        wanted = [self.out_features, len(columns)]
+        if weight.dtype not in OUTLIER_DTYPES or list(weight.shape) != wanted:
+            raise ValueError(
+                f"outlier_weight is {_kind(weight)}; it must be a torch.float16 or torch.bfloat16 of shape {wanted}"
+            )
+
+    def check_kept(self) -> None:
+        """Raises ValueError where the values of what the layer keeps can't be: what no shape tells."""
+        scale, columns = self.x_scale, self.outlier_columns
+        if scale is not None and not scale.is_meta and not 0 < float(scale) < float("inf"):
+            raise ValueError(f"x_scale is {float(scale)}; it must be above 0 and finite")
+        if columns is None or columns.is_meta:
+            return
+        places = columns.tolist()
+        if places != sorted(set(places)) or places[0] < 0 or places[-1] >= self.in_features:
+            raise ValueError(
+                f"outlier_columns are {places[0]} to {places[-1]}; they must be ascending, and at least 0 and below "
+                f"{self.in_features}"
+            )
+
+    def check_activations(self, wanted: Activations) -> None:
+        wanted.check(self.format)
+        if wanted.is_static and self.x_scale is None:
+            raise ValueError(f"activations is '{wanted}', which take an x_scale; this layer has none")
+        if wanted.exact_outliers and self.outlier_columns is None:
+            raise ValueError(
+                f"activations is '{wanted}', which take outlier_columns and outlier_weight; this layer has none"
+            )
 
     def prepare(self) -> None:
         super().prepare()
@@ -230,33 +330,46 @@ class QuantLinear(QuantModule, Multiplies):
         n, k = self.shape
         if parameters["g_idx"] is not None:
             x = gather_columns(x, self._order if self._order is not None else column_order(self.g_idx))  # type: ignore[arg-type]
-        return ops.linear(x, planes, self.format, n, k, parameters["bias"], self.layout, self._activations)
+        if self._rounds_rows:
+            kept: list[Any] = [parameters[name] for name in KEPT_PARTS]
+            return ops_int8.linear_int8(
+                x, planes, self.format, n, k, parameters["bias"], self._activations, *kept
+            )
+        return ops.linear(
+            x, planes, self.format, n, k, parameters["bias"], self.layout, self._activations.kind
+        )
 
     def extra_repr(self) -> str:
-        activations = "" if self._activations == "float" else f", activations={self._activations}"
+        activations = "" if self._activations.is_float else f", activations={self._activations}"
         activations += "" if self.g_idx is None else ", with g_idx"
+        activations += "" if self.outlier_columns is None else f", outliers={len(self.outlier_columns)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}{activations}"
         )
 
 
-def set_activations(model: nn.Module, activations: str) -> None:
+def _kind(tensor: Tensor) -> str:
+    return f"a {tensor.dtype} of shape {list(tensor.shape)}"
+
+
+def set_activations(model: nn.Module, activations: str | Activations) -> None:
     """Set `activations` of every quantized layer and expert of a model; what isn't quantized computes as it did.
 
     Raises ValueError, and changes nothing, where one has a format that can't be multiplied so, or where there is none
     to set.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Multiplies)}
+    wanted = read_activations(activations)
     for name, layer in layers.items():
         try:
-            check_activations(activations, layer.format)
+            layer.check_activations(wanted)
         except ValueError as error:
             raise ValueError(f"layer '{name}': {error}") from None
-    if not layers and activations != "float":
-        raise ValueError(f"activations is '{activations}', but the model has no quantized linear layer")
+    if not layers and not wanted.is_float:
+        raise ValueError(f"activations is '{wanted}', but the model has no quantized linear layer")
     for layer in layers.values():
-        layer.activations = activations
+        layer.activations = wanted
 
 
 class QuantEmbedding(QuantModule):

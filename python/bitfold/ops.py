@@ -17,7 +17,8 @@ from bitfold.formats import parse, plane_size
 # ---- shapes ----
 
 
-def _check_device(first: Tensor, *others: Tensor | None) -> None:
+def check_device(first: Tensor, *others: Tensor | None) -> None:
+    """Raises ValueError unless all tensors are on one device."""
     # One meta tensor among others leads here from real tensors too: never answer them with a shape.
     for tensor in others:
         if tensor is not None and tensor.device != first.device:
@@ -41,7 +42,7 @@ def _encode_shape(
 def _decode_shape(
     planes: Sequence[Tensor], format: str, n: int, k: int, dtype: torch.dtype, layout: str = "rows"
 ) -> Tensor:
-    _check_device(*planes)
+    check_device(*planes)
     return planes[0].new_empty((n, k), dtype=dtype)
 
 
@@ -55,7 +56,7 @@ def _pack_shape(
 def _unpack_shape(
     planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows"
 ) -> list[Tensor]:
-    _check_device(*planes)
+    check_device(*planes)
     rows, columns = plane_size(n, k, layout)
     shapes = [law.logical_shape(rows, columns) for law in parse(format).planes]
     shapes[0] = (n, k)
@@ -72,14 +73,14 @@ def _linear_shape(
     layout: str = "rows",
     activations: str = "float",
 ) -> Tensor:
-    _check_device(x, *planes, bias)
+    check_device(x, *planes, bias)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _linear_grad_x_shape(
     grad: Tensor, planes: Sequence[Tensor], format: str, n: int, k: int, layout: str = "rows"
 ) -> Tensor:
-    _check_device(grad, *planes)
+    check_device(grad, *planes)
     return grad.new_empty((*grad.shape[:-1], k))
 
 
@@ -92,7 +93,7 @@ def _embedding_shape(
     dtype: torch.dtype,
     layout: str = "rows",
 ) -> Tensor:
-    _check_device(ids, *planes)
+    check_device(ids, *planes)
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
@@ -102,12 +103,12 @@ def _block_grid_shape(blocks: Tensor, format: str, n: int, k: int) -> list[Tenso
 
 
 def _put_block_codes_shape(blocks: Tensor, codes: Tensor, format: str) -> Tensor:
-    _check_device(blocks, codes)
+    check_device(blocks, codes)
     return torch.empty_like(blocks)
 
 
 def _gptq_factor_shape(hessian: Tensor, order: Tensor, unit: float, damping: float) -> list[Tensor]:
-    _check_device(hessian, order)
+    check_device(hessian, order)
     k = hessian.shape[0]
     return [hessian.new_empty((k, k), dtype=torch.float32), hessian.new_empty(1, dtype=torch.int64)]
 
@@ -126,7 +127,7 @@ def _gptq_columns_shape(
     behind: Tensor | None = None,
     round: bool = True,
 ) -> list[Tensor]:
-    _check_device(weight, order, factor, step, offset, group, table, behind)
+    check_device(weight, order, factor, step, offset, group, table, behind)
     n, c = weight.shape
     return [
         weight.new_empty((n, c if round else 0), dtype=torch.uint8),
@@ -147,7 +148,7 @@ def _search_steps_shape(
     low: int,
     high: int,
 ) -> list[Tensor]:
-    _check_device(weight, start, factors, zeros, importance, table)
+    check_device(weight, start, factors, zeros, importance, table)
     return [torch.empty_like(start), torch.empty_like(start)]
 
 

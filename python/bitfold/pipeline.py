@@ -171,7 +171,14 @@ def quantization_config(
             continue
         owner = info.tied_to or name
         dtype = dtypes[owner] if info.kind == "embedding" else None
-        modules[name] = ModuleEntry(info.kind, format, info.shape, dtype=dtype, g_idx=name in with_g_idx)
+        modules[name] = ModuleEntry(
+            info.kind,
+            format,
+            info.shape,
+            dtype=dtype,
+            g_idx=name in with_g_idx,
+            activations=assignments[name].activations,
+        )
         if owner != name:
             tied.update({f"{name}.{law.name}": f"{owner}.{law.name}" for law in parse(format).planes})
     kept = {step.name for step in steps if step.format is None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import experts
+from bitfold.activations import FLOAT, Activations
 from bitfold.experts import QuantStack
 from bitfold.formats import parse
 from bitfold.nn import QuantEmbedding, QuantLinear, announce, put_module
@@ -174,7 +175,9 @@ def quantize(
     recipe = get(recipe)
     infos = describe(model)
     refuse_calibration(recipe)
-    formats = {name: item.format for name, item in assign(recipe, infos).items() if item.format is not None}
+    assignments = assign(recipe, infos)
+    formats = {name: item.format for name, item in assignments.items() if item.format is not None}
+    activations = {name: assignments[name].activations for name in formats}
     for name in formats:
         check_swappable(name, model, infos[name])
     tied: dict[str, list[str]] = {}  # modules of one weight, by the first of them
@@ -187,9 +190,10 @@ def quantize(
     summaries = []
     for name, names in tied.items():
         if infos[name].kind == "experts":
-            summaries += put_stack(model, name, model.get_parameter(name), formats[name], clamp)
+            stack = model.get_parameter(name)
+            summaries += put_stack(model, name, stack, formats[name], clamp, activations[name])
         else:
-            summaries.append(_swap(model, names, formats[name], clamp))
+            summaries.append(_swap(model, names, formats[name], clamp, activations))
         done += math.prod(infos[name].shape)
         if progress is not None:
             progress(name, done, total)
@@ -204,7 +208,7 @@ def quantize(
 def refuse_calibration(recipe: Recipe) -> None:
     """Raises ValueError where a recipe can't be followed by looking at the weights alone."""
     if recipe.needs_calibration:
-        methods = sorted({rule.method for rule in recipe.rules if rule.needs_calibration})
+        methods = sorted({rule.calibrates for rule in recipe.rules if rule.needs_calibration})
         raise ValueError(
             f"recipe {recipe.name!r} needs a text to calibrate on ({', '.join(methods)}): give --calibration FILE "
             "(bitfold.quantize_calibrated)"
@@ -233,25 +237,33 @@ def check_swappable(name: str, model: nn.Module, info: ModuleInfo, *, with_value
         raise ValueError(f"module {name} has max_norm, which rewrites its weight: keep it by a rule")
 
 
-def _swap(model: nn.Module, names: list[str], format: str, clamp: bool) -> ModuleSummary:
+def _swap(
+    model: nn.Module, names: list[str], format: str, clamp: bool, activations: Mapping[str, Activations]
+) -> ModuleSummary:
     """Encodes the one weight of the modules `names` and puts quantized modules in their places."""
     weight: Any = model.get_submodule(names[0]).weight
     qtensor = encode_named(f"{names[0]}.weight", weight, format, clamp=clamp)
     summary = summarize(names[0], weight, qtensor)
-    put_modules(model, names, qtensor, weight.dtype)
+    put_modules(model, names, qtensor, weight.dtype, activations)
     return summary
 
 
-def put_modules(model: nn.Module, names: list[str], qtensor: QTensor, dtype: torch.dtype) -> None:
+def put_modules(
+    model: nn.Module,
+    names: list[str],
+    qtensor: QTensor,
+    dtype: torch.dtype,
+    activations: Mapping[str, Activations],
+) -> None:
     """Puts quantized modules that share one weight in the places of the modules `names`; dtype: of an embedding's
-    output."""
+    output; activations: of each of them."""
     modules = [model.get_submodule(name) for name in names]
-    for module in modules:
+    for name, module in zip(names, modules, strict=True):
         quantized: QuantLinear | QuantEmbedding
         if isinstance(module, nn.Embedding):
             quantized = QuantEmbedding(qtensor, module.padding_idx, dtype)
         else:
-            quantized = QuantLinear(qtensor, module.bias)  # type: ignore[arg-type]
+            quantized = QuantLinear(qtensor, module.bias, activations[name])  # type: ignore[arg-type]
         quantized.train(module.training)
         qtensor = quantized.qtensor  # of this module's parameters, so that the next one shares them
         quantized.prepare()
@@ -259,11 +271,17 @@ def put_modules(model: nn.Module, names: list[str], qtensor: QTensor, dtype: tor
 
 
 def put_stack(
-    model: nn.Module, name: str, weight: Tensor, format: str, clamp: bool = False
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    format: str,
+    clamp: bool = False,
+    activations: Activations = FLOAT,
 ) -> list[ModuleSummary]:
     """Encodes the matrices of one stack of experts [experts, n, k] and puts a QuantStack in the place that it has in a
     model."""
     stack = QuantStack.empty(format, tuple(weight.shape), weight.device)
+    stack.activations = activations
     summaries = []
     for expert, matrix in enumerate(weight.detach()):
         own = experts.expert_name(name, expert)

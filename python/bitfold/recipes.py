@@ -31,6 +31,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from bitfold import activations
+from bitfold.activations import FLOAT, KINDS, Activations
 from bitfold.formats import FORMATS, parse
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.quantizers.gptq import GptqOptions
@@ -50,14 +52,16 @@ the others look at what the layer multiplies, and need calibration data."""
 class Rule:
     """Modules whose name matches `pattern` get `format` (None or "keep": the source dtype).
 
-    method: how the codes are chosen, of METHODS; options: the method's, None: as they are by default. Raises
-    ValueError for an unknown format or method, and for options of another method.
+    method: how the codes are chosen, of METHODS; options: the method's, None: as they are by default; activations: what
+    the modules do with their inputs, an Activations or its string. Raises ValueError for an unknown format or method,
+    for options of another method, and for activations that the format can't be multiplied with.
     """
 
     pattern: str = "*"
     format: str | None = None
     method: str = "rtn"
     options: Any = None
+    activations: Activations = FLOAT
 
     def __post_init__(self) -> None:
         if not self.pattern:
@@ -68,6 +72,7 @@ class Rule:
             )
         format = None if self.format in (None, KEEP) else parse(str(self.format)).canonical
         object.__setattr__(self, "format", format)
+        self._set_activations(format)
         wanted = METHODS[self.method]
         if self.options is not None and type(self.options) is not wanted:
             raise ValueError(
@@ -75,10 +80,30 @@ class Rule:
                 f"{wanted.__name__ if wanted else 'None'}"
             )
 
+    def _set_activations(self, format: str | None) -> None:
+        try:
+            wanted = activations.read(self.activations)
+            if format is not None:
+                wanted.check(format)
+        except ValueError as error:
+            raise ValueError(f"rule {self.pattern!r}: {error}") from None
+        if format is None and not wanted.is_float:
+            raise ValueError(
+                f"rule {self.pattern!r} has activations '{wanted}' and keeps its modules; it must name a format"
+            )
+        object.__setattr__(self, "activations", wanted)
+
     @property
     def needs_calibration(self) -> bool:
         """Whether its modules can't be quantized by their weights alone."""
-        return self.format is not None and METHODS[self.method] is not None
+        return self.format is not None and bool(self.calibrates)
+
+    @property
+    def calibrates(self) -> str:
+        """What of it looks at what modules multiply: its method or its activations; "" where nothing does."""
+        if METHODS[self.method] is not None:
+            return self.method
+        return str(self.activations) if self.activations.needs_calibration else ""
 
     def matches(self, name: str, module: ModuleInfo) -> bool:
         """Whether the rule reaches the module (see the head of this file)."""
@@ -144,9 +169,22 @@ class Assignment:
     rule: Rule | None
     reason: str
 
+    @property
+    def activations(self) -> Activations:
+        """What the module does with its input."""
+        return FLOAT if self.rule is None else self.rule.activations
 
-def _linears(name: str, description: str, format: str, use: str = "", method: str = "rtn") -> Recipe:
-    return Recipe(name, description, (Rule("*", format, method),), use)
+
+def _linears(
+    name: str,
+    description: str,
+    format: str,
+    use: str = "",
+    method: str = "rtn",
+    activations: str | Activations = FLOAT,
+) -> Recipe:
+    rule = Rule("*", format, method, activations=activations)  # type: ignore[arg-type]
+    return Recipe(name, description, (rule,), use)
 
 
 ATTENTION = "*[._]att*n*.*"
@@ -274,7 +312,7 @@ RECIPES: dict[str, Recipe] = {
 
 def get(recipe: str | Path | Recipe) -> Recipe:
     """The recipe that is meant: a preset's name, a format string (for all linear layers), one with a method in front of
-    it ("gptq-int4-g64"), a TOML file, or a Recipe.
+    it ("gptq-int4-g64"), activations that have weights of their own ("llm-int8-t5"), a TOML file, or a Recipe.
 
     Raises ValueError, with near matches, for a name that is none of them, and for a file that is no recipe.
     """
@@ -285,6 +323,10 @@ def get(recipe: str | Path | Recipe) -> Recipe:
         return RECIPES[text]
     if isinstance(recipe, Path) or text.endswith(".toml"):
         return read(text)
+    if text.startswith("llm-int8"):
+        wanted = activations.read(text)
+        format = KINDS["llm-int8"].format
+        return _linears(text, f"{format}, {wanted.says}", format, activations=wanted)
     method, _, rest = text.partition("-")
     if method not in METHODS or METHODS[method] is None:
         method, rest = "rtn", text
@@ -321,6 +363,7 @@ def read(path: str | Path) -> Recipe:
         format = "int8-g128"                    # or "keep"
         method = "gptq"                         # default "rtn"
         damping = 0.02                          # an option of the method (GptqOptions)
+        activations = "float"                   # what the modules do with their inputs (activations.py)
 
     Raises ValueError where the file can't be read, is not TOML, or has unknown keys, formats or methods.
     """
@@ -349,7 +392,7 @@ def _read_rule(table: dict[str, Any], number: int) -> Rule:
     method = _text(table, "method", "rtn")
     wanted = METHODS.get(method)
     options = {field.name: field for field in dataclasses.fields(wanted)} if wanted else {}
-    _check_keys(table, ("match", "format", "method", *options), f"rule {number}")
+    _check_keys(table, ("match", "format", "method", "activations", *options), f"rule {number}")
     if "format" not in table:
         raise ValueError(f'rule {number} has no format; it must name one, or "keep"')
     given = {key: _option(key, table[key], field.default) for key, field in options.items() if key in table}
@@ -358,6 +401,7 @@ def _read_rule(table: dict[str, Any], number: int) -> Rule:
         _text(table, "format", KEEP),
         method,
         wanted(**given) if wanted and given else None,
+        activations.read(_text(table, "activations", "float")),
     )
 
 
@@ -411,6 +455,7 @@ def _assign_one(recipe: Recipe, name: str, module: ModuleInfo) -> Assignment:
         if format is not None:
             _check_columns(name, module, rule, format)
             _check_order(name, module, rule)
+            _check_multiplies(name, module, rule)
         return Assignment(format, rule, f"rule {rule.pattern!r}")
     if module.is_default_kept:
         kind = (
@@ -433,6 +478,22 @@ def _check_order(name: str, module: ModuleInfo, rule: Rule) -> None:
         raise ValueError(
             f"{name} is a stack of experts, and rule {rule.pattern!r} has the order 'groups', which needs a g_idx for "
             "each matrix; for experts it must be 'static' or 'none'"
+        )
+
+
+def _check_multiplies(name: str, module: ModuleInfo, rule: Rule) -> None:
+    """Activations are for what multiplies: an embedding doesn't, and a stack has no place for what is calibrated."""
+    if rule.activations.is_float:
+        return
+    if module.kind == "embedding":
+        raise ValueError(
+            f"{name} is an embedding, which multiplies nothing, and rule {rule.pattern!r} has activations "
+            f"'{rule.activations}': give it a rule of its own"
+        )
+    if module.kind == "experts" and rule.activations.needs_calibration:
+        raise ValueError(
+            f"{name} is a stack of experts, and rule {rule.pattern!r} has activations '{rule.activations}', which keep "
+            "something for each layer; for experts they must be 'float', 'int8' or 'llm-int8'"
         )
 
 

@@ -45,7 +45,10 @@ Dtype = Annotated[
 ]
 Activations = Annotated[
     str,
-    typer.Option(help="float, or int8: layers in GGUF's block formats round their inputs to 8 bits, faster."),
+    typer.Option(
+        help="What layers do with their inputs: float, int8 (8 bits; of GGUF's blocks and int8 weights), llm-int8 ...; "
+        "default: as the model says."
+    ),
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,14 +123,14 @@ def parse_device(text: str) -> torch.device:
     return device
 
 
-def load_model(path: Path, device: str, dtype: str, activations: str = "float") -> nn.Module:
+def load_model(path: Path, device: str, dtype: str, activations: str = "") -> nn.Module:
     """A quantized or an unquantized model, whichever a directory holds, or a GGUF file."""
     quiet_transformers()
     with err.status(f"loading {path}"):
         where, kind = parse_device(device), parse_dtype(dtype)
         if hub.is_quantized(path):
-            return hub.load(path, device=where, dtype=kind, activations=activations)
-        if activations != "float":
+            return hub.load(path, device=where, dtype=kind, activations=activations or None)
+        if activations not in ("", "float"):
             raise ValueError(
                 f"--activations is '{activations}', but {path} is not quantized: it must be 'float'"
             )

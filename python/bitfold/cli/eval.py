@@ -36,7 +36,7 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Use the first tokens of the text only; 0: all.")] = 0,
     dtype: Dtype = "",
-    activations: Activations = "float",
+    activations: Activations = "",
     device: Device = "cpu",
     json: Json = False,
 ) -> None:

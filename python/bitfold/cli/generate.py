@@ -20,7 +20,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draw, with a temperature above 0.")] = 0,
     dtype: Dtype = "",
-    activations: Activations = "float",
+    activations: Activations = "",
     device: Device = "cpu",
     json: Json = False,
 ) -> None:

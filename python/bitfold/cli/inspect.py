@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor, or all planes of a quantized module. relative_rmse: None where no report tells it."""
+    """A tensor, or all planes of a quantized module. relative_rmse: None where no report tells it; activations: what a
+    layer does with its input, "" where that is nothing."""
 
     name: str
     format: str
     shape: tuple[int, ...]
     nbytes: int
     relative_rmse: float | None = None
+    activations: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -78,7 +80,13 @@ def inspect(
 def _inspect_foreign(path: Path, json: bool) -> None:
     directory = read_foreign(path)
     modules = [
-        Row(name, module.entry.format, module.entry.shape, module.nbytes)
+        Row(
+            name,
+            module.entry.format,
+            module.entry.shape,
+            module.nbytes,
+            activations=_activations_of(module.entry),
+        )
         for name, module in directory.modules.items()
     ]
     plain = [Row(name, tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in directory.plain.items()]
@@ -95,12 +103,16 @@ def _inspect_foreign(path: Path, json: bool) -> None:
 
 def _show(rows: Sequence[Row], total: int) -> None:
     with_errors = any(row.relative_rmse is not None for row in rows)
-    shown = table("name", "format", "shape", "size", "bits/weight", *(["error"] if with_errors else []))
+    with_activations = any(row.activations for row in rows)
+    optional = (["activations"] if with_activations else []) + (["error"] if with_errors else [])
+    shown = table("name", "format", "shape", "size", "bits/weight", *optional)
     for row in rows:
         error = "" if row.relative_rmse is None else f"{row.relative_rmse:.3%}"
         shape = " x ".join(map(str, row.shape))
         cells = (row.name, row.format, shape, size(row.nbytes), f"{row.bits_per_weight:.3f}")
-        shown.add_row(*cells, *([error] if with_errors else []))
+        shown.add_row(
+            *cells, *([row.activations] if with_activations else []), *([error] if with_errors else [])
+        )
     out.print(shown)
     weights = sum(math.prod(row.shape) for row in rows)
     out.print(f"{len(rows)} entries, {weights:,} numbers, {size(total)}")
@@ -170,8 +182,15 @@ def _rows(
         entry = quantization.modules[module]
         _check_part(tensor, entry)
         before = rows[module].nbytes if module in rows else 0
-        rows[module] = Row(module, entry.format, entry.shape, before + tensor.nbytes, errors.get(module))
+        nbytes = before + tensor.nbytes
+        rows[module] = Row(
+            module, entry.format, entry.shape, nbytes, errors.get(module), _activations_of(entry)
+        )
     return [rows[name] for name in sorted(rows, key=natural)]
+
+
+def _activations_of(entry: ModuleEntry) -> str:
+    return "" if entry.activations.is_float else str(entry.activations)
 
 
 def _check_part(tensor: StoredTensor, entry: ModuleEntry) -> None:

@@ -73,7 +73,7 @@ def explain_name(text: str) -> list[Meaning]:
         raise ValueError(
             f"{text!r} has no type in its name that bitfold knows; these are {', '.join(mixes.MIXES)}"
         )
-    if text in RECIPES or text.endswith(".toml"):
+    if text in RECIPES or text.endswith(".toml") or text.startswith("llm-int8"):
         recipe = recipes.get(text)
         formats = {rule.format: None for rule in recipe.rules if rule.format is not None}
         return [_recipe(recipe), *(_format(parse(format)) for format in formats)]
@@ -95,8 +95,9 @@ def _unknown(text: str, error: ValueError) -> str:
 def _recipe(recipe: Recipe) -> Meaning:
     facts = [("what", recipe.description or "a recipe of your own")]
     for rule in recipe.rules:
-        method = f" by {rule.method}" if rule.needs_calibration else ""
-        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}{method}"))
+        method = "" if rule.method == "rtn" else f" by {rule.method}"
+        inputs = "" if rule.activations.is_float else f"; {rule.activations}: {rule.activations.says}"
+        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}{method}{inputs}"))
     facts.append(
         ("kept", "embeddings, output head, norms and routers of experts, unless a rule spells their name")
     )

@@ -46,7 +46,8 @@ class Encode(ConversionOps):
     def _swap(self, model: Any, name: str, names: list[str], weight: Tensor) -> None:
         quantizer = self.quantizer
         if name in quantizer.formats:  # a stack of experts, which is no module's "weight"
-            put_stack(model, name, weight, quantizer.formats[name], quantizer.quantization_config.clamp)
+            clamp = quantizer.quantization_config.clamp
+            put_stack(model, name, weight, quantizer.formats[name], clamp, quantizer.activations[name])
             planes = model.get_submodule(name).parts()
         else:
             planes = self._swap_module(model, name, names, weight)
@@ -69,7 +70,7 @@ class Encode(ConversionOps):
             )
         format = quantizer.formats[f"{name}.weight"]
         qtensor = encode_named(f"{name}.weight", weight, format, clamp=quantizer.quantization_config.clamp)
-        put_modules(model, names, qtensor, weight.dtype)
+        put_modules(model, names, qtensor, weight.dtype, quantizer.activations)
         return model.get_submodule(name).parts()
 
 

@@ -23,11 +23,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from bitfold import recipes
+from bitfold.activations import Activations
 from bitfold.checkpoint import (
     QUANT_METHOD,
     ModuleEntry,
     QuantizationConfig,
-    check_g_idx_of,
+    check_values_of,
     describe_quantization,
     listed,
     put_empty_modules,
@@ -69,6 +70,7 @@ class Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Config, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.formats: dict[str, str] = {}  # of each weight that is to be encoded, by its name
+        self.activations: dict[str, Activations] = {}  # of each module
         self.tied: dict[str, list[str]] = {}  # modules of one weight, by the first of them
         self.planes: set[str] = set()  # names of a checkpoint's planes
         self.error: ValueError | None = None  # of a weight, told when transformers can be left
@@ -144,6 +146,7 @@ class Quantizer(HfQuantizer):
         infos = _with_ties(describe(model), model.all_tied_weights_keys)
         assignments = recipes.assign(recipe, infos)
         formats = {name: item.format for name, item in assignments.items() if item.format is not None}
+        self.activations = {name: assignments[name].activations for name in formats}
         for name, format in formats.items():
             check_swappable(name, model, infos[name], with_values=False)
             owner = infos[name].tied_to or name
@@ -185,7 +188,7 @@ class Quantizer(HfQuantizer):
             for plane in module.parts():
                 plane.requires_grad_(False)  # transformers makes float parameters trainable
             if isinstance(module, QuantModule):
-                check_g_idx_of(model.name_or_path, name, module)
+                check_values_of(model.name_or_path, name, module)
             module.prepare()
         self._describe(model)
 
