@@ -29,10 +29,11 @@ from bitfold.report.draw import save
 from bitfold.report.measure import Options, Report, measure
 from bitfold.report.outliers import activation_columns, weight_columns
 from bitfold.report.page import all_plots, render, save_plots
-from bitfold.report.plots import is_best, joined
+from bitfold.report.plots import is_best
 from bitfold.report.sizes import class_name, place
 from bitfold.sensitivity import measure as sensitivity
 from bitfold.sensitivity.ground import Texts
+from bitfold.text import joined
 from browser import browser  # noqa: F401
 from tiny import one_thread  # noqa: F401
 from torch import nn

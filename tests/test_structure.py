@@ -55,6 +55,7 @@ MODULES += [
     "budget",
     "training",
     "calibration",
+    "outliers",
     "gguf",
     "foreign",
     "check",

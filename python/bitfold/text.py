@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from bitfold.evaluate import Estimate
 
@@ -27,3 +28,14 @@ def estimate(value: Estimate, digits: int = 4) -> str:
         return f"{value.value:.{digits}g}"
     places = max(0, 1 - math.floor(math.log10(value.error))) if value.error > 0 else digits
     return f"{value.value:.{places}f} ± {value.error:.{places}f}"
+
+
+def joined(names: Sequence[str]) -> str:
+    """Modules of one parent as one name: "layers.0.self_attn.{q,k,v}_proj"."""
+    short = [name.removeprefix("model.") for name in names]
+    if len(short) == 1:
+        return short[0]
+    start = next(i for i in range(len(short[0])) if len({name[: i + 1] for name in short}) > 1)
+    stop = next(i for i in range(1, len(short[0])) if len({name[-i:] for name in short}) > 1) - 1
+    middles = ",".join(name[start : len(name) - stop] for name in short)
+    return f"{short[0][:start]}{{{middles}}}{short[0][len(short[0]) - stop :] if stop else ''}"

@@ -57,11 +57,15 @@ class Passes:
         """function of each item, in their order, by threads with one core each."""
         return self._workers.map(function, items)
 
+    def inputs_by_wave(self, name: str) -> Iterator[list[Tensor]]:
+        """What a linear layer multiplies, of some samples at a time, in order: [tokens, k] each."""
+        for wave in self._waves(self.linear(name).in_features):
+            yield [x for (x,) in self._inputs_of([name], wave)]
+
     def inputs(self, name: str) -> Iterator[Tensor]:
         """What a linear layer multiplies, of each sample in order: [tokens, k]."""
-        for wave in self._waves(self.linear(name).in_features):
-            for (x,) in self._inputs_of([name], wave):
-                yield x
+        for wave in self.inputs_by_wave(name):
+            yield from wave
 
     def arguments(self, name: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What a part of the block is called with, of each sample in order: args, kwargs, to call it again.

@@ -23,6 +23,7 @@ from bitfold.cli.explore import explore
 from bitfold.cli.generate import generate
 from bitfold.cli.imatrix import imatrix
 from bitfold.cli.inspect import inspect
+from bitfold.cli.outliers import outliers
 from bitfold.cli.plan import plan
 from bitfold.cli.quantize import quantize
 from bitfold.cli.recipes import recipes
@@ -46,6 +47,7 @@ app.command("explain", context_settings={"ignore_unknown_options": True})(explai
 app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("sensitivity")(sensitivity)
+app.command("outliers")(outliers)
 app.command("imatrix")(imatrix)
 app.command("convert")(convert)
 app.command("check")(check)

@@ -20,7 +20,7 @@ from bitfold.report.histogram import Histogram
 from bitfold.report.measure import ModuleError, Report
 from bitfold.report.outliers import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Columns
 from bitfold.sensitivity.result import Sensitivity
-from bitfold.text import estimate, natural, size
+from bitfold.text import estimate, joined, natural, size
 
 PANELS = 8  # matrices whose weights are drawn
 ROWS = 40  # matrices in a plot of columns
@@ -94,7 +94,7 @@ def render(report: Report) -> str:
         "percent": lambda x: "" if x is None else f"{x:.3%}",
         "nats": _nats,
         "plusminus": estimate,
-        "joined": plots.joined,
+        "joined": joined,
         "which": _which,
     }
     template = environment.from_string(asset("report", "report.html"))

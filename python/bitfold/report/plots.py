@@ -20,7 +20,7 @@ from bitfold.report.measure import ModuleError, Tried
 from bitfold.report.outliers import Columns
 from bitfold.report.sizes import ClassSize, place
 from bitfold.sensitivity.result import Sensitivity
-from bitfold.text import natural
+from bitfold.text import joined, natural
 
 NATS = 1e3  # KL is shown in thousandths of a nat
 EXACT = (
@@ -222,17 +222,6 @@ def outlier_columns(
     ax.tick_params(axis="y", length=0, labelsize=8)
     ax.set_xlabel(unit)
     return _figure(ax)
-
-
-def joined(names: Sequence[str]) -> str:
-    """Modules of one parent as one name: "layers.0.self_attn.{q,k,v}_proj"."""
-    short = [name.removeprefix("model.") for name in names]
-    if len(short) == 1:
-        return short[0]
-    start = next(i for i in range(len(short[0])) if len({name[: i + 1] for name in short}) > 1)
-    stop = next(i for i in range(1, len(short[0])) if len({name[-i:] for name in short}) > 1) - 1
-    middles = ",".join(name[start : len(name) - stop] for name in short)
-    return f"{short[0][:start]}{{{middles}}}{short[0][len(short[0]) - stop :] if stop else ''}"
 
 
 def size_against_kl(tried: Sequence[Tried], width: float, palette: Palette) -> Figure:
