@@ -2,8 +2,10 @@
 // see of a format.
 //
 // A *source* is 16 rows of W seen by one lane of a warp: lane 4 g + t decodes columns of rows g and g + 8. It goes
-// through the rows a *piece* of kColumns columns at a time. A piece is kSteps steps of mma; an operand holds whole
-// numbers (or numbers of a table), and the scale of the row comes to the sums of all steps of a *section*:
+// through the rows a *piece* of kColumns columns at a time, which the warp's lanes together copy to a *room* of shared
+// memory some pieces ahead, scales and all, and which each looks at when it is there. A piece is kSteps steps of mma;
+// an operand holds whole numbers (or numbers of a table), and the scale of the row comes to the sums of all steps of a
+// *section*:
 //
 //   y[row, token] += scale(row) * (sum over the section's steps of A x)
 //
@@ -17,12 +19,14 @@
 //     static constexpr int kSteps;      // of a piece, even: each pair of them is 16 bytes of x for a lane
 //     static constexpr int kSections;   // of a piece; each is kSteps / kSections steps
 //     static constexpr int kMins;       // sub-blocks with minima in a piece, 0, 8 or 16 (Tokens)
-//     static constexpr int kLaneBytes;  // that a lane reads of a row in a piece, about: how many to have in flight
-//     static constexpr int kRoom;       // bytes of shared memory that a warp's piece waits in; 0: registers
+//     static constexpr int kSums;       // sections whose sums of x are wanted (Tokens), kSections or 0
+//     static constexpr int kRoom;       // bytes of a room, a multiple of 16; 0 where open() loads
 //     static constexpr float kUnit;     // what the sum of everything is to be multiplied with
 //
 //     // The piece's column in half h of b_r, as half = 2 r + h, of the lanes with lane % 4 == t.
 //     static constexpr int column(int step, int t, int half);
+//     // The columns of b_r are to be multiplied with 2^-down: their codes lie that many bits too high.
+//     static constexpr int down(int step, int r);
 //     // Whether pieces of kColumns columns are possible: k, groups, scales. A launcher asks the widest first.
 //     static bool fits(const Weight& w);
 //     // The matrix as the kernel's parameter, divisions done.
@@ -31,16 +35,21 @@
 //
 //     struct Tables {};  // of the block, in shared memory
 //     static void fill(const Matrix& w, Tables& tables, int thread, int threads);  // by all threads; a barrier follows
-//
-//     struct Slot {};  // a lane's registers of a piece on its way
-//     Source() = default;
-//     Source(const Matrix& w, int64_t row, const Tables& tables);  // rows [row, row + 16); past n, the last again
 //     static Manner manner(const Matrix& w);
-//     template <Manner> void fetch(Slot& slot, int piece, std::byte* room) const;  // starts the loads (`room`:
-//     cp_async) template <Manner> void open(Slot& slot, int piece, const std::byte* room) const;  // they, and all
-//     lanes', are there void step(Slot& slot, int step, uint32_t (&a)[4]) const;  // in order, from a loop that is
-//     unrolled template <Manner> Scales scales(const Slot& slot, int section) const; Scales mins(const Slot& slot,
-//     uint32_t (&a)[4]) const;  // where kMins > 0
+//
+//     // What goes ahead. Rows [row, row + 16 R), each 16 in a room of their own; past n, the last again.
+//     template <int R> struct Copies {
+//       Copies(const Matrix& w, int64_t row);
+//       template <Manner> void fetch(const Matrix& w, int piece, std::byte* room) const;  // by all lanes
+//     };
+//     // What follows.
+//     Source(const Matrix& w, int64_t row, const Tables& tables);
+//     struct Slot {};  // a lane's registers of a piece
+//     template <Manner> void open(Slot& slot, int piece, const std::byte* room) const;  // all lanes' copies are there
+//     template <Manner> Scales before(const Slot& slot, int section) const;  // times sum(x): where kSums > 0
+//     template <Manner> void step(Slot& slot, int step, uint32_t (&a)[4]) const;  // in order, from an unrolled loop
+//     template <Manner> Scales scales(const Slot& slot, int section) const;
+//     Scales mins(const Slot& slot, uint32_t (&a)[4]) const;  // where kMins > 0
 //   };
 //
 // fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k, and
@@ -62,7 +71,7 @@ struct Scales {
 
 // What a loop over pieces may take for granted of a matrix. Plain: the format's usual scales and no zero points. Full:
 // the same with zero points, or nested scales in the place of the usual ones. Any: nothing, it asks the matrix at each
-// piece.
+// piece; nor that x is finite.
 enum class Manner : uint8_t { Plain, Full, Any };
 
 struct NoTables {};

@@ -1,5 +1,5 @@
-// GGUF's blocks as sources of fragments (fragments.hpp). Blocks begin at any even byte (MXFP4's at any), so a warp
-// copies its 16 rows' chunk to shared memory as it lies there and opens it from there (chunk.hpp,
+// GGUF's blocks as sources of fragments (fragments.hpp). Blocks begin at any even byte (MXFP4's at any), so a chunk of
+// each row comes to its room in whole pieces of 16 bytes, whatever lies before it in the first (chunk.hpp,
 // chunk_blocks_*.hpp).
 #pragma once
 
@@ -28,13 +28,15 @@ class ChunkFragments {
   static constexpr int kSteps = kColumns / 16;
   static constexpr int kSections = kSteps / C::kSpan;
   static constexpr int kMins = C::kMins;
-  static constexpr int kLaneBytes = C::kBytes / 4;
+  static constexpr int kSums = 0;
   static constexpr int kRoom = 16 * kStride;
   static constexpr float kUnit = 1.0f / kDown;
 
   static constexpr int column(int step, int t, int half) {
     return C::column(step / kUnitSteps, step % kUnitSteps, t, half);
   }
+
+  BITFOLD_HOST_DEVICE static constexpr int down(int, int) { return 0; }
 
   using Matrix = BlockMatrix;
   static Matrix matrix(const Weight& w) {
@@ -57,29 +59,60 @@ class ChunkFragments {
 
   BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
-  ChunkFragments() = default;
-  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
-    for (int i = 0; i < 2; ++i) {
-      row_[i] = w.blocks + smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1) * w.row_bytes;
-    }
-  }
+  template <int R>
+  class Copies {
+    static_assert(R == 1);
 
-  // The lanes of a row copy 16 bytes each in turn.
-  template <Manner>
-  BITFOLD_DEVICE void fetch(Slot&, int piece, std::byte* room) const {
-    const int64_t at = int64_t{piece} * C::kBytes;
-    const int first = ptx::lane_id() % 4;
-    if (at + 16 * kQuads <= w_->row_bytes) {
+   public:
+    Copies() = default;
+    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row) {
+      for (int i = 0; i < 2; ++i) row_[i] = w.blocks + row_of(w, row, i) * w.row_bytes;
+    }
+
+    // The lanes of a row copy 16 bytes each in turn.
+    template <Manner>
+    BITFOLD_DEVICE void fetch(const Matrix& w, int piece, std::byte* room) const {
+      const int64_t at = int64_t{piece} * C::kBytes;
+      const int first = ptx::lane_id() % 4;
+      if (at + 16 * kQuads <= w.row_bytes) {
 #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint8_t* from = align(row_[i] + at) + 16 * first;
+          std::byte* to = mine(room, i) + 16 * first;
+#pragma unroll
+          for (int quad = 0; quad < kQuads; quad += 4) {
+            if (quad + first < kQuads) ptx::cp_async<16>(to + 16 * quad, from + 16 * quad);
+          }
+        }
+      } else {
+        fetch_end(w, at, room);
+      }
+    }
+
+   private:
+    // A chunk at the row's end: what is behind that is zero.
+    BITFOLD_DEVICE void fetch_end(const Matrix& w, int64_t at, std::byte* room) const {
       for (int i = 0; i < 2; ++i) {
-        const uint8_t* from = align(row_[i] + at);
-#pragma unroll
-        for (int quad = 0; quad < kQuads; quad += 4) {
-          if (quad + first < kQuads) ptx::cp_async<16>(mine(room, i) + 16 * (quad + first), from + 16 * (quad + first));
+        const uint8_t* begin = i == 0 ? row_[0] : row_[1];
+        const uint8_t* from = align(begin + at);
+#pragma unroll 1
+        for (int quad = ptx::lane_id() % 4; quad < kQuads; quad += 4) {
+          const int64_t left = begin + w.row_bytes - from - 16 * quad;
+          const auto bytes = static_cast<int>(smaller<int64_t>(larger<int64_t>(left, 0), 16));
+          ptx::cp_async<16>(mine(room, i) + 16 * quad, bytes > 0 ? from + 16 * quad : w.blocks, bytes);
         }
       }
-    } else {
-      fetch_end(at, room);
+    }
+
+    const uint8_t* row_[2];
+  };
+
+  ChunkFragments() = default;
+  // Rows that are 16 apart begin at the same places of a piece of 16 bytes.
+  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t, const Tables& tables) : tables_(&tables) {
+    for (int i = 0; i < 2; ++i) {
+      skew_[i] = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(w.blocks)) +
+                 static_cast<uint32_t>(ptx::lane_id() / 4 + 8 * i) * static_cast<uint32_t>(w.row_bytes);
     }
   }
 
@@ -87,13 +120,14 @@ class ChunkFragments {
   BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint8_t* from = row_[i] + int64_t{piece} * C::kBytes;
-      const auto* bytes = reinterpret_cast<const uint8_t*>(mine(room, i)) + (from - align(from));
+      const uint32_t skew = C::kAlign < 16 ? (skew_[i] + static_cast<uint32_t>(piece) * C::kBytes) % 16 : 0;
+      const auto* bytes = reinterpret_cast<const uint8_t*>(mine(room, i)) + skew;
       slot.lane[i] = {bytes, nullptr, tables_->bytes, ptx::lane_id() % 4};
       slot.head[i] = C::head(bytes);
     }
   }
 
+  template <Manner>
   BITFOLD_DEVICE void step(Slot& slot, int step, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -123,20 +157,9 @@ class ChunkFragments {
   }
 
  private:
-  // A chunk at the row's end: what is behind that is zero.
-  BITFOLD_DEVICE void fetch_end(int64_t at, std::byte* room) const {
-    for (int i = 0; i < 2; ++i) {
-      const uint8_t* begin = i == 0 ? row_[0] : row_[1];
-      const uint8_t* from = align(begin + at);
-#pragma unroll 1
-      for (int quad = ptx::lane_id() % 4; quad < kQuads; quad += 4) {
-        const int64_t left = begin + w_->row_bytes - from - 16 * quad;
-        const auto bytes = static_cast<int>(smaller<int64_t>(larger<int64_t>(left, 0), 16));
-        ptx::cp_async<16>(mine(room, i) + 16 * quad, bytes > 0 ? from + 16 * quad : w_->blocks, bytes);
-      }
-    }
+  BITFOLD_DEVICE static int64_t row_of(const Matrix& w, int64_t row, int i) {
+    return smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1);
   }
-
   // Where the chunk of row g + 8 i lies.
   template <class T>
   BITFOLD_DEVICE static T* mine(T* room, int i) {
@@ -147,9 +170,8 @@ class ChunkFragments {
     return p - (C::kAlign < 16 ? reinterpret_cast<uintptr_t>(p) % 16 : 0);
   }
 
-  const Matrix* w_;
   const Tables* tables_;
-  const uint8_t* row_[2];
+  uint32_t skew_[2];  // the address of each row, but for multiples of 16
 };
 
 }  // namespace bitfold::cuda

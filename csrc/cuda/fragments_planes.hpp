@@ -1,13 +1,19 @@
 // The formats with planes as sources of fragments (fragments.hpp), where k and the groups are whole pieces, so that
 // rows are aligned as planes are: the fast way.
 //
-// A lane takes consecutive columns of its two rows, so that the four lanes of a row read 4 kLaneBytes bytes on end. All
-// columns of a piece share a scale, which therefore comes to fp32 sums. Integers become halves by a mask and a "magic"
-// exponent: a field whose lowest bit is bit p of a half, or'ed with the half 2^(10 - p), is the number 2^(10 - p) +
-// code, and subtracting 2^(10 - p) + zero is exact. So no sum of x is needed for zero points. Codebooks go through a
-// table of pairs (a byte of two codes is 32 bits of two halves) of which each lane has a copy in a bank of its own.
+// A piece of 16 rows waits in its room row after row, so that the lanes' loads of their columns, consecutive ones of
+// their two rows, meet all banks. All columns of a section share a scale, which therefore comes to fp32 sums.
 //
-// How scales are stored and whether there are zero points is asked at every piece, but where a Manner knows it.
+// Whole numbers are masked where they lie and taken as the bits of subnormal halves: 2^-24 of the code, and 2^p times
+// that at bit p. x has 2^-p in the columns that lie there, and the zero point is taken from the sum: sum(q x) less
+// zero * sum(x). So a code costs little more than its mask, and all of it is exact but the fp32 sums, which stay as
+// small as their numbers are. A token with an infinity would get NaN from it; then Manner::Any subtracts zero points
+// from codes: a field at bit p, or'ed with the half 1024, is 1024 + 2^p code, of which 1024 + 2^p zero can be taken
+// exactly.
+//
+// Codebooks go through a table of pairs (a byte of two codes is 32 bits of two halves) of which each lane has a copy in
+// a bank of its own. How scales are stored and whether there are zero points is asked at every piece, but where a
+// Manner knows it.
 #pragma once
 
 #include <utility>
@@ -28,7 +34,12 @@ struct PlaneCodes;
 // 2^(10 - p) in both halves.
 BITFOLD_HOST_DEVICE constexpr uint32_t magic(int p) { return 0x00010001u * static_cast<uint32_t>((25 - p) << 10); }
 
-// The fields of `Bits` bits at bit p of both halves, less `zero`. p + Bits <= 10.
+// The fields of `Bits` bits at bit p of both halves.
+template <int Bits>
+BITFOLD_DEVICE uint32_t field(uint32_t word, int p) {
+  return word & (0x00010001u * ((1u << Bits) - 1u)) << p;
+}
+// The same as numbers, less `zero`. p + Bits <= 10.
 template <int Bits>
 BITFOLD_DEVICE uint32_t field_value(uint32_t word, int p, uint32_t zero) {
   constexpr uint32_t kMask = 0x00010001u * ((1u << Bits) - 1u);
@@ -43,6 +54,10 @@ struct PlaneCodes<kInt8> {
   BITFOLD_DEVICE static uint32_t value(const uint32_t* words, int step, int r, uint32_t zero, const Tables&) {
     return ptx::hsub2(ptx::prmt(words[step], magic(0), r == 0 ? 0x5150 : 0x5352), magic(0) + zero);
   }
+  static constexpr int place(int, int) { return 0; }
+  BITFOLD_DEVICE static uint32_t raw(const uint32_t* words, int step, int r) {
+    return ptx::prmt(words[step], 0, r == 0 ? 0x4140 : 0x4342);
+  }
 };
 
 template <>
@@ -56,6 +71,10 @@ struct PlaneCodes<kInt4> {
   BITFOLD_DEVICE static uint32_t value(const uint32_t* words, int step, int r, uint32_t zero, const Tables&) {
     return field_value<4>(words[step / 2] >> 8 * (step % 2), 4 * r, zero);
   }
+  static constexpr int place(int, int r) { return 4 * r; }
+  BITFOLD_DEVICE static uint32_t raw(const uint32_t* words, int step, int r) {
+    return field<4>(words[step / 2] >> 8 * (step % 2), place(step, r));
+  }
 };
 
 template <>
@@ -67,7 +86,11 @@ struct PlaneCodes<kInt2> {
     return 16 * (step / 4) + 2 * (step % 4) + half / 2 + 8 * (half % 2);
   }
   BITFOLD_DEVICE static uint32_t value(const uint32_t* words, int step, int r, uint32_t zero, const Tables&) {
-    return field_value<2>(words[step / 4] >> 8 * (step / 2 % 2), 4 * (step % 2) + 2 * r, zero);
+    return field_value<2>(words[step / 4] >> 8 * (step / 2 % 2), place(step, r), zero);
+  }
+  static constexpr int place(int step, int r) { return 4 * (step % 2) + 2 * r; }
+  BITFOLD_DEVICE static uint32_t raw(const uint32_t* words, int step, int r) {
+    return field<2>(words[step / 4] >> 8 * (step / 2 % 2), place(step, r));
   }
 };
 
@@ -78,13 +101,22 @@ struct PlaneCodes<kInt3> {
   // Pairs (i, i + 8) of 16 codes, 48 bits: `pairs` has bits [0, 16) and [24, 40), of which pairs 0 to 2 are in reach of
   // a magic exponent as they lie, 3 and 4 after a shift, and bits [15, 31) and [39, 55) have the others.
   static constexpr int column(int step, int half) { return 2 * step + half / 2 + 8 * (half % 2); }
-  BITFOLD_DEVICE static uint32_t value(const uint32_t* words, int step, int r, uint32_t zero, const Tables&) {
+  static constexpr int place(int step, int r) {
     const int pair = 2 * step + r;
-    if (pair < 5) {
-      const uint32_t pairs = ptx::prmt(words[0], ptx::funnel_right(words[0], words[1], 24), 0x5410);
-      return pair < 3 ? field_value<3>(pairs, 3 * pair, zero) : field_value<3>(pairs >> 9, 3 * (pair - 3), zero);
-    }
-    return field_value<3>(ptx::prmt(words[0] >> 15, words[1] >> 7, 0x5410), 3 * (pair - 5), zero);
+    return 3 * (pair < 3 ? pair : pair < 5 ? pair - 3 : pair - 5);
+  }
+  // What has the pair at its place.
+  BITFOLD_DEVICE static uint32_t halfwords(const uint32_t* words, int step, int r) {
+    const int pair = 2 * step + r;
+    if (pair >= 5) return ptx::prmt(words[0] >> 15, words[1] >> 7, 0x5410);
+    const uint32_t pairs = ptx::prmt(words[0], ptx::funnel_right(words[0], words[1], 24), 0x5410);
+    return pair < 3 ? pairs : pairs >> 9;
+  }
+  BITFOLD_DEVICE static uint32_t value(const uint32_t* words, int step, int r, uint32_t zero, const Tables&) {
+    return field_value<3>(halfwords(words, step, r), place(step, r), zero);
+  }
+  BITFOLD_DEVICE static uint32_t raw(const uint32_t* words, int step, int r) {
+    return field<3>(halfwords(words, step, r), place(step, r));
   }
 };
 
@@ -153,7 +185,9 @@ struct PlaneCodes<kNf4> {
 struct PlaneMatrix {
   const uint8_t* codes;
   const uint8_t* scales;
-  const uint8_t* zeros;  // null: none
+  const uint8_t* zeros;                     // null: none
+  int64_t scale_bytes_all, zero_bytes_all;  // of the planes
+  bool whole_words;                         // both are a multiple of four
   const float* nested_scales;
   const float* nested_offset;
   int64_t n;
@@ -174,11 +208,18 @@ inline int64_t row_zero_bytes(const Format& format, int64_t k) {
 inline PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
   constexpr uint32_t kAll = (1u << 31) - 1;
   const int64_t group = w.format.group, groups = groups_in_row(w.format, w.k);
-  const auto pieces = group < 1 ? kAll : static_cast<uint32_t>(smaller<int64_t>(group / columns_of_piece, kAll));
+  const int scale_bytes = static_cast<int>(dtype_bits(scale_dtype(w.format.scale)) / 8);
+  const int64_t scale_bytes_all = (group == kPerTensor ? 1 : w.n * groups) * scale_bytes;
+  const int64_t zero_bytes_all = group == kPerTensor ? 1 : w.n * row_zero_bytes(w.format, w.k);
+  const auto pieces =
+      group < 1 ? kAll : static_cast<uint32_t>(smaller(larger<int64_t>(group / columns_of_piece, 1), int64_t{kAll}));
   return {
       .codes = static_cast<const uint8_t*>(w.codes),
       .scales = static_cast<const uint8_t*>(w.scales),
       .zeros = w.zeros,
+      .scale_bytes_all = scale_bytes_all,
+      .zero_bytes_all = zero_bytes_all,
+      .whole_words = scale_bytes_all % 4 == 0 && (w.zeros == nullptr || zero_bytes_all % 4 == 0),
       .nested_scales = w.nested_scales,
       .nested_offset = w.nested_offset,
       .n = w.n,
@@ -188,7 +229,7 @@ inline PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
       .pieces = Divider::of(pieces),
       .row = w.format.row,
       .scale = w.format.scale,
-      .scale_bytes = static_cast<int>(dtype_bits(scale_dtype(w.format.scale)) / 8),
+      .scale_bytes = scale_bytes,
   };
 }
 
@@ -235,60 +276,62 @@ struct LoadedScales {
   }
 };
 
-// The same of zero points. Codes of 3 bits may straddle two bytes: then even lanes have the first, odd ones the second.
-template <int Bits>
-struct LoadedZeros {
-  static constexpr bool kStraddles = 8 % Bits != 0;
-  uint32_t bytes[2];
-
-  // rows: bytes from the plane's begin to the two rows' zero points.
-  BITFOLD_DEVICE void load(const PlaneMatrix& w, const uint32_t (&rows)[2], uint32_t group) {
-    const uint32_t bit = group * Bits;
-    uint32_t at = bit / 8;
-    if (kStraddles && bit % 8 + Bits > 8) at += ptx::lane_id() % 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) bytes[i] = ptx::load1(w.zeros + rows[i] + at);
-  }
-  // In both halves. By all lanes of a warp.
-  BITFOLD_DEVICE uint32_t pair(int i, uint32_t group) const {
-    uint32_t bits = bytes[i];
-    if constexpr (kStraddles) {
-      bits = ptx::prmt(bits, ptx::shuffle_xor(bits, 1), ptx::lane_id() % 2 == 0 ? 0x1140 : 0x1104);
-    }
-    return 0x00010001u * (bits >> group * Bits % 8 & ((1u << Bits) - 1u));
-  }
-};
-
 // ---- the source ----
 
-template <int Row, int Columns>
+// Sections: groups of a piece; 1 where a group has all of it or more.
+template <int Row, int Columns, int Sections>
 class PlaneFragments {
   using Codes = PlaneCodes<Row>;
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr bool kNested = kFormats[Row].nested;
-  static constexpr int kLaneColumns = Columns / 4;
-  static constexpr uint32_t kMiddle = 0x00010001u << (kBits - 1);
+  static constexpr float kMiddle = static_cast<float>(1 << (kBits - 1));
+
+  // A row's piece in the room, and what a lane has of a section.
+  static constexpr int kRowBytes = Columns * kBits / 8;
+  static constexpr int kSectionBytes = kRowBytes / Sections;
+  static constexpr int kLaneColumns = Columns / Sections / 4;
   // int3: a lane's 6 bytes lie in 8 that it shares with its neighbour.
   static constexpr int kWords = Row == kInt3 ? 2 : kLaneColumns * kBits / 32;
-  static_assert(Row == kInt3 ? Columns == 64 : kWords == 1 || kWords == 2 || kWords == 4);
+  static_assert(Row == kInt3 ? kLaneColumns == 16 && Sections == 1 : kWords == 1 || kWords == 2 || kWords == 4);
+  // Copies of a row's codes; lanes take those of all rows in turn.
+  static constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8;
+  static constexpr int kChunksOfRow = kRowBytes / kChunk;
+  static constexpr int kChunks = 16 * kChunksOfRow;
+  static constexpr int kTurns = (kChunks + kWarp - 1) / kWarp;
+
+  // Behind the codes: of each row its sections' scales, or the word that has them among others; the word that
+  // multiplies nested ones; two words with zero points.
+  static constexpr int kScaleStride = 4 * Sections;
+  static constexpr int kScales = 16 * kRowBytes;
+  static constexpr int kNestedScales = kScales + 16 * kScaleStride;
+  static constexpr int kZeros = kNestedScales + (kNested ? 16 * 4 : 0);
 
  public:
   static constexpr int kColumns = Columns;
   static constexpr int kSteps = Columns / 16;
-  static constexpr int kSections = 1;
+  static constexpr int kSections = Sections;
   static constexpr int kMins = 0;
-  static constexpr int kLaneBytes = kLaneColumns * kBits / 8;
-  static constexpr int kRoom = 0;
-  static constexpr float kUnit = 1.0f;
-  static_assert(kSteps % 2 == 0);
+  static constexpr int kSums = kInteger ? Sections : 0;
+  static constexpr int kRoom = kZeros + (kInteger ? 16 * 8 : 0);
+  static constexpr float kUnit = kInteger ? 0x1p24f : 1.0f;
+  static constexpr int kSectionSteps = kSteps / Sections;
+  static_assert(kSectionSteps % 2 == 0 && kRoom % 16 == 0);
 
-  static constexpr int column(int step, int t, int half) { return t * kLaneColumns + Codes::column(step, half); }
+  static constexpr int column(int step, int t, int half) {
+    return step / kSectionSteps * (Columns / Sections) + t * kLaneColumns + Codes::column(step % kSectionSteps, half);
+  }
+  BITFOLD_HOST_DEVICE static constexpr int down(int step, int r) {
+    if constexpr (kInteger) return Codes::place(step % kSectionSteps, r);
+    else return 0;
+  }
 
   static bool fits(const Weight& w) {
     const int64_t group = w.format.group;
-    return w.layout == Layout::Rows && w.k % Columns == 0 && (group < 1 || group % Columns == 0) &&
-           groups_in_row(w.format, w.k) * w.n < int64_t{1} << 32;
+    const bool whole = Sections > 1 ? group == Columns / Sections : group < 1 || group % Columns == 0;
+    // Rows of a turn are told apart by 32 bits.
+    return w.layout == Layout::Rows && w.k % Columns == 0 && whole && w.k < int64_t{1} << 26 &&
+           groups_in_row(w.format, w.k) * w.n < int64_t{1} << 30;
   }
 
   using Matrix = PlaneMatrix;
@@ -299,15 +342,9 @@ class PlaneFragments {
     if constexpr (kFormats[Row].grid == Grid::Codebook) tables.fill(w.row, thread, threads);
   }
 
-  struct Slot {
-    uint32_t words[2][kWords];
-    LoadedScales scales;
-    LoadedZeros<kBits> zeros;
-    uint32_t zero[2];  // of an open piece, in both halves
-  };
-
   BITFOLD_DEVICE static Manner manner(const Matrix& w) {
     const Scale stored = stored_as<Manner::Any>(w);
+    if (!w.whole_words) return Manner::Any;
     if (w.zeros == nullptr && stored == stored_as<Manner::Plain>(w)) return Manner::Plain;
     if constexpr (kInteger || kNested) {
       if ((kNested || w.zeros != nullptr) && stored == stored_as<Manner::Full>(w)) return Manner::Full;
@@ -315,61 +352,165 @@ class PlaneFragments {
     return Manner::Any;
   }
 
-  PlaneFragments() = default;
-  BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
-    const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
-    for (int i = 0; i < 2; ++i) {
-      const int64_t mine = smaller<int64_t>(row + g + 8 * i, w.n - 1);
-      codes_[i] = w.codes + mine * w.row_bytes + (Row == kInt3 ? 6 * t / 4 * 4 : kLaneBytes * t);
-      scales_[i] = w.scales + mine * w.row_scales * w.scale_bytes;
-      zeros_[i] = static_cast<uint32_t>(mine * w.row_zeros);
-    }
-  }
-
-  template <Manner M>
-  BITFOLD_DEVICE void fetch(Slot& slot, int piece, std::byte*) const {
-    const uint32_t group = w_->pieces.divide(static_cast<uint32_t>(piece));
-    const uint8_t* scales[2];
+  // Of R times 16 rows. A lane copies chunks of codes, and a row's scales and zero points.
+  template <int R>
+  class Copies {
+   public:
+    Copies() = default;
+    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row) {
+      const auto real = [&](int i) { return smaller<int64_t>(row + i, w.n - 1); };
+      codes_ = w.codes + row * w.row_bytes;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      load_words(codes_[i] + int64_t{piece} * (Columns * kBits / 8), slot.words[i]);
-      scales[i] = scales_[i] + uint64_t{group} * static_cast<uint32_t>(w_->scale_bytes);
+      for (int turn = 0; turn < R * kTurns; ++turn) {
+        const int chunk = turn % kTurns * kWarp + ptx::lane_id(), of_row = chunk % kChunksOfRow;
+        const auto below = static_cast<uint32_t>(real(turn / kTurns * 16 + chunk / kChunksOfRow) - row);
+        offsets_[turn] = below * static_cast<uint32_t>(w.row_bytes) + static_cast<uint32_t>(of_row * kChunk);
+      }
+      const int64_t mine = real(ptx::lane_id() % (16 * R));
+      scale_ = static_cast<uint32_t>(mine * w.row_scales);
+      zeros_ = static_cast<uint32_t>(mine * w.row_zeros);
     }
-    slot.scales.load(*w_, stored_as<M>(*w_), scales);
-    if (has_zeros<M>(*w_)) slot.zeros.load(*w_, zeros_, group);
-  }
 
-  template <Manner M>
-  BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte*) const {
-    if constexpr (Row == kInt3) {  // lanes 1 and 3 begin in the middle of a word
-      const uint32_t shift = 16 * (ptx::lane_id() % 2);
+    template <Manner M>
+    BITFOLD_DEVICE void fetch(const Matrix& w, int piece, std::byte* room) const {
+      const int lane = ptx::lane_id();
+      const uint8_t* codes = codes_ + static_cast<uint32_t>(piece) * kRowBytes;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        slot.words[i][0] = ptx::funnel_right(slot.words[i][0], slot.words[i][1], shift);
-        slot.words[i][1] >>= shift;
+      for (int turn = 0; turn < R * kTurns; ++turn) {
+        const int chunk = turn % kTurns * kWarp + lane;
+        std::byte* to = room + turn / kTurns * kRoom + place(chunk);
+        if (kChunks % kWarp == 0 || chunk < kChunks) ptx::cp_async<kChunk>(to, codes + offsets_[turn]);
+      }
+      if (16 * R < kWarp && lane >= 16 * R) return;
+      std::byte* mine = room + lane / 16 * kRoom;
+      const uint32_t group = group_of(w, piece), scale = scale_ + group;
+      std::byte* to = mine + kScales + lane % 16 * kScaleStride;
+      switch (stored_as<M>(w)) {
+        case Scale::F32: ptx::cp_async<4 * Sections>(to, w.scales + 4 * scale); break;
+        case Scale::Nested:
+          copy_word<M>(to, w.scales, scale & ~3u, w.scale_bytes_all);
+          ptx::cp_async<4>(mine + kNestedScales + lane % 16 * 4, w.nested_scales + scale / kNestedGroup);
+          break;
+        default:
+          if constexpr (Sections > 1) ptx::cp_async<2 * Sections>(to, w.scales + 2 * scale);
+          else copy_word<M>(to, w.scales, 2 * scale & ~3u, w.scale_bytes_all);
+      }
+      if (has_zeros<M>(w)) {
+        const uint32_t byte = (zeros_ + group * kBits / 8) & ~3u;
+        std::byte* words = mine + kZeros + lane % 16 * 8;
+        copy_word<M>(words, w.zeros, byte, w.zero_bytes_all);
+        // The next one is only looked at where there is one.
+        const auto last = static_cast<uint32_t>(larger<int64_t>(w.zero_bytes_all - 4, 0));
+        copy_word<M>(words + 4, w.zeros, M == Manner::Any ? byte + 4 : smaller(byte + 4, last), w.zero_bytes_all);
       }
     }
-    slot.zero[0] = slot.zero[1] = kMiddle;
-    if (has_zeros<M>(*w_)) {
-      const uint32_t group = w_->pieces.divide(static_cast<uint32_t>(piece));
+
+   private:
+    // The four bytes of a plane from `byte` on; beyond its end zeros, where it isn't whole words.
+    template <Manner M>
+    BITFOLD_DEVICE static void copy_word(std::byte* to, const uint8_t* plane, uint32_t byte, int64_t end) {
+      if constexpr (M != Manner::Any) {
+        ptx::cp_async<4>(to, plane + byte);
+      } else {
+        const auto bytes = static_cast<int>(smaller<int64_t>(end - byte, 4));
+        ptx::cp_async<4>(to, bytes > 0 ? plane + byte : plane, larger(bytes, 0));
+      }
+    }
+
+    const uint8_t* codes_;  // of the first row
+    uint32_t offsets_[R * kTurns];
+    uint32_t scale_, zeros_;  // the row's first scale, and the byte of its first zero point
+  };
+
+  struct Slot {
+    uint32_t words[2][kWords];  // of the section
+    uint32_t zeros[2];          // of the sections, one after the other
+    const std::byte* room;
+    uint32_t group;
+  };
+
+  PlaneFragments() = default;
+  // Rows that are 8 apart have their scales and zero points at the same places of a word.
+  BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t, const Tables& tables)
+      : w_(&w),
+        tables_(&tables),
+        scale_(static_cast<uint32_t>(ptx::lane_id() / 4) * static_cast<uint32_t>(w.row_scales)),
+        zero_(static_cast<uint32_t>(ptx::lane_id() / 4) * static_cast<uint32_t>(w.row_zeros)) {}
+
+  template <Manner M>
+  BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) const {
+    slot.room = room;
+    slot.group = group_of(*w_, piece);
+    if (!has_zeros<M>(*w_)) return;
+    const uint32_t bit = slot.group * kBits;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) slot.zero[i] = slot.zeros.pair(i, group);
+    for (int i = 0; i < 2; ++i) {
+      const uint2 words = *reinterpret_cast<const uint2*>(room + kZeros + (ptx::lane_id() / 4 + 8 * i) * 8);
+      slot.zeros[i] = ptx::funnel_right(words.x, words.y, (zero_ + bit / 8) % 4 * 8 + bit % 8);
     }
   }
 
-  BITFOLD_DEVICE void step(const Slot& slot, int step, uint32_t (&a)[4]) const {
+  // What the sum of a section begins with, of rows g and g + 8: sum(x) is to be multiplied with.
+  template <Manner M>
+  BITFOLD_DEVICE Scales before(const Slot& slot, int section) const {
+    if (M == Manner::Any) return {{0.0f, 0.0f}};
+    if (!has_zeros<M>(*w_)) return {{-kMiddle, -kMiddle}};
+    Scales zeros;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // 2^23 + zero is exact
+      zeros.of[i] = 0x1p23f - ptx::uint_as_float(0x4b000000u | zero(slot, i, section));
+    }
+    return zeros;
+  }
+
+  template <Manner M>
+  BITFOLD_DEVICE void step(Slot& slot, int step, uint32_t (&a)[4]) const {
+    const int section = step / kSectionSteps, within = step % kSectionSteps;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      a[kLow0 + i] = Codes::value(slot.words[i], step, 0, slot.zero[i], *tables_);
-      a[kLow1 + i] = Codes::value(slot.words[i], step, 1, slot.zero[i], *tables_);
+      if (within == 0) load_words(slot.room, ptx::lane_id() / 4 + 8 * i, section, ptx::lane_id() % 4, slot.words[i]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t& operand = a[kLow0 + i + 2 * r];
+        if constexpr (!kInteger) {
+          operand = Codes::value(slot.words[i], within, r, 0, *tables_);
+        } else {
+          operand = Codes::raw(slot.words[i], within, r);
+          if constexpr (M == Manner::Any) {
+            const uint32_t subtracted = has_zeros<M>(*w_) ? zero(slot, i, section) : static_cast<uint32_t>(kMiddle);
+            operand = ptx::hsub2(operand | magic(0), magic(0) + (0x00010001u * subtracted << Codes::place(within, r)));
+          }
+        }
+      }
     }
   }
 
   template <Manner M>
-  BITFOLD_DEVICE Scales scales(const Slot& slot, int) const {
-    const float* dynamic_map = nullptr;
-    if constexpr (kNested) dynamic_map = tables_->dynamic_map;
-    return slot.scales.values(*w_, stored_as<M>(*w_), dynamic_map);
+  BITFOLD_DEVICE Scales scales(const Slot& slot, int section) const {
+    Scales scales;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = ptx::lane_id() / 4 + 8 * i;
+      const std::byte* from = slot.room + kScales + row * kScaleStride;
+      switch (stored_as<M>(*w_)) {
+        case Scale::F32: scales.of[i] = reinterpret_cast<const float*>(from)[section]; break;
+        case Scale::Nested: {
+          if constexpr (kNested) {
+            const auto code = static_cast<uint8_t>(from[(scale_ + slot.group) % 4 + section]);
+            const float factor = *reinterpret_cast<const float*>(slot.room + kNestedScales + row * 4);
+            scales.of[i] = ptx::add(ptx::mul(tables_->dynamic_map[code], factor), *w_->nested_offset);
+          }
+          break;
+        }
+        default: {
+          const uint32_t of_word = (scale_ ^ slot.group) & 1;
+          const uint16_t half = reinterpret_cast<const uint16_t*>(from)[Sections > 1 ? section : of_word];
+          scales.of[i] = w_->scale == Scale::BF16 ? ptx::bf16_to_float(half) : ptx::half_to_float(half);
+        }
+      }
+      if constexpr (kInteger && M == Manner::Any) scales.of[i] *= 1.0f / kUnit;
+    }
+    return scales;
   }
 
  private:
@@ -385,26 +526,48 @@ class PlaneFragments {
     return kInteger && (M == Manner::Full || (M == Manner::Any && w.zeros != nullptr));
   }
 
-  // Loads that leave nothing of a sector for others take no place in the first cache.
-  BITFOLD_DEVICE static void load_words(const uint8_t* from, uint32_t (&words)[kWords]) {
-    if constexpr (Row == kInt3) {
-      words[0] = ptx::load4(from);
-      words[1] = ptx::load4(from + 4);
+  // The piece's first.
+  BITFOLD_DEVICE static uint32_t group_of(const Matrix& w, int piece) {
+    const auto number = static_cast<uint32_t>(piece);
+    return Sections > 1 ? number * Sections : w.pieces.divide(number);
+  }
+
+  BITFOLD_DEVICE static uint32_t zero(const Slot& slot, int i, int section) {
+    return slot.zeros[i] >> section * kBits & ((1u << kBits) - 1u);
+  }
+
+  // Where a row's 64 bytes are read a section at a time, rows 2, 4 and 6 apart have their chunks in other places.
+  static constexpr bool kMoved = Sections > 1 && kRowBytes == 64;
+  BITFOLD_DEVICE static constexpr int moved(int row) { return kMoved ? (row >> 1 & 1) * 2 + (row >> 2 & 1) : 0; }
+  BITFOLD_DEVICE static int place(int chunk) {
+    if (!kMoved) return chunk * kChunk;
+    const int row = chunk / kChunksOfRow;
+    return row * kRowBytes + ((chunk % kChunksOfRow) ^ moved(row)) * kChunk;
+  }
+
+  // Of the lanes with lane % 4 == t.
+  BITFOLD_DEVICE static void load_words(const std::byte* room, int row, int section, int t, uint32_t (&words)[kWords]) {
+    const int lane = Row == kInt3 ? 6 * t / 4 * 4 : t * (kSectionBytes / 4);
+    const std::byte* from = room + row * kRowBytes + ((section * kSectionBytes) ^ (lane ^ moved(row) * kChunk));
+    if constexpr (Row == kInt3) {  // lanes 1 and 3 begin in the middle of a word
+      const auto* two = reinterpret_cast<const uint32_t*>(from);
+      const uint32_t shift = 16 * (t % 2);
+      words[0] = ptx::funnel_right(two[0], two[1], shift);
+      words[1] = two[1] >> shift;
     } else if constexpr (kWords == 4) {
-      const uint4 loaded = ptx::load_streaming16(from);
-      words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+      const uint4 four = *reinterpret_cast<const uint4*>(from);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
     } else if constexpr (kWords == 2) {
-      const uint2 loaded = ptx::load_streaming8(from);
-      words[0] = loaded.x, words[1] = loaded.y;
+      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      words[0] = two.x, words[1] = two.y;
     } else {
-      words[0] = ptx::load4(from);
+      words[0] = *reinterpret_cast<const uint32_t*>(from);
     }
   }
 
   const Matrix* w_;
   const Tables* tables_;
-  const uint8_t *codes_[2], *scales_[2];  // of the two rows
-  uint32_t zeros_[2];                     // from the plane's begin
+  uint32_t scale_, zero_;  // the row's first scale, and the byte of its first zero point, but for multiples of four
 };
 
 }  // namespace bitfold::cuda

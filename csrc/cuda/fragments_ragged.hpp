@@ -27,11 +27,13 @@ class RaggedFragments {
   static constexpr int kSteps = 2;
   static constexpr int kSections = 2;
   static constexpr int kMins = 0;
-  static constexpr int kLaneBytes = 32;  // four at most, but many loads
+  static constexpr int kSums = 0;
   static constexpr int kRoom = 0;
   static constexpr float kUnit = 1.0f;
 
   static constexpr int column(int, int t, int half) { return 4 * t + half; }
+
+  BITFOLD_HOST_DEVICE static constexpr int down(int, int) { return 0; }
 
   struct Matrix {
     PlaneMatrix planes;
@@ -73,6 +75,15 @@ class RaggedFragments {
 
   BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
+  // Nothing goes ahead: open() loads.
+  template <int R>
+  struct Copies {
+    Copies() = default;
+    BITFOLD_DEVICE Copies(const Matrix&, int64_t) {}
+    template <Manner>
+    BITFOLD_DEVICE void fetch(const Matrix&, int, std::byte*) const {}
+  };
+
   RaggedFragments() = default;
   BITFOLD_DEVICE RaggedFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
     for (int i = 0; i < 2; ++i) {
@@ -84,7 +95,7 @@ class RaggedFragments {
   }
 
   template <Manner>
-  BITFOLD_DEVICE void fetch(Slot& slot, int piece, std::byte*) const {
+  BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte*) const {
     const PlaneMatrix& planes = w_->planes;
     const int column = piece * kColumns;
     const int64_t bit = (int64_t{column} + 4 * (ptx::lane_id() % 4)) * w_->bits, byte = bit / 8;
@@ -116,8 +127,6 @@ class RaggedFragments {
   }
 
   template <Manner>
-  BITFOLD_DEVICE void open(Slot&, int, const std::byte*) const {}
-
   BITFOLD_DEVICE void step(const Slot& slot, int step, uint32_t (&a)[4]) const {
     const int column = 4 * (ptx::lane_id() % 4);
 #pragma unroll

@@ -2,11 +2,12 @@
 //
 // A block of 16 warps is at home on a multiprocessor and takes tiles of 16 or 32 rows of W in turn. Its warps share the
 // columns of a tile: warp w has the pieces w, w + 16, ... of each row, so that together they read rows from end to end.
-// Codes go from global memory into registers, kDepth pieces ahead, and from there as fragments into mma with W as the
-// 16 rows and x, which lies in shared memory, as the 8 columns: all m <= 8 cost the same, and a token's bits don't
-// depend on the others. The warps' sums meet in shared memory in the order of warps, while the next tile is on its way.
-// Where x of 8 tokens is larger than shared memory, k is cut into slices (by n, k and GPU alone), whose sums are added
-// in order.
+// Packed bytes come to shared memory by asynchronous copies into a ring of each warp's own: as soon as a piece was
+// multiplied, its room is asked for the next one, whichever tile that is of, so that memory never waits for sums, for x
+// or for other warps. From there they go as fragments into mma with W as the 16 rows and x, which lies in shared memory
+// too, as the 8 columns: all m <= 8 cost the same, and a token's bits don't depend on the others. A warp keeps its sums
+// of two tiles, and the warps' sums meet in shared memory in the order of warps. Where x of 8 tokens is larger than
+// shared memory, k is cut into slices (by n, k and GPU alone), whose sums are added in order.
 //
 // Compiled once for each format, and once for what its kernels don't fit (BITFOLD_PART).
 #include "cuda/fragments_chunks.hpp"
@@ -19,8 +20,9 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarp * kWarps;
-// Tiles whose sums wait in shared memory for the other slices; slices of x that may all be there at once.
-constexpr int kRound = 8;
+// Tiles whose sums a warp keeps while x of slice after slice comes to shared memory.
+constexpr int kRound = 2;
+// Slices of x that may all be there at once.
 constexpr int kSlices = 16;
 
 template <class Source>
@@ -34,24 +36,24 @@ struct Args {
   int slice;  // pieces
   int slices;
   bool resident;  // x of all slices is staged once
+  int rooms;      // of a warp's ring, one of kRooms
 };
 
-// Pieces in flight for a warp: some 2 KB, so that 16 warps have 32 KB on the way while they compute, in the registers
-// that there are.
-template <class Source, int R>
-constexpr int kDepth = Source::kRoom > 0                    ? 2
-                       : Source::kLaneBytes * R >= 32       ? 2
-                       : Source::kLaneBytes >= 16 || R == 2 ? 3
-                                                            : 4;
+// How many pieces a warp has room for: all but one of them are on their way while it multiplies. In flight for a
+// multiprocessor should be more than the 32 KB that come in the microsecond that memory takes to answer.
+constexpr int kRooms[] = {8, 6, 3};
+constexpr int64_t kInFlight = 104 << 10;
 
 // R: tiles of 16 rows that a warp multiplies with each fragment of x.
 template <class Source, int R>
-struct Memory {
+inline constexpr int kRoomBytes = R * Source::kRoom;
+
+// Behind it lie the rings of the warps, and then x.
+template <class Source, int R>
+struct alignas(16) Memory {
   typename Source::Tables tables;
   float4 partial[kWarps][R][kWarp];
-  float sums[kRound][kTokens * 16 * R];
   TokenScales scales[kSlices];
-  alignas(16) std::byte rooms[kWarps][kDepth<Source, R>][R][larger(Source::kRoom, 1)];
 };
 
 // The units of a block: for each round of tiles each slice, and in it each tile of the round.
@@ -70,71 +72,137 @@ struct Unit {
 };
 
 template <class Source, int R>
-struct Feed {
-  static constexpr int kAhead = kDepth<Source, R>;
-  Source source[R];
-  typename Source::Slot slots[kAhead][R];
-  std::byte (*rooms)[R][larger(Source::kRoom, 1)];   // of this warp
-  int begin, end;                                    // pieces of the unit
-  const int warp = ptx::shuffle(ptx::warp_id(), 0);  // which tells the compiler that all lanes have the same
+BITFOLD_DEVICE int64_t first_row(int tile) {
+  return (blockIdx.x + int64_t{tile} * gridDim.x) * (16 * R);
+}
 
+// Which pieces a warp has of a tile: share, share + 16, .... In every other tile they are dealt out backwards, so that
+// two tiles are the same work for all warps.
+BITFOLD_DEVICE int share_of(int tile, int warp) { return tile % 2 == 0 ? warp : kWarps - 1 - warp; }
+
+// A warp's rooms, one after the other and again.
+template <int Bytes>
+struct Room {
+  std::byte* at;
+  std::byte* const begin;
+  std::byte* const end;
+
+  BITFOLD_DEVICE Room(std::byte* ring, int rooms) : at(ring), begin(ring), end(ring + rooms * Bytes) {}
+  BITFOLD_DEVICE void next() {
+    at += Bytes;
+    if (at == end) at = begin;
+  }
+};
+
+// What goes ahead: the copies of a warp's pieces, unit after unit.
+template <class Source, int R>
+class Feed {
+ public:
+  BITFOLD_DEVICE Feed(const Args<Source>& args, int tiles, int warp, std::byte* ring)
+      : args_(args), tiles_(tiles), warp_(warp), room_(ring, args.rooms) {
+    open();
+    settle();
+    for (int i = 1; i < args.rooms; ++i) next<Manner::Any>();
+  }
+
+  // The next piece into the next room of the ring, if there is one; a group of copies in either case.
   template <Manner M>
-  BITFOLD_DEVICE void fetch(int d, int piece) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) source[r].template fetch<M>(slots[d][r], piece, rooms[d][r]);
-  }
-  // After each place of a piece, whether there is one or not: so there are always kAhead - 1 groups behind a slot's.
-  BITFOLD_DEVICE void commit() {
-    if constexpr (Source::kRoom > 0) ptx::cp_async_commit();
+  BITFOLD_DEVICE void next() {
+    if (more_) {
+      copies_.template fetch<M>(args_.w, piece_, room_.at);
+      piece_ += kWarps;
+      settle();
+    }
+    ptx::cp_async_commit();
+    room_.next();
   }
 
-  BITFOLD_DEVICE void start(const Args<Source>& args, const typename Source::Tables& tables, const Unit& unit) {
-    const int64_t row = (blockIdx.x + int64_t{unit.tile} * gridDim.x) * (16 * R);
-#pragma unroll
-    for (int r = 0; r < R; ++r) source[r] = Source(args.w, row + 16 * r, tables);
-    begin = unit.slice * args.slice;
-    end = smaller(begin + args.slice, args.pieces);
-#pragma unroll
-    for (int d = 0; d < kAhead; ++d) {
-      const int piece = begin + warp + d * kWarps;
-      if (piece < end) fetch<Manner::Any>(d, piece);
-      commit();
+  // Until the oldest piece has come: all but the newest rooms - 2.
+  BITFOLD_DEVICE void wait() const {
+    if (args_.rooms == 3) ptx::cp_async_wait<1>();
+    else if (args_.rooms == 6) ptx::cp_async_wait<4>();
+    else ptx::cp_async_wait<6>();
+  }
+
+ private:
+  BITFOLD_DEVICE void open() {
+    piece_ = unit_.slice * args_.slice + share_of(unit_.tile, warp_);
+    end_ = smaller((unit_.slice + 1) * args_.slice, args_.pieces);
+    copies_ = typename Source::template Copies<R>(args_.w, first_row<Source, R>(unit_.tile));
+  }
+  // To a unit that has a piece.
+  BITFOLD_DEVICE void settle() {
+    while (piece_ >= end_) {
+      more_ = unit_.next(tiles_, args_.slices);
+      if (!more_) return;
+      open();
     }
   }
 
-  // One piece of R tiles with all tokens. x: this lane's 16 bytes of the piece's first pair.
+  const Args<Source>& args_;
+  const int tiles_, warp_;
+  Room<kRoomBytes<Source, R>> room_;
+  Unit unit_{0, 0, 0};
+  bool more_ = true;
+  int piece_, end_;
+  typename Source::template Copies<R> copies_;
+};
+
+// What follows: a piece of R tiles with all tokens.
+template <class Source, int R>
+class Product {
+  using X = Tokens<Source>;
+
+ public:
+  // x: of the slice; pieces: of the slice.
+  BITFOLD_DEVICE Product(const Args<Source>& args, const typename Source::Tables& tables, int tile, const uint4* x,
+                         int pieces)
+      : there_(ptx::lane_id() / 4 < args.x.m) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) source_[r] = Source(args.w, first_row<Source, R>(tile) + 16 * r, tables);
+    const int token = there_ ? ptx::lane_id() / 4 : 0, t = ptx::lane_id() % 4;
+    // Pairs lie in turns, or the other way round (Tokens::place).
+    const int swapped = X::place(token, 0);
+    even_ = x + token * X::kQuads + t + 4 * swapped;
+    odd_ = x + token * X::kQuads + t - 4 * swapped;
+    mins_ = X::mins(x, pieces, args.x.m) + (4 * token + t) * X::kMinWords;
+    const float* sums = X::sums(x, pieces, args.x.m);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) sums_[j] = sums + 4 * smaller(2 * t + j, args.x.m - 1);
+  }
+
+  // blocks: of x before this piece's in the slice, m for each piece.
   template <Manner M>
-  BITFOLD_DEVICE void product(int d, int piece, const uint4* x, int odd, const uint32_t* mins, float (&total)[R][4]) {
+  BITFOLD_DEVICE void add(int piece, int blocks, const std::byte* room, float (&total)[R][4]) {
     constexpr int kSectionSteps = Source::kSteps / Source::kSections;
     float part[R][4];
-    if constexpr (Source::kRoom > 0) {
-      ptx::cp_async_wait<kAhead - 1>();
-      ptx::sync_warp();
-    }
+    typename Source::Slot slots[R];
 #pragma unroll
-    for (int r = 0; r < R; ++r) source[r].template open<M>(slots[d][r], piece, rooms[d][r]);
+    for (int r = 0; r < R; ++r) source_[r].template open<M>(slots[r], piece, room + r * Source::kRoom);
+    const uint4 *even = even_ + blocks * X::kQuads, *odd = odd_ + blocks * X::kQuads;
     uint4 quad{};
 #pragma unroll
     for (int step = 0; step < Source::kSteps; ++step) {
-      if (step % 2 == 0)
-        quad = Tokens<Source>::kPairs % 2 == 0 ? x[4 * (step / 2) + (step % 4 == 0 ? odd : -odd)] : x[4 * (step / 2)];
+      // Columns of tokens that aren't there go nowhere, and cost no load.
+      if (step % 2 == 0 && there_) quad = (step % 4 == 0 ? even : odd)[4 * (step / 2)];
       const uint32_t b[2] = {step % 2 == 0 ? quad.x : quad.z, step % 2 == 0 ? quad.y : quad.w};
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         uint32_t a[4];
-        source[r].step(slots[d][r], step, a);
-        if (step % kSectionSteps == 0) ptx::mma_f16_zero(part[r], a, b);
+        source_[r].template step<M>(slots[r], step, a);
+        if (step % kSectionSteps == 0) begin<M>(part[r], r, slots[r], step / kSectionSteps, blocks, a, b);
         else ptx::mma_f16(part[r], a, b);
         if (step % kSectionSteps == kSectionSteps - 1) {
-          add_scaled(total[r], part[r], source[r].template scales<M>(slots[d][r], step / kSectionSteps));
+          add_scaled(total[r], part[r], source_[r].template scales<M>(slots[r], step / kSectionSteps));
         }
       }
     }
     if constexpr (Source::kMins > 0) {
+      const uint32_t* mins = mins_ + 4 * blocks * X::kMinWords;
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         uint32_t a[4];
-        const Scales scales = source[r].mins(slots[d][r], a);
+        const Scales scales = source_[r].mins(slots[r], a);
         const uint32_t b[2] = {mins[0], mins[1]};
         ptx::mma_f16_zero(part[r], a, b);
         if constexpr (Source::kMins == 16) {
@@ -144,67 +212,77 @@ struct Feed {
         add_scaled(total[r], part[r], scales);
       }
     }
-    if constexpr (Source::kRoom > 0) ptx::sync_warp();  // all have read what is overwritten now
+  }
+
+ private:
+  // The first product of a section, which what zero points make of sums of x comes to.
+  template <Manner M>
+  BITFOLD_DEVICE void begin(float (&part)[4], int r, const typename Source::Slot& slot, int section, int blocks,
+                            const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
+    if constexpr (Source::kSums == 0 || M == Manner::Any) {
+      ptx::mma_f16_zero(part, a, b);
+    } else {
+      const Scales before = source_[r].template before<M>(slot, section);
+      float from[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) from[i] = before.of[i / 2] * sums_[i % 2][4 * blocks + section];
+      ptx::mma_f16_from(part, a, b, from);
+    }
   }
   BITFOLD_DEVICE static void add_scaled(float (&total)[4], const float (&part)[4], const Scales& scales) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[i] = ptx::fma(part[i], scales.of[i / 2], total[i]);
   }
 
-  // x: the slice's.
-  template <Manner M>
-  BITFOLD_DEVICE void multiply(uint4* x, int m, float (&total)[R][4]) {
-    const int token = smaller(ptx::lane_id() / 4, m - 1);  // columns of tokens that aren't there hold the last one
-    const int odd = 4 * (token & 1);
-    const uint4* mine = x + token * Tokens<Source>::kQuads + ptx::lane_id() % 4;
-    const uint32_t* mins =
-        Tokens<Source>::mins(x, end - begin, m) + (4 * token + ptx::lane_id() % 4) * Tokens<Source>::kMinWords;
-    for (int first = begin + warp; first < end; first += kAhead * kWarps) {
-#pragma unroll
-      for (int d = 0; d < kAhead; ++d) {
-        const int piece = first + d * kWarps;
-        if (piece < end) {
-          const int tokens = (piece - begin) * m;  // each a piece of its own
-          product<M>(d, piece, mine + tokens * Tokens<Source>::kQuads, odd,
-                     mins + 4 * tokens * Tokens<Source>::kMinWords, total);
-          if (piece + kAhead * kWarps < end) fetch<M>(d, piece + kAhead * kWarps);
-          commit();
-        }
-      }
-    }
-  }
+  const bool there_;
+  Source source_[R];
+  const uint4 *even_, *odd_;  // of even pairs of steps, of odd ones
+  const uint32_t* mins_;
+  const float* sums_[2];  // of the tokens 2 t and 2 t + 1
 };
 
-// Sums the warps' totals of a unit, and after the last slice writes y.
+// A unit's pieces of this warp, from `room` on.
+template <class Source, int R, Manner M>
+BITFOLD_DEVICE void multiply(const Args<Source>& args, const Unit& unit, Feed<Source, R>& feed,
+                             Product<Source, R>& product, int warp, Room<kRoomBytes<Source, R>>& room,
+                             float (&total)[R][4]) {
+  const int begin = unit.slice * args.slice, end = smaller(begin + args.slice, args.pieces);
+  int blocks = share_of(unit.tile, warp) * args.x.m;
+#pragma unroll 1
+  for (int piece = begin + share_of(unit.tile, warp); piece < end; piece += kWarps) {
+    feed.wait();
+    ptx::sync_warp();  // all lanes' copies are there, and all have read the room that is filled next
+    feed.template next<M>();
+    product.template add<M>(piece, blocks, room.at, total);
+    blocks += kWarps * args.x.m;
+    room.next();
+  }
+}
+
+// Sums the totals of a tile's shares in their order and writes y. Ends with a barrier.
 template <class Source, int R>
-BITFOLD_DEVICE void reduce(const Args<Source>& args, Memory<Source, R>& memory, const Unit& unit,
-                           const TokenScales& scales, const float (&total)[R][4]) {
+BITFOLD_DEVICE void reduce(const Args<Source>& args, Memory<Source, R>& memory, int tile, const float (&total)[R][4]) {
   const auto thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    memory.partial[ptx::warp_id()][r][ptx::lane_id()] = {total[r][0], total[r][1], total[r][2], total[r][3]};
+    memory.partial[share_of(tile, ptx::warp_id())][r][ptx::lane_id()] = {total[r][0], total[r][1], total[r][2],
+                                                                         total[r][3]};
   }
   ptx::sync_block();
   const int token = thread / (16 * R), row = thread % (16 * R);
-  if (token < args.x.m) {
+  const int64_t n = first_row<Source, R>(tile) + row;
+  if (token < args.x.m && n < args.n) {
     // D: row g + 8 i of token 2 t + j is d[2 i + j] of lane 4 g + t.
     const int lane = row % 8 * 4 + token / 2, place = row % 16 / 8 * 2 + token % 2;
     float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      sum += reinterpret_cast<const float*>(&memory.partial[warp][row / 16][lane])[place];
+#pragma unroll
+    for (int share = 0; share < kWarps; ++share) {
+      sum += reinterpret_cast<const float*>(&memory.partial[share][row / 16][lane])[place];
     }
-    sum *= scales.unit[token] * Source::kUnit;
-    float& kept = memory.sums[unit.tile - unit.round_begin][thread];
-    if (unit.slice > 0) sum += kept;
-    const int64_t n = (blockIdx.x + int64_t{unit.tile} * gridDim.x) * (16 * R) + row;
-    if (unit.slice + 1 < args.slices) {
-      kept = sum;
-    } else if (n < args.n) {
-      if (args.bias != nullptr) {
-        sum += args.x.bf16 ? ptx::bf16_to_float(args.bias[n]) : ptx::half_to_float(args.bias[n]);
-      }
-      args.y[token * args.n + n] = args.x.bf16 ? ptx::float_to_bf16(sum) : ptx::float_to_half(sum);
+    if (args.bias != nullptr) {
+      sum += args.x.bf16 ? ptx::bf16_to_float(args.bias[n]) : ptx::half_to_float(args.bias[n]);
     }
+    args.y[token * args.n + n] = args.x.bf16 ? ptx::float_to_bf16(sum) : ptx::float_to_half(sum);
   }
   ptx::sync_block();
 }
@@ -212,40 +290,59 @@ BITFOLD_DEVICE void reduce(const Args<Source>& args, Memory<Source, R>& memory, 
 template <class Source, int R>
 __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> args) {
   auto& memory = shared<Memory<Source, R>>();
-  auto* x = reinterpret_cast<uint4*>(&memory + 1);
+  const int warp = ptx::shuffle(ptx::warp_id(), 0);  // which tells the compiler that all lanes have the same
+  auto* rings = reinterpret_cast<std::byte*>(&memory + 1);
+  std::byte* ring = rings + warp * args.rooms * kRoomBytes<Source, R>;
+  auto* x = reinterpret_cast<uint4*>(rings + kWarps * args.rooms * kRoomBytes<Source, R>);
   const int64_t slice_quads = int64_t{args.slice} * args.x.m * (Tokens<Source>::kPieceBytes / 16);
   const int64_t all = ceil_div<int64_t>(args.n, 16 * R);
   const auto tiles = static_cast<int>(ceil_div<int64_t>(all - blockIdx.x, gridDim.x));
-  Feed<Source, R> feed;
-  feed.rooms = memory.rooms[ptx::warp_id()];
-  Unit unit{0, 0, 0};
-  feed.start(args, memory.tables, unit);  // W doesn't wait for x
+  const auto pieces_of = [&](int slice) { return smaller(args.slice, args.pieces - slice * args.slice); };
+  Feed<Source, R> feed(args, tiles, warp, ring);  // W doesn't wait for x
   Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);
   if (args.resident) {
     for (int s = 0; s < args.slices; ++s) {
-      const int first = s * args.slice;
-      Tokens<Source>::stage(args.x, first, smaller(args.slice, args.pieces - first), x + s * slice_quads,
-                            memory.scales[s]);
+      Tokens<Source>::stage(args.x, s * args.slice, pieces_of(s), x + s * slice_quads, memory.scales[s]);
     }
   }
+  Unit unit{0, 0, 0};
+  Room<kRoomBytes<Source, R>> room(ring, args.rooms);
+  float totals[kRound][R][4] = {};
   for (int staged = -1;;) {
     if (!args.resident && staged != unit.slice) {
       staged = unit.slice;
-      const int first = staged * args.slice;
-      Tokens<Source>::stage(args.x, first, smaller(args.slice, args.pieces - first), x, memory.scales[0]);
+      Tokens<Source>::stage(args.x, staged * args.slice, pieces_of(staged), x, memory.scales[0]);
     }
-    float total[R][4] = {};
     const int place = args.resident ? unit.slice : 0;
-    uint4* mine = x + place * slice_quads;
-    switch (Source::manner(args.w)) {
-      case Manner::Plain: feed.template multiply<Manner::Plain>(mine, args.x.m, total); break;
-      case Manner::Full: feed.template multiply<Manner::Full>(mine, args.x.m, total); break;
-      case Manner::Any: feed.template multiply<Manner::Any>(mine, args.x.m, total); break;
+    Product<Source, R> product(args, memory.tables, unit.tile, x + place * slice_quads, pieces_of(unit.slice));
+    float total[R][4] = {};
+    const bool finite = Source::kSums == 0 || Tokens<Source>::finite(args.x, memory.scales[place]);
+    switch (finite ? Source::manner(args.w) : Manner::Any) {
+      case Manner::Plain: multiply<Source, R, Manner::Plain>(args, unit, feed, product, warp, room, total); break;
+      case Manner::Full: multiply<Source, R, Manner::Full>(args, unit, feed, product, warp, room, total); break;
+      case Manner::Any: multiply<Source, R, Manner::Any>(args, unit, feed, product, warp, room, total); break;
+    }
+      // Column j of a lane's sums is token 2 t + j.
+#pragma unroll
+    for (int i = 0; i < 4 * R; ++i) {
+      const float factor = memory.scales[place].unit[ptx::lane_id() % 4 * 2 + i % 2];
+#pragma unroll
+      for (int q = 0; q < kRound; ++q) {
+        float& sum = totals[q][i / 4][i % 4];
+        const float more = ptx::fma(total[i / 4][i % 4] * Source::kUnit, factor, sum);
+        sum = unit.tile - unit.round_begin == q ? more : sum;
+      }
     }
     const Unit done = unit;
     const bool more = unit.next(tiles, args.slices);
-    if (more) feed.start(args, memory.tables, unit);
-    reduce<Source, R>(args, memory, done, memory.scales[place], total);
+    if (!more || unit.round_begin != done.round_begin) {
+#pragma unroll
+      for (int q = 0; q < kRound; ++q) {
+        if (done.round_begin + q < tiles) reduce<Source, R>(args, memory, done.round_begin + q, totals[q]);
+#pragma unroll
+        for (int i = 0; i < 4 * R; ++i) totals[q][i / 4][i % 4] = 0.0f;
+      }
+    }
     if (!more) return;
   }
 }
@@ -255,20 +352,28 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
 template <class Source, int R>
 void launch_rows(const LinearArgs& a, Stream stream) {
   const Gpu& device = gpu();
-  const int64_t fixed = sizeof(Memory<Source, R>);
+  const auto fixed = [](int64_t rooms) {
+    return static_cast<int64_t>(sizeof(Memory<Source, R>)) + kWarps * rooms * kRoomBytes<Source, R>;
+  };
+  constexpr int64_t kFewest = 3;
   const int64_t token_bytes = Tokens<Source>::kPieceBytes;
   const int64_t pieces = ceil_div<int64_t>(a.w.k, Source::kColumns);
   // Of 8 tokens, whatever m is, so that it doesn't change the order of sums.
-  const int64_t room = (device.shared_bytes - fixed) / (kTokens * token_bytes);
+  const int64_t room = (device.shared_bytes - fixed(kFewest)) / (kTokens * token_bytes);
   const int64_t longest = room < kWarps ? larger<int64_t>(room, 1) : room / kWarps * kWarps;
   const int64_t fewest = larger<int64_t>(ceil_div<int64_t>(pieces, longest), 1);
   const int64_t even = ceil_div<int64_t>(ceil_div<int64_t>(pieces, fewest), kWarps) * kWarps;
   const int64_t slice = smaller(longest, even);
   const int64_t slices = larger<int64_t>(ceil_div<int64_t>(pieces, larger<int64_t>(slice, 1)), 1);
-  const int64_t all = slices * slice * a.x.rows * token_bytes;
-  const bool resident = slices <= kSlices && fixed + all <= device.shared_bytes;
-  const bool aligned = a.x.column_stride == 1 && a.x.row_stride % 4 == 0 && a.w.k % Source::kColumns == 0 &&
-                       reinterpret_cast<uintptr_t>(a.x.data) % 8 == 0;
+  const int64_t one = slice * a.x.rows * token_bytes, all = slices * one;
+  const bool resident = slices <= kSlices && fixed(kFewest) + all <= device.shared_bytes;
+  int64_t rooms = kFewest;
+  for (const int64_t more : kRooms) {
+    const bool fits = fixed(more) + (resident ? all : one) <= device.shared_bytes;
+    if (more > rooms && fits && kWarps * (more - 1) * kRoomBytes<Source, R> <= kInFlight) rooms = more;
+  }
+  const bool aligned = a.x.column_stride == 1 && (a.x.row_stride % 8 == 0 || a.x.rows == 1) &&
+                       a.w.k % Source::kColumns == 0 && reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0;
   const Args<Source> args{
       .w = Source::matrix(a.w),
       .x = {static_cast<const uint16_t*>(a.x.data), a.x.row_stride, a.x.column_stride, a.w.k,
@@ -280,11 +385,12 @@ void launch_rows(const LinearArgs& a, Stream stream) {
       .slice = static_cast<int>(slice),
       .slices = static_cast<int>(slices),
       .resident = resident,
+      .rooms = static_cast<int>(rooms),
   };
   const int64_t tiles = ceil_div<int64_t>(a.w.n, 16 * R);
   launch({.grid = static_cast<unsigned>(smaller<int64_t>(tiles, device.multiprocessors)),
           .block = kThreads,
-          .shared_bytes = fixed + (resident ? all : slice * a.x.rows * token_bytes),
+          .shared_bytes = fixed(rooms) + (resident ? all : one),
           .name = "linear_rows",
           .stream = stream},
          linear_rows_kernel<Source, R>, args);
@@ -298,27 +404,27 @@ void launch_tiles(const LinearArgs& args, Stream stream) {
   return 2 * turns(32) <= turns(16) ? launch_rows<Source, 2>(args, stream) : launch_rows<Source, 1>(args, stream);
 }
 
-// The kernels of a format with planes, the widest pieces first: their columns, and the most tiles at a time. Codes of 8
-// bits leave the instructions that a tile of its own costs.
-template <int Columns, int Tiles>
+// The kernels of a format with planes, the widest pieces first: their columns, the groups in them, and the most tiles
+// at a time. Codes of 8 bits leave the instructions that a tile of its own costs.
+template <int Columns, int Sections, int Tiles>
 struct Pieces {};
 template <class... Widest>
 struct Choice {};
 
 template <int Row>
-struct KernelsOf : Choice<Pieces<64, 1>, Pieces<32, 1>> {};
+struct KernelsOf : Choice<Pieces<64, 1, 1>, Pieces<32, 1, 1>> {};
 template <>
-struct KernelsOf<kInt4> : Choice<Pieces<128, 2>, Pieces<64, 2>, Pieces<32, 1>> {};
+struct KernelsOf<kInt4> : Choice<Pieces<128, 1, 2>, Pieces<128, 2, 2>, Pieces<128, 4, 1>, Pieces<32, 1, 1>> {};
 template <>
-struct KernelsOf<kInt3> : Choice<Pieces<64, 2>> {};
+struct KernelsOf<kInt3> : Choice<Pieces<64, 1, 2>> {};
 template <>
-struct KernelsOf<kInt2> : Choice<Pieces<128, 2>, Pieces<64, 2>> {};
+struct KernelsOf<kInt2> : Choice<Pieces<128, 1, 2>, Pieces<128, 2, 2>> {};
 template <>
-struct KernelsOf<kNf4> : Choice<Pieces<64, 2>, Pieces<32, 1>> {};
+struct KernelsOf<kNf4> : Choice<Pieces<128, 2, 2>, Pieces<32, 1, 1>> {};
 
-template <int Row, int Columns, int Tiles>
-bool launch_where_it_fits(const LinearArgs& args, Stream stream, Pieces<Columns, Tiles>) {
-  using Source = PlaneFragments<Row, Columns>;
+template <int Row, int Columns, int Sections, int Tiles>
+bool launch_where_it_fits(const LinearArgs& args, Stream stream, Pieces<Columns, Sections, Tiles>) {
+  using Source = PlaneFragments<Row, Columns, Sections>;
   if (!Source::fits(args.w)) return false;
   if constexpr (Tiles == 1) launch_rows<Source, 1>(args, stream);
   else launch_tiles<Source>(args, stream);

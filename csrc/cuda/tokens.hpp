@@ -1,8 +1,10 @@
 // x of at most 8 tokens in shared memory, as B operands in the order of columns that a source asks for.
 //
-// bf16 becomes fp16 times a power of two for each token and slice of k, so that the largest lies in [2^14, 2^15): all
-// that is within 2^-31 of it stays exact. fp16 stays as it is.
+// x becomes fp16 times a power of two for each token and slice of k, so that the largest lies in [2^14, 2^15): all that
+// is within 2^-31 of it stays exact (2^-25 where a source wants some columns smaller).
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/fragments.hpp"
 
@@ -17,19 +19,22 @@ struct TokensArgs {
   int64_t k;
   int m;
   bool bf16;
-  bool aligned;  // four columns at a time can be loaded: rows are contiguous and whole pieces, on 8-byte boundaries
+  bool aligned;  // eight columns at a time can be loaded: rows are contiguous and whole pieces, on 16-byte boundaries
 };
 
 // What is known of a slice once it is staged.
 struct TokenScales {
-  uint32_t peak[kTokens];  // the largest magnitude, as bf16's bits
+  uint32_t peak[kTokens];  // the largest magnitude, in x's own bits
   float unit[kTokens];     // of what lies in shared memory
 };
 
-// 14 - floor(log2 of the bf16), within what a float's power of two can undo; 0 for zero, infinity and NaN.
-BITFOLD_DEVICE int exponent_to_fp16(uint32_t bf16_magnitude) {
-  const int field = static_cast<int>(bf16_magnitude >> 7);
-  if (bf16_magnitude == 0 || field == 255) return 0;
+// 14 - floor(log2) of a magnitude in bf16's or fp16's bits, within what a float's power of two can undo; 0 for zero,
+// infinity and NaN.
+BITFOLD_DEVICE int exponent_to_fp16(uint32_t magnitude, bool bf16) {
+  const auto bits = static_cast<uint16_t>(magnitude);
+  const uint32_t number = ptx::float_as_uint(bf16 ? ptx::bf16_to_float(bits) : ptx::half_to_float(bits));
+  const auto field = static_cast<int>(number >> 23);
+  if (number == 0 || field == 255) return 0;
   return smaller(14 - (field - 127), 126);
 }
 BITFOLD_DEVICE float power_of_two(int exponent) {
@@ -66,126 +71,197 @@ struct Tokens {
   // Sums of x over sub-blocks, for minima: of each a 32nd, as a half and what that leaves, in the order of a step whose
   // columns they are. A lane has kMinWords of a token's piece.
   static constexpr int kMinWords = Source::kMins / 4;
-  static constexpr int64_t kPieceBytes = 16 * kQuads + 16 * kMinWords;
+  // Sums of x over sections, floats; four of a piece.
+  static constexpr bool kSums = Source::kSums > 0;
+  static_assert(Source::kSums <= 4 && !(kSums && Source::kMins > 0));
+  static constexpr int64_t kPieceBytes = 16 * kQuads + 16 * kMinWords + (kSums ? 16 : 0);
 
   // Neighbouring tokens have their pairs swapped, so that the eight lanes that read together read from all banks.
-  BITFOLD_DEVICE static int place(int piece, int m, int token, int pair, int t) {
-    const int swapped = kPairs % 2 == 0 ? pair ^ (token & 1) : pair;
-    return ((piece * m + token) * kPairs + swapped) * 4 + t;
-  }
+  BITFOLD_DEVICE static int place(int token, int pair) { return kPairs % 2 == 0 ? pair ^ (token & 1) : pair; }
 
-  // Pieces [first, first + pieces) of all tokens to x, by all threads of the block. Begins and ends with a barrier.
+  // Pieces [first, first + pieces) of all tokens to x, by all threads of the block: as they are, in order, each where
+  // its quads are to lie, and from there to their places as fp16. Begins and ends with a barrier.
   BITFOLD_DEVICE static void stage(const TokensArgs& args, int64_t first, int pieces, uint4* x, TokenScales& scales) {
     const auto thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     if (thread < kTokens) scales.peak[thread] = 0;
     ptx::sync_block();
-    if (args.bf16) {
-      find_peaks(args, first, pieces, scales);
+    if (args.aligned) copy_rows(args, first, pieces, x, scales);
+    else copy_elements(args, first, pieces, x, scales);
+    ptx::sync_block();
+    if (thread < kTokens) {
+      scales.unit[thread] = power_of_two(-exponent_to_fp16(scales.peak[thread], args.bf16));
+    }
+    if constexpr (Source::kMins > 0) {
+      auto* sums = reinterpret_cast<uint16_t*>(mins(x, pieces, args.m));
+      for (int i = thread; i < pieces * args.m * Source::kMins; i += threads) {
+        const int block = i / Source::kMins;
+        stage_sum(args, halves_of(x, block), scale_of(args, scales, block % args.m), i % Source::kMins,
+                  sums + block * 4 * kMinWords * 2);
+      }
       ptx::sync_block();
     }
-    if (thread < kTokens) {
-      scales.unit[thread] = args.bf16 ? power_of_two(-exponent_to_fp16(scales.peak[thread])) : 1.0f;
-    }
-    for (int token = 0; token < args.m; ++token) {
-      const float scale = args.bf16 ? power_of_two(exponent_to_fp16(scales.peak[token])) : 1.0f;
-#pragma unroll 2
-      for (int i = thread; i < pieces * kQuads; i += threads) {
-        const int piece = i / kQuads, pair = i % kQuads / 4, t = i % 4;
-        uint4 quad = load_quad(args, token, first + piece, pair, t);
-        if (args.bf16) {
-          quad = {to_halves(quad.x, scale), to_halves(quad.y, scale), to_halves(quad.z, scale),
-                  to_halves(quad.w, scale)};
-        }
-        x[place(piece, args.m, token, pair, t)] = quad;
+    // A warp takes as many blocks of x, pieces of one token, as its lanes have quads of.
+    static_assert(kWarp % kQuads == 0);
+    const int quad = thread % kQuads, t = quad % 4;
+#pragma unroll 1
+    for (int begin = thread / kWarp * (kWarp / kQuads); begin < pieces * args.m; begin += threads / kQuads) {
+      const int block = begin + thread % kWarp / kQuads;
+      const bool there = block < pieces * args.m;
+      const int token = block % args.m;
+      uint4 numbers{};
+      if (there) {
+        numbers = load_quad(halves_of(x, block), quad / 4, t);
+        const float scale = scale_of(args, scales, token);
+        const auto convert = [&](uint32_t two, int step, int r) {
+          return to_halves(two, args.bf16, scale * power_of_two(-Source::down(2 * (quad / 4) + step, r)));
+        };
+        numbers = {convert(numbers.x, 0, 0), convert(numbers.y, 0, 1), convert(numbers.z, 1, 0),
+                   convert(numbers.w, 1, 1)};
       }
-      if constexpr (Source::kMins > 0) {
-        auto* halves = reinterpret_cast<uint16_t*>(mins(x, pieces, args.m));
-        for (int i = thread; i < pieces * Source::kMins; i += threads) {
-          const int piece = i / Source::kMins, block = i % Source::kMins;
-          stage_sum(args, token, first + piece, block, scale, halves + (piece * args.m + token) * 4 * kMinWords * 2);
-        }
+      ptx::sync_warp();  // all of a block is read before any of it is written
+      if (there) x[block * kQuads + place(token, quad / 4) * 4 + t] = numbers;
+      if constexpr (kSums) {
+        const float sum = sum_of_section(numbers, quad / 4);
+        constexpr int kEach = kQuads / Source::kSums;
+        if (there && quad % kEach == 0) sums(x, pieces, args.m)[4 * block + quad / kEach] = sum;
       }
     }
     ptx::sync_block();
   }
 
-  // Where the sums of `pieces` pieces of m tokens begin.
-  BITFOLD_DEVICE static uint32_t* mins(uint4* x, int pieces, int m) {
-    return reinterpret_cast<uint32_t*>(x + pieces * m * kQuads);
+  // A section's sum of what codes are multiplied with, in units of 2^-24, as the codes are: of its lanes' quads the
+  // first one's lane has it. By all lanes of a warp.
+  BITFOLD_DEVICE static float sum_of_section(const uint4& numbers, int pair) {
+    float sum = 0.0f;
+    const auto add = [&](uint32_t two, int step, int r) {
+      const float2 both = ptx::halves_to_floats(two);
+      sum = ptx::fma(ptx::add(both.x, both.y), power_of_two(Source::down(2 * pair + step, r) - 24), sum);
+    };
+    add(numbers.x, 0, 0), add(numbers.y, 0, 1), add(numbers.z, 1, 0), add(numbers.w, 1, 1);
+#pragma unroll
+    for (int other = 1; other < kQuads / larger(Source::kSums, 1); other *= 2) {
+      sum = ptx::add(sum, ptx::shuffle_xor(sum, other));
+    }
+    return sum;
+  }
+  // Where they are: four for each piece of one token.
+  template <class Quad>
+  BITFOLD_DEVICE static auto* sums(Quad* x, int pieces, int m) {
+    using Number = std::conditional_t<std::is_const_v<Quad>, const float, float>;
+    return reinterpret_cast<Number*>(x + pieces * m * kQuads);
+  }
+  // Whether all m tokens of a slice are numbers.
+  BITFOLD_DEVICE static bool finite(const TokensArgs& args, const TokenScales& scales) {
+    bool all = true;
+    for (int token = 0; token < args.m; ++token) all = all && scales.peak[token] < (args.bf16 ? 0x7f80u : 0x7c00u);
+    return all;
+  }
+
+  // Where the sums over sub-blocks of `pieces` pieces of m tokens begin.
+  template <class Quad>
+  BITFOLD_DEVICE static auto* mins(Quad* x, int pieces, int m) {
+    using Word = std::conditional_t<std::is_const_v<Quad>, const uint32_t, uint32_t>;
+    return reinterpret_cast<Word*>(x + pieces * m * kQuads);
   }
 
  private:
-  BITFOLD_DEVICE static uint16_t element(const TokensArgs& args, int token, int64_t column) {
-    if (column >= args.k) return 0;
-    return ptx::load2(args.data + token * args.row_stride + column * args.column_stride);
+  // Of a piece of one token; what x has of it before it is in order.
+  BITFOLD_DEVICE static uint16_t* halves_of(uint4* x, int block) {
+    return reinterpret_cast<uint16_t*>(x + block * kQuads);
+  }
+  BITFOLD_DEVICE static float scale_of(const TokensArgs& args, const TokenScales& scales, int token) {
+    return power_of_two(exponent_to_fp16(scales.peak[token], args.bf16));
   }
 
-  // Of eight bytes of x the magnitudes' largest.
+  // The magnitudes' largest.
   BITFOLD_DEVICE static uint32_t peak_of(uint32_t two) { return larger(two & 0x7fffu, two >> 16 & 0x7fffu); }
+  BITFOLD_DEVICE static uint32_t peak_of(const uint4& eight) {
+    return larger(larger(peak_of(eight.x), peak_of(eight.y)), larger(peak_of(eight.z), peak_of(eight.w)));
+  }
 
-  BITFOLD_DEVICE static void find_peaks(const TokensArgs& args, int64_t first, int pieces, TokenScales& scales) {
-    const int64_t begin = first * Source::kColumns, columns = int64_t{pieces} * Source::kColumns;
+  // A warp takes 32 times eight columns of a token in turn, and many of those at once.
+  BITFOLD_DEVICE static void copy_rows(const TokensArgs& args, int64_t first, int pieces, uint4* x,
+                                       TokenScales& scales) {
+    constexpr int kEights = Source::kColumns / 8, kTogether = 7;
+    const int count = pieces * kEights, turns = ceil_div(count, kWarp), warps = static_cast<int>(blockDim.x) / kWarp;
+#pragma unroll 1
+    for (int begin = ptx::warp_id(); begin < turns * args.m; begin += kTogether * warps) {
+      uint4 loaded[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int turn = begin + j * warps, token = turn / turns, i = turn % turns * kWarp + ptx::lane_id();
+        loaded[j] = {};
+        if (token < args.m && i < count) {
+          loaded[j] = ptx::load16(args.data + token * args.row_stride + first * Source::kColumns + 8 * i);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int turn = begin + j * warps, token = turn / turns, i = turn % turns * kWarp + ptx::lane_id();
+        if (token >= args.m) break;
+        if (i < count) x[(i / kEights * args.m + token) * kQuads + i % kEights] = loaded[j];
+        add_peak(scales.peak[token], peak_of(loaded[j]));
+      }
+    }
+  }
+
+  // The same where columns are anywhere in memory, and where k ends within a piece.
+  BITFOLD_DEVICE static void copy_elements(const TokensArgs& args, int64_t first, int pieces, uint4* x,
+                                           TokenScales& scales) {
+    const int count = pieces * Source::kColumns;
     for (int token = 0; token < args.m; ++token) {
       uint32_t peak = 0;
-      if (args.aligned) {
-        const uint16_t* row = args.data + token * args.row_stride + begin;
-#pragma unroll 2
-        for (int64_t c = 4 * threadIdx.x; c < columns; c += 4 * blockDim.x) {
-          const uint2 four = ptx::load8(row + c);
-          peak = larger(peak, larger(peak_of(four.x), peak_of(four.y)));
-        }
-      } else {
-        for (int64_t c = threadIdx.x; c < columns; c += blockDim.x) {
-          peak = larger(peak, element(args, token, begin + c) & 0x7fffu);
-        }
+#pragma unroll 4
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+        const int64_t column = first * Source::kColumns + i;
+        uint16_t number = 0;
+        if (column < args.k) number = ptx::load2(args.data + token * args.row_stride + column * args.column_stride);
+        halves_of(x, i / Source::kColumns * args.m + token)[i % Source::kColumns] = number;
+        peak = larger(peak, number & 0x7fffu);
       }
-      for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
-      if (ptx::lane_id() == 0) ptx::atomic_max(&scales.peak[token], peak);
+      add_peak(scales.peak[token], peak);
     }
   }
 
-  // The quad's eight numbers as they are in x.
-  BITFOLD_DEVICE static uint4 load_quad(const TokensArgs& args, int token, int64_t piece, int pair, int t) {
-    const int64_t begin = piece * Source::kColumns;
+  // By all lanes of a warp.
+  BITFOLD_DEVICE static void add_peak(uint32_t& all, uint32_t peak) {
+#pragma unroll
+    for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
+    if (ptx::lane_id() == 0) ptx::atomic_max(&all, peak);
+  }
+
+  // The quad's eight numbers, of a piece whose columns are in order.
+  BITFOLD_DEVICE static uint4 load_quad(const uint16_t* piece, int pair, int t) {
     const int step = 2 * pair;
-    if (kRuns != Runs::None && args.aligned) {
-      const uint16_t* row = args.data + token * args.row_stride + begin;
-      const uint2 a = ptx::load8(row + Source::column(step, t, 0));
-      if constexpr (kRuns == Runs::Sequential) {
-        const uint2 b = ptx::load8(row + Source::column(step + 1, t, 0));
-        return {a.x, a.y, b.x, b.y};
-      } else {
-        const uint2 b = ptx::load8(row + Source::column(step, t, 1));
-        return {ptx::prmt(a.x, b.x, 0x5410), ptx::prmt(a.x, b.x, 0x7632), ptx::prmt(a.y, b.y, 0x5410),
-                ptx::prmt(a.y, b.y, 0x7632)};
-      }
+    const auto four = [&](int column) { return *reinterpret_cast<const uint2*>(piece + column); };
+    if constexpr (kRuns == Runs::Sequential) {
+      const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step + 1, t, 0));
+      return {a.x, a.y, b.x, b.y};
+    } else if constexpr (kRuns == Runs::Interleaved) {
+      const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step, t, 1));
+      return {ptx::prmt(a.x, b.x, 0x5410), ptx::prmt(a.x, b.x, 0x7632), ptx::prmt(a.y, b.y, 0x5410),
+              ptx::prmt(a.y, b.y, 0x7632)};
+    } else {
+      const auto two = [&](int at, int half) {
+        return piece[Source::column(at, t, half)] | static_cast<uint32_t>(piece[Source::column(at, t, half + 1)]) << 16;
+      };
+      return {two(step, 0), two(step, 2), two(step + 1, 0), two(step + 1, 2)};
     }
-    const auto two = [&](int at, int half) {
-      const uint32_t high = element(args, token, begin + Source::column(at, t, half + 1));
-      return element(args, token, begin + Source::column(at, t, half)) | high << 16;
-    };
-    return {two(step, 0), two(step, 2), two(step + 1, 0), two(step + 1, 2)};
   }
 
-  BITFOLD_DEVICE static void stage_sum(const TokensArgs& args, int token, int64_t piece, int block, float scale,
+  // The sum of a sub-block of a piece whose columns are in order.
+  BITFOLD_DEVICE static void stage_sum(const TokensArgs& args, const uint16_t* piece, float scale, int block,
                                        uint16_t* halves) {
     constexpr int kWidth = Source::kColumns / larger(Source::kMins, 1);
-    const int64_t begin = piece * Source::kColumns + block * kWidth;
     float sum = 0.0f;
     const auto add = [&](uint32_t two) {
-      const float2 numbers = ptx::halves_to_floats(args.bf16 ? to_halves(two, scale) : two);
+      const float2 numbers = ptx::halves_to_floats(to_halves(two, args.bf16, scale));
       sum = ptx::add(ptx::add(sum, numbers.x), numbers.y);
     };
-    for (int c = 0; c < kWidth; c += 4) {
-      if (args.aligned) {
-        const uint2 four = ptx::load8(args.data + token * args.row_stride + begin + c);
-        add(four.x), add(four.y);
-      } else {
-        for (int i = c; i < c + 4; i += 2) {
-          const uint32_t high = element(args, token, begin + i + 1);
-          add(element(args, token, begin + i) | high << 16);
-        }
-      }
+#pragma unroll
+    for (int c = 0; c < kWidth; c += 8) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(piece + block * kWidth + c);
+      add(eight.x), add(eight.y), add(eight.z), add(eight.w);
     }
     sum *= 1.0f / 32.0f;
     const uint16_t high = ptx::float_to_half(sum);
@@ -194,8 +270,8 @@ struct Tokens {
     mine[Source::kMins / 4] = ptx::float_to_half(sum - ptx::half_to_float(high));
   }
 
-  BITFOLD_DEVICE static uint32_t to_halves(uint32_t bf16s, float scale) {
-    const float2 two = ptx::bf16s_to_floats(bf16s);
+  BITFOLD_DEVICE static uint32_t to_halves(uint32_t bits, bool bf16, float scale) {
+    const float2 two = bf16 ? ptx::bf16s_to_floats(bits) : ptx::halves_to_floats(bits);
     return ptx::floats_to_halves(two.x * scale, two.y * scale);
   }
 };

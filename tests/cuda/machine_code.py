@@ -102,28 +102,10 @@ def faults(kernels: list[Kernel]) -> list[str]:
     return said
 
 
-def loads_of(kernel: Kernel) -> int:
-    """Bytes of the widest load from global memory that goes past the first cache."""
-    sizes = [int(part) for i in kernel.code if i.name == "LDG" and "NA" in i.code.split(".")
-             for part in i.code.split(".") if part in ("64", "128")]  # fmt: skip
-    return max(sizes, default=32) // 8
-
-
-def fragments(kernel: Kernel) -> tuple[int, int, int] | None:
-    """Format, columns of a piece and tiles of a kernel for few rows of a format with planes."""
-    match = re.fullmatch(r"linear_rows_kernel<PlaneFragments<(\d+), (\d+)>, (\d+)>", kernel.name)
-    return (int(match[1]), int(match[2]), int(match[3])) if match else None
-
-
-BITS = {2: 8, 3: 8, 4: 8, 5: 4, 6: 3, 7: 2, 8: 4}  # of the formats with planes, by their row in the table
-
-
-def lane_bytes(kernel: Kernel) -> int:
-    """What a lane loads at once of a row's codes."""
-    source = fragments(kernel)
-    assert source is not None
-    row, columns, _ = source
-    return columns // 4 * BITS[row] // 8
+def columns(kernel: Kernel) -> int | None:
+    """Columns of a piece of a kernel for few rows of a format with planes."""
+    match = re.fullmatch(r"linear_rows_kernel<PlaneFragments<\d+, (\d+), \d+>, \d+>", kernel.name)
+    return int(match[1]) if match else None
 
 
 def is_rows(kernel: Kernel) -> bool:
@@ -134,9 +116,14 @@ def is_tile(kernel: Kernel) -> bool:
     return kernel.name.startswith("linear_tile_kernel")
 
 
-def copies(kernel: Kernel) -> bool:
-    """Kernels whose packed bytes go to shared memory by asynchronous copies."""
-    return is_tile(kernel) or kernel.name.startswith("linear_rows_kernel<ChunkFragments")
+def copied(kernel: Kernel) -> str:
+    """How many bits of packed bytes an asynchronous copy takes to shared memory; none where codes are read one by one.
+    A piece of int3 is 24 bytes."""
+    if is_rows(kernel) and "RaggedFragments" in kernel.name:
+        return ""
+    if is_rows(kernel) and "PlaneFragments<6," in kernel.name:
+        return "64"
+    return "128" if is_rows(kernel) or is_tile(kernel) else ""
 
 
 def is_gptq(kernel: Kernel) -> bool:
@@ -156,12 +143,10 @@ def spills(kernel: Kernel) -> int:
 # A property of a kernel, and what is to be said where it doesn't hold.
 EXPECTED = [
     (lambda k: not (is_rows(k) or is_tile(k)) or k.has("HMMA", "16816", "F32"), "no products of halves with fp32 sums"),
-    (lambda k: not copies(k) or k.has("LDGSTS", "128"), "no asynchronous copies of 16 bytes"),
+    (lambda k: not copied(k) or k.has("LDGSTS", copied(k)), "no asynchronous copies of 16 bytes (int3: 8)"),
     (lambda k: not is_rows(k) or spills(k) == 0, "registers are spilled in an inner loop"),
     (lambda k: not (is_tile(k) and k.name.endswith("128>")) or k.stack == 0, "it has a stack"),
     (lambda k: not is_tile(k) or k.stack <= 64, "it has a stack of more than 64 bytes"),
-    (lambda k: not (fragments(k) and lane_bytes(k) >= 8) or loads_of(k) == lane_bytes(k),
-     "codes aren't loaded as wide as they lie"),
     (lambda k: not k.name.startswith("linear_rows_kernel<PlaneFragments<5,") or k.has("LOP3", "LUT"),
      "codes aren't taken apart by LOP3"),
     (lambda k: not k.name.startswith("linear_rows_kernel<PlaneFragments<8,") or k.has("PRMT"),
@@ -183,21 +168,21 @@ INTEGER = {"LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "IMNM
 # A loop of the kernels for few rows: its kernel, which of its loops, the format that takes it, bits of a weight (with
 # scales in blocks), and steps of mma for minima.
 LOOPS = [
-    ("PlaneFragments<4, 64>, 1", "Plain", "int8-channel", 8, 0),
-    ("PlaneFragments<4, 64>, 1", "Full", "int8-channel-asym", 8, 0),
-    ("PlaneFragments<2, 64>, 1", "Plain", "fp8-e4m3-channel", 8, 0),
-    ("PlaneFragments<3, 64>, 1", "Plain", "fp8-e5m2-channel", 8, 0),
-    ("PlaneFragments<5, 128>, 2", "Plain", "int4-g128", 4, 0),
-    ("PlaneFragments<5, 128>, 2", "Full", "int4-g128-asym", 4, 0),
-    ("PlaneFragments<5, 64>, 2", "Plain", "int4-g64", 4, 0),
-    ("PlaneFragments<5, 64>, 2", "Full", "int4-g64-asym", 4, 0),
-    ("PlaneFragments<5, 32>, 1", "Plain", "int4-g32", 4, 0),
-    ("PlaneFragments<8, 64>, 2", "Plain", "nf4-b64, fp4-b64", 4, 0),
-    ("PlaneFragments<8, 64>, 2", "Full", "nf4-b64-dq", 4, 0),
-    ("PlaneFragments<6, 64>, 2", "Plain", "int3-g64", 3, 0),
-    ("PlaneFragments<6, 64>, 2", "Full", "int3-g64-asym", 3, 0),
-    ("PlaneFragments<7, 64>, 2", "Plain", "int2-g64", 2, 0),
-    ("PlaneFragments<7, 128>, 2", "Plain", "int2-g128", 2, 0),
+    ("PlaneFragments<4, 64, 1>, 1", "Plain", "int8-channel", 8, 0),
+    ("PlaneFragments<4, 64, 1>, 1", "Full", "int8-channel-asym", 8, 0),
+    ("PlaneFragments<2, 64, 1>, 1", "Plain", "fp8-e4m3-channel", 8, 0),
+    ("PlaneFragments<3, 64, 1>, 1", "Plain", "fp8-e5m2-channel", 8, 0),
+    ("PlaneFragments<5, 128, 1>, 2", "Plain", "int4-g128", 4, 0),
+    ("PlaneFragments<5, 128, 1>, 2", "Full", "int4-g128-asym", 4, 0),
+    ("PlaneFragments<5, 128, 2>, 2", "Plain", "int4-g64", 4, 0),
+    ("PlaneFragments<5, 128, 2>, 2", "Full", "int4-g64-asym", 4, 0),
+    ("PlaneFragments<5, 128, 4>, 1", "Plain", "int4-g32", 4, 0),
+    ("PlaneFragments<8, 128, 2>, 2", "Plain", "nf4-b64, fp4-b64", 4, 0),
+    ("PlaneFragments<8, 128, 2>, 2", "Full", "nf4-b64-dq", 4, 0),
+    ("PlaneFragments<6, 64, 1>, 2", "Plain", "int3-g64", 3, 0),
+    ("PlaneFragments<6, 64, 1>, 2", "Full", "int3-g64-asym", 3, 0),
+    ("PlaneFragments<7, 128, 2>, 2", "Plain", "int2-g64", 2, 0),
+    ("PlaneFragments<7, 128, 1>, 2", "Plain", "int2-g128", 2, 0),
     ("ChunkFragments<17>, 1", "Any", "q4_k", 4.5, 1),
     ("ChunkFragments<10>, 1", "Any", "q4_0", 4.5, 0),
     ("ChunkFragments<19>, 1", "Any", "q6_k", 6.5625, 0),
@@ -237,8 +222,7 @@ def loop(kernels: list[Kernel], name: str, manner: str, format: str, bits: float
     part = counts["HMMA"] * 16 / (16 + minima) * 32 * bits / 512
     shared = sum(4 if "128" in i.code.split(".") else 2 if "64" in i.code.split(".") else 1
                  for i in code if i.name in ("LDS", "LDSM", "SHFL"))  # fmt: skip
-    source = fragments(kernel)
-    return Loop(format, source[1] if source else 256, len(code) / part,
+    return Loop(format, columns(kernel) or 256, len(code) / part,
                 sum(counts[name] for name in INTEGER) / part, shared / part, counts["HMMA"] / part)  # fmt: skip
 
 

@@ -35,6 +35,11 @@ BITFOLD_DEVICE void mma_f16_zero(float (&d)[4], const uint32_t (&a)[4], const ui
                                  const Where& where = Where::current()) {
   emulator::mma(emulator::Operands::F16, d, a, b, true, where);
 }
+BITFOLD_DEVICE void mma_f16_from(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                                 const Where& where = Where::current()) {
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  emulator::mma(emulator::Operands::F16, d, a, b, false, where);
+}
 BITFOLD_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              const Where& where = Where::current()) {
   emulator::mma(emulator::Operands::Bf16, d, a, b, false, where);
