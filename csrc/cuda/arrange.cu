@@ -2,21 +2,26 @@
 //
 // bf16 becomes fp16 times a power of two for each token, so that its largest lies in [2^14, 2^15): all that is within
 // 2^-31 of it stays exact. fp16 stays as it is. What lies beyond k, and tokens that aren't there, are zero.
+//
+// A block has a range of chunks of a token. It looks for the largest in the whole row, eight numbers a load and many
+// loads on their way, brings its range to shared memory as it is and takes it from there in the order that is wanted.
 #include "cuda/tile.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunksEach = 8;  // of a block
+constexpr int kMostColumns = 8192;  // of a block: 16 KB
 
 struct Args {
   const uint16_t* x;
   int64_t row_stride, column_stride;  // elements
   int64_t k, m;
   bool bf16;
+  bool aligned;  // rows are contiguous, on 16-byte boundaries
   Order order;
   int chunks, groups;
+  int chunks_each;  // of a block
   uint8_t* out;
   uint8_t* sums;
   float* factors;
@@ -24,8 +29,10 @@ struct Args {
   int arrivals_count;
 };
 
-struct Memory {
+// Behind it lie the block's columns of x.
+struct alignas(16) Memory {
   uint32_t peaks[kThreads / kWarp];
+  uint8_t column[256];
 };
 
 // 14 - floor(log2) of a bf16's magnitude, within what a float's power of two can undo; 0 for zero, infinity and NaN.
@@ -38,16 +45,27 @@ BITFOLD_DEVICE float power_of_two(int exponent) {
   return ptx::uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
 }
 
+BITFOLD_DEVICE uint32_t peak_of(uint32_t two) { return larger(two & 0x7fffu, two >> 16 & 0x7fffu); }
+
 BITFOLD_DEVICE uint16_t element(const Args& args, int64_t token, int64_t column) {
-  if (token >= args.m || column >= args.k) return 0;
   return ptx::load2(args.x + token * args.row_stride + column * args.column_stride);
 }
 
 // The token's exponent: its largest magnitude is looked for in the whole row.
-BITFOLD_DEVICE int find_exponent(const Args& args, int64_t token) {
-  auto& memory = shared<Memory>();
+BITFOLD_DEVICE int find_exponent(const Args& args, Memory& memory, int64_t token) {
   uint32_t peak = 0;
-  for (int64_t c = threadIdx.x; c < args.k; c += kThreads) peak = larger(peak, element(args, token, c) & 0x7fffu);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int64_t eights = args.aligned ? args.k / 8 : 0;
+  const uint16_t* row = args.x + token * args.row_stride;
+#pragma unroll 8
+  for (int64_t i = thread; i < eights; i += kThreads) {
+    const uint4 eight = ptx::load16(row + 8 * i);
+    peak = larger(peak, larger(larger(peak_of(eight.x), peak_of(eight.y)), larger(peak_of(eight.z), peak_of(eight.w))));
+  }
+#pragma unroll 8
+  for (int64_t c = 8 * eights + thread; c < args.k; c += kThreads) {
+    peak = larger(peak, element(args, token, c) & 0x7fffu);
+  }
   for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
   if (ptx::lane_id() == 0) memory.peaks[ptx::warp_id()] = peak;
   ptx::sync_block();
@@ -55,52 +73,75 @@ BITFOLD_DEVICE int find_exponent(const Args& args, int64_t token) {
   return exponent_to_fp16(peak);
 }
 
+// Columns [begin, begin + count) of the token; beyond k, and of a token that isn't there, zeros.
+BITFOLD_DEVICE void copy_columns(const Args& args, int64_t token, int64_t begin, int count, uint16_t* row) {
+  const int there = token < args.m ? static_cast<int>(smaller<int64_t>(count, args.k - begin)) : 0;
+  const int eights = args.aligned ? there / 8 : 0;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < eights; i += kThreads) {
+    reinterpret_cast<uint4*>(row)[i] = ptx::load16(args.x + token * args.row_stride + begin + 8 * i);
+  }
+#pragma unroll 4
+  for (int i = 8 * eights + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    row[i] = i < there ? element(args, token, begin + i) : uint16_t{0};
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) arrange_kernel(const Args args) {
+  auto& memory = shared<Memory>();
+  auto* row_of_block = reinterpret_cast<uint16_t*>(&memory + 1);
   const int64_t token = blockIdx.x;
   const auto thread = static_cast<int>(threadIdx.x);
-  const int exponent = args.bf16 ? find_exponent(args, token) : 0;
+  const int first = static_cast<int>(blockIdx.y) * args.chunks_each;
+  const int chunks = smaller(args.chunks_each, args.chunks - first), columns = args.order.columns;
+  memory.column[thread] = args.order.column[thread];
+  copy_columns(args, token, int64_t{first} * columns, chunks * columns, row_of_block);
+  const int exponent = args.bf16 && token < args.m ? find_exponent(args, memory, token) : 0;
   const float scale = power_of_two(exponent);
-  const auto converted = [&](int64_t column) -> uint32_t {
-    const uint16_t bits = element(args, token, column);
-    return args.bf16 ? ptx::float_to_half(ptx::bf16_to_float(bits) * scale) : bits;
-  };
+  ptx::sync_block();  // columns are there
   if (blockIdx.y == 0 && thread == 0) args.factors[token] = power_of_two(14 - exponent);
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = thread; i < args.arrivals_count; i += kThreads) args.arrivals[i] = 0;
   }
+  const auto converted = [&](uint32_t two) -> uint32_t {
+    if (!args.bf16) return two;
+    const float2 numbers = ptx::bf16s_to_floats(two);
+    return ptx::floats_to_halves(numbers.x * scale, numbers.y * scale);
+  };
 
-  const int first = static_cast<int>(blockIdx.y) * kChunksEach, last = smaller(first + kChunksEach, args.chunks);
   const int64_t group = token / 8;
-  const int row = static_cast<int>(token % 8), units = args.order.columns / kUnit;
+  const int row = static_cast<int>(token % 8), units = columns / kUnit;
   // A lane's 16 bytes: b0, b1 of an even step and of the next.
-  const int quads = args.order.columns / 8;
-  for (int i = thread; i < (last - first) * quads; i += kThreads) {
-    const int chunk = first + i / quads, pair = i % quads / 4, t = i % 4;
-    const int64_t begin = int64_t{chunk} * args.order.columns;
+  const int quads = columns / 8;
+  for (int i = thread; i < chunks * quads; i += kThreads) {
+    const int chunk = i / quads, pair = i % quads / 4, t = i % 4;
+    const uint16_t* begin = row_of_block + chunk * columns;
     uint32_t words[4];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const uint8_t* columns = args.order.column + (2 * pair + w / 2) * 16 + t * 4 + w % 2 * 2;
-      words[w] = converted(begin + columns[0]) | converted(begin + columns[1]) << 16;
+      const uint8_t* two = memory.column + (2 * pair + w / 2) * 16 + t * 4 + w % 2 * 2;
+      words[w] = converted(begin[two[0]] | static_cast<uint32_t>(begin[two[1]]) << 16);
     }
-    const int64_t unit = int64_t{chunk} * units + pair / 2;
+    const int64_t unit = int64_t{first + chunk} * units + pair / 2;
     auto* to = reinterpret_cast<uint4*>(args.out + (unit * args.groups + group) * kUnitBytes);
     to[pair % 2 * kWarp + 4 * row + t] = {words[0], words[1], words[2], words[3]};
   }
 
   // Sums over sub-blocks, a 32nd of them, as a half and the rest: [chunk][group][lane] as the step for minima wants it.
   const int mins = args.order.mins;
-  for (int i = thread; i < (last - first) * mins; i += kThreads) {
-    const int chunk = first + i / mins, sub = i % mins, columns = args.order.columns / mins;
-    const int64_t begin = int64_t{chunk} * args.order.columns + sub * columns;
+  for (int i = thread; i < chunks * mins; i += kThreads) {
+    const int chunk = i / mins, sub = i % mins, width = columns / mins;
+    const auto* begin = reinterpret_cast<const uint32_t*>(row_of_block + chunk * columns + sub * width);
     float sum = 0.0f;
-    for (int c = 0; c < columns; ++c) {
-      sum = ptx::add(sum, ptx::half_to_float(static_cast<uint16_t>(converted(begin + c))));
+    for (int c = 0; c < width / 2; ++c) {
+      const float2 two = ptx::halves_to_floats(converted(begin[c]));
+      sum = ptx::add(ptx::add(sum, two.x), two.y);
     }
     sum *= 1.0f / 32.0f;
     const uint16_t high = ptx::float_to_half(sum);
     const uint16_t low = ptx::float_to_half(sum - ptx::half_to_float(high));
-    auto* to = reinterpret_cast<uint16_t*>(args.sums) + (int64_t{chunk} * args.groups + group) * (kWarp * mins / 2) +
+    auto* to = reinterpret_cast<uint16_t*>(args.sums) +
+               (int64_t{first + chunk} * args.groups + group) * (kWarp * mins / 2) +
                (4 * row + sub % 8 / 2) * (mins / 2);
     const int place = sub / 8 * 2 + sub % 2;
     to[place] = high;
@@ -108,9 +149,17 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const Args args) {
   }
 }
 
+// Two blocks for each multiprocessor where the chunks of all tokens are so many, and no more columns than shared memory
+// is for.
+int chunks_of_a_block(const Order& order, int64_t tokens, int64_t chunks) {
+  const int64_t parts = larger<int64_t>(2 * gpu().multiprocessors / tokens, 1);
+  return static_cast<int>(larger<int64_t>(smaller<int64_t>(ceil_div(chunks, parts), kMostColumns / order.columns), 1));
+}
+
 }  // namespace
 
 void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stream stream) {
+  const int each = chunks_of_a_block(order, int64_t{8} * p.groups, p.chunks);
   const Args args{
       .x = static_cast<const uint16_t*>(x.data),
       .row_stride = x.row_stride,
@@ -118,22 +167,24 @@ void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stre
       .k = x.columns,
       .m = x.rows,
       .bf16 = x.dtype == DType::BF16,
+      .aligned = x.column_stride == 1 && (x.row_stride % 8 == 0 || x.rows == 1) &&
+                 reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
       .order = order,
       .chunks = p.chunks,
       .groups = p.groups,
+      .chunks_each = each,
       .out = const_cast<uint8_t*>(p.x),
       .sums = const_cast<uint8_t*>(p.sums),
       .factors = const_cast<float*>(p.factors),
       .arrivals = p.arrivals,
       .arrivals_count = p.shape.splits > 1 ? p.shape.row_blocks * p.shape.token_blocks : 0,
   };
-  launch(
-      {.grid = {static_cast<unsigned>(8 * p.groups), static_cast<unsigned>(larger(ceil_div(p.chunks, kChunksEach), 1))},
-       .block = kThreads,
-       .shared_bytes = sizeof(Memory),
-       .name = "arrange",
-       .stream = stream},
-      arrange_kernel, args);
+  launch({.grid = {static_cast<unsigned>(8 * p.groups), static_cast<unsigned>(larger(ceil_div(p.chunks, each), 1))},
+          .block = kThreads,
+          .shared_bytes = static_cast<int64_t>(sizeof(Memory)) + int64_t{each} * order.columns * 2,
+          .name = "arrange",
+          .stream = stream},
+         arrange_kernel, args);
 }
 
 }  // namespace bitfold::cuda
