@@ -11,7 +11,8 @@ struct PlaneChunk {
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr bool kNested = kFormats[Row].nested;
-  static constexpr int kColumns = kBits < 4 ? 256 : 128, kBytes = kColumns * kBits / 8, kAlign = 16;
+  // Each chunk costs a warp as much beside its columns: of int4 256 leave room for two blocks of few tokens.
+  static constexpr int kColumns = kBits < 4 || Row == kInt4 ? 256 : 128, kBytes = kColumns * kBits / 8, kAlign = 16;
   static constexpr int kMins = 0, kTables = 0;
   static constexpr bool kPlanes = true;
   // Of 32 consecutive columns a lane has eight; of the narrow codes 16 of 64, which are as many whole bytes.

@@ -13,6 +13,17 @@
 namespace bitfold::cuda {
 namespace {
 
+// What a chunk of planes has beside its bytes; blocks have nothing.
+template <class C>
+struct ScaleRowOf {
+  struct Type {};
+};
+template <class C>
+  requires(C::kPlanes)
+struct ScaleRowOf<C> {
+  using Type = typename C::ScaleRow;
+};
+
 template <int Row, int Tokens>
 class Tile : TileCopies<Row, Tokens> {
   using Copies = TileCopies<Row, Tokens>;
@@ -22,6 +33,7 @@ class Tile : TileCopies<Row, Tokens> {
   using Copies::group0_;
   using Copies::groups_;
   using Copies::kGroups;
+  using Copies::kKeepsPlaces;
   using Copies::kUnits;
   using Copies::kXUnit;
   using Copies::kXUnits;
@@ -55,8 +67,16 @@ class Tile : TileCopies<Row, Tokens> {
         this->issue(part == 0);
         if (part == 0) open(chunk);
 #pragma unroll 1
-        for (int q = column_warp_; q < kXUnits; q += kColumnWarps)
-          multiply(part * kXUnits + q, this->x_stage(x_) + q * kXUnit);
+        for (int q = column_warp_; q < kXUnits; q += kColumnWarps) {
+          const int unit = part * kXUnits + q;
+          const uint8_t* x = this->x_stage(x_) + q * kXUnit;
+          if constexpr (kPlanes && C::kSpan < kUnitSteps) {
+            if (p_.whole_units) multiply<kUnitSteps>(unit, x);
+            else multiply<C::kSpan>(unit, x);
+          } else {
+            multiply<C::kSpan>(unit, x);
+          }
+        }
         x_.next(p_.shape.x_stages);
       }
       if constexpr (C::kMins > 0) {
@@ -72,6 +92,8 @@ class Tile : TileCopies<Row, Tokens> {
   BITFOLD_DEVICE void start() {
     this->start_copies();
     if constexpr (kPlanes) {
+      if constexpr (kKeepsPlaces)
+        scale_row_ = C::scale_row(p_.planes, this->real_row(static_cast<int>(threadIdx.x) / 2));
       load_scales(first_);
       store_scales(first_);
     }
@@ -87,17 +109,22 @@ class Tile : TileCopies<Row, Tokens> {
 
   // ---- scales of planes: made floats once for each row and 32 columns, while the chunk before is multiplied ----
 
-  // A thread has half of a row's.
+  // A thread has half of a row's, 64 or 128 columns.
   static constexpr int kScales = kSpans / 2;
   static_assert(kTileThreads == 2 * kTileRows);
   BITFOLD_DEVICE ScaleZero* scales_of(int chunk) const {
     return reinterpret_cast<ScaleZero*>(memory_ + at_.scales) + (chunk - first_) % 2 * (kTileRows * kSpans);
   }
+  // Of the row whose scales this thread loads; sums of many tokens leave no registers to keep it.
+  BITFOLD_DEVICE auto scale_row() const {
+    if constexpr (kKeepsPlaces) return scale_row_;
+    else return C::scale_row(p_.planes, this->real_row(static_cast<int>(threadIdx.x) / 2));
+  }
   BITFOLD_DEVICE void load_scales(int chunk) {
     if (chunk >= last_) return;
     const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + threadIdx.x % 2 * kScales;
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
-    const auto row = C::scale_row(p_.planes, this->real_row(static_cast<int>(threadIdx.x) / 2));
+    const auto row = scale_row();
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       if (i > 0 && p_.wide_groups) loaded_[i] = loaded_[0];
@@ -139,16 +166,17 @@ class Tile : TileCopies<Row, Tokens> {
     }
   }
 
-  // One unit of the warp's rows with all tokens: `x` is its [group][2][lane].
+  // One unit of the warp's rows with all tokens: `x` is its [group][2][lane]. Span: steps that share a scale here.
+  template <int Span>
   BITFOLD_DEVICE void multiply(int unit, const uint8_t* x) {
-    constexpr int kSpan = C::kSpan, kSpansOfUnit = kUnitSteps / kSpan;
+    constexpr int kSpansOfUnit = kUnitSteps / Span;
     uint32_t a[kTiles][kUnitSteps][4];
     float scale[kTiles][kSpansOfUnit][2];
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        Operands<kSpan> row;
+        Operands<C::kSpan> row;
         C::unit(lane(r, i), heads_[r][i], unit, row);
 #pragma unroll
         for (int s = 0; s < kUnitSteps; ++s) {
@@ -168,14 +196,14 @@ class Tile : TileCopies<Row, Tokens> {
         const uint4 b0 = b[64 * j], b1 = b[64 * j + 32];
         const uint32_t steps[kUnitSteps][2] = {{b0.x, b0.y}, {b0.z, b0.w}, {b1.x, b1.y}, {b1.z, b1.w}};
 #pragma unroll
-        for (int s = 0; s < kUnitSteps; s += kSpan) {
+        for (int s = 0; s < kUnitSteps; s += Span) {
 #pragma unroll
           for (int r = 0; r < kTiles; ++r) {
             float sum[4];
             ptx::mma_f16_zero(sum, a[r][s], steps[s]);
 #pragma unroll
-            for (int next = s + 1; next < s + kSpan; ++next) ptx::mma_f16(sum, a[r][next], steps[next]);
-            add_scaled(sums_[r][j], sum, scale[r][s / kSpan]);
+            for (int next = s + 1; next < s + Span; ++next) ptx::mma_f16(sum, a[r][next], steps[next]);
+            add_scaled(sums_[r][j], sum, scale[r][s / Span]);
           }
         }
       }
@@ -231,6 +259,7 @@ class Tile : TileCopies<Row, Tokens> {
   typename C::Head heads_[kTiles][2];
   float sums_[kTiles][kGroups][4];
   LoadedScaleZero loaded_[kScales];
+  typename ScaleRowOf<C>::Type scale_row_;
 };
 
 template <int Row, int Tokens>

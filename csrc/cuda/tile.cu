@@ -50,7 +50,7 @@ TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu&
   for (const int tokens : {kManyTokens, kFewTokens}) {
     if (tokens == kManyTokens && m <= kFewTokens) continue;
     shape.tokens = tokens;
-    if (tokens == kFewTokens && fit_stages(size, half, &shape) && shape.w_stages > 2) {
+    if (tokens == kFewTokens && fit_stages(size, half, &shape) && (shape.w_stages - 1) * size.columns >= 256) {
       fits = true;
       per_multiprocessor = 2;
     } else {
@@ -136,6 +136,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .in_words = unit.in_words(args.w),
       .planes = unit.planes(args.w),
       .wide_groups = args.w.format.group < 1 || args.w.format.group % 128 == 0,
+      .whole_units = args.w.format.group < 1 || args.w.format.group % kUnit == 0,
       .x = base + at.x,
       .sums = base + at.sums,
       .factors = reinterpret_cast<const float*>(base + at.factors),

@@ -94,6 +94,7 @@ struct TileParameter {
   bool in_words;  // whether rows start where their chunks' loads want them to; else bytes are moved there
   PlaneMatrix planes;
   bool wide_groups;  // whether 128 columns share a scale
+  bool whole_units;  // whether 64 do
 
   const uint8_t* x;      // [unit][group][2][lane] 16 bytes
   const uint8_t* sums;   // [chunk][group][lane] hi and lo of sums

@@ -42,7 +42,9 @@ class TileCopies {
   static constexpr int kUnits = C::kColumns / kUnit;
   static constexpr int kXUnits = tile_x_units(Tokens, kUnits);
   static constexpr int kXUnit = kGroups * kUnitBytes;
-  static constexpr int kUnrolled = Tokens == kFewTokens ? 2 : 1;  // the sums leave the copies few registers
+  // The sums of many tokens leave the copies few registers.
+  static constexpr bool kKeepsPlaces = Tokens == kFewTokens;
+  static constexpr int kUnrolled = kKeepsPlaces ? 2 : 1;
 
   BITFOLD_DEVICE explicit TileCopies(const TileParameter& p)
       : p_(p),
@@ -54,7 +56,9 @@ class TileCopies {
         first_(static_cast<int>(int64_t{p.chunks} * blockIdx.y / p.shape.splits)),
         last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)),
         next_chunk_(first_),
-        next_unit_(first_ * kUnits) {}
+        next_unit_(first_ * kUnits) {
+    if constexpr (kKeepsPlaces) w_from_ = w_place(), x_from_ = x_place();
+  }
 
   BITFOLD_DEVICE uint8_t* w_stage(Ring ring) const { return memory_ + at_.w + ring.slot * (kTileRows * kStride<C>); }
   BITFOLD_DEVICE uint8_t* sums_stage(Ring ring) const {
@@ -84,15 +88,15 @@ class TileCopies {
     }
     next_w_.next(p_.shape.w_stages);
     ++next_chunk_;
+    if constexpr (kKeepsPlaces) w_from_ += C::kBytes;
   }
   // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kTileThreads at a time.
   BITFOLD_DEVICE void copy_whole() const {
     constexpr int kRowStep = kTileThreads / kPieces<C>, kPieceStep = kTileThreads % kPieces<C>;
     const auto thread = static_cast<int>(threadIdx.x);
-    const int row = thread / kPieces<C>;
     int piece = thread % kPieces<C>;
-    const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + int64_t{next_chunk_} * C::kBytes;
-    uint8_t* to = w_stage(next_w_) + row * kStride<C> + 16 * piece;
+    const uint8_t* from = kKeepsPlaces ? w_from_ : w_place();
+    uint8_t* to = w_stage(next_w_) + thread / kPieces<C> * kStride<C> + 16 * piece;
 #pragma unroll(kUnrolled)
     for (int i = 0; i < kTileRows * kPieces<C>; i += kTileThreads) {
       if (i + kTileThreads <= kTileRows * kPieces<C> || i + thread < kTileRows * kPieces<C>) {
@@ -130,18 +134,24 @@ class TileCopies {
     }
   }
 
-  // The next units of x.
+  // The next units of x: a unit's pieces of all groups, kTileThreads at a time.
   BITFOLD_DEVICE void copy_x() {
-    constexpr int kEach = kXUnit / 16;
+    constexpr int kTurns = kXUnit / 16 / kTileThreads;
+    static_assert(kTurns * kTileThreads * 16 == kXUnit);
     if (next_unit_ >= last_ * kUnits) return;
-    const uint8_t* from = p_.x + (int64_t{next_unit_} * p_.groups + group0_) * kUnitBytes;
-#pragma unroll(kUnrolled)
-    for (int i = 0; i < kXUnits * kEach; i += kTileThreads) {
-      const int piece = i + static_cast<int>(threadIdx.x), unit = piece / kEach, within = piece % kEach;
-      if (within < groups_ * (kUnitBytes / 16) && piece < kXUnits * kEach) {
-        ptx::cp_async<16>(x_stage(next_x_) + 16 * piece, from + unit * p_.groups * kUnitBytes + 16 * within);
+    const uint8_t* from = kKeepsPlaces ? x_from_ : x_place();
+    const int there = groups_ * (kUnitBytes / 16) - static_cast<int>(threadIdx.x);
+    uint8_t* to = x_stage(next_x_) + 16 * static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int unit = 0; unit < kXUnits; ++unit) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        if (turn * kTileThreads >= there) break;
+        ptx::cp_async<16>(to + unit * kXUnit + turn * kTileThreads * 16, from + turn * kTileThreads * 16);
       }
+      from += p_.groups * kUnitBytes;
     }
+    if constexpr (kKeepsPlaces) x_from_ = from;
     next_x_.next(p_.shape.x_stages);
     next_unit_ += kXUnits;
   }
@@ -181,6 +191,16 @@ class TileCopies {
  private:
   Ring next_w_, next_x_;  // what is copied
   int next_chunk_, next_unit_;
+
+  // This thread's first piece of the next chunk of W, and of the next units of x.
+  BITFOLD_DEVICE const uint8_t* w_place() const {
+    const int row = static_cast<int>(threadIdx.x) / kPieces<C>;
+    return p_.codes + (row0_ + row) * p_.row_bytes + int64_t{next_chunk_} * C::kBytes;
+  }
+  BITFOLD_DEVICE const uint8_t* x_place() const {
+    return p_.x + (int64_t{next_unit_} * p_.groups + group0_) * kUnitBytes + 16 * static_cast<int>(threadIdx.x);
+  }
+  const uint8_t *w_from_, *x_from_;
 };
 
 }  // namespace bitfold::cuda
