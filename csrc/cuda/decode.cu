@@ -1,7 +1,8 @@
 // Decoding to a matrix of floats, whole or by row numbers (an embedding): the bytes of the CPU's.
 //
 // Bound by memory: a thread takes runs of eight columns, so that a warp reads and writes whole sectors and a thread
-// stores 16 bytes at once, and four of them, far apart, whose loads are in flight together.
+// stores 16 bytes at once, and four of them, far apart, whose loads are in flight together. A matrix whose rows are
+// whole groups and bytes is one long row to it, so that nothing has to be divided.
 #include "cuda/cuda.hpp"
 #include "cuda/format_switch.hpp"
 #include "cuda/runs.hpp"
@@ -80,30 +81,63 @@ BITFOLD_DEVICE void store_run(const DecodeRuns& d, int64_t at, int count, const 
   }
 }
 
-// A thread's runs of a tile.
+// A run of out, and where its weights are.
+struct Run {
+  Place place;
+  int64_t row;
+  BITFOLD_DEVICE int64_t column() const { return place.run * kRun; }
+};
+BITFOLD_DEVICE Run run_of(const DecodeRuns& d, int64_t i) {
+  const Place place = place_of(d, i);
+  if (d.ids == nullptr) return {place, place.row};
+  const int64_t row = d.ids[place.row];
+  if (row < 0 || row >= d.matrix_rows) ptx::trap();
+  return {place, row};
+}
+
+// A thread's runs of a tile: all of them are on their way before the first is looked at, so those beyond the end are
+// the last once more, which isn't stored.
+template <int Row>
+BITFOLD_DEVICE void decode_whole_runs(const DecodeRuns& d, const Codebook& book) {
+  const int64_t total = d.rows * d.row_runs;
+  const int64_t first = blockIdx.x * kTileRuns + static_cast<int64_t>(threadIdx.x);
+  LoadedRun loaded[kRunsPerThread];
+  Place places[kRunsPerThread];
+#pragma unroll
+  for (int step = 0; step < kRunsPerThread; ++step) {
+    const Run run = run_of(d, smaller<int64_t>(first + step * kThreads, total - 1));
+    places[step] = run.place;
+    loaded[step] = load_run<Row>(d.w, run.row, run.column());
+  }
+#pragma unroll
+  for (int step = 0; step < kRunsPerThread; ++step) {
+    if (first + step * kThreads >= total) return;
+    float values[kRun];
+    finish_run<Row>(d.w, loaded[step], book.values, values);
+    store_run(d, places[step].row * d.columns + places[step].run * kRun, kRun, values);
+  }
+}
+
 template <int Row>
 BITFOLD_DEVICE void decode_runs(const DecodeRuns& d, const Codebook& book) {
+  if constexpr (kLoadedAhead<Row>) {
+    if (d.w.whole) return decode_whole_runs<Row>(d, book);
+  }
   const int64_t total = d.rows * d.row_runs;
-#pragma unroll
+#pragma unroll(kLoadedAhead<Row> ? 1 : kRunsPerThread)
   for (int step = 0; step < kRunsPerThread; ++step) {
     const int64_t i = blockIdx.x * kTileRuns + step * kThreads + static_cast<int64_t>(threadIdx.x);
     if (i >= total) return;
-    const Place place = place_of(d, i);
-    int64_t row = place.row;
-    if (d.ids != nullptr) {
-      row = d.ids[row];
-      if (row < 0 || row >= d.matrix_rows) ptx::trap();
-    }
-    const int64_t column = place.run * kRun;
-    const auto count = static_cast<int>(smaller<int64_t>(kRun, d.columns - column));
+    const Run run = run_of(d, i);
+    const auto count = static_cast<int>(smaller<int64_t>(kRun, d.columns - run.column()));
     float values[kRun] = {};
-    decode_run<Row>(d.w, row, column, count, book.values, values);
-    store_run(d, place.row * d.columns + column, count, values);
+    decode_run<Row>(d.w, run.row, run.column(), count, book.values, values);
+    store_run(d, run.place.row * d.columns + run.column(), count, values);
   }
 }
 
 template <class Rows>
-__global__ void __launch_bounds__(kThreads, 5) decode_kernel(const DecodeRuns d) {
+__global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeRuns d) {
   Codebook& book = shared<Codebook>();
   fill_codebook(d.w.w.format.row, book);
   switch_row(d.w.w.format.row, Rows(), [&]<int Row>() { decode_runs<Row>(d, book); });
@@ -133,8 +167,8 @@ void launch_one_of(const DecodeRuns& d, Stream stream) {
 void decode(const DecodeArgs& args, Stream stream) {
   const Weight& w = args.w;
   if (args.rows == 0 || w.k == 0) return;
-  // A flat matrix that is decoded whole is one long row.
-  const bool one_row = w.layout == Layout::Flat && args.ids == nullptr;
+  // A flat matrix that is decoded whole is one long row, and so is one whose rows end as their groups and bytes do.
+  const bool one_row = args.ids == nullptr && (w.layout == Layout::Flat || rows_are_one(w));
   const int64_t rows = one_row ? 1 : args.rows, columns = one_row ? args.rows * w.k : w.k;
   const DecodeRuns d{.w = runs_of(w, columns),
                      .ids = args.ids,

@@ -93,6 +93,17 @@ BITFOLD_DEVICE float scale_at(const Weight& w, int64_t i) {
   }
 }
 
+// A whole number of at most 23 bits, less another: 2^23 + code is exact.
+BITFOLD_DEVICE float whole_number(uint32_t code, int zero) {
+  return ptx::uint_as_float(0x4b000000u | code) - (0x1p23f + static_cast<float>(zero));
+}
+template <int Row>
+BITFOLD_DEVICE float run_number(uint32_t code, int zero, const float* codebook) {
+  if constexpr (kHasCodebook<Row>) return codebook[code];
+  else if constexpr (kFormats[Row].grid == Grid::Integer) return whole_number(code, zero);
+  else return code_value<Row>(code, zero);
+}
+
 // The eight columns of a run whose codes start at `codes`, on a whole byte: their values before the scale.
 template <int Row>
 BITFOLD_DEVICE void run_values(const uint8_t* codes, int zero, const float* codebook, float (&values)[kRun]) {
@@ -114,8 +125,7 @@ BITFOLD_DEVICE void run_values(const uint8_t* codes, int zero, const float* code
     for (int j = 0; j < kRun; ++j) {
       const int place = kRow.high_first ? j ^ 1 : j;
       const auto code = static_cast<uint32_t>(stream >> kBits * place) & ((1u << kBits) - 1u);
-      if constexpr (kHasCodebook<Row>) values[j] = codebook[code];
-      else values[j] = code_value<Row>(code, zero);
+      values[j] = run_number<Row>(code, zero, codebook);
     }
   }
 }
@@ -188,7 +198,7 @@ struct RunOfBlock {
     constexpr int kMiddle = Row == kQ4_0 ? 8 : Row == kQ5_0 ? 16 : Row == kQ3K ? 4 : Row == kQ6K ? 32 : 0;
     if constexpr (kHasCodebook<Row>) return codebook[code];
     else if constexpr (Row == kQ8_0) return static_cast<float>(static_cast<int8_t>(code));
-    else return static_cast<float>(static_cast<int>(code) - kMiddle);
+    else return whole_number(code, kMiddle);
   }
 
   BITFOLD_DEVICE static void values(const B& b, int r, const float* codebook, float (&out)[kRun]) {
@@ -229,6 +239,64 @@ BITFOLD_DEVICE int zero_at(const WeightRuns& d, int64_t row, int64_t group) {
   if (d.w.format.zero == Zero::None) return 1 << (kBits - 1);
   const int64_t start = d.w.format.group == kPerTensor ? 0 : row * ceil_div<int64_t>(d.groups * kBits, 8);
   return static_cast<int>(read_code(d.w.zeros + start, group, kBits, false));
+}
+
+// ---- a whole run of a format with planes, in two parts: what is loaded, and what is made of it ----
+
+template <int Row>
+inline constexpr bool kLoadedAhead = kFormats[Row].grid != Grid::Block && kFormats[Row].grid != Grid::Cast;
+
+struct LoadedRun {
+  uint2 codes;
+  uint32_t scale;  // its bits, or a nested one's code
+  uint32_t zero;
+  int64_t nested;  // place of the scale that multiplies a nested one
+};
+
+template <int Row>
+BITFOLD_DEVICE LoadedRun load_run(const WeightRuns& d, int64_t row, int64_t column) {
+  constexpr FormatRow kRow = kFormats[Row];
+  const bool flat = d.w.layout == Layout::Flat;
+  const int64_t begin = flat ? row * d.w.k + column : column;
+  row = flat ? 0 : row;
+  LoadedRun run{};
+  run.codes = load_bytes<kRow.bits, lowest_bit(kRow.bits)>(static_cast<const uint8_t*>(d.w.codes) + row * d.row_bytes +
+                                                           begin / kRun * kRow.bits);
+  const int64_t group = group_of(d, begin), at = d.w.format.group == kPerTensor ? 0 : row * d.groups + group;
+  if constexpr (kRow.grid == Grid::Integer) run.zero = static_cast<uint32_t>(zero_at<Row>(d, row, group));
+  if (d.w.format.scale == Scale::F32) {
+    run.scale = ptx::load4(static_cast<const float*>(d.w.scales) + at);
+  } else if (kRow.nested && d.w.format.scale == Scale::Nested) {
+    run.scale = ptx::load1(static_cast<const uint8_t*>(d.w.scales) + at);
+    run.nested = at / kNestedGroup;
+  } else {
+    run.scale = ptx::load2(static_cast<const uint16_t*>(d.w.scales) + at);
+  }
+  return run;
+}
+
+template <int Row>
+BITFOLD_DEVICE void finish_run(const WeightRuns& d, const LoadedRun& run, const float* codebook,
+                               float (&values)[kRun]) {
+  constexpr FormatRow kRow = kFormats[Row];
+  float scale;
+  if (d.w.format.scale == Scale::F32) {
+    scale = ptx::uint_as_float(run.scale);
+  } else if (kRow.nested && d.w.format.scale == Scale::Nested) {
+    const float product = kDynamicMap[run.scale] * ptx::uint_as_float(ptx::load4(d.w.nested_scales + run.nested));
+    scale = product + ptx::uint_as_float(ptx::load4(d.w.nested_offset));
+  } else {
+    const auto half = static_cast<uint16_t>(run.scale);
+    scale = d.w.format.scale == Scale::BF16 ? ptx::bf16_to_float(half) : ptx::half_to_float(half);
+  }
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) {
+    const int bit = kRow.bits * (kRow.high_first ? j ^ 1 : j);
+    uint32_t code = bit < 32 ? run.codes.x >> bit : run.codes.y >> (bit - 32);
+    if (bit < 32 && bit + kRow.bits > 32) code = ptx::funnel_right(run.codes.x, run.codes.y, bit);
+    code &= (1u << kRow.bits) - 1u;
+    values[j] = run_number<Row>(code, static_cast<int>(run.zero), codebook) * scale;
+  }
 }
 
 // Columns [column, column + count) of the matrix's row `row`; column is a multiple of 8.
@@ -281,7 +349,16 @@ inline int log2_or_minus_one(int64_t value) {
   return shift;
 }
 
-// Of rows of `columns` columns: those of the matrix, unless all of a flat one are read as one row.
+// Whether all rows of a matrix can be read as one: none of its planes has anything between them, and its groups end
+// with them.
+inline bool rows_are_one(const Weight& w) {
+  const int64_t group = w.format.group;
+  if (w.format.is_block() || w.format.info().grid == Grid::Cast) return w.k % kRun == 0;
+  if (w.layout != Layout::Rows || group < 1 || w.k % group != 0 || w.k % kRun != 0) return false;
+  return w.zeros == nullptr || w.k / group * w.format.bits() % 8 == 0;
+}
+
+// Of rows of `columns` columns: those of the matrix, unless all of it is read as one row.
 inline WeightRuns runs_of(const Weight& w, int64_t columns) {
   const int64_t plane_bits = w.plane_columns() * w.format.bits();
   return {.w = w,
