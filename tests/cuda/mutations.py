@@ -83,11 +83,14 @@ WRONG = [
     ("linear_rows.cu", "unit.tile - unit.round_begin == q", "q == 0"),
     ("tokens.hpp", "column < args.k", "column <= args.k"),
     ("tokens.hpp", "14 - (field - 127)", "16 - (field - 127)"),
-    ("tokens.hpp", "pair ^ (token & 1)", "pair"),
     ("tokens.hpp", "i / kEights * args.m + token", "i / kEights * args.m + token / 2 * 2"),
     ("tokens.hpp", "four(Source::column(step, t, 1))", "four(Source::column(step, t, 0))"),
     ("tokens.hpp", "power_of_two(Source::down(2 * pair + step, r) - 24)", "power_of_two(-24)"),
-    ("fragments_planes.hpp", "field<4>(words[step / 2] >> 8 * (step % 2)", "field<4>(words[step / 2] >> 8"),
+    (
+        "fragments_planes.hpp",
+        "field<4>(words[step / 2] >> 8 * (step % 2), place(step, r))",
+        "field<4>(words[step / 2] >> 8, place(step, r))",
+    ),
     (
         "fragments_planes.hpp",
         "tables.pair(words[step / 2], 2 * (step % 2) + r)",
@@ -142,7 +145,6 @@ WRONG = [
     # decode: rows, runs and ends
     ("runs.hpp", "kRow.bits * (kRow.high_first ? j ^ 1 : j)", "kRow.bits * j"),
     ("decode.cu", "smaller<int64_t>(first + step * kThreads, total - 1)", "first + step * kThreads"),
-    ("decode.cu", "first + step * kThreads >= total", "first + step * kThreads > total"),
     ("runs.hpp", "4 * (r >> 2 & 1)", "4 * (r >> 3 & 1)"),
     # encode: ends, and who has which number
     ("encode_blocks.hpp", "smaller<int64_t>(kThreads, blocks - first)", "kThreads"),
