@@ -183,8 +183,10 @@ class Product {
     uint4 quad{};
 #pragma unroll
     for (int step = 0; step < Source::kSteps; ++step) {
-      // Columns of tokens that aren't there go nowhere, and cost no load.
-      if (step % 2 == 0 && there_) quad = (step % 4 == 0 ? even : odd)[4 * (step / 2)];
+      // Columns of tokens that aren't there go nowhere, and cost no load. (Two statements: of an index behind ?: g++ 12
+      // with -fsanitize=shift computes `step / 2` in the first arm alone, and takes what it was before in the other.)
+      const uint4* quads = step % 4 == 0 ? even : odd;
+      if (step % 2 == 0 && there_) quad = quads[4 * (step / 2)];
       const uint32_t b[2] = {step % 2 == 0 ? quad.x : quad.z, step % 2 == 0 ? quad.y : quad.w};
 #pragma unroll
       for (int r = 0; r < R; ++r) {

@@ -22,10 +22,12 @@ struct TokensArgs {
   bool aligned;  // eight columns at a time can be loaded: rows are contiguous and whole pieces, on 16-byte boundaries
 };
 
-// What is known of a slice once it is staged.
+// What is known of a slice. Nobody looks at the peaks of a slice that is staged: those of the next one begin at zero
+// while slower warps still multiply.
 struct TokenScales {
-  uint32_t peak[kTokens];  // the largest magnitude, in x's own bits
-  float unit[kTokens];     // of what lies in shared memory
+  uint32_t peak[kTokens];    // the largest magnitude, in x's own bits
+  uint32_t finite[kTokens];  // whether there is neither an infinity nor a NaN
+  float unit[kTokens];       // of what lies in shared memory
 };
 
 // 14 - floor(log2) of a magnitude in bf16's or fp16's bits, within what a float's power of two can undo; 0 for zero,
@@ -89,6 +91,7 @@ struct Tokens {
     else copy_elements(args, first, pieces, x, scales);
     ptx::sync_block();
     if (thread < kTokens) {
+      scales.finite[thread] = scales.peak[thread] < (args.bf16 ? 0x7f80u : 0x7c00u);
       scales.unit[thread] = power_of_two(-exponent_to_fp16(scales.peak[thread], args.bf16));
     }
     if constexpr (Source::kMins > 0) {
@@ -153,7 +156,7 @@ struct Tokens {
   // Whether all m tokens of a slice are numbers.
   BITFOLD_DEVICE static bool finite(const TokensArgs& args, const TokenScales& scales) {
     bool all = true;
-    for (int token = 0; token < args.m; ++token) all = all && scales.peak[token] < (args.bf16 ? 0x7f80u : 0x7c00u);
+    for (int token = 0; token < args.m; ++token) all = all && scales.finite[token] != 0;
     return all;
   }
 

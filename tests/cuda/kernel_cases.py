@@ -32,6 +32,7 @@ class Case:
     layout: str = "rows"
     bias: bool = False
     importance: bool = False
+    infinite: bool = False  # the first row of x has an infinity, of linear_rows' last warp
     round: bool = True  # gptq_columns: to the format's grid
     multiprocessors: int = 2
 
@@ -39,6 +40,7 @@ class Case:
         shape = f"{self.m}x{self.n}x{self.k}" if self.m else f"{self.n}x{self.k}"
         words = [self.op, self.format, shape, self.dtype, *(["bias"] if self.bias else [])]
         words += ["importance"] if self.importance else []
+        words += ["infinite"] if self.infinite else []
         words += [] if self.round else ["free"]
         return "-".join([*words, *(["flat"] if self.layout == "flat" else [])])
 
@@ -60,6 +62,7 @@ ROWS = [
     linear("int4-g128", 8, 530, 1280, "bf16", multiprocessors=1),  # many tiles for each block
     linear("int4-g128", 4, 17, 16384, "bf16", multiprocessors=1),  # several rounds of the pieces on their way
     linear("int4-channel", 8, 50, 16384, "bf16", multiprocessors=1),  # k in slices
+    linear("int4-g128-asym", 8, 50, 16384, infinite=True, multiprocessors=1),  # the same, and one is infinite
     *(linear(format, m, 37, 2048 if m == 8 else 1024, dtype)
       for format in block_formats() for m, dtype in ((3, "bf16"), (8, "fp16"))),
     *(linear(format, 3, 33, 512, "bf16")  # the other two ways of scales and zero points
@@ -293,6 +296,8 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     x, bias = normal(case.m, case.k), normal(case.n) if case.bias else None
     # Of each row one large number, which its power of two is made of.
     x[torch.arange(case.m), torch.from_numpy(rng.integers(0, case.k, case.m))] *= 256
+    if case.infinite:
+        x[0, 15 * 128 + 5] = float("inf")
     tensors |= {"x": bits(x)} | ({} if bias is None else {"bias": bits(bias)})
     return values | matrix(x), tensors | product(case, x, w, bias)
 

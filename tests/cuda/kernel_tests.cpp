@@ -275,14 +275,17 @@ double value_of(const Memory& memory, DType dtype, size_t i) {
   throw std::runtime_error(text.str());
 }
 
-// Products within their tolerance, everything else to the bit.
+// Products within their tolerance, infinities and NaN where they should be, everything else to the bit.
 void compare(const CaseFile& file, const Outputs& outputs) {
   for (const auto& [name, memory] : outputs) {
     const Memory& expected = file.tensor("expected " + name);
     if (name == "y") {
       for (size_t i = 0; i < expected.bytes() / sizeof(double); ++i) {
         const double actual = value_of(memory, file.dtype("dtype"), i), wanted = expected.as<double>()[i];
-        if (!(std::fabs(actual - wanted) <= file.tensor("tolerance").as<double>()[i])) differ(name, i, actual, wanted);
+        const double tolerance = file.tensor("tolerance").as<double>()[i];
+        const bool right = std::isfinite(wanted) ? std::fabs(actual - wanted) <= tolerance
+                                                 : actual == wanted || (std::isnan(actual) && std::isnan(wanted));
+        if (!right) differ(name, i, actual, wanted);
       }
     } else {
       if (memory.bytes() != expected.bytes()) throw std::runtime_error(name + " has another size");

@@ -81,6 +81,7 @@ WRONG = [
     ("linear_rows.cu", "unit.round_begin != done.round_begin", "false"),
     ("linear_rows.cu", "n < args.n", "n <= args.n"),
     ("linear_rows.cu", "unit.tile - unit.round_begin == q", "q == 0"),
+    ("tokens.hpp", "scales.finite[token] != 0", "scales.peak[token] < (args.bf16 ? 0x7f80u : 0x7c00u)"),
     ("tokens.hpp", "column < args.k", "column <= args.k"),
     ("tokens.hpp", "14 - (field - 127)", "16 - (field - 127)"),
     ("tokens.hpp", "i / kEights * args.m + token", "i / kEights * args.m + token / 2 * 2"),
