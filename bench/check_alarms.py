@@ -5,8 +5,10 @@
 Layers are drawn at random: a kind of weights (some whose mean is by itself a step away from 0), a shape, bits, groups,
 symmetric or not, a quantizer (rounding as GPTQ's or AWQ's owners do, bitfold's GPTQ in three orders, columns scaled as
 AWQ does), and the format that they are stored in. Each is looked at as it is, and with faults planted: the other
-version's label, zero points moved by one, outputs in another order. Models are eight layers of a kind, judged together.
-A fault that is "undecided" is not refused and not called sound.
+version's label, zero points moved by one, outputs in another order, and of version 1 of GPTQ zero points that were
+packed each by itself, or overwritten by a 0 below them. Models are eight layers of a kind, judged together.
+A fault that is "undecided" is not refused and not called sound. One thread: the matrices are small, and threads would
+only wait for each other.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from bitfold.bench.machine import machine, versions
 from bitfold.check.problem import Report
 from bitfold.check.zeros import Finding, Zeros, look
-from bitfold.foreign import awq
+from bitfold.foreign import awq, words
 from bitfold.foreign.awq import AwqScheme
 from bitfold.foreign.gptq import GptqScheme
 from bitfold.quantizers.gptq import GptqOptions, solve
@@ -230,7 +232,7 @@ def planted(qtensor: bitfold.QTensor, case: dict[str, Any]) -> list[tuple[str, A
     if case["owner"] != "awq":
         other = GptqScheme(scheme.bits, scheme.group, scheme.symmetric, 3 - scheme.version)
         found.append(("other version", other, tensors))
-        return found
+        return found + _zeros_of_0(qtensor, case, scheme)
     free = AwqScheme(case["group"], True)
     logical = free.unpack(tensors).unpack()
     assert logical.zeros is not None
@@ -244,6 +246,28 @@ def planted(qtensor: bitfold.QTensor, case: dict[str, Any]) -> list[tuple[str, A
         logical.codes[order], logical.scales, logical.zeros[order], format=_format(4, case["group"], False)
     )
     found.append(("natural order", scheme, free.pack(shuffled)))
+    return found
+
+
+def _zeros_of_0(qtensor: bitfold.QTensor, case: dict[str, Any], scheme: GptqScheme) -> list:
+    """What writers made of zero points of 0 in version 1, where there are such and it makes a difference."""
+    logical = qtensor.unpack()
+    if scheme.version != 1 or case["bits"] == 3 or logical.zeros is None:
+        return []
+    bits, per = case["bits"], words.WORD // case["bits"]
+    top = (1 << bits) - 1
+    single = (logical.zeros.to(torch.int16) - 1) % (top + 1)  # each number by itself: [n, G]
+    lines = (single == top).reshape(-1, per, single.shape[1])
+    written = torch.where((lines.cumsum(1) > 0).reshape(single.shape), top, single)
+    found = []
+    for name, raw in (("packed one by one", single), ("overwritten", written)):
+        tensors = GptqScheme(bits, case["group"], False, 2).pack(
+            bitfold.pack(
+                logical.codes, logical.scales, raw.to(torch.uint8), format=_format(bits, case["group"], False)
+            )
+        )
+        if not torch.equal(tensors["qzeros"], scheme.pack(qtensor)["qzeros"]):
+            found.append((name, scheme, tensors))
     return found
 
 
@@ -273,6 +297,8 @@ WANTED = {
     "other version": "zeros-off-by-one",
     "zero points moved": "zeros-off-by-one",
     "natural order": "nibble-order",
+    "packed one by one": "zeros-borrow",
+    "overwritten": "zeros-overwritten",
 }
 
 
@@ -365,6 +391,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     result = {
         "layers": run_layers(arguments.layers, arguments.seed),
         "models": run_models(arguments.models, arguments.seed + 1),

@@ -17,7 +17,13 @@ three things are looked at, in units of steps, with d the mean of code - z over 
   in all groups of a row). Where a row is one group, all rows are one regression, on the spread alone. Errors
   are those of a regression whose rows are independent and may differ in their noise;
 - weights that were exactly 0, as those of dead columns, padding and empty groups: their codes all lie h beside
-  z.
+  z. Where a step is wide for the weights, codes of a column lie alike by chance too: then many other columns lie alike
+  but for one or two codes, and dead ones have no such neighbours.
+
+Sound weights whose mean is a step have a mean like wrong zero points', and only the intercept tells them apart. It
+isn't 0 for them: d follows v to the first order only, and codes that end, zero points that are rounded, and steps that
+are as wide as the weights' spread bend it. That is no noise: a model's layers have it alike, and no number of groups
+makes it smaller. So an intercept is measured against what bends it, not only against its error.
 
 `Centre` holds this for a matrix and `pooled` for several that are read alike; `Centre.judge` decides.
 """
@@ -33,13 +39,19 @@ import torch
 from torch import Tensor
 
 NEAR = 0.2  # steps: how far from h the mean may be
-FAR = 0.5  # steps: from here on an intercept is nearer to h than to 0
+HALF = 0.5  # steps: from here on a mean is nearer to h than to 0
+BENT = 0.7  # steps: an intercept below may be bent; in ten thousand sound matrices whose mean is a step it reached 0.55
 CERTAIN = 4.0  # standard errors between the mean and 0, and between the mean and h / 2
 CLEAR = 5.0  # standard errors between an intercept and 0
+APART = 2.0  # and between it and h / 2
 _LEAST_GROUPS = 64  # fewer are no evidence
 _LEAST_ALONE = 128  # rows that are one group each
 _LEAST_ROWS = 32  # of a column whose codes all lie at the same distance from their zero points
+LEAST_TOGETHER = 4  # matrices that tell something, to be judged together
 _LEAST_EXACT = 4  # such columns, or groups
+_RARE = 1e-9  # the chance of so many where no weight was 0
+_FOOT = 2  # codes elsewhere, of a column or group that is nearly such a one
+_STANDS_OUT = 8  # times as many must there be of those that are such as of those that nearly are
 SHIFTS = (-1, 1)
 
 
@@ -74,17 +86,18 @@ class Centre:
     def judge(self, shift: int) -> Verdict:
         """Whether all zero points are too small by `shift` (so that code - z is too large by it)."""
         at, away = self.exact.get(shift, 0), self.exact.get(0, 0)
-        if at >= _LEAST_EXACT and at > 8 * away:
+        if at >= _LEAST_EXACT and at > _STANDS_OUT * away:
             return Verdict.OFF
         if self.groups < _LEAST_GROUPS or not math.isfinite(self.mean.error):
             return Verdict.UNDECIDED
         mean, error = shift * self.mean.value, self.mean.error
-        if mean < max(FAR, CERTAIN * error) or (away >= _LEAST_EXACT and away > 8 * at):
+        if mean < max(HALF, CERTAIN * error) or (away >= _LEAST_EXACT and away > _STANDS_OUT * at):
             return Verdict.FITS
-        near = abs(mean - 1) <= NEAR and mean - CERTAIN * error > 0.5
+        near = abs(mean - 1) <= NEAR and mean - CERTAIN * error > HALF
         clear = all(
-            shift * found.value >= FAR
-            and abs(shift * found.value - 1) <= FAR + 2 * found.error
+            shift * found.value >= BENT
+            and shift * found.value - APART * found.error > HALF
+            and abs(shift * found.value - 1) <= HALF + 2 * found.error
             and shift * found.value > CLEAR * found.error
             for found in (self.by_spread, self.by_step)
         )
@@ -105,9 +118,7 @@ def measure(codes: Tensor, zeros: Tensor, scales: Tensor, group: int) -> Centre:
     mean, spread = _moments(numbers)
     used = (steps > 0) & steps.isfinite() & (spread > 0)
     d = mean - z.to(torch.float64)
-    columns = _one_distance(numbers, z) if n >= _LEAST_ROWS else torch.empty(0)
-    same = spread == 0
-    exact = {h: int((same & (d == h)).sum()) + int((columns == h).sum()) for h in (*SHIFTS, 0)}
+    exact = _exact(numbers, zeros[:, :whole])
     if whole == 1:
         _, even = _moments(numbers[..., ::2])
         _, odd = _moments(numbers[..., 1::2])
@@ -129,8 +140,8 @@ def _moments(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled(found: Iterable[Centre]) -> Centre:
-    """The evidence of several matrices together, each by the inverse of its variance; of the mean each matrix
-    alike, with the error that their scatter tells.
+    """The evidence of several matrices together, with the errors that their scatter tells; of the mean each matrix
+    alike.
     """
     parts = list(found)
     exact: dict[int, int] = {}
@@ -157,25 +168,61 @@ _FLOOR = 0.05  # steps: no single matrix counts as known better than this
 
 
 def _weighted(estimates: list[Estimate]) -> Estimate:
+    """The mean of what several matrices say: each by the inverse of its variance and of the variance between matrices
+    (DerSimonian and Laird 1986), as layers differ by more than their errors. The error is the larger of what these tell
+    and what the scatter tells.
+    """
     known = [found for found in estimates if math.isfinite(found.error)]
-    if not known:
+    if len(known) < LEAST_TOGETHER:
         return Estimate()
-    weights = [1 / (found.error**2 + _FLOOR**2) for found in known]
-    total = sum(weights)
-    value = sum(w * found.value for w, found in zip(weights, known, strict=True)) / total
-    return Estimate(value, math.sqrt(1 / total))
+    values = torch.tensor([found.value for found in known], dtype=torch.float64)
+    inner = torch.tensor([found.error for found in known], dtype=torch.float64).square().clamp(min=1e-12)
+    w = 1 / inner
+    rest = float((w * (values - (w * values).sum() / w.sum()).square()).sum()) - (len(known) - 1)
+    between = max(_FLOOR**2, rest / float(w.sum() - w.square().sum() / w.sum()))
+    w = 1 / (inner + between)
+    w = w / w.sum()
+    value = float((w * values).sum())
+    scatter = float((w * (values - value)).square().sum()) * len(known) / (len(known) - 1)
+    return Estimate(value, math.sqrt(max(scatter, 1 / float((1 / (inner + between)).sum()))))
 
 
-def _one_distance(numbers: Tensor, zeros: Tensor) -> Tensor:
-    """The distance between code and zero point of the columns in which it is the same in all rows."""
-    first = numbers[0].to(torch.float32) - zeros[0, :, None]
-    same = torch.ones_like(first, dtype=torch.bool)
-    for row in range(0, len(numbers), _AT_ONCE):
-        part = numbers[row : row + _AT_ONCE].to(torch.float32) - zeros[row : row + _AT_ONCE, :, None]
-        same &= (part == first).all(0)
-        if not same.any():
-            break
-    return first[same]
+def _exact(numbers: Tensor, zeros: Tensor) -> dict[int, int]:
+    """By h how many groups and columns have all of their codes at z + h, where that is no chance. numbers: uint8 [n, G,
+    g]; zeros: int [n, G].
+    """
+    n, groups, size = numbers.shape
+    z = zeros.to(torch.int16)[..., None]
+    found = {}
+    for h in (*SHIFTS, 0):
+        columns = torch.zeros((groups, size), dtype=torch.int64)
+        rows = []
+        for row in range(0, n, _AT_ONCE):
+            part = slice(row, row + _AT_ONCE)
+            at = numbers[part] == z[part] + h
+            columns += at.sum(0)
+            rows.append(at.sum(-1))
+        found[h] = _standing_out(torch.cat(rows), size)
+        if n >= _LEAST_ROWS:
+            found[h] += _standing_out(columns, n)
+    return found
+
+
+def _standing_out(hits: Tensor, size: int) -> int:
+    """How many of the units (groups, or columns) with `size` codes each have all of them at one distance, if that is
+    no chance: hits has each unit's number of codes at that distance. Chance is what the other units' share of such
+    codes would make; as units differ, those that are such must also stand out from those that nearly are.
+    """
+    count = int((hits == size).sum())
+    nearly = int(((hits < size) & (hits >= size - _FOOT)).sum())
+    if count == 0 or count <= _STANDS_OUT * nearly:
+        return 0
+    others = hits[hits < size]
+    share = float(others.sum()) / (others.numel() * size) if len(others) else 1.0
+    if share == 0:
+        return count
+    chance = count * (math.log(hits.numel()) + size * math.log(share)) - math.lgamma(count + 1)
+    return count if chance < math.log(_RARE) else 0
 
 
 def _mean(d: Tensor, used: Tensor) -> Estimate:

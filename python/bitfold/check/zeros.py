@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,11 +20,11 @@ from bitfold.foreign.scheme import Scheme
 from bitfold.formats import parse
 
 _LEAST_CONSTANT = 64  # zero points that are all alike, beside the middle of the codes
-_LEAST_POOLED = 4  # modules whose evidence counts together
 _BOTH_ENDS = (
     0.5  # the share of groups that use the first code and the last; nearly all do where zero points are free
 )
-_RUN = 10  # words in which a zero point of 0 is followed by nothing but such
+_RARE = 1e-9  # the chance of sound zero points that look overwritten
+_NEIGHBOURS = 2  # words on either side, of one group of columns
 
 REWRITE_ZEROS = "the zero points are written anew, each {change}"
 RELABEL = "the configuration is given the label that is right"
@@ -78,10 +79,14 @@ class Zeros:
                 ]
                 fits = [finding for finding in alike if finding.shift == 0 and finding.undecided == 0]
                 off = [finding for finding in alike if finding.shift == shift]
-                if fits or not open_ or len(open_) + len(off) < _LEAST_POOLED:
+                if fits or not open_ or len(open_) + len(off) < centre.LEAST_TOGETHER:
                     continue
                 parts = [finding.centre for finding in [*open_.values(), *off] if finding.centre is not None]
-                if centre.pooled(parts).judge(shift) is Verdict.OFF:
+                seen = centre.pooled(parts)
+                if bits == 2:
+                    # Four codes for a whole row: a step is wider than most weights, and bends all layers alike.
+                    seen = replace(seen, alone=any(part.alone for part in parts))
+                if seen.judge(shift) is Verdict.OFF:
                     for name, finding in open_.items():
                         self.found[name] = replace(finding, shift=shift, undecided=0)
 
@@ -196,18 +201,25 @@ def _single(
 
 
 def _overwritten(name: str, raw: Tensor, numbers: Numbers, bits: int, report: Report) -> bool:
-    """Old writers made all ones of 0 - 1 and wrote them over the rest of the word: every zero point above a 0
-    is one too.
+    """Old writers made all ones of 0 - 1 and wrote them over the rest of the word: every number above a 0 is all ones.
+
+    A sound word looks so too, where nothing but zero points of 1 stands above the 0: the borrow runs through them. So
+    the numbers above must be more than chance makes of the zero points round them, which no 0 has touched.
     """
     per = words.WORD // bits
     top = (1 << bits) - 1
-    full = raw[: len(raw) // per * per].reshape(-1, per, raw.shape[1]) == top
-    lowest = torch.where(full.any(1), full.int().argmax(1), per)  # [words, G]
-    open_ = lowest <= per - 3  # at least two numbers above
-    above = torch.arange(per)[None, :, None] >= lowest[:, None]
-    run = (full | ~above).all(1) & open_
-    share = float(full.float().mean())
-    if int(open_.sum()) < _RUN or not torch.equal(run, open_) or share > 0.5:
+    n, groups = raw.shape
+    lines = raw[: n // per * per].reshape(-1, per, groups)  # the numbers of a word: [words, per, G]
+    full = lines == top
+    place = torch.arange(per)[None, :, None]
+    lowest = torch.where(full.any(1), full.int().argmax(1), per)[:, None]  # [words, 1, G]
+    above = place > lowest
+    open_ = (lowest < per - 1).squeeze(1)
+    if not bool(open_.any()) or bool((above & ~full).any()):
+        return False
+    whole = place < lowest
+    chance = _all_ones((whole & (lines == 0)).sum(1), full.any(1).to(torch.int64), whole.sum(1))
+    if float((above.sum(1) * chance.log())[open_].sum()) > math.log(_RARE):
         return False
     report.fault(
         "zeros-overwritten",
@@ -216,3 +228,27 @@ def _overwritten(name: str, raw: Tensor, numbers: Numbers, bits: int, report: Re
         "they must be those of their groups: quantize the model again",
     )
     return True
+
+
+def _all_ones(ones: Tensor, zeros: Tensor, counts: Tensor) -> Tensor:
+    """The chance, for each word [words, G], that a number above a 0 is all ones in version 1 where nothing was
+    overwritten: as if zero points of 1 (through which a borrow runs) or of 0 (where each was packed by itself) were as
+    frequent there as round it. ones: how many zero points of 1 stand under the first 0; zeros: whether there is a 0;
+    counts: how many stand under it. All int64 [words, G]. The largest share in the same group, in the same rows and in
+    the words next to it; 1 in a group that has nothing but 0.
+    """
+    found = []
+    for hits in (ones, zeros):
+        total = counts + zeros
+        found += [
+            ((hits.sum(0, keepdim=True) + 1) / (total.sum(0, keepdim=True) + 1)).expand(hits.shape),
+            ((hits.sum(1, keepdim=True) + 1) / (total.sum(1, keepdim=True) + 2)).expand(hits.shape),
+            (_near(hits) + 1) / (_near(total) + 2),
+        ]
+    return torch.stack(found).amax(0)
+
+
+def _near(counts: Tensor) -> Tensor:
+    """The sum over neighbouring words: [words, G]."""
+    padded = torch.nn.functional.pad(counts, (0, 0, _NEIGHBOURS, _NEIGHBOURS))
+    return padded.unfold(0, 2 * _NEIGHBOURS + 1, 1).sum(-1)
