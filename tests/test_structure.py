@@ -37,6 +37,7 @@ MODULES = [
     "hugepages",
     "nn",
     "experts",
+    "bounds",
     "recipes",
     "quantize",
     "dequantize",

@@ -37,10 +37,16 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Origin:
     """How a recipe was chosen for this model, to be noted beside it. report: what bitfold_report.json says of it, under
-    "allocation"; seen: the passages of the texts that it was chosen by (`calibration.overlap.to_json`)."""
+    `name`; seen: the passages of the texts that it was chosen by (`calibration.overlap.to_json`)."""
 
     report: Mapping[str, object]
     seen: Mapping[str, object]
+    name: str = "allocation"
+
+    @property
+    def described(self) -> dict[str, object]:
+        """For bitfold_report.json."""
+        return {self.name: self.report}
 
 
 def quantize_checkpoint(
@@ -106,7 +112,7 @@ def quantize_checkpoint(
             bytes_before=bytes_before,
             bytes_after=bytes_after,
         )
-        writer.add_json(REPORT_FILE, {**report(summary), **({"allocation": origin.report} if origin else {})})
+        writer.add_json(REPORT_FILE, {**report(summary), **(origin.described if origin else {})})
         if origin is not None:
             writer.add_json(SEEN_FILE, origin.seen)
         for file in files_to_copy(source):

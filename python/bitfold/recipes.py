@@ -31,8 +31,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bitfold import activations
+from bitfold import activations, bounds
 from bitfold.activations import FLOAT, KINDS, Activations
+from bitfold.bounds import OutlierBound
 from bitfold.formats import FORMATS, parse
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.quantizers.gptq import GptqOptions
@@ -53,8 +54,10 @@ class Rule:
     """Modules whose name matches `pattern` get `format` (None or "keep": the source dtype).
 
     method: how the codes are chosen, of METHODS; options: the method's, None: as they are by default; activations: what
-    the modules do with their inputs, an Activations or its string. Raises ValueError for an unknown format or method,
-    for options of another method, and for activations that the format can't be multiplied with.
+    the modules do with their inputs, an Activations or its string; keep_outlier_layers: layers above this bound are
+    passed over: the next rule that matches them has them, or they keep their source dtype. Raises ValueError for an
+    unknown format or method, for options of another method, and for activations that the format can't be multiplied
+    with.
     """
 
     pattern: str = "*"
@@ -62,6 +65,7 @@ class Rule:
     method: str = "rtn"
     options: Any = None
     activations: Activations = FLOAT
+    keep_outlier_layers: OutlierBound | None = None
 
     def __post_init__(self) -> None:
         if not self.pattern:
@@ -92,6 +96,8 @@ class Rule:
                 f"rule {self.pattern!r} has activations '{wanted}' and keeps its modules; it must name a format"
             )
         object.__setattr__(self, "activations", wanted)
+        if format is None and self.keep_outlier_layers is not None:
+            raise ValueError(f"rule {self.pattern!r} has keep_outlier_layers and keeps its modules anyway")
 
     @property
     def needs_calibration(self) -> bool:
@@ -127,6 +133,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether one of its rules does."""
         return any(rule.needs_calibration for rule in self.rules)
+
+    @property
+    def keeps_outlier_layers(self) -> bool:
+        """Whether a text has to tell which layers its rules reach."""
+        return any(rule.keep_outlier_layers is not None for rule in self.rules)
 
 
 @dataclass(frozen=True)
@@ -364,6 +375,7 @@ def read(path: str | Path) -> Recipe:
         method = "gptq"                         # default "rtn"
         damping = 0.02                          # an option of the method (GptqOptions)
         activations = "float"                   # what the modules do with their inputs (activations.py)
+        keep_outlier_layers = 0.05              # passes over layers that lose more; default: none (bounds.py)
 
     Raises ValueError where the file can't be read, is not TOML, or has unknown keys, formats or methods.
     """
@@ -392,7 +404,9 @@ def _read_rule(table: dict[str, Any], number: int) -> Rule:
     method = _text(table, "method", "rtn")
     wanted = METHODS.get(method)
     options = {field.name: field for field in dataclasses.fields(wanted)} if wanted else {}
-    _check_keys(table, ("match", "format", "method", "activations", *options), f"rule {number}")
+    _check_keys(
+        table, ("match", "format", "method", "activations", "keep_outlier_layers", *options), f"rule {number}"
+    )
     if "format" not in table:
         raise ValueError(f'rule {number} has no format; it must name one, or "keep"')
     given = {key: _option(key, table[key], field.default) for key, field in options.items() if key in table}
@@ -402,6 +416,7 @@ def _read_rule(table: dict[str, Any], number: int) -> Rule:
         method,
         wanted(**given) if wanted and given else None,
         activations.read(_text(table, "activations", "float")),
+        bounds.read(table["keep_outlier_layers"]) if "keep_outlier_layers" in table else None,
     )
 
 
@@ -430,9 +445,14 @@ def _text(table: dict[str, Any], key: str, default: str) -> str:
 def assign(recipe: Recipe, modules: Mapping[str, ModuleInfo]) -> dict[str, Assignment]:
     """What every module gets, by name, in the order of `modules`.
 
-    Raises ValueError where a rule matches nothing or never wins, where tied modules get two formats, and
-    where a rule gives a format to what can't have one (or no rule keeps it).
+    Raises ValueError where a rule matches nothing or never wins, where tied modules get two formats, where a rule gives
+    a format to what can't have one (or no rule keeps it), and where it takes a text to say what rules reach.
     """
+    if recipe.keeps_outlier_layers:
+        raise ValueError(
+            f"recipe {recipe.name!r} keeps layers by what they lose on a text: give --calibration FILE to 'bitfold "
+            "quantize', or plain rules, which 'bitfold outliers --recipe' makes of it (bitfold.outliers.keep.resolve)"
+        )
     assignments = {}
     for name, module in modules.items():
         assignments[name] = _assign_one(recipe, name, module)

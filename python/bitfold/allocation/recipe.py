@@ -80,6 +80,12 @@ def to_toml(recipe: Recipe) -> str:
         ]
         if rule.method != "rtn":
             lines.append(f"method = {_quoted(rule.method)}")
+        if not rule.activations.is_float:
+            lines.append(f"activations = {_quoted(str(rule.activations))}")
+        if rule.keep_outlier_layers is not None:
+            given = dataclasses.asdict(rule.keep_outlier_layers)
+            said = ", ".join(f"{name} = {value!r}" for name, value in given.items() if value is not None)
+            lines.append(f"keep_outlier_layers = {{ {said} }}")
         if rule.options is not None:
             for option in dataclasses.fields(rule.options):
                 lines.append(f"{option.name} = {json.dumps(getattr(rule.options, option.name))}")

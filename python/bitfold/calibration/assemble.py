@@ -54,7 +54,7 @@ def assemble(
             bytes_before=sum(step.source_bytes for step in job.steps),
             bytes_after=sum(spec.nbytes for spec in specs),
         )
-        described = {"calibration": job.described(), **({"allocation": origin.report} if origin else {})}
+        described = {"calibration": job.described(), **(origin.described if origin else {})}
         writer.add_json(REPORT_FILE, {**report(summary), **described})
         seen = overlap.sample_of(job.text.ids)
         if origin is not None:

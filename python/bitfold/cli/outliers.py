@@ -9,7 +9,9 @@ from typing import Annotated
 import torch
 import typer
 
-from bitfold import hf, layout
+from bitfold import hf, layout, recipes
+from bitfold.allocation.recipe import to_toml
+from bitfold.calibration.data import Calibration
 from bitfold.cli.console import (
     Device,
     Json,
@@ -24,9 +26,12 @@ from bitfold.cli.console import (
 )
 from bitfold.cli.eval import read_text
 from bitfold.evaluate import Protocol, cut
+from bitfold.layout import Source
 from bitfold.outliers.columns import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Inputs
+from bitfold.outliers.keep import Resolved, resolve
 from bitfold.outliers.measure import LAYER_SHARE, TOKEN_SHARE, Outliers, measure
 from bitfold.outliers.ways import WAYS
+from bitfold.recipes import Recipe
 from bitfold.sensitivity.ground import CONTEXT, TOKENS
 from bitfold.text import joined, natural
 
@@ -44,6 +49,13 @@ def outliers(
     context: Annotated[
         int, typer.Option(help=f"Tokens of a sequence; 0: the model's, at most {CONTEXT}.")
     ] = 0,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A .toml file with keep_outlier_layers: say which layers its rules pass over."),
+    ] = None,
+    save_recipe: Annotated[
+        Path | None, typer.Option(help="Write what --recipe comes to, plain rules, into this .toml file.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Run the model in float32, bfloat16 or float16.")] = "float32",
     device: Device = "cpu",
     json: Json = False,
@@ -54,6 +66,11 @@ def outliers(
         raise ValueError("--dtype is empty, it must be float32, bfloat16 or float16")
     if not 0 < threshold < float("inf"):
         raise ValueError(f"--threshold is {threshold}, it must be a positive number")
+    if save_recipe is not None and recipe is None:
+        raise ValueError("--save-recipe is given, which is for --recipe: name one")
+    if save_recipe is not None and not save_recipe.parent.is_dir():
+        raise ValueError(f"--save-recipe is '{save_recipe}', in a directory that doesn't exist")
+    wanted = None if recipe is None else recipes.get(recipe)
     quiet_transformers()
     words = read_text(text)
     if not words.strip():
@@ -76,10 +93,56 @@ def outliers(
             device=parse_device(device),
             progress=update,
         )
+    resolved = None
+    if wanted is not None:
+        rows = Calibration(torch.stack(windows.ids), str(text), 0)
+        resolved = resolve_on(source, wanted, rows, dtype=kind, device=parse_device(device))
+        if save_recipe is not None:
+            save_recipe.write_text(to_toml(resolved.recipe), encoding="utf-8")
     if json:
-        print_json({"model": model, "text": text, "protocol": windows.protocol, **as_json(found)})
+        whole = {"model": model, "text": text, "protocol": windows.protocol, **as_json(found)}
+        print_json({**whole, **({} if resolved is None else {"recipe": resolved.origin.report})})
         return
     show(found, windows.protocol)
+    if resolved is not None:
+        out.print()
+        show_resolved(resolved)
+        if save_recipe is not None:
+            out.print(f"{save_recipe}: {len(resolved.recipe.rules)} rules", markup=False)
+
+
+def resolve_on(
+    source: Source, recipe: Recipe, rows: Calibration, *, dtype: torch.dtype, device: torch.device
+) -> Resolved:
+    """Measure which layers a recipe's rules pass over."""
+    with progress("layers under their rules") as update:
+        return resolve(recipe, source, rows, dtype=dtype, device=device, progress=update)
+
+
+def show_resolved(resolved: Resolved) -> None:
+    """Which layers rules pass over, and what they become."""
+    passed = [trial for trial in resolved.trials if trial.is_passed_over]
+    modules = len({trial.module for trial in resolved.trials})
+    named = {rule.pattern: rule for rule in resolved.recipe.rules}
+    if passed:
+        rows = table("passed over", "by rule", "loss", "columns", "becomes")
+        for trial in sorted(passed, key=lambda one: (natural(one.module), one.rule)):
+            rule = named[trial.module]
+            becomes = rule.format or "kept"
+            rows.add_row(
+                trial.module,
+                f"{trial.rule}",
+                f"{trial.loss:.3%}",
+                f"{trial.share:.2%}",
+                becomes if rule.activations.is_float else f"{becomes}, {rule.activations}",
+            )
+        out.print(rows)
+    out.print(
+        paragraph(
+            f"{len(resolved.passed_over)} of {modules} layers are above the bound of a rule of {resolved.recipe.name}"
+            f"{' (loss: of their output as the rule has it; columns: of the input, with outliers)' if passed else ''}."
+        )
+    )
 
 
 def as_json(found: Outliers) -> dict[str, object]:

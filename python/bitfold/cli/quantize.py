@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from bitfold import hf, layout, recipes
 from bitfold.budget import Entry, plan_checkpoint
 from bitfold.calibration.data import SAMPLES
 from bitfold.calibration.processes import is_first
@@ -28,14 +29,16 @@ from bitfold.cli.console import (
     quiet_transformers,
     table,
 )
+from bitfold.cli.outliers import resolve_on, show_resolved
 from bitfold.cli.quantize_gguf import DEFAULT_MIX, Options, quantize_to_gguf
 from bitfold.cli.sensitivity import Include, Samples, Seed, SequenceLength
 from bitfold.experts import stack_name
 from bitfold.gguf import mixes
+from bitfold.outliers.keep import Resolved
 from bitfold.pipeline import Origin, quantize_checkpoint, report
 from bitfold.quantize import ModuleSummary, QuantizationSummary
 from bitfold.recipes import RECIPES, Recipe
-from bitfold.sensitivity.ground import CONTEXT, TOKENS
+from bitfold.sensitivity.ground import CONTEXT, TOKENS, Texts, calibration_of
 from bitfold.text import natural, size
 from bitfold.writer import SHARD_BYTES, check_target
 
@@ -238,6 +241,10 @@ def quantize(
         )
         wanted, origin = chosen.recipe, chosen.origin
         calibrates = chosen.needs_calibration
+    elif recipes.get(wanted).keeps_outlier_layers:
+        resolved = _resolve(model, recipes.get(wanted), calibrated, json)
+        wanted, origin = resolved.recipe, resolved.origin
+        calibrates = resolved.recipe.needs_calibration
     if dry_run:
         _dry_run(model, wanted, json, origin)
         return
@@ -312,6 +319,27 @@ def _calibrate(
         )
 
 
+def _resolve(model: Path, recipe: Recipe, options: _Calibrated, json: bool) -> Resolved:
+    """The plain rules that a recipe with keep_outlier_layers comes to on the calibration text."""
+    source = layout.read_source(model)
+    rows = calibration_of(
+        source,
+        hf.load_tokenizer(model),
+        Texts("", 0, 0, options.text, options.samples, options.sequence_length or None, options.seed),
+    )
+    if rows is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} keeps layers by what they lose on a text: add --calibration FILE"
+        )
+    dtype = parse_dtype(options.dtype)
+    if dtype is None:
+        raise ValueError("--dtype is empty, it must be float32, bfloat16 or float16")
+    resolved = resolve_on(source, recipe, rows, dtype=dtype, device=parse_device(options.device))
+    if not json and is_first():
+        show_resolved(resolved)
+    return resolved
+
+
 def _means_gguf(model: Path, output: Path | None, recipe: str) -> bool:
     """Whether a GGUF file is to be made: the output's name says so; without one, a model or a recipe that means nothing
     else.
@@ -339,7 +367,7 @@ def _dry_run(model: Path, recipe: str | Recipe, json: bool, origin: Origin | Non
     if json:
         modules = [{**vars(entry), "parameters": entry.parameters} for entry in plan.entries]
         whole = {"recipe": plan.recipe, "bytes": plan.nbytes, "notes": plan.notes, "modules": modules}
-        print_json({**whole, **({"allocation": origin.report} if origin else {})})
+        print_json({**whole, **(origin.described if origin else {})})
         return
     shown = table("tensor", "layers", "shape", "format", "size")
     for name, entries in _alike(entry for entry in plan.entries if entry.tensor_class != "rest").items():
@@ -382,7 +410,7 @@ def _show_result(
     summary: QuantizationSummary, output: Path, json: bool, origin: Origin | None = None
 ) -> None:
     if json:
-        print_json({"output": output, **report(summary), **({"allocation": origin.report} if origin else {})})
+        print_json({"output": output, **report(summary), **(origin.described if origin else {})})
     else:
         _show(summary, output)
 

@@ -97,7 +97,9 @@ def _recipe(recipe: Recipe) -> Meaning:
     for rule in recipe.rules:
         method = "" if rule.method == "rtn" else f" by {rule.method}"
         inputs = "" if rule.activations.is_float else f"; {rule.activations}: {rule.activations.says}"
-        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}{method}{inputs}"))
+        bound = rule.keep_outlier_layers
+        passed = "" if bound is None else f"; not layers that, on a text, {bound}"
+        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}{method}{inputs}{passed}"))
     facts.append(
         ("kept", "embeddings, output head, norms and routers of experts, unless a rule spells their name")
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,10 @@ from bitfold.recipes import Assignment, Rule
 # What makes a feature systematic (Dettmers et al. 2022, section 4.1).
 LAYER_SHARE, TOKEN_SHARE = 0.25, 0.06
 _ANY = Rule("*", "int8-channel")  # of all layers: BlockRun looks at those that have a rule
+
+Maker = Callable[[Tensor, Tally], Callable[[Tensor], Tensor]]
+"""Makes of a weight [n, k], and of what is known of its inputs, the layer without bias as a function of x: float32
+[tokens, k] of one call -> [tokens, n]."""
 
 Progress = Callable[[str, int, int], None]
 """Told as work goes on: what is worked on, the work done so far, the work to do in all."""
@@ -104,7 +109,7 @@ def measure(
     rows: Tensor,
     *,
     threshold: float = ACTIVATION_THRESHOLD,
-    ways: Mapping[str, Way] = WAYS,
+    ways: Mapping[str, Way] | Callable[[str], Mapping[str, Maker]] = WAYS,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -115,7 +120,8 @@ def measure(
         model: a Hugging Face model directory, unquantized, or what `layout.read_source` makes of it.
         rows: token ids [sequences, tokens], int64.
         threshold: from which magnitude on a value is an outlier.
-        ways: to compute layers in 8 bits; none: nothing is lost, and nothing rounded.
+        ways: to compute layers in 8 bits; none: nothing is rounded. Or a function that has for a layer's name any ways
+            to compute it.
         dtype, device: of the model while it runs, and where. Ways compute in float32.
         progress: told as work goes on.
 
@@ -135,7 +141,8 @@ def measure(
     hidden = source.model_config.get_text_config(decoder=True).hidden_size
     held = Activations((*rows.shape, hidden), dtype, None)
     tell = progress or (lambda what, done, total: None)
-    walk = _Walk(threshold, ways, [], [], [])
+    makers = ways if callable(ways) else partial(_makers, ways, threshold)
+    walk = _Walk(threshold, makers, [], [], [])
     with Workers() as workers:
         calls = blocks.first_inputs(rows, held.write_first)
         for index, name in enumerate(blocks.names):
@@ -186,12 +193,19 @@ def _behind_norms(run: BlockRun, source: Source) -> set[str]:
     return set()
 
 
+def _makers(ways: Mapping[str, Way], threshold: float, name: str) -> dict[str, Maker]:
+    def maker(way: Way) -> Maker:
+        return lambda weight, tally: prepare(way, weight, threshold)
+
+    return {label: maker(way) for label, way in ways.items()}
+
+
 @dataclass
 class _Walk:
-    """What has been found so far."""
+    """What has been found so far. makers: ways to compute a layer, by its name."""
 
     threshold: float
-    ways: Mapping[str, Way]
+    makers: Callable[[str], Mapping[str, Maker]]
     inputs: list[Inputs]
     layers: list[Layer]
     unreached: list[str]
@@ -199,47 +213,59 @@ class _Walk:
     def add(self, run: BlockRun, behind_norms: set[str]) -> None:
         """A block, its layers in the order in which they run."""
         for group in _by_input(run):
-            self._add(run, group, group[0] in behind_norms)
+            names = [f"{run.name}.{name}" for name in group]
+            weights = {name: run.linear(own).weight.detach() for name, own in zip(names, group, strict=True)}
+            tally = self._look(run, group[0])
+            self.inputs.append(tally.inputs(names, group[0] in behind_norms))
+            losses = self._compute(run, group[0], weights, tally)
+            for name, weight in weights.items():
+                n, k = weight.shape
+                self.layers.append(Layer(name, (n, k), weight_columns(name, weight), losses[name]))
         self.unreached += [f"{run.name}.{name}" for name in run.never_run]
 
-    def _add(self, run: BlockRun, group: Sequence[str], stream: bool) -> None:
-        weights = {name: run.linear(name).weight.detach() for name in group}
-        runs = {
-            (name, way): prepare(how, weight, self.threshold)
+    def _look(self, run: BlockRun, layer: str) -> Tally:
+        """What a layer multiplies."""
+        tally = Tally(run.linear(layer).in_features, self.threshold)
+        for xs in run.inputs_by_wave(layer):
+            for x in xs:
+                if not x.isfinite().all():
+                    raise ValueError(
+                        f"{run.name}: the inputs of {layer} are not finite: another dtype, such as float32, may do"
+                    )
+                tally.add(x)
+        return tally
+
+    def _compute(
+        self, run: BlockRun, layer: str, weights: Mapping[str, Tensor], tally: Tally
+    ) -> dict[str, dict[str, float]]:
+        """The losses of layers that share an input, by name and by way; layer: the first of them, within the block."""
+        ways = {
+            name: {label: make(weight, tally) for label, make in self.makers(name).items()}
             for name, weight in weights.items()
-            for way, how in self.ways.items()
         }
-        tally = Tally(run.linear(group[0]).in_features, self.threshold)
-        changes = dict.fromkeys(runs, 0.0)
-        energies = dict.fromkeys(group, 0.0)
+        wanted = [name for name in weights if ways[name]]
+        energies = dict.fromkeys(weights, 0.0)
+        changes = {name: dict.fromkeys(own, 0.0) for name, own in ways.items()}
 
         def work(item: tuple[str, Tensor]) -> tuple[float, list[float]]:
             """Squared norms of a layer's output for one sequence, and of its change in each way."""
             name, x = item
             y = Compute(torch.float32).linear(x, weights[name])
-            found = [_square(runs[name, way](x) - y) for way in self.ways]
-            return _square(y), found
+            return _square(y), [_square(compute(x) - y) for compute in ways[name].values()]
 
-        for xs in run.inputs_by_wave(group[0]):
-            xs = [x.to(torch.float32) for x in xs]
-            for x in xs:
-                if not x.isfinite().all():
-                    raise ValueError(
-                        f"{run.name}: the inputs of {group[0]} are not finite: another dtype, such as float32, may do"
-                    )
-                tally.add(x)
-            items = [(name, x) for name in group for x in xs if self.ways]
-            for (name, _), (energy, losses) in zip(items, run.map(work, items), strict=True):
+        for xs in run.inputs_by_wave(layer) if wanted else ():
+            items = [(name, x.to(torch.float32)) for name in wanted for x in xs if len(x)]
+            for (name, _), (energy, found) in zip(items, run.map(work, items), strict=True):
                 energies[name] += energy
-                for way, loss in zip(self.ways, losses, strict=True):
-                    changes[name, way] += loss
-        self.inputs.append(tally.inputs([f"{run.name}.{name}" for name in group], stream))
-        for name in group:
-            n, k = weights[name].shape
-            energy = energies[name]
-            losses = {way: (changes[name, way] / energy) ** 0.5 if energy > 0 else 0.0 for way in self.ways}
-            full = f"{run.name}.{name}"
-            self.layers.append(Layer(full, (n, k), weight_columns(full, weights[name]), losses))
+                for label, change in zip(ways[name], found, strict=True):
+                    changes[name][label] += change
+        return {
+            name: {
+                label: (change / energies[name]) ** 0.5 if energies[name] > 0 else 0.0
+                for label, change in own.items()
+            }
+            for name, own in changes.items()
+        }
 
 
 def _by_input(run: BlockRun) -> list[tuple[str, ...]]:
