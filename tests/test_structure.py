@@ -31,7 +31,6 @@ MODULES = [
     "activations",
     "ops",
     "ops_int8",
-    "ops_fp8",
     "qtensor",
     "grids",
     "quantizers",

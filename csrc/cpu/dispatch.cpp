@@ -20,6 +20,7 @@ namespace bitfold::cpu {
   void fill_decode_blocks_##name(Kernels&);           \
   void fill_blocks_##name(Kernels&);                  \
   void fill_int8_##name(Kernels&);                    \
+  void fill_rows_int8_##name(Kernels&);               \
   void fill_gptq_##name(Kernels&);                    \
   void fill_step_search_##name(Kernels&);             \
   void fill_encode_blocks_affine_##name(Kernels&);    \
@@ -38,6 +39,7 @@ namespace bitfold::cpu {
     fill_decode_blocks_##name(kernels);           \
     fill_blocks_##name(kernels);                  \
     fill_int8_##name(kernels);                    \
+    fill_rows_int8_##name(kernels);               \
     fill_gptq_##name(kernels);                    \
     fill_step_search_##name(kernels);             \
     fill_encode_blocks_affine_##name(kernels);    \
@@ -53,6 +55,7 @@ BITFOLD_DECLARE(avx512)
 #endif
 #if defined(BITFOLD_HAVE_AVX512_VNNI)
 void fill_int8_avx512_vnni(Kernels&);
+void fill_rows_int8_avx512_vnni(Kernels&);
 void fill_tiled_bf16_avx512_bf16(Kernels&);
 #endif
 #if defined(BITFOLD_HAVE_NEON)
@@ -88,12 +91,14 @@ std::vector<Isa> known_isas() {
   isas.push_back({"avx512_bf16", bf16, bf16 && __builtin_cpu_is("amd"), [](Kernels& kernels) {
                     BITFOLD_FILL(avx512)(kernels);
                     fill_int8_avx512_vnni(kernels);
+                    fill_rows_int8_avx512_vnni(kernels);
                     fill_tiled_bf16_avx512_bf16(kernels);
                     kernels.isa = "avx512_bf16";
                   }});
   isas.push_back({"avx512_vnni", vnni, true, [](Kernels& kernels) {
                     BITFOLD_FILL(avx512)(kernels);
                     fill_int8_avx512_vnni(kernels);
+                    fill_rows_int8_avx512_vnni(kernels);
                     kernels.isa = "avx512_vnni";
                   }});
 #endif

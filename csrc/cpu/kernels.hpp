@@ -15,6 +15,8 @@ struct PanelProduct;
 struct PanelRound;
 struct PanelFactor;
 struct PanelSearch;
+// Of x rounded to 8 bits row by row, in rows_int8.hpp.
+struct RowsInt8Kernel;
 
 // w / scale and zero decide the codes of one group: integer and minifloat divide, codebooks multiply by 1 / scale.
 struct QuantizeArgs {
@@ -142,6 +144,7 @@ struct Kernels {
   LinearKernel linear[kRowCount];
   Int8Kernel int8[kRowCount];   // null for all but blocks
   Int8Kernel int16[kRowCount];  // null also where products of bytes are no faster than fp32
+  const RowsInt8Kernel* rows_int8;
   int lanes;
   int tile_x;
   void (*tile)(const TileArgs<float>&);

@@ -12,9 +12,9 @@
 //              + sum of x[j, c] * copy[i, c], c the outliers that have one
 //              + bias[i]
 //
-// The two sums over outliers are chains of fused multiply-adds in fp32, from 0, columns ascending; what doesn't occur
-// adds nothing. A row with a NaN or an infinity is NaN throughout, and makes no column an outlier by these. With
-// float64 x all of it is float64.
+// The two sums over outliers begin with 0 and go on column by column, ascending: f32(sum + f32(x * w)), where the
+// product is exact for 16-bit x. What doesn't occur adds nothing. A row with a NaN or an infinity is NaN throughout,
+// and makes no column an outlier by these. With float64 x all of it is float64.
 #pragma once
 
 #include <cstdint>

@@ -67,7 +67,8 @@ class ModuleEntry:
 
     kind: "linear", "embedding" or "experts"; format: canonical; shape: (n, k), of experts (experts, n, k); dtype: of
     an embedding's output, else None; g_idx: whether the weight has one; activations: of a linear layer or of experts;
-    outliers, outlier_dtype: the columns of which a linear layer has a copy, and its dtype.
+    x_scale: whether a linear layer has one (static ones always do); outliers, outlier_dtype: the columns of which it
+    has a copy, and its dtype.
     """
 
     kind: str
@@ -79,6 +80,10 @@ class ModuleEntry:
     activations: Activations = FLOAT
     outliers: int = 0
     outlier_dtype: torch.dtype | None = None
+    x_scale: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x_scale", self.x_scale or self.activations.is_static)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -102,6 +107,8 @@ class ModuleEntry:
             fields["g_idx"] = True
         if not self.activations.is_float:
             fields["activations"] = str(self.activations)
+        if self.x_scale and not self.activations.is_static:
+            fields["x_scale"] = True
         if self.outliers:
             fields["outliers"] = self.outliers
             fields["outlier_dtype"] = str(self.outlier_dtype).removeprefix("torch.")
@@ -118,7 +125,7 @@ class ModuleEntry:
         }
         if self.g_idx:
             found["g_idx"] = TensorSpec("g_idx", torch.int32, (k,))
-        if self.activations.is_static:
+        if self.x_scale:
             found["x_scale"] = TensorSpec("x_scale", torch.float32, ())
         if self.outliers and self.outlier_dtype is not None:
             found["outlier_columns"] = TensorSpec("outlier_columns", torch.int32, (self.outliers,))
@@ -210,6 +217,7 @@ def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
         activations.read(fields.get("activations", "float")),
         fields.get("outliers", 0),
         getattr(torch, fields["outlier_dtype"]) if "outlier_dtype" in fields else None,
+        fields.get("x_scale", False) is True,
     )
     _check_activations(entry)
     return entry
@@ -225,6 +233,8 @@ def _check_activations(entry: ModuleEntry) -> None:
     outliers = entry.outliers
     if not isinstance(outliers, int) or isinstance(outliers, bool) or not 0 <= outliers <= entry.shape[-1]:
         raise ValueError(f"outliers is {outliers!r}; it must be a number of columns of {list(entry.shape)}")
+    if entry.x_scale and entry.kind != "linear":
+        raise ValueError(f"a module of the kind '{entry.kind}' has an x_scale, which is for linear layers")
     if outliers and (entry.kind != "linear" or entry.outlier_dtype not in OUTLIER_DTYPES):
         raise ValueError(
             f"outlier_dtype of a module of the kind '{entry.kind}' is {entry.outlier_dtype}; outliers are for linear "
@@ -323,6 +333,7 @@ def _entry_of(module: PlaneModule) -> ModuleEntry:
         activations=module.activations,
         outliers=0 if copy is None else copy.shape[1],
         outlier_dtype=None if copy is None else copy.dtype,
+        x_scale=module.x_scale is not None,
     )
 
 
@@ -469,6 +480,7 @@ def put_empty_modules(model: nn.Module, modules: Mapping[str, ModuleEntry]) -> N
                 activations=entry.activations,
                 outliers=entry.outliers,
                 outlier_dtype=entry.outlier_dtype,
+                with_x_scale=entry.x_scale,
             )
         else:
             new = QuantEmbedding.empty(

@@ -256,6 +256,7 @@ class QuantLinear(QuantModule, Multiplies):
         activations: str | Activations = FLOAT,
         outliers: int = 0,
         outlier_dtype: torch.dtype | None = None,
+        with_x_scale: bool = False,
     ) -> QuantLinear:
         """One with uninitialised planes, to load into; dtype is the bias's; outliers: columns that it has a copy of, of
         outlier_dtype."""
@@ -265,7 +266,9 @@ class QuantLinear(QuantModule, Multiplies):
             empty_qtensor(format, n, k, device, layout, with_g_idx),
             values,
             wanted,
-            x_scale=torch.ones((), dtype=torch.float32, device=device) if wanted.is_static else None,
+            x_scale=torch.ones((), dtype=torch.float32, device=device)
+            if with_x_scale or wanted.is_static
+            else None,
             outlier_columns=torch.arange(outliers, dtype=torch.int32, device=device) if outliers else None,
             outlier_weight=torch.empty(n, outliers, dtype=outlier_dtype, device=device) if outliers else None,
         )

@@ -13,7 +13,6 @@
 
 #include "cpu/cpu.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/linear_fp8.hpp"
 #include "gptq.hpp"
 #include "numbers.hpp"
 
@@ -143,31 +142,6 @@ double check_format(const Format& format, const float* importance, Engine& engin
   return worst;
 }
 
-// Codes and scales of rows of activations as 8-bit floats: rows of every size, and hard ones.
-void check_rounding(Engine& engine) {
-  const int64_t k = columns(parse_format("fp8-e4m3")), m = 40;
-  Numbers x = gaussian(engine, m * k);
-  for (int64_t i = 0; i < m * k; ++i) x[static_cast<size_t>(i)] *= std::exp2(static_cast<float>(i / k * 7 - 150));
-  for (int64_t i = 0; i < k; ++i) {
-    x[static_cast<size_t>(i)] = static_cast<float>(i % 113) / 16.0f;  // ties
-    x[static_cast<size_t>(k + i)] = -0.0f;
-  }
-  x[0] = 28.0f;
-  x[static_cast<size_t>(2 * k + 5)] = std::numeric_limits<float>::quiet_NaN();
-  x[static_cast<size_t>(3 * k + 5)] = -std::numeric_limits<float>::infinity();
-  std::vector<uint8_t> codes(static_cast<size_t>(m * k));
-  Numbers scales(static_cast<size_t>(m));
-  Hash hash;
-  const float given = 0.01f;
-  for (const float* x_scale : {static_cast<const float*>(nullptr), &given}) {
-    cpu::round_fp8({{x.data(), DType::F32, m, k, k, 1}, x_scale, codes.data(), scales.data(), serial});
-    one_nan(scales);
-    hash.add(codes);
-    hash.add(scales);
-  }
-  hash.print(parse_format("fp8-e4m3"), "activations rounded");
-}
-
 // Every pattern of the 8-bit floats.
 void check_minifloats(const char* name) {
   std::vector<uint8_t> codes(256);
@@ -207,6 +181,45 @@ void check_any_bytes(const Format& format, const std::vector<Numbers>& x, Engine
   decode(w, hash);
   multiply_int8(w, x, hash);
   hash.print(format, "of any bytes");
+}
+
+// Products with x rounded to 8 bits row by row: few rows and many, with outliers that have a copy and that have none,
+// and with numbers that are none.
+void check_rows_int8(const char* name, Engine& engine) {
+  const Format format = parse_format(name);
+  const int64_t k = columns(format);
+  const Encoded encoded = encode(format, gaussian(engine, kN * k), kN, false, nullptr);
+  const std::vector<int32_t> copied = {0, 7, static_cast<int32_t>(k - 1)};
+  std::vector<uint16_t> copy;
+  for (const float value : gaussian(engine, kN * 3)) copy.push_back(float_to_bf16(value));
+  const float step = 0.03f;
+  Hash hash;
+  for (const int64_t m : {1, 2, 3, 5, 8, 9, 21, 40}) {
+    Numbers x = gaussian(engine, m * k);
+    for (int64_t i = 0; i < m * k; i += 97) x[static_cast<size_t>(i)] *= 30.0f;
+    if (m > 2) x[static_cast<size_t>(k + 5)] = std::numeric_limits<float>::infinity();
+    if (m > 3) x[static_cast<size_t>(3 * k)] = std::numeric_limits<float>::quiet_NaN();
+    for (const double threshold : {0.0, 2.5, 1e-3}) {
+      for (const int64_t copies : {0, 3}) {
+        Numbers y(static_cast<size_t>(m * kN));
+        cpu::linear_int8({encoded.w,
+                          {x.data(), DType::F32, m, k, k, 1},
+                          nullptr,
+                          y.data(),
+                          threshold,
+                          m % 2 == 0,
+                          threshold > 0 ? nullptr : &step,
+                          copied.data(),
+                          copy.data(),
+                          DType::BF16,
+                          copies,
+                          serial});
+        one_nan(y);
+        hash.add(y);
+      }
+    }
+  }
+  hash.print(format, "with rows of 8 bits");
 }
 
 // GPTQ's loops to the bit against plain ones, and a hash of the steps that its search finds.
@@ -251,13 +264,14 @@ int main() {
   Engine engine(1);
   double worst = 0;
   for (const char* name :
-       {"fp16", "bf16", "fp8-e4m3-channel", "fp8-e5m2-g32", "fp8-e4m3-b4x32", "int8-channel", "int8-tensor-asym",
-        "int4-g128", "int4-g32-asym", "int3-g64", "int3-g17-asym", "int2-g64", "nf4-b64", "nf4-b64-dq", "fp4-b64"}) {
+       {"fp16", "bf16", "fp8-e4m3-channel", "fp8-e5m2-g32", "int8-channel", "int8-tensor-asym", "int4-g128",
+        "int4-g32-asym", "int3-g64", "int3-g17-asym", "int2-g64", "nf4-b64", "nf4-b64-dq", "fp4-b64"}) {
     worst = std::max(worst, check_format(parse_format(name), nullptr, engine));
   }
   check_minifloats("fp8-e4m3-channel");
   check_minifloats("fp8-e5m2-channel");
-  check_rounding(engine);
+  check_rows_int8("int8-channel", engine);
+  check_rows_int8("int8-tensor-asym", engine);
 
   const int64_t k = columns(parse_format("q4_k"));
   Numbers importance = gaussian(engine, k);
