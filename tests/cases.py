@@ -26,6 +26,7 @@ _BITS = {
     8: (torch.int64, np.uint64),
 }
 
+TALL = ("b2x16", "b4x33", "b128x128")
 GROUPS = {"g": ("tensor", "channel", "g16", "g17", "g33", "g128"), "b": ("b32", "b33", "b64", "b256")}
 SCALES = ("", "-sfp16", "-sbf16", "-sfp32")
 
@@ -58,7 +59,8 @@ def every_format() -> list[str]:
             continue
         zeros = ("", "-asym") if row["asymmetric"] else ("",)
         scales = (*SCALES, "-dq") if row["nested"] else SCALES
-        for group, zero, scale in product(GROUPS[row["group_letter"]], zeros, scales):
+        groups = (*GROUPS[row["group_letter"]], *(TALL if row["tall"] else ()))
+        for group, zero, scale in product(groups, zeros, scales):
             texts.append(canonical(f"{row['family']}-{group}{zero}{scale}"))
     return list(dict.fromkeys(texts))
 
@@ -68,6 +70,8 @@ def some_formats() -> list[str]:
     more = [
         "fp8-e4m3-g17-sfp16",
         "fp8-e5m2-tensor",
+        "fp8-e4m3-b128x128",
+        "fp8-e5m2-b2x33-sbf16",
         "int8-tensor-asym",
         "int8-g33-sbf16",
         "int8-channel-asym",

@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import bitfold
+import bitfold.ops_fp8
 import bitfold.quantizers.gptq
 import bitfold.quantizers.grid
 import pytest
@@ -45,6 +46,8 @@ OPS = (
     "embedding",
     "gptq_columns",
     "search_steps",
+    "linear_fp8",
+    "round_fp8",
 )
 
 
@@ -77,6 +80,7 @@ def emulated() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     bitfold.ops.register("bitfold_emulated")
+    bitfold.ops_fp8.register("bitfold_emulated")
     return module
 
 

@@ -275,6 +275,7 @@ class Family:
     scale: str = "none"
     asymmetric: bool = False
     nested: bool = False
+    tall: bool = False  # a scale may be for some columns of several rows
 
 
 def _groups(grid, kind, default, scale="fp16", **more):
@@ -284,8 +285,8 @@ def _groups(grid, kind, default, scale="fp16", **more):
 FAMILIES = {
     "fp16": Family(Cast(FP16), "cast"),
     "bf16": Family(Cast(BF16), "cast"),
-    "fp8-e4m3": _groups(Minifloat(E4M3), "minifloat", "channel", "fp32"),
-    "fp8-e5m2": _groups(Minifloat(E5M2), "minifloat", "channel", "fp32"),
+    "fp8-e4m3": _groups(Minifloat(E4M3), "minifloat", "channel", "fp32", tall=True),
+    "fp8-e5m2": _groups(Minifloat(E5M2), "minifloat", "channel", "fp32", tall=True),
     "int8": _groups(Integer(8), "integer", "channel", asymmetric=True),
     "int4": _groups(Integer(4), "integer", "g128", asymmetric=True),
     "int3": _groups(Integer(3), "integer", "g64", asymmetric=True),
@@ -304,6 +305,7 @@ class Format:
     group: int  # TENSOR, CHANNEL or columns
     asymmetric: bool
     scale: str  # none, fp16, bf16, fp32, nested
+    rows: int = 1  # that share a scale; TENSOR: all do
 
     @property
     def bits(self) -> int:
@@ -315,7 +317,7 @@ def parse(text: str) -> Format:
     text = re.sub(r"^fp8(?!-e)", "fp8-e4m3", text)
     name = next(f for f in sorted(FAMILIES, key=len, reverse=True) if text == f or text.startswith(f + "-"))
     family = FAMILIES[name]
-    pattern = r"(?:-(tensor|channel|[gb]\d+))?(-asym)?(?:-s(fp16|bf16|fp32))?(-dq)?"
+    pattern = r"(?:-(tensor|channel|[gb]\d+|b\d+x\d+))?(-asym)?(?:-s(fp16|bf16|fp32))?(-dq)?"
     match = re.fullmatch(pattern, text[len(name) :])
     if not match:
         raise ValueError(text)
@@ -325,12 +327,17 @@ def parse(text: str) -> Format:
             raise ValueError(text)
         return Format(name, name, family.grid, "cast", TENSOR, False, "none")
     granularity = granularity or family.default
+    rows = 1
     if granularity in ("tensor", "channel"):
         group = TENSOR if granularity == "tensor" else CHANNEL
+    elif "x" in granularity:
+        rows, group = map(int, granularity[1:].split("x"))
+        if not family.tall or rows not in [2**i for i in range(1, 21)]:
+            raise ValueError(text)
     else:
         group = int(granularity[1:])
     named = group <= 0
-    if (named and family.letter == "b") or (not named and granularity[0] != family.letter):
+    if (named and family.letter == "b") or (not named and rows == 1 and granularity[0] != family.letter):
         raise ValueError(text)
     if not named and not family.smallest <= group <= family.biggest:
         raise ValueError(text)
@@ -342,7 +349,7 @@ def parse(text: str) -> Format:
         canonical += "-dq"
     elif scale != family.scale:
         canonical += f"-s{scale}"
-    return Format(canonical, name, family.grid, family.kind, group, bool(asym), scale)
+    return Format(canonical, name, family.grid, family.kind, group, bool(asym), scale, rows)
 
 
 # ---- sizes ----
@@ -363,7 +370,7 @@ def plane_shapes(text: str, n: int, k: int, layout: str = "rows") -> dict[str, t
         n, k = 1, n * k
     if fmt.kind == "cast":
         return {"codes": (PLANE_DTYPES[fmt.family], (n, k))}
-    rows, groups = 1 if fmt.group == TENSOR else n, groups_in_row(fmt, k)
+    rows, groups = 1 if fmt.group == TENSOR else ceil_div(n, fmt.rows), groups_in_row(fmt, k)
     planes = {
         "codes": ("uint8", (n, ceil_div(k * fmt.bits, 8))),
         "scales": (PLANE_DTYPES[fmt.scale], (rows, groups)),
@@ -415,9 +422,16 @@ def unpack_bits(data: np.ndarray, count: int, bits: int, high_first: bool = Fals
 # ---- encode ----
 
 
-def split(w: np.ndarray, group: int) -> np.ndarray:
-    """[n, k] -> [rows, groups, columns of a group], the last group padded with zeros."""
+def split(w: np.ndarray, group: int, together: int = 1) -> np.ndarray:
+    """[n, k] -> [rows, groups, columns of a group], the last group padded with zeros; with rows that share their
+    scales [ceil(n / together), groups, together * columns], the last rows padded too."""
     n, k = w.shape
+    if together > 1:
+        bands, count = ceil_div(n, together), ceil_div(k, group)
+        padded = np.zeros((bands * together, count * group), w.dtype)
+        padded[:n, :k] = w
+        tiles = padded.reshape(bands, together, count, group).transpose(0, 2, 1, 3)
+        return tiles.reshape(bands, count, together * group)
     if group == TENSOR:
         return w.reshape(1, 1, n * k)
     if group == CHANNEL:
@@ -428,8 +442,12 @@ def split(w: np.ndarray, group: int) -> np.ndarray:
     return padded.reshape(n, count, group)
 
 
-def join(groups: np.ndarray, n: int, k: int, group: int) -> np.ndarray:
+def join(groups: np.ndarray, n: int, k: int, group: int, together: int = 1) -> np.ndarray:
     """The inverse of split."""
+    if together > 1:
+        bands, count, _ = groups.shape
+        tiles = groups.reshape(bands, count, together, group).transpose(0, 2, 1, 3)
+        return tiles.reshape(bands * together, count * group)[:n, :k]
     return groups.reshape(n, k) if group <= 0 else groups.reshape(n, groups.shape[1] * group)[:, :k]
 
 
@@ -453,7 +471,7 @@ def store_scales(fmt: Format, groups: np.ndarray) -> np.ndarray:
         over = np.isinf(stored)
         under = np.abs(stored.astype(np.float64) - exact) * steps > exact / 2
     for row, group in np.argwhere(over | under):
-        raise (ScaleOverflow if over[row, group] else ScaleUnderflow)(int(row), int(group))
+        raise (ScaleOverflow if over[row, group] else ScaleUnderflow)(int(row) * fmt.rows, int(group))
     return stored
 
 
@@ -503,7 +521,7 @@ def encode_logical(
     w = to_binary32(w)
     if fmt.kind == "cast":
         return Logical(fmt.grid.encode(w, clamp))
-    groups = split(w, fmt.group)
+    groups = split(w, fmt.group, fmt.rows)
     scales = store_scales(fmt, groups)
     blank = scales == 0
     divisor = np.where(blank, F32(1), scales)
@@ -516,7 +534,7 @@ def encode_logical(
     if fmt.kind != "minifloat":
         codes = np.where(blank[..., None], np.uint8(fmt.grid.zero(fmt.asymmetric)), codes)
     nested = nest(scales, nested_offset) if fmt.scale == "nested" else None
-    return Logical(join(codes, n, k, fmt.group), scales, zeros, nested)
+    return Logical(join(codes, n, k, fmt.group, fmt.rows), scales, zeros, nested)
 
 
 def encode(
@@ -570,7 +588,7 @@ def decode(planes: dict[str, np.ndarray], text: str, n: int, k: int, layout: str
     rows, columns = codes.shape
     if fmt.group > 0:
         where = np.arange(columns) // fmt.group
-        scales = logical.scales[:, where]
+        scales = logical.scales[np.arange(rows) // fmt.rows][:, where]
         zeros = None if logical.zeros is None else logical.zeros[:, where]
     else:
         scales = np.broadcast_to(logical.scales, (rows, columns)) if columns else np.zeros((rows, 0), F32)

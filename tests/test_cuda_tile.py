@@ -33,6 +33,8 @@ PLANES = [
     "nf4-b32",
     "fp4-b64",
     "fp8-e4m3-channel",
+    "fp8-e4m3-b32x128",
+    "fp8-e5m2-b4x64-sbf16",
     "fp8-e5m2-g96",
 ]
 BLOCKS = block_formats()

@@ -27,6 +27,7 @@ EXAMPLES = {
     "fp16": [[1.0, -0.0, 0.1, 65504.0, 1e-7]],
     "bf16": [[1.0, -0.0, 0.1, 65504.0, 1e-39]],
     "fp8-e4m3-g16": [[*ramp(16), 0.5, -0.0, 0.001]],
+    "fp8-e4m3-b2x16": [[*ramp(16), 0.5], [*ramp(16, 5), -0.25], [*ramp(16, 23), -0.0]],
     "fp8-e5m2-channel": [[1.75, -0.875, -0.0, 0.1, 1e-6]],
     "int8-channel": [[1.0, -0.5, 0.25, 0.0, -0.0078125], [0.0, 0.0, 0.0, 0.0, 0.0]],
     "int8-tensor-asym": [[1.0, -0.5, 0.25], [0.0, 3.0, -0.0078125]],
@@ -141,6 +142,7 @@ def test_families_table():
             expected = f"b{ours['min_group']} to b{ours['max_group']}"
         else:
             expected = f"tensor, channel, g{ours['min_group']} and up"
+            expected += f", b2x{ours['min_group']} and up" if ours["tall"] else ""
         assert row["granularity"] == expected
 
 
@@ -166,7 +168,10 @@ def test_planes_table():
         "cast families": lambda f: f.grid == "cast",
         "all others, b bits each": lambda f: f.grid != "cast",
         "granularity `tensor`": lambda f: f.grid != "cast" and f.group == 0 and f.scale != "nested",
-        "other granularities": lambda f: f.grid != "cast" and f.group != 0 and f.scale != "nested",
+        "granularity `b<R>x<N>`": lambda f: f.group_rows > 1,
+        "other granularities": lambda f: (
+            f.grid != "cast" and f.group != 0 and f.scale != "nested" and f.group_rows == 1
+        ),
         "`dq`": lambda f: f.scale == "nested",
         "`asym`, `tensor`, b bits each": lambda f: f.asymmetric and f.group == 0,
         "`asym`, other granularities": lambda f: f.asymmetric and f.group != 0,
@@ -178,7 +183,7 @@ def test_planes_table():
         format = parse(text)
         for n, k in [(1, 1), (3, 35), (5, 257), (0, 4), (4, 0)]:
             groups = ceil(k / format.group) if format.group > 0 else 1
-            names = {"n": n, "k": k, "b": format.bits, "G": groups, "ceil": ceil}
+            names = {"n": n, "k": k, "b": format.bits, "G": groups, "R": format.group_rows, "ceil": ceil}
             expected, dtypes = {}, {}
             for row in rows:
                 if applies[row["where"]](format):

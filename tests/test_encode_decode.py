@@ -332,9 +332,11 @@ def check_message(message: str, error: oracle.OracleError, format: str) -> None:
         assert error.count in numbers, message
         assert "clamp" in message
     if isinstance(error, oracle.ScaleOverflow | oracle.ScaleUnderflow):
-        if fmt.group != oracle.TENSOR:
+        if fmt.rows > 1:
+            assert f"weight[{error.row}, {error.group * fmt.group}]" in message
+        elif fmt.group != oracle.TENSOR:
             assert re.search(rf"row {error.row}\b", message), message
-        if fmt.group > 0:
+        if fmt.group > 0 and fmt.rows == 1:
             assert error.group in numbers or error.group * fmt.group in numbers, message
         assert ("too large" if isinstance(error, oracle.ScaleOverflow) else "too small") in message
         if fmt.scale in ("fp16", "bf16"):
@@ -412,6 +414,7 @@ def test_the_first_fault_is_named_whatever_the_threads(threads):
         threads(count)
         for format in ("int4-g64", "fp16"):
             refused(w, format, says=r"row 123\b|weight\[123, 64\]")
+        refused(w, "fp8-b4x64-sfp16", says=r"starts at weight\[120, 64\]")
 
 
 def test_the_suggested_scale_dtype_works():

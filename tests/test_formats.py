@@ -21,6 +21,8 @@ SPELLINGS = {
     "fp8-tensor-sfp16": "fp8-e4m3-tensor-sfp16",
     "fp8-e4m3": "fp8-e4m3-channel",
     "fp8-e5m2": "fp8-e5m2-channel",
+    "fp8-b128x128": "fp8-e4m3-b128x128",
+    "fp8-e5m2-sfp16-b2x16": "fp8-e5m2-b2x16-sfp16",
     "fp8-e5m2-g16-sbf16": "fp8-e5m2-g16-sbf16",
     "int8": "int8-channel",
     "int8-asym": "int8-channel-asym",
@@ -87,6 +89,18 @@ ERRORS = {
     "fp8-asym": ["asym"],
     "fp8-e5m2-dq": ["dq"],
     "fp8-g8": ["g8", "16"],
+    "fp8-b128": ["b128", "b<rows>x<columns>"],
+    "fp8-b128x": ["b128x", "16"],
+    "fp8-b128x8": ["b128x8", "16"],
+    "fp8-bx128": ["bx128", "power of 2"],
+    "fp8-b1x128": ["b1x128", "power of 2"],
+    "fp8-b96x128": ["b96x128", "power of 2"],
+    "fp8-b-2x128": ["b<rows>x<columns>"],
+    "fp8-b4194304x128": ["b4194304x128", "power of 2"],
+    "fp8-b128x128x2": ["b128x128x2", "16"],
+    "fp8-g32-b128x128": ["twice"],
+    "int4-b128x128": ["b128x128", "g<"],
+    "nf4-b64x64": ["b64x64", "32"],
     "fp16-g64": ["g64"],
     "fp16-asym": ["asym"],
     "fp16-tensor": ["tensor"],
@@ -120,6 +134,7 @@ def test_fields(text):
     assert ours.canonical == spec.canonical == text
     assert (ours.family, ours.grid, ours.bits) == (spec.family, spec.kind, spec.bits)
     assert (ours.group, ours.asymmetric, ours.scale) == (spec.group, spec.asymmetric, spec.scale)
+    assert ours.group_rows == spec.rows
 
 
 def test_formats_are_the_defaults_of_the_table():

@@ -31,6 +31,7 @@ MODULES = [
     "activations",
     "ops",
     "ops_int8",
+    "ops_fp8",
     "qtensor",
     "grids",
     "quantizers",

@@ -1,8 +1,8 @@
 // Rounding to nearest: scales per group, codes, bit streams, and the double quantization of scales.
 //
-// A row is read as fp32, its groups get their scales, its codes are packed. A scale per matrix needs a pass over
-// all rows first; nested scales are quantized after all rows are done. Faults are collected per row, so that the one
-// reported does not depend on the threads.
+// A row is read as fp32, its groups get their scales, its codes are packed. A scale per matrix, or per block of rows,
+// needs a pass over those first; nested scales are quantized after all rows are done. Faults are collected per row, so
+// that the one reported does not depend on the threads.
 #include <algorithm>
 #include <cmath>
 
@@ -188,12 +188,65 @@ EncodeStatus encode_rows(const EncodeArgs& args) {
   return faults.first();
 }
 
+// Scales for some columns of several rows, which are read twice: for the ranges, and for the codes.
+EncodeStatus encode_bands(const EncodeArgs& args) {
+  const Kernels& kernels = cpu::kernels();
+  const Format& format = args.format;
+  const int64_t n = args.w.rows, k = args.w.columns, band_rows = int64_t{1} << format.row_shift;
+  const int64_t groups = groups_in_row(format, k);
+  const auto each_group = [&](const auto& fn) {
+    for (int64_t g = 0; g < groups; ++g) fn(g, g * format.group, std::min(k - g * format.group, format.group));
+  };
+  Faults faults;
+  cut(args.parallel_for, ceil_div(n, band_rows), grain_rows(band_rows * k), [&](int64_t begin, int64_t end) {
+    RowScratch scratch(k, 0);
+    Buffer<GroupRange> ranges(groups);
+    Buffer<GroupGrid> grids(groups);
+    float* w = scratch.w.data();
+    for (int64_t band = begin; band < end; ++band) {
+      const int64_t first_row = band * band_rows, end_row = std::min(n, first_row + band_rows);
+      EncodeStatus status;
+      std::fill_n(ranges.data(), groups, GroupRange{0.0f, 0.0f, true});
+      for (int64_t r = first_row; r < end_row && status.fault == EncodeFault::None; ++r) {
+        read_row(kernels, args.w, r, w);
+        each_group([&](int64_t g, int64_t first, int64_t count) {
+          const GroupRange range = kernels.group_range(w + first, count);
+          ranges[g] = {std::min(ranges[g].low, range.low), std::max(ranges[g].high, range.high),
+                       ranges[g].finite && range.finite};
+          if (!range.finite && status.fault == EncodeFault::None) status = not_finite(w, k, r);
+        });
+      }
+      each_group([&](int64_t g, int64_t first, int64_t) {
+        if (status.fault != EncodeFault::None) return;
+        grids[g] = choose_grid(format.info(), format.zero, format.scale, ranges[g]);
+        if (const EncodeFault fault = scale_fault(format.info(), grids[g]); fault != EncodeFault::None) {
+          status = {fault, first_row, first, grids[g].exact, 0};
+        }
+        store_scale(args.out.scales, format.scale, band * groups + g, grids[g].scale);
+      });
+      if (status.fault != EncodeFault::None) {
+        faults.add(status);
+        continue;
+      }
+      for (int64_t r = first_row; r < end_row; ++r) {
+        read_row(kernels, args.w, r, w);
+        each_group([&](int64_t g, int64_t first, int64_t count) {
+          quantize_group(kernels, format, grids[g], w + first, count, scratch.codes.data() + first);
+        });
+        pack_row(args, r, scratch);
+      }
+    }
+  });
+  return faults.first();
+}
+
 }  // namespace
 
 EncodeStatus encode(const EncodeArgs& args) {
   if (args.format.info().grid == Grid::Cast) return encode_cast(args);
   if (args.format.is_block()) return encode_blocks(args);
-  return args.format.group == kPerTensor ? encode_tensor(args) : encode_rows(args);
+  if (args.format.group == kPerTensor) return encode_tensor(args);
+  return args.format.row_shift > 0 ? encode_bands(args) : encode_rows(args);
 }
 
 }  // namespace bitfold::cpu

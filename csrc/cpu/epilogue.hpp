@@ -6,7 +6,7 @@
 
 namespace bitfold::cpu {
 
-// Sums of weight rows [begin, end) and one row of x, plus bias, to row j of y.
+// Sums of weight rows [begin, end) and one row of x, times the row's scale, plus bias, to row j of y.
 class Epilogue {
  public:
   Epilogue(const Kernels& kernels, const LinearArgs& args, int64_t begin, int64_t end)
@@ -17,6 +17,10 @@ class Epilogue {
     }
   }
   void operator()(int64_t j, float* sums) {
+    if (args_.row_scales != nullptr) {
+      const float scale = args_.row_scales[j];
+      for (int64_t i = 0; i < count_; ++i) sums[i] *= scale;
+    }
     if (args_.bias != nullptr) {
       for (int64_t i = 0; i < count_; ++i) sums[i] += bias_[i];
     }

@@ -160,6 +160,7 @@ void linear_floor(const LinearArgs& args) {
       for (int64_t j = 0; j < args.x.rows; ++j) {
         double sum = 0.0;
         for (int64_t c = 0; c < w.k; ++c) sum += x[j * w.k + c] * static_cast<double>(row[c]);
+        if (args.row_scales != nullptr) sum *= static_cast<double>(args.row_scales[j]);
         if (args.bias != nullptr) sum += bias[i];
         store_double(args.x.dtype, args.y, j * w.n + i, sum);
       }

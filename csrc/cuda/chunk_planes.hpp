@@ -73,7 +73,7 @@ struct PlaneChunk {
     int64_t first;  // nested: which scale of the matrix that is
   };
   BITFOLD_DEVICE static ScaleRow scale_row(const PlaneMatrix& w, int64_t row) {
-    const int64_t first = row * w.row_scales;
+    const int64_t first = scale_row_of<Row>(w, row) * w.row_scales;
     const int bytes = w.scale == Scale::F32 ? 4 : kNested && w.scale == Scale::Nested ? 1 : 2;
     return {w.scales + first * bytes, kInteger ? w.zeros + row * w.row_zeros : nullptr, kNested ? first : 0};
   }

@@ -32,6 +32,10 @@ struct PlanesArgs {
   Faults* faults;
 
   constexpr bool per_tensor() const { return format.group == kPerTensor; }
+  // Rows that are looked at together: those that share scales, but of one for the matrix each alone.
+  constexpr int64_t bands() const { return bitfold::ceil_div(w.rows, int64_t{1} << format.row_shift); }
+  constexpr int64_t band_begin(int64_t band) const { return band << format.row_shift; }
+  constexpr int64_t band_end(int64_t band) const { return smaller(w.rows, band_begin(band + 1)); }
   constexpr int64_t first_byte(int64_t r, int64_t entries) const {
     return r * bitfold::ceil_div(entries * row.bits, 8);
   }
@@ -79,13 +83,19 @@ BITFOLD_DEVICE void set_grid(const PlanesArgs& a, int64_t g, const GroupRange& r
 
 // A warp, a group.
 __global__ void __launch_bounds__(kThreads) encode_grids(PlanesArgs a) {
-  const int64_t count = a.w.rows * a.groups;
+  const int64_t count = a.bands() * a.groups;
   for (int64_t g = int64_t{blockIdx.x} * kWarps + ptx::warp_id(); g < count; g += int64_t{gridDim.x} * kWarps) {
-    const int64_t r = g / a.groups, first = g % a.groups * a.group;
-    const GroupRange range = range_of(a, r, first, smaller(a.w.columns - first, a.group));
+    const int64_t band = g / a.groups, first = g % a.groups * a.group, row = a.band_begin(band);
+    GroupRange range = range_of(a, row, first, smaller(a.w.columns - first, a.group));
+    for (int64_t r = row + 1; r < a.band_end(band); ++r) {
+      const GroupRange more = range_of(a, r, first, smaller(a.w.columns - first, a.group));
+      range.low = more.low < range.low ? more.low : range.low;
+      range.high = more.high > range.high ? more.high : range.high;
+      range.finite = range.finite && more.finite;
+    }
     if (ptx::lane_id() != 0) continue;
-    if (a.per_tensor()) a.ranges[r] = range;
-    else if (range.finite) set_grid(a, g, range, r, first);
+    if (a.per_tensor()) a.ranges[row] = range;
+    else if (range.finite) set_grid(a, g, range, row, first);
   }
 }
 
@@ -130,7 +140,7 @@ BITFOLD_DEVICE void encode_codes_as(const PlanesArgs& a) {
     const int present = static_cast<int>(smaller<int64_t>(kPiece, a.w.columns - first));
     float numbers[kPiece];
     read_floats(a.w, r * a.w.row_stride + first * a.w.column_stride, a.w.column_stride, present, numbers);
-    int64_t group = a.per_tensor() ? 0 : r * a.groups + first / a.group;
+    int64_t group = a.per_tensor() ? 0 : scale_row(a.format, r) * a.groups + first / a.group;
     int64_t left = a.per_tensor() ? kPiece : a.group - first % a.group;  // columns of the group
     const auto codes_of = [&](int64_t g) {
       const float scale = read_scale(a.scales, a.format.scale == Scale::Nested ? Scale::F32 : a.format.scale, g);
@@ -282,7 +292,10 @@ __global__ void __launch_bounds__(1) explain_fault(PlanesArgs a) {
     if (a.per_tensor()) {
       for (int64_t r = 0; r < a.w.rows; ++r) add(a.ranges[r].low, a.ranges[r].high);
     } else {
-      for (int64_t i = 0; i < smaller(a.w.columns - status.column, a.group); ++i) add(number(i), number(i));
+      for (const int64_t end = a.band_end(status.row >> a.format.row_shift); status.row < end; ++status.row) {
+        for (int64_t i = 0; i < smaller(a.w.columns - status.column, a.group); ++i) add(number(i), number(i));
+      }
+      status.row = place / columns;
     }
     const GroupGrid grid = choose_grid(a.row, a.format.zero, a.format.scale, range);
     status.fault = scale_fault(a.row, grid);
@@ -349,7 +362,8 @@ void start(const char* name, Kernel kernel, const PlanesArgs& a, int64_t count, 
 }
 
 void encode_planes(const PlanesArgs& a, Stream stream) {
-  const int64_t rows = a.w.rows, pieces = rows * bitfold::ceil_div(a.w.columns, kPiece), groups = rows * a.groups;
+  const int64_t rows = a.w.rows, pieces = rows * bitfold::ceil_div(a.w.columns, kPiece);
+  const int64_t groups = a.bands() * a.groups;
   if (a.row.grid == Grid::Cast) return start("encode_cast", encode_cast, a, pieces, kThreads, stream);
   start("encode_grids", encode_grids, a, groups, kWarps, stream);
   if (a.per_tensor()) start("encode_tensor_grid", encode_tensor_grid, a, 1, 1, stream, kWarp);

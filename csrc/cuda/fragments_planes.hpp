@@ -193,6 +193,7 @@ struct PlaneMatrix {
   int64_t n;
   int64_t row_bytes;   // of codes
   int64_t row_scales;  // from the first scale of a row to that of the next: 0 where the matrix has one
+  int row_shift;       // log2 of the rows that have the same
   int64_t row_zeros;   // the same of zeros, in bytes
   Divider pieces;      // of a group
   int row;             // of the table of formats
@@ -209,7 +210,7 @@ inline PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
   constexpr uint32_t kAll = (1u << 31) - 1;
   const int64_t group = w.format.group, groups = groups_in_row(w.format, w.k);
   const int scale_bytes = static_cast<int>(dtype_bits(scale_dtype(w.format.scale)) / 8);
-  const int64_t scale_bytes_all = (group == kPerTensor ? 1 : w.n * groups) * scale_bytes;
+  const int64_t scale_bytes_all = (scale_row(w.format, w.n - 1) + 1) * groups * scale_bytes;
   const int64_t zero_bytes_all = group == kPerTensor ? 1 : w.n * row_zero_bytes(w.format, w.k);
   const auto pieces =
       group < 1 ? kAll : static_cast<uint32_t>(smaller(larger<int64_t>(group / columns_of_piece, 1), int64_t{kAll}));
@@ -225,12 +226,20 @@ inline PlaneMatrix plane_matrix(const Weight& w, int columns_of_piece) {
       .n = w.n,
       .row_bytes = bitfold::ceil_div(w.k * w.format.bits(), int64_t{8}),
       .row_scales = group == kPerTensor ? 0 : groups,
+      .row_shift = w.format.row_shift,
       .row_zeros = row_zero_bytes(w.format, w.k),
       .pieces = Divider::of(pieces),
       .row = w.format.row,
       .scale = w.format.scale,
       .scale_bytes = scale_bytes,
   };
+}
+
+// The row of the plane of scales that a row of the weight has its scales in.
+template <int Row>
+BITFOLD_DEVICE int64_t scale_row_of(const PlaneMatrix& w, int64_t row) {
+  if constexpr (kFormats[Row].tall) return row >> w.row_shift;
+  else return row;
 }
 
 // What a lane has loaded of the scales of a group of its two rows, to be looked at when it has arrived.
@@ -330,7 +339,9 @@ class PlaneFragments {
     const int64_t group = w.format.group;
     const bool whole = Sections > 1 ? group == Columns / Sections : group < 1 || group % Columns == 0;
     // Rows of a turn are told apart by 32 bits.
-    return w.layout == Layout::Rows && w.k % Columns == 0 && whole && w.k < int64_t{1} << 26 &&
+    // Where rows share scales, those must be whole words: which half of one is a row's is told by the row alone.
+    const bool alone = w.format.row_shift == 0 || w.format.scale == Scale::F32;
+    return w.layout == Layout::Rows && w.k % Columns == 0 && whole && alone && w.k < int64_t{1} << 26 &&
            groups_in_row(w.format, w.k) * w.n < int64_t{1} << 30;
   }
 
@@ -367,7 +378,7 @@ class PlaneFragments {
         offsets_[turn] = below * static_cast<uint32_t>(w.row_bytes) + static_cast<uint32_t>(of_row * kChunk);
       }
       const int64_t mine = real(ptx::lane_id() % (16 * R));
-      scale_ = static_cast<uint32_t>(mine * w.row_scales);
+      scale_ = static_cast<uint32_t>(scale_row_of<Row>(w, mine) * w.row_scales);
       zeros_ = static_cast<uint32_t>(mine * w.row_zeros);
     }
 

@@ -89,7 +89,7 @@ class RaggedFragments {
     for (int i = 0; i < 2; ++i) {
       const int64_t mine = smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.planes.n - 1);
       codes_[i] = w.planes.codes + mine * w.planes.row_bytes;
-      scales_[i] = w.planes.scales + mine * w.planes.row_scales * w.planes.scale_bytes;
+      scales_[i] = w.planes.scales + (mine >> w.planes.row_shift) * w.planes.row_scales * w.planes.scale_bytes;
       zeros_[i] = w.planes.zeros == nullptr ? nullptr : w.planes.zeros + mine * w.planes.row_zeros;
     }
   }

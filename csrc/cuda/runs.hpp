@@ -262,7 +262,7 @@ BITFOLD_DEVICE LoadedRun load_run(const WeightRuns& d, int64_t row, int64_t colu
   LoadedRun run{};
   run.codes = load_bytes<kRow.bits, lowest_bit(kRow.bits)>(static_cast<const uint8_t*>(d.w.codes) + row * d.row_bytes +
                                                            begin / kRun * kRow.bits);
-  const int64_t group = group_of(d, begin), at = d.w.format.group == kPerTensor ? 0 : row * d.groups + group;
+  const int64_t group = group_of(d, begin), at = scale_row(d.w.format, row) * d.groups + group;
   if constexpr (kRow.grid == Grid::Integer) run.zero = static_cast<uint32_t>(zero_at<Row>(d, row, group));
   if (d.w.format.scale == Scale::F32) {
     run.scale = ptx::load4(static_cast<const float*>(d.w.scales) + at);
@@ -318,7 +318,7 @@ BITFOLD_DEVICE void decode_run(const WeightRuns& d, int64_t row, int64_t column,
     const int zero = kRow.grid == Grid::Integer ? zero_at<Row>(d, row, group) : 0;
     run_values<Row>(codes + begin / kRun * kRow.bits, zero, codebook, values);
     if constexpr (kRow.grid != Grid::Cast) {
-      const float scale = scale_at(d.w, d.w.format.group == kPerTensor ? 0 : row * d.groups + group);
+      const float scale = scale_at(d.w, scale_row(d.w.format, row) * d.groups + group);
 #pragma unroll
       for (int j = 0; j < kRun; ++j) values[j] *= scale;
     }
@@ -336,7 +336,7 @@ BITFOLD_DEVICE void decode_run(const WeightRuns& d, int64_t row, int64_t column,
         float value;
         if constexpr (kHasCodebook<Row>) value = codebook[code];
         else value = code_value<Row>(code, kRow.grid == Grid::Integer ? zero_at<Row>(d, row, group) : 0);
-        values[j] = value * scale_at(d.w, d.w.format.group == kPerTensor ? 0 : row * d.groups + group);
+        values[j] = value * scale_at(d.w, scale_row(d.w.format, row) * d.groups + group);
       }
     }
   }
@@ -354,7 +354,8 @@ inline int log2_or_minus_one(int64_t value) {
 inline bool rows_are_one(const Weight& w) {
   const int64_t group = w.format.group;
   if (w.format.is_block() || w.format.info().grid == Grid::Cast) return w.k % kRun == 0;
-  if (w.layout != Layout::Rows || group < 1 || w.k % group != 0 || w.k % kRun != 0) return false;
+  if (w.layout != Layout::Rows || w.format.row_shift > 0 || group < 1 || w.k % group != 0 || w.k % kRun != 0)
+    return false;
   return w.zeros == nullptr || w.k / group * w.format.bits() % 8 == 0;
 }
 

@@ -39,7 +39,8 @@ struct MatrixIn {
   int64_t column_stride;
 };
 
-// y[m, n] = x[m, k] w[n, k]^T + bias[n]; y is contiguous and has x's dtype, bias likewise.
+// y[m, n] = x[m, k] w[n, k]^T + bias[n]; y is contiguous and has x's dtype, bias likewise. With row_scales, row j of x
+// stands for row_scales[j] times what it holds.
 struct LinearArgs {
   Weight w;
   MatrixIn x;
@@ -47,6 +48,7 @@ struct LinearArgs {
   void* y;
   ParallelFor parallel_for;
   Activations activations = Activations::Float;  // Int8: w is of blocks
+  const float* row_scales = nullptr;             // the CPU's alone
 };
 
 // dx[m, k] = dy[m, n] w[n, k]; dx is contiguous and has dy's dtype.

@@ -26,7 +26,7 @@ BITFOLD_INLINE float read_scale(const void* scales, Scale dtype, int64_t i) {
 
 // Scale of group `group` in plane row `row`.
 BITFOLD_INLINE float group_scale(const Weight& w, int64_t row, int64_t group) {
-  const int64_t i = w.format.group == kPerTensor ? 0 : row * groups_in_row(w.format, w.plane_columns()) + group;
+  const int64_t i = scale_row(w.format, row) * groups_in_row(w.format, w.plane_columns()) + group;
   if (w.format.scale != Scale::Nested) return read_scale(w.scales, w.format.scale, i);
   const float unit = kDynamicMap[static_cast<const uint8_t*>(w.scales)[i]];
   const float product = unit * w.nested_scales[i / kNestedGroup];

@@ -68,10 +68,11 @@ std::optional<int> match_family(std::string_view text, std::string_view* rest) {
   return std::nullopt;
 }
 
-int64_t parse_group(std::string_view text, std::string_view token, const FormatRow& row) {
+// The columns in a token, which start at place `at` of it.
+int64_t parse_group(std::string_view text, std::string_view token, size_t at, const FormatRow& row) {
   int64_t group = 0;
-  const auto [end, error] = std::from_chars(token.data() + 1, token.data() + token.size(), group);
-  const std::string what = row.group_letter == 'b' ? "block" : "group";
+  const auto [end, error] = std::from_chars(token.data() + at, token.data() + token.size(), group);
+  const std::string what = token[0] == 'b' ? "block" : "group";
   if (error != std::errc() || end != token.data() + token.size() || group < row.min_group || group > row.max_group) {
     std::string range = "of at least " + std::to_string(row.min_group) + " columns";
     if (row.max_group != kAnyGroup) {
@@ -81,6 +82,21 @@ int64_t parse_group(std::string_view text, std::string_view token, const FormatR
                    " " + range);
   }
   return group;
+}
+
+// "b<rows>x<columns>": a scale for so many columns of so many rows.
+void parse_tile(std::string_view text, std::string_view token, const FormatRow& row, Format* format) {
+  constexpr int kMostShift = 20;
+  const size_t by = token.find('x');
+  int64_t rows = 0;
+  const auto [end, error] = std::from_chars(token.data() + 1, token.data() + by, rows);
+  const bool power = rows > 1 && rows <= int64_t{1} << kMostShift && (rows & (rows - 1)) == 0;
+  if (error != std::errc() || end != token.data() + by || !power) {
+    fail(text, "has the block '" + std::string(token) + "'; its rows must be a power of 2 from 2 to 2^" +
+                   std::to_string(kMostShift));
+  }
+  format->group = parse_group(text, token, by + 1, row);
+  for (format->row_shift = 0; rows >> format->row_shift != 1;) ++format->row_shift;
 }
 
 }  // namespace
@@ -106,7 +122,10 @@ Format parse_format(std::string_view text) {
       format.group = token == "tensor" ? kPerTensor : kPerChannel;
     } else if (groups && token.size() > 1 && token[0] == row.group_letter) {
       once(has_group, "granularity");
-      format.group = parse_group(text, token, row);
+      format.group = parse_group(text, token, 1, row);
+    } else if (row.tall && token.size() > 1 && token[0] == 'b' && token.find('x') != std::string_view::npos) {
+      once(has_group, "granularity");
+      parse_tile(text, token, row, &format);
     } else if (row.asymmetric && token == "asym") {
       if (format.zero == Zero::Integer) fail(text, "says 'asym' twice");
       format.zero = Zero::Integer;
@@ -125,6 +144,7 @@ Format parse_format(std::string_view text) {
       };
       part(groups && row.group_letter == 'g', "tensor, channel");
       part(groups, std::string(1, row.group_letter) + "<columns>");
+      part(row.tall, "b<rows>x<columns>");
       part(row.asymmetric, "asym");
       part(row.scale != Scale::None, "sfp16, sbf16, sfp32");
       part(row.nested, "dq");
@@ -143,6 +163,8 @@ std::string to_string(const Format& format) {
     text += "-tensor";
   } else if (format.group == kPerChannel) {
     text += "-channel";
+  } else if (format.row_shift > 0) {
+    text += "-b" + std::to_string(int64_t{1} << format.row_shift) + "x" + std::to_string(format.group);
   } else {
     text += std::string("-") + row.group_letter + std::to_string(format.group);
   }

@@ -41,6 +41,7 @@ struct FormatRow {
   bool nested;        // may nest its scales
   bool high_first;    // the even code of a byte sits in the high nibble
   int block_bytes;    // of a block of `group` columns; 0 for the formats with planes
+  bool tall;          // a scale may be for some columns of several rows
 };
 
 inline constexpr int64_t kAnyGroup = int64_t{1} << 40;
@@ -48,23 +49,24 @@ inline constexpr int64_t kAnyGroup = int64_t{1} << 40;
 // fp8 scales are fp32: the largest weight over 57344 is below what fp16 holds for ordinary weights.
 // A GGUF block type: `bits` of a code, `values` columns in `bytes` bytes. It has no parameters.
 constexpr FormatRow block_row(std::string_view family, int bits, int64_t values, int bytes) {
-  return {family, Grid::Block, bits, 0.0f, Scale::None, values, 0, 0, ' ', false, false, false, bytes};
+  return {family, Grid::Block, bits, 0.0f, Scale::None, values, 0, 0, ' ', false, false, false, bytes, false};
 }
 
 inline constexpr std::array kFormats = {
-    FormatRow{"fp16", Grid::Cast, 16, 65504.0f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false, 0},
+    FormatRow{"fp16", Grid::Cast, 16, 65504.0f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false, 0, false},
     FormatRow{"bf16", Grid::Cast, 16, 3.3895313892515355e38f, Scale::None, kPerTensor, 0, 0, ' ', false, false, false,
-              0},
+              0, false},
     FormatRow{"fp8-e4m3", Grid::Minifloat, 8, 448.0f, Scale::F32, kPerChannel, 16, kAnyGroup, 'g', false, false, false,
-              0},
+              0, true},
     FormatRow{"fp8-e5m2", Grid::Minifloat, 8, 57344.0f, Scale::F32, kPerChannel, 16, kAnyGroup, 'g', false, false,
-              false, 0},
-    FormatRow{"int8", Grid::Integer, 8, 127.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', true, false, false, 0},
-    FormatRow{"int4", Grid::Integer, 4, 7.0f, Scale::F16, 128, 16, kAnyGroup, 'g', true, false, false, 0},
-    FormatRow{"int3", Grid::Integer, 3, 3.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false, 0},
-    FormatRow{"int2", Grid::Integer, 2, 1.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false, 0},
-    FormatRow{"nf4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true, 0},
-    FormatRow{"fp4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true, 0},
+              false, 0, true},
+    FormatRow{"int8", Grid::Integer, 8, 127.0f, Scale::F16, kPerChannel, 16, kAnyGroup, 'g', true, false, false, 0,
+              false},
+    FormatRow{"int4", Grid::Integer, 4, 7.0f, Scale::F16, 128, 16, kAnyGroup, 'g', true, false, false, 0, false},
+    FormatRow{"int3", Grid::Integer, 3, 3.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false, 0, false},
+    FormatRow{"int2", Grid::Integer, 2, 1.0f, Scale::F16, 64, 16, kAnyGroup, 'g', true, false, false, 0, false},
+    FormatRow{"nf4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true, 0, false},
+    FormatRow{"fp4", Grid::Codebook, 4, 1.0f, Scale::F32, 64, 32, 4096, 'b', false, true, true, 0, false},
     block_row("q4_0", 4, 32, 18),
     block_row("q4_1", 4, 32, 20),
     block_row("q5_0", 5, 32, 22),
@@ -118,6 +120,7 @@ struct Format {
   int64_t group;  // kPerTensor, kPerChannel, or columns of a group
   Zero zero;
   Scale scale;
+  int row_shift = 0;  // log2 of the rows that share their scales; kPerTensor: all do
 
   constexpr const FormatRow& info() const { return kFormats[static_cast<size_t>(row)]; }
   constexpr int bits() const { return info().bits; }
@@ -141,12 +144,13 @@ enum PlaneIndex : int { kCodes, kScales, kZeros, kNestedScales, kNestedOffset, k
 
 // The size law of one plane as plain numbers, so that Python can divide symbolic sizes by them:
 //   entries of a row = per > 0 ? ceil(k / per) : 1;  columns = ceil(entries * bits / unit);
-//   shape = nested_per > 0 ? [ceil(rows * entries / nested_per)] : [rows, columns], rows = one_row ? 1 : n.
+//   rows = rows_per > 0 ? ceil(n / rows_per) : 1;
+//   shape = nested_per > 0 ? [ceil(rows * entries / nested_per)] : [rows, columns].
 struct PlaneLaw {
   PlaneIndex plane;
   std::string_view name;
   DType dtype;
-  bool one_row;
+  int64_t rows_per;
   int64_t per;
   int64_t bits;
   int64_t unit;        // bits of one stored element
@@ -180,25 +184,25 @@ constexpr int64_t dtype_bits(DType dtype) {
 
 constexpr PlaneLaws plane_laws(const Format& format) {
   const FormatRow& row = format.info();
-  const bool one_row = format.group == kPerTensor;
+  const int64_t scale_rows = format.group == kPerTensor ? 0 : int64_t{1} << format.row_shift;
   const int64_t per = format.group > 0 ? format.group : 0;
   PlaneLaws laws{};
   auto add = [&](PlaneLaw law) { laws.items[static_cast<size_t>(laws.count++)] = law; };
   if (row.grid == Grid::Cast) {
-    add({kCodes, "codes", format.row == kFp16 ? DType::F16 : DType::BF16, false, 1, 16, 16, 0});
+    add({kCodes, "codes", format.row == kFp16 ? DType::F16 : DType::BF16, 1, 1, 16, 16, 0});
     return laws;
   }
   if (format.is_block()) {
-    add({kCodes, "blocks", DType::U8, false, per, 8 * row.block_bytes, 8, 0});
+    add({kCodes, "blocks", DType::U8, 1, per, 8 * row.block_bytes, 8, 0});
     return laws;
   }
   const DType scale = scale_dtype(format.scale);
-  add({kCodes, "codes", DType::U8, false, 1, row.bits, 8, 0});
-  add({kScales, "scales", scale, one_row, per, dtype_bits(scale), dtype_bits(scale), 0});
-  if (format.zero == Zero::Integer) add({kZeros, "zeros", DType::U8, one_row, per, row.bits, 8, 0});
+  add({kCodes, "codes", DType::U8, 1, 1, row.bits, 8, 0});
+  add({kScales, "scales", scale, scale_rows, per, dtype_bits(scale), dtype_bits(scale), 0});
+  if (format.zero == Zero::Integer) add({kZeros, "zeros", DType::U8, scale_rows, per, row.bits, 8, 0});
   if (format.scale == Scale::Nested) {
-    add({kNestedScales, "nested_scales", DType::F32, one_row, per, 32, 32, kNestedGroup});
-    add({kNestedOffset, "nested_offset", DType::F32, true, 0, 32, 32, kOneElement});
+    add({kNestedScales, "nested_scales", DType::F32, scale_rows, per, 32, 32, kNestedGroup});
+    add({kNestedOffset, "nested_offset", DType::F32, 0, 0, 32, 32, kOneElement});
   }
   return laws;
 }
@@ -211,7 +215,7 @@ struct Extent {
 };
 
 constexpr Extent plane_extent(const PlaneLaw& law, int64_t n, int64_t k) {
-  const int64_t rows = law.one_row ? 1 : n;
+  const int64_t rows = law.rows_per > 0 ? ceil_div(n, law.rows_per) : 1;
   const int64_t entries = law.per > 0 ? ceil_div(k, law.per) : 1;
   if (law.nested_per == kOneElement) return {1, 1, 1};
   if (law.nested_per > 0) return {1, 1, ceil_div(rows * entries, law.nested_per)};
@@ -232,6 +236,10 @@ constexpr int64_t stored_bytes(const Format& format, int64_t n, int64_t k) {
 constexpr int64_t groups_in_row(const Format& format, int64_t k) {
   return format.group > 0 ? ceil_div(k, format.group) : 1;
 }
+// The row of the plane of scales that row `row` of the weight has its scales in.
+constexpr int64_t scale_row(const Format& format, int64_t row) {
+  return format.group == kPerTensor ? 0 : row >> format.row_shift;
+}
 
 // 4096 x 4096 at the defaults, in bits per weight: the figures that people quote.
 constexpr double bits_per_weight(const Format& f, int64_t n, int64_t k) {
@@ -243,6 +251,7 @@ static_assert(bits_per_weight({kInt4, 128, Zero::Integer, Scale::F16}, 4096, 409
 static_assert(bits_per_weight({kInt3, 64, Zero::None, Scale::F16}, 4096, 4096) == 3.25);
 static_assert(bits_per_weight({kInt2, 64, Zero::None, Scale::F16}, 4096, 4096) == 2.25);
 static_assert(bits_per_weight({kNf4, 64, Zero::None, Scale::F32}, 4096, 4096) == 4.5);
+static_assert(stored_bytes({kE4m3, 128, Zero::None, Scale::F32, 7}, 130, 257) == 130 * 257 + 2 * 3 * 4);
 static_assert(stored_bytes({kNf4, 64, Zero::None, Scale::Nested}, 4096, 4096) ==
               4096 * 2048 + 4096 * 64 + 4 * 1024 + 4);  // 4.127 bits
 static_assert(stored_bytes({kInt8, kPerChannel, Zero::None, Scale::F16}, 4096, 4096) == 4096 * 4096 + 2 * 4096);

@@ -10,8 +10,10 @@
 
 #include "cpu/cpu.hpp"
 #include "cpu/gptq.hpp"
+#include "cpu/linear_fp8.hpp"
 #include "cuda/architectures.hpp"
 #include "cuda/cuda.hpp"
+#include "cuda/fp8.hpp"
 #include "cuda/gptq.hpp"
 #include "torch/border.hpp"
 #include "torch/stream.hpp"
@@ -151,7 +153,23 @@ void Device::linear_int8(LinearInt8Args args) const {
   on(gpu_, only_on_the_cpu, [&] { cpu::linear_int8(args); });
 }
 
+void Device::round_fp8(RoundFp8Args args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, [&] { cuda::round_fp8(args, stream_); }, [&] { cpu::round_fp8(args); });
+}
+
+int Device::capability() const {
+  int capability = 0;
+  on(gpu_, [&] { capability = cuda::gpu().capability; }, [] {});
+  return capability;
+}
+
 // What only the CPU has: the border has said so already where `gpu_` holds.
+void Device::linear_fp8(LinearFp8Args args) const {
+  args.linear.parallel_for = parallel_for;
+  on(gpu_, only_on_the_cpu, [&] { cpu::linear_fp8(args); });
+}
+
 void Device::block_grid(cpu::BlockGridArgs args) const {
   args.parallel_for = parallel_for;
   on(gpu_, only_on_the_cpu, [&] { cpu::block_grid(args); });

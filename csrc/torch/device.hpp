@@ -10,6 +10,7 @@
 
 #include "cpu/block_codes.hpp"
 #include "formats/args.hpp"
+#include "formats/fp8.hpp"
 #include "formats/gptq.hpp"
 #include "formats/int8.hpp"
 
@@ -36,6 +37,9 @@ class Device {
   void linear(LinearArgs args, const Tensor& like) const;  // `like`: workspace is allocated beside it
   void linear_grad_x(LinearGradArgs args) const;
   void linear_int8(LinearInt8Args args) const;
+  void linear_fp8(LinearFp8Args args) const;  // the CPU's
+  void round_fp8(RoundFp8Args args) const;
+  int capability() const;  // 90 for a GPU of 9.0; the emulator has none and does all that is asked of it
   int64_t block_shape(const Format& format, int64_t* levels) const;  // columns with a step of their own
   void block_grid(cpu::BlockGridArgs args) const;
   void put_block_codes(cpu::BlockCodesArgs args) const;

@@ -48,6 +48,7 @@ py::list families() {
     item["min_group"] = row.min_group;
     item["max_group"] = row.max_group;
     item["group_letter"] = std::string(1, row.group_letter);
+    item["tall"] = row.tall;
     list.append(item);
   }
   return list;
@@ -61,6 +62,7 @@ py::dict format_info(const std::string& text) {
   info["grid"] = grid_name(format.info().grid);
   info["bits"] = format.bits();
   info["group"] = format.group;
+  info["group_rows"] = int64_t{1} << format.row_shift;
   info["asymmetric"] = format.zero == Zero::Integer;
   info["scale"] = scale_name(format.scale);
   py::list planes;
@@ -70,7 +72,7 @@ py::dict format_info(const std::string& text) {
     py::dict plane;
     plane["name"] = law.name;
     plane["dtype"] = dtype_name(law.dtype);
-    plane["one_row"] = law.one_row;
+    plane["rows_per"] = law.rows_per;
     plane["per"] = law.per;
     plane["bits"] = law.bits;
     plane["unit"] = law.unit;

@@ -9,8 +9,10 @@
 
 #include "cuda/plan.hpp"
 #include "torch/border.hpp"
+#include "torch/fp8.hpp"
 #include "torch/gptq.hpp"
 #include "torch/int8.hpp"
+#include "torch/products.hpp"
 
 namespace bitfold {
 namespace {
@@ -45,6 +47,10 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "linear_int8(Tensor x, Tensor[] planes, str format, SymInt n, SymInt k, Tensor? bias=None, float threshold=0, "
       "bool per_row=False, Tensor? x_scale=None, Tensor? outlier_columns=None, Tensor? outlier_weight=None) -> Tensor");
+  library.def(
+      "linear_fp8(Tensor x, Tensor[] planes, str format, SymInt n, SymInt k, Tensor? bias=None, Tensor? x_scale=None) "
+      "-> Tensor");
+  library.def("round_fp8(Tensor x, Tensor? x_scale=None) -> Tensor[]");
   library.def("block_grid(Tensor blocks, str format, SymInt n, SymInt k) -> Tensor[]");
   library.def("put_block_codes(Tensor blocks, Tensor codes, str format) -> Tensor");
   library.def("gptq_factor(Tensor hessian, Tensor order, float unit, float damping) -> Tensor[]");
@@ -67,6 +73,7 @@ void report(const EncodeStatus& status, const Format& format, const Tensor& weig
   const std::string at = "weight[" + std::to_string(status.row) + ", " + std::to_string(status.column) + "]";
   const std::string group = format.group == kPerTensor    ? std::string("the weight")
                             : format.group == kPerChannel ? "row " + std::to_string(status.row)
+                            : format.row_shift > 0        ? "the block that starts at " + at
                                                           : "group " + std::to_string(status.column / format.group) +
                                                                 " of row " + std::to_string(status.row);
   char value[32];
@@ -284,24 +291,12 @@ std::vector<Tensor> unpack(const std::vector<Tensor>& planes, const std::string&
 
 // ---- products ----
 
-Tensor empty_rows(const Tensor& x, int64_t columns) {
-  return empty_beside(x, shape_beside(x, columns), x.scalar_type());
-}
-
 // The weight decoded to x's dtype, or itself where it is stored in it: for torch's products.
 Tensor decoded_for(const Device& device, const Tensor& x, const Weight& w, const Tensor& plane) {
   if (w.format.info().grid == Grid::Cast && plane.scalar_type() == x.scalar_type()) return plane;
   Tensor decoded = empty_beside(x, {w.n, w.k}, x.scalar_type());
   device.decode({w, nullptr, w.n, float_dtype(x.scalar_type(), "x"), decoded.mutable_data_ptr(), nullptr});
   return decoded;
-}
-
-// Of contiguous rows: torch may multiply others in another order, and strides must not change the bits.
-template <class... Arguments>
-Tensor torch_product(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
 Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::string& format, int64_t n, int64_t k,
@@ -350,6 +345,8 @@ void implement(Library& library) {
   library.impl("linear_grad_x", TORCH_BOX(&linear_grad_x));
   library.impl("embedding", TORCH_BOX(&embedding));
   library.impl("linear_int8", TORCH_BOX(&linear_int8));
+  library.impl("linear_fp8", TORCH_BOX(&linear_fp8));
+  library.impl("round_fp8", TORCH_BOX(&round_fp8));
   library.impl("block_grid", TORCH_BOX(&block_grid));
   library.impl("put_block_codes", TORCH_BOX(&put_block_codes));
   library.impl("gptq_factor", TORCH_BOX(&gptq_factor));

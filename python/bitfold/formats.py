@@ -25,13 +25,13 @@ class PlaneLaw:
     """Dtype and size of one plane (`PlaneLaw` of csrc/formats/format.hpp).
 
     A row has ceil(k / per) entries of `bits` bits each (per = 0: one entry), stored in elements of `unit`
-    bits; `one_row` planes have one row for the whole matrix. nested_per > 0: a vector with one element for so
-    many entries of the matrix.
+    bits. rows_per rows of the matrix have one row in the plane, with 0 all of them. nested_per > 0: a vector with
+    one element for so many entries of the matrix.
     """
 
     name: str
     dtype: torch.dtype
-    one_row: bool
+    rows_per: int
     per: int
     bits: int
     unit: int
@@ -39,7 +39,7 @@ class PlaneLaw:
 
     def logical_shape(self, n: int, k: int) -> tuple[int, ...]:
         """Shape of the unpacked plane: one element for each entry."""
-        rows = 1 if self.one_row else n
+        rows = ceil_div(n, self.rows_per) if self.rows_per > 0 else 1
         entries = ceil_div(k, self.per) if self.per > 0 else 1
         if self.nested_per > 0:
             return (ceil_div(rows * entries, self.nested_per),)
@@ -56,7 +56,8 @@ class Format:
     """One weight format: a row of the table and its parameters (docs/formats.md).
 
     grid: "cast", "minifloat", "integer", "codebook" or "block"; bits: of one code; group: columns of a group
-    (of a block), 0 for one scale a matrix, -1 for one a row; scale: "none", "fp16", "bf16", "fp32" or "nested";
+    (of a block), 0 for one scale a matrix, -1 for one a row; group_rows: rows that share their scales; scale:
+    "none", "fp16", "bf16", "fp32" or "nested";
     planes: in the order that every op takes.
     """
 
@@ -65,6 +66,7 @@ class Format:
     grid: str
     bits: int
     group: int
+    group_rows: int
     asymmetric: bool
     scale: str
     planes: tuple[PlaneLaw, ...]

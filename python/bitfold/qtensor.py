@@ -24,9 +24,9 @@ class Unpacked(NamedTuple):
     """What the planes say, one element an entry (n rows, k columns, G groups in a row).
 
     codes: uint8 [n, k] (cast families: the floats themselves); scales: the scale dtype, or uint8 where
-    nested, [n or 1, G]; zeros: uint8 [n or 1, G]; nested_scales: float32 [ceil(n * G / 256)]; nested_offset:
-    float32 [1]. None where the format has no such plane. g_idx: int32 [k], the group of each column; None where column
-    j is of group j // group.
+    nested, [n, G], 1 row for one scale a matrix and ceil(n / R) for blocks of R rows; zeros: uint8 [n or 1, G];
+    nested_scales: float32 [ceil(n * G / 256)]; nested_offset: float32 [1]. None where the format has no such
+    plane. g_idx: int32 [k], the group of each column; None where column j is of group j // group.
     """
 
     codes: Tensor

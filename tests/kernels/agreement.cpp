@@ -13,6 +13,7 @@
 
 #include "cpu/cpu.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/linear_fp8.hpp"
 #include "gptq.hpp"
 #include "numbers.hpp"
 
@@ -142,6 +143,31 @@ double check_format(const Format& format, const float* importance, Engine& engin
   return worst;
 }
 
+// Codes and scales of rows of activations as 8-bit floats: rows of every size, and hard ones.
+void check_rounding(Engine& engine) {
+  const int64_t k = columns(parse_format("fp8-e4m3")), m = 40;
+  Numbers x = gaussian(engine, m * k);
+  for (int64_t i = 0; i < m * k; ++i) x[static_cast<size_t>(i)] *= std::exp2(static_cast<float>(i / k * 7 - 150));
+  for (int64_t i = 0; i < k; ++i) {
+    x[static_cast<size_t>(i)] = static_cast<float>(i % 113) / 16.0f;  // ties
+    x[static_cast<size_t>(k + i)] = -0.0f;
+  }
+  x[0] = 28.0f;
+  x[static_cast<size_t>(2 * k + 5)] = std::numeric_limits<float>::quiet_NaN();
+  x[static_cast<size_t>(3 * k + 5)] = -std::numeric_limits<float>::infinity();
+  std::vector<uint8_t> codes(static_cast<size_t>(m * k));
+  Numbers scales(static_cast<size_t>(m));
+  Hash hash;
+  const float given = 0.01f;
+  for (const float* x_scale : {static_cast<const float*>(nullptr), &given}) {
+    cpu::round_fp8({{x.data(), DType::F32, m, k, k, 1}, x_scale, codes.data(), scales.data(), serial});
+    one_nan(scales);
+    hash.add(codes);
+    hash.add(scales);
+  }
+  hash.print(parse_format("fp8-e4m3"), "activations rounded");
+}
+
 // Every pattern of the 8-bit floats.
 void check_minifloats(const char* name) {
   std::vector<uint8_t> codes(256);
@@ -264,14 +290,15 @@ int main() {
   Engine engine(1);
   double worst = 0;
   for (const char* name :
-       {"fp16", "bf16", "fp8-e4m3-channel", "fp8-e5m2-g32", "int8-channel", "int8-tensor-asym", "int4-g128",
-        "int4-g32-asym", "int3-g64", "int3-g17-asym", "int2-g64", "nf4-b64", "nf4-b64-dq", "fp4-b64"}) {
+       {"fp16", "bf16", "fp8-e4m3-channel", "fp8-e5m2-g32", "fp8-e4m3-b4x32", "int8-channel", "int8-tensor-asym",
+        "int4-g128", "int4-g32-asym", "int3-g64", "int3-g17-asym", "int2-g64", "nf4-b64", "nf4-b64-dq", "fp4-b64"}) {
     worst = std::max(worst, check_format(parse_format(name), nullptr, engine));
   }
   check_minifloats("fp8-e4m3-channel");
   check_minifloats("fp8-e5m2-channel");
   check_rows_int8("int8-channel", engine);
   check_rows_int8("int8-tensor-asym", engine);
+  check_rounding(engine);
 
   const int64_t k = columns(parse_format("q4_k"));
   Numbers importance = gaussian(engine, k);

@@ -92,7 +92,8 @@ def check_zero_scales(name: str, qtensor: QTensor, report: Report) -> None:
     groups = torch.arange(k) // (format.group if format.group > 0 else max(1, k))
     if qtensor.g_idx is not None:
         groups = qtensor.g_idx.to(torch.int64)
-    zero = (logical.scales == 0).expand(n, -1)[:, groups]
+    scales = logical.scales.repeat_interleave(format.group_rows, 0)[:n]
+    zero = (scales == 0).expand(n, -1)[:, groups]
     if format.grid == "integer":
         half = torch.full_like(logical.scales, 1 << format.bits - 1, dtype=torch.int64)
         z = half if logical.zeros is None else logical.zeros.to(torch.int64)

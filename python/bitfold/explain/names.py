@@ -153,6 +153,8 @@ def _scale_dtype(format: Format) -> str:
 def _granularity(format: Format) -> str:
     if format.group == 0:
         return "the whole matrix"
+    if format.group_rows > 1:
+        return f"{format.group} consecutive weights of each of {format.group_rows} rows"
     return "each row" if format.group < 0 else f"{format.group} consecutive weights of a row"
 
 

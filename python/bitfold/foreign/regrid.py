@@ -58,10 +58,14 @@ def regrid(qtensor: QTensor, format: str, *, rounding: bool = False) -> QTensor:
         elif target.bits < source.bits and max(int(codes.max()), int(zeros.max())) >= 1 << target.bits:
             raise Unfit(f"its codes of {source.bits} bits don't fit {target.bits}")
     scales = _cast(scales, scale_dtype(target.canonical), rounding)
-    rows = 1 if target.group == 0 else qtensor.shape[0]
-    moved = [
-        None if plane is None else plane.expand(rows, -1)[:, of].contiguous() for plane in (scales, zeros)
-    ]
+    n = qtensor.shape[0]
+    if target.group_rows == source.group_rows == 1:
+        rows = 1 if target.group == 0 else n
+        moved = [None if plane is None else plane.expand(rows, -1) for plane in (scales, zeros)]
+    else:  # floats, which have no zeros
+        tall = target.group_rows == source.group_rows
+        moved = [scales if tall else scales.repeat_interleave(source.group_rows, 0)[:n], None]
+    moved = [None if plane is None else plane[:, of].contiguous() for plane in moved]
     return pack(codes, *moved, format=target.canonical, g_idx=qtensor.g_idx)
 
 
@@ -72,6 +76,8 @@ def _groups(qtensor: QTensor, source: Format, target: Format) -> Tensor:
         raise Unfit(
             f"its groups of {source.group} columns are not neighbours (it has g_idx), and {target}'s are"
         )
+    if target.group_rows not in (1, source.group_rows):
+        raise Unfit(f"{target} has one scale for {target.group_rows} rows together, and {source} hasn't")
     if source.group == target.group or (target.group == -1 and source.group == 0):
         return torch.arange(ceil_div(k, source.group) if source.group > 0 else 1)
     if target.group <= 0 or (source.group > 0 and source.group % target.group):

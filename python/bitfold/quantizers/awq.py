@@ -190,7 +190,8 @@ def _pieces(weight: Tensor, format: Format) -> Iterator[Tensor]:
     """Runs of rows that are rounded by themselves as within the matrix."""
     n, k = weight.shape
     whole = format.group == 0 or format.scale == "nested"  # scales of the matrix depend on all of its rows
-    yield from weight.split(max(1, n if whole else _PIECE // k))
+    together = format.group_rows
+    yield from weight.split(max(together, n if whole else _PIECE // k // together * together))
 
 
 def _rounding(scaled: Tensor, format: Format) -> Tensor | None:
@@ -304,7 +305,9 @@ def can_clip(format: str) -> bool:
     """Whether the range of each group is set by its own largest weights, which alone make clipping a choice."""
     parsed = parse(format)
     return (
-        parsed.grid in ("integer", "codebook", "minifloat") and parsed.group != 0 and parsed.scale != "nested"
+        parsed.grid in ("integer", "codebook", "minifloat")
+        and (parsed.group != 0 and parsed.group_rows == 1)
+        and parsed.scale != "nested"
     )
 
 
