@@ -22,12 +22,12 @@ import torch
 from bitfold import grids, hf
 from bitfold.cli.app import run
 from bitfold.evaluate import compare, cut
+from bitfold.outliers.measure import measure as measure_outliers
 from bitfold.pages import colours
 from bitfold.recipes import Recipe, Rule
 from bitfold.report import measure as measuring
 from bitfold.report.draw import save
 from bitfold.report.measure import Options, Report, measure
-from bitfold.report.outliers import activation_columns, weight_columns
 from bitfold.report.page import all_plots, render, save_plots
 from bitfold.report.plots import is_best
 from bitfold.report.sizes import class_name, place
@@ -36,7 +36,6 @@ from bitfold.sensitivity.ground import Texts
 from bitfold.text import joined
 from browser import browser  # noqa: F401
 from tiny import one_thread  # noqa: F401
-from torch import nn
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 TRIED = ("int8", "nf4", "int3-g64", "int4-g128", "fp16")
@@ -197,40 +196,21 @@ def test_tied_weights_are_one(tmp_path):
 # ---- outliers ----
 
 
-def test_weight_columns(rng):
-    weight = rng.normal(size=(40, 30)).astype(np.float32)
-    weight[3, 7], weight[9, 21] = 9.0, -12.0
-    found = weight_columns("w", torch.from_numpy(weight))
-    rms = np.sqrt((weight.astype(np.float64) ** 2).mean())
-    assert [j for j, _ in found.outliers] == [21, 7]
-    assert found.outliers[0][1] == pytest.approx(12 / rms)
-    assert found.peak == pytest.approx(12 / rms)
-    assert found.columns == 30
-
-
-class Toy(nn.Module):
-    """Three linear layers on known inputs; two of them are given the same."""
-
-    def __init__(self, rows: np.ndarray):
-        super().__init__()
-        self.embed = nn.Embedding.from_pretrained(torch.from_numpy(rows))
-        self.q, self.k, self.v = (nn.Linear(rows.shape[1], 4) for _ in range(3))
-
-    def forward(self, input_ids, use_cache):
-        x = self.embed(input_ids)
-        self.q(x), self.k(x), self.v(x / 2)
-
-
-def test_activation_columns(rng):
-    rows = np.clip(rng.normal(size=(16, 8)), -3, 3).astype(np.float32)
-    rows[5, 2], rows[6, 2], rows[6, 4] = 6.0, -20.0, 7.0
-    windows = SimpleNamespace(ids=(torch.tensor([1, 5, 2, 3]), torch.tensor([6, 7, 8])))
-    both, half = activation_columns(Toy(rows), ("q", "k", "v"), windows)
-    assert (both.names, half.names) == (("q", "k"), ("v",))
-    assert both.outliers == ((2, 20.0), (4, 7.0))
-    assert both.token_share == pytest.approx(2 / 7)
-    assert half.outliers == ((2, 10.0),)
-    assert both.median == pytest.approx(np.sort(np.abs(rows[[1, 5, 2, 3, 6, 7, 8]]).max(0))[3])
+def test_outliers_are_those_of_the_base(report, page):
+    """What `bitfold outliers` measures of the base on the same windows (test_outliers.py compares that with numpy)."""
+    text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
+    windows = cut(text, hf.load_tokenizer(DEMO / "model"), context=32, max_tokens=256, dtype=torch.float32)
+    found = measure_outliers(DEMO / "model", torch.stack(windows.ids))
+    assert report.calibration_protocol == windows.protocol
+    assert report.outliers == found
+    shown = page.read_text(encoding="utf-8")
+    for layer in found.layers[:3]:
+        for loss in layer.losses.values():
+            assert f"<td>{loss:.3%}</td>" in shown
+    assert found.recurring
+    for channel in found.recurring:
+        assert f'<th scope="row">{channel.index}</th><td>{channel.norms}</td>' in shown
+    assert [one.names for one in report.weight_columns] == [(m.name,) for m in report.modules]
 
 
 # ---- the page ----
@@ -282,7 +262,7 @@ def test_the_page(report, page):
     check_page(text)
     assert "<script" not in text
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 2 * len(all_plots(report)) == 14
+    assert len(pictures) == 2 * len(all_plots(report)) == 18
     for picture in pictures:
         assert not re.search(r"#[0-9a-f]{6}", picture), "a colour that doesn't follow the theme"
     for name in ("model.layers.0.mlp.down_proj", "int4-g128", "int3-g64"):
@@ -324,7 +304,7 @@ def test_without_a_base(checkpoint):
     found = measure(checkpoint, Options())
     text = render(found)
     check_page(text)
-    assert text.count("Not measured") == 5
+    assert text.count("Not measured") == 6
     noted = json.loads((checkpoint / "bitfold_report.json").read_text())["modules"]
     assert {m.name: m.relative_rmse for m in found.modules} == {m["name"]: m["relative_rmse"] for m in noted}
     assert set(all_plots(found)) == {"bytes", "relative"}
@@ -344,7 +324,7 @@ def test_with_a_base_and_no_text(checkpoint):
 def test_plots_as_files(report, tmp_path):
     paths = save_plots(report, tmp_path / "plots")
     assert {path.suffix for path in paths} == {".png", ".svg"}
-    assert len(paths) == 14
+    assert len(paths) == 18
     for path in paths:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
@@ -504,7 +484,7 @@ def test_the_page_loads_nothing_and_fits(browser, page, width, theme):  # noqa: 
     visible = (
         "return [...document.querySelectorAll('figure svg')].filter((s) => s.getClientRects().length).length"
     )
-    assert browser.execute_script(visible) == 7
+    assert browser.execute_script(visible) == 9
 
 
 def test_the_switch_and_the_colours_of_pictures(browser, page):  # noqa: F811

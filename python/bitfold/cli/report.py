@@ -21,6 +21,7 @@ from bitfold.cli.console import (
     size,
 )
 from bitfold.cli.eval import read_text
+from bitfold.cli.outliers import as_json as outliers_as_json
 from bitfold.cli.sensitivity import as_json
 from bitfold.sensitivity import result
 from bitfold.versions import MissingExtraError
@@ -113,6 +114,7 @@ def _fields(report: Report) -> dict[str, object]:
     return {
         **vars(report),
         "sensitivity": shown or None,
+        "outliers": None if report.outliers is None else outliers_as_json(report.outliers),
         "nbytes": report.nbytes,
         "tensors": sizes(report.tensors),
         "classes": sizes(report.classes),

@@ -18,11 +18,13 @@ from bitfold.checkpoint import QuantizationConfig, load, read_quantization
 from bitfold.evaluate import Comparison, Estimate, Protocol, Windows, compare, cut, default_context
 from bitfold.experts import QuantExperts, QuantStack
 from bitfold.nn import PlaneModule
+from bitfold.outliers import measure as outliers
+from bitfold.outliers.columns import Columns, Inputs, weight_columns
+from bitfold.outliers.measure import Outliers
 from bitfold.pipeline import REPORT_FILE
 from bitfold.quantize import quantize, relative_rmse
 from bitfold.report.attribution import attribute, quantized_groups
 from bitfold.report.histogram import Histogram, histogram
-from bitfold.report.outliers import Columns, activation_columns, weight_columns
 from bitfold.report.sizes import ClassSize, TensorSize, class_sizes, tensor_sizes
 from bitfold.sensitivity.result import Sensitivity
 from bitfold.shards import CheckpointError, read_directory, read_json
@@ -104,7 +106,7 @@ class Report:
     modules: tuple[ModuleError, ...]
     histograms: tuple[Histogram, ...]
     weight_columns: tuple[Columns, ...]
-    activation_columns: tuple[Columns, ...]
+    outliers: Outliers | None
     tried: tuple[Tried, ...]
     attribution_protocol: Protocol | None
     calibration_protocol: Protocol | None
@@ -113,6 +115,11 @@ class Report:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def activation_columns(self) -> tuple[Inputs, ...]:
+        """What the layers of the base model's decoder blocks multiply."""
+        return () if self.outliers is None else self.outliers.inputs
 
 
 def measure(path: Path, options: Options, progress: Progress | None = None) -> Report:
@@ -156,10 +163,14 @@ def measure(path: Path, options: Options, progress: Progress | None = None) -> R
         if weight is not None:
             columns.append(weight_columns(first, weight))
         tell("weights on their grid", i + 1, len(groups))
-    activations: tuple[Columns, ...] = ()
-    if text is not None and text.calibration is not None and base is not None:
-        activations = activation_columns(
-            base, groups, text.calibration, lambda n, m: tell("activations", n, m)
+    found_outliers = None
+    if text is not None and text.calibration is not None and options.base is not None:
+        found_outliers = outliers.measure(
+            options.base,
+            torch.stack(text.calibration.ids),
+            dtype=options.dtype,
+            device=options.device,
+            progress=lambda what, n, m: tell("activations", n, m),
         )
     tried = _try_all(path, quantization, model, base, text, options, tell)
     return Report(
@@ -174,7 +185,7 @@ def measure(path: Path, options: Options, progress: Progress | None = None) -> R
         modules=tuple(modules),
         histograms=tuple(histograms),
         weight_columns=tuple(columns),
-        activation_columns=activations,
+        outliers=found_outliers,
         tried=tried,
         attribution_protocol=text.attribution.protocol if text and text.attribution and kls else None,
         calibration_protocol=text.calibration.protocol if text and text.calibration else None,

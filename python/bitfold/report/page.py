@@ -7,21 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
 from bitfold.evaluate import Estimate
+from bitfold.outliers.columns import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Columns
+from bitfold.outliers.measure import LAYER_SHARE, TOKEN_SHARE, Layer, Outliers
+from bitfold.outliers.ways import WAYS
 from bitfold.pages import asset
-from bitfold.report import plots
+from bitfold.report import outlier_plots, plots
 from bitfold.report.draw import Draw, inline, save
 from bitfold.report.histogram import Histogram
 from bitfold.report.measure import ModuleError, Report
-from bitfold.report.outliers import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Columns
 from bitfold.sensitivity.result import Sensitivity
 from bitfold.text import estimate, joined, natural, size
 
+AnyColumns = TypeVar("AnyColumns", bound=Columns)
 PANELS = 8  # matrices whose weights are drawn
 ROWS = 40  # matrices in a plot of columns
 _WHICH = 8  # columns named in a row of a table
@@ -67,14 +70,31 @@ def all_plots(report: Report) -> dict[str, Plot]:
         ("activation-columns", report.activation_columns, ACTIVATION_THRESHOLD, "largest |x| of a column"),
     ):
         if columns:
-            draw = partial(plots.outlier_columns, _shown(columns), threshold, unit)
+            draw = partial(outlier_plots.outlier_columns, _shown(columns), threshold, unit)
             found.append(
                 Plot(name, draw, f"Ranges of the {unit} for each matrix; the table has the numbers.")
             )
+    if report.outliers is not None:
+        found += _outlier_plots(report.outliers)
     if sum(one.comparison.mean_kl.value > plots.EXACT for one in report.tried) > 1:
         alt = "Size of the model against mean KL for each recipe; the table below has the numbers."
         found.append(Plot("size", partial(plots.size_against_kl, report.tried), alt))
     return {plot.name: plot for plot in found}
+
+
+def _outlier_plots(found: Outliers) -> list[Plot]:
+    drawn = []
+    norms = _shown([one for one in found.inputs if one.stream])
+    if any(one.outliers for one in norms):
+        channels = ", ".join(str(one.index) for one in found.recurring if one.is_systematic)
+        alt = f"Channels with outliers behind each norm; systematic: {channels or 'none'}. The table has numbers."
+        drawn.append(Plot("features", partial(outlier_plots.features, norms, found.recurring), alt))
+    layers = _losing(found)
+    if layers:
+        draw: Draw = partial(outlier_plots.losses, layers, tuple(WAYS))
+        alt = "What the output of each layer loses in 8 bits, in four ways; the table has the numbers."
+        drawn.append(Plot("losses", draw, alt))
+    return drawn
 
 
 def save_plots(report: Report, folder: Path) -> list[Path]:
@@ -132,6 +152,7 @@ def render(report: Report) -> str:
                 figures.get("activation-columns"), no_text,
             ),
         ],
+        eight_bits=_eight_bits(report.outliers, figures),
         tried=sorted(report.tried, key=lambda one: one.comparison.mean_kl.value),
         unplaced=_unplaced(report),
         origins=_origins(report),
@@ -252,7 +273,7 @@ def _grid_note(report: Report) -> str:
     return f"The {PANELS} of {len(with_counts)} matrices with the largest {by}."
 
 
-def _shown(columns: Sequence[Columns]) -> Sequence[Columns]:
+def _shown(columns: Sequence[AnyColumns]) -> Sequence[AnyColumns]:
     """Those that fit a plot: the ones with the largest peaks, in their own order."""
     kept = sorted(columns, key=lambda c: -c.peak)[:ROWS]
     return [c for c in columns if c in kept]
@@ -278,6 +299,30 @@ def _outlier_section(
     }  # fmt: skip
 
 
+def _losing(found: Outliers) -> list[Layer]:
+    """The layers that fit a plot: those that lose most in int8, in their own order."""
+    kept = {layer.name for layer in sorted(found.layers, key=lambda one: -one.losses["int8"])[:ROWS]}
+    return sorted((one for one in found.layers if one.name in kept), key=lambda one: natural(one.name))
+
+
+def _eight_bits(found: Outliers | None, figures: Mapping[str, Markup]) -> Mapping[str, Any] | None:
+    """Outlier features of the residual stream, and what 8 bits lose in each layer."""
+    if found is None:
+        return None
+    more = len(found.layers) - ROWS
+    return {
+        "features": figures.get("features"),
+        "losses": figures.get("losses"),
+        "ways": WAYS,
+        "layers": sorted(found.layers, key=lambda one: natural(one.name)),
+        "note": f" The {ROWS} of {len(found.layers)} layers that lose most in int8; the table has all."
+        if more > 0
+        else "",
+        "recurring": found.recurring,
+        "rule": f"at least {LAYER_SHARE:.0%} of the norms and {TOKEN_SHARE:.0%} of the tokens",
+    }
+
+
 def _unplaced(report: Report) -> str:
     exact = [one.name for one in report.tried if one.comparison.mean_kl.value <= plots.EXACT]
     return f". Nearer than {plots.EXACT:g} nats, and so not drawn: {', '.join(exact)}" if exact else ""
@@ -291,7 +336,7 @@ def _origins(report: Report) -> str:
 
 
 def _which(columns: Columns) -> str:
-    named = ", ".join(f"{j} ({peak:.1f})" for j, peak in columns.outliers[:_WHICH])
+    named = ", ".join(f"{one.index} ({one.peak:.1f})" for one in columns.outliers[:_WHICH])
     more = len(columns.outliers) - _WHICH
     return f"{named}, and {more} more" if more > 0 else named
 

@@ -17,16 +17,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from bitfold.report.histogram import Histogram
 from bitfold.report.measure import ModuleError, Tried
-from bitfold.report.outliers import Columns
 from bitfold.report.sizes import ClassSize, place
 from bitfold.sensitivity.result import Sensitivity
-from bitfold.text import joined, natural
+from bitfold.text import natural
 
 NATS = 1e3  # KL is shown in thousandths of a nat
 EXACT = (
     1e-9  # nats: what is nearer to the base differs in the rounding of activations at most (1e-12 in float32)
 )
-_ROW = 0.22  # inches of a row of text
+ROW = 0.22  # inches of a row of text
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Palette:
     second: str
 
 
-def _axes(width: float, height: float, palette: Palette, columns: int = 1, rows: int = 1) -> list[Axes]:
+def axes_of(width: float, height: float, palette: Palette, columns: int = 1, rows: int = 1) -> list[Axes]:
+    """Bare axes of a new figure, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
@@ -56,7 +56,7 @@ def _axes(width: float, height: float, palette: Palette, columns: int = 1, rows:
     return axes
 
 
-def _figure(ax: Axes) -> Figure:
+def figure_of(ax: Axes) -> Figure:
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
@@ -65,7 +65,7 @@ def _figure(ax: Axes) -> Figure:
 def bytes_by_class(classes: Sequence[ClassSize], width: float, palette: Palette) -> Figure:
     """Bars of the bytes of each class: codes, then what belongs to them; a mark where the base was."""
     classes = [one for one in classes if one.nbytes > 0.001 * max(c.nbytes for c in classes)]
-    (ax,) = _axes(width, 0.9 + 0.3 * len(classes), palette)
+    (ax,) = axes_of(width, 0.9 + 0.3 * len(classes), palette)
     rows = range(len(classes))
     codes = [one.codes / 1e6 for one in classes]
     others = [one.others / 1e6 for one in classes]
@@ -83,10 +83,10 @@ def bytes_by_class(classes: Sequence[ClassSize], width: float, palette: Palette)
     ax.invert_yaxis()
     ax.set_xlim(left=0)
     ax.set_xlabel("size (MB)")
-    _figure(ax).legend(
+    figure_of(ax).legend(
         loc="outside upper left", ncols=3 if width > 5 else 1, frameon=False, labelcolor=palette.ink
     )
-    return _figure(ax)
+    return figure_of(ax)
 
 
 def error_map(
@@ -100,7 +100,7 @@ def error_map(
     cells = {place(m.name): v for m in modules if (v := value(m)) is not None}
     layers = sorted({layer for layer, _ in cells}, key=natural)
     roles = list(dict.fromkeys(role for _, role in cells))
-    (ax,) = _axes(width, 1.0 + _ROW * 1.25 * len(roles), palette)
+    (ax,) = axes_of(width, 1.0 + ROW * 1.25 * len(roles), palette)
     top = max(cells.values(), default=0.0) or 1.0
     for (layer, role), number in cells.items():
         x, y = layers.index(layer), roles.index(role)
@@ -119,7 +119,7 @@ def error_map(
         spine.set_visible(False)
     ax.set_title(unit, loc="left", color=palette.ink)
     ax.set_xlabel("layer")
-    return _figure(ax)
+    return figure_of(ax)
 
 
 def sensitivity_map(found: Sensitivity, names: Sequence[str], width: float, palette: Palette) -> Figure:
@@ -131,7 +131,7 @@ def sensitivity_map(found: Sensitivity, names: Sequence[str], width: float, pale
         for candidate in candidates
         if (entry := found.find(name, candidate)) is not None
     }
-    (ax,) = _axes(width, 1.3 + _ROW * len(names), palette)
+    (ax,) = axes_of(width, 1.3 + ROW * len(names), palette)
     logs = {key: math.log10(max(value, 1e-6)) for key, value in cells.items()}
     low, high = min(logs.values(), default=0.0), max(logs.values(), default=1.0)
     room = (width - 2.2) / len(candidates)
@@ -150,7 +150,7 @@ def sensitivity_map(found: Sensitivity, names: Sequence[str], width: float, pale
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.set_title("KL alone (10⁻³ nats per token)", loc="left", color=palette.ink)
-    return _figure(ax)
+    return figure_of(ax)
 
 
 def weights_on_grid(histograms: Sequence[Histogram], width: float, palette: Palette) -> Figure:
@@ -158,7 +158,7 @@ def weights_on_grid(histograms: Sequence[Histogram], width: float, palette: Pale
     drawn = [h for h in histograms if h.counts is not None]
     columns = 2 if width > 5 else 1
     rows = -(-len(drawn) // columns)
-    axes = _axes(width, 1.75 * rows, palette, columns, rows)
+    axes = axes_of(width, 1.75 * rows, palette, columns, rows)
     for ax, h in zip(axes, drawn, strict=False):
         assert h.counts is not None
         total = max(1, sum(h.counts))
@@ -190,38 +190,7 @@ def weights_on_grid(histograms: Sequence[Histogram], width: float, palette: Pale
             ax.set_ylabel("% of weights")
         if i >= len(drawn) - columns:
             ax.set_xlabel("weight / scale (grid units)")
-    return _figure(axes[0])
-
-
-def outlier_columns(
-    columns: Sequence[Columns], threshold: float, unit: str, width: float, palette: Palette
-) -> Figure:
-    """One row a matrix: from the median of its columns' largest magnitudes to the largest, and the threshold."""
-    (ax,) = _axes(width, 0.8 + _ROW * len(columns), palette)
-    for row, entry in enumerate(columns):
-        ax.plot([entry.median, entry.peak], [row, row], color=palette.muted, linewidth=1)
-        ax.plot(entry.median, row, "|", color=palette.ink, markersize=7, markeredgewidth=1.2)
-        ax.plot(
-            entry.peak,
-            row,
-            "o",
-            markersize=4.5,
-            markeredgecolor=palette.second if entry.outliers else palette.accent,
-            color=palette.second if entry.outliers else palette.accent,
-        )
-    ax.axvline(threshold, color=palette.second, linewidth=0.9, linestyle=(0, (4, 3)))
-    ax.text(threshold, -0.7, f"{threshold:g}", color=palette.second, ha="center", va="bottom", fontsize=8)
-    ax.set_yticks(range(len(columns)), [joined(entry.names) for entry in columns])
-    ax.set_ylim(len(columns) - 0.4, -0.6)
-    if columns and max(entry.peak for entry in columns) > 4 * threshold:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.set_xlim(left=0)
-    ax.tick_params(axis="y", length=0, labelsize=8)
-    ax.set_xlabel(unit)
-    return _figure(ax)
+    return figure_of(axes[0])
 
 
 def size_against_kl(tried: Sequence[Tried], width: float, palette: Palette) -> Figure:
@@ -229,7 +198,7 @@ def size_against_kl(tried: Sequence[Tried], width: float, palette: Palette) -> F
     nearer. Recipes that are `EXACT` are left to the table: they would make the log scale all empty.
     """
     drawn = [one for one in tried if one.comparison.mean_kl.value > EXACT]
-    (ax,) = _axes(width, 3.6 if width > 5 else 4.2, palette)
+    (ax,) = axes_of(width, 3.6 if width > 5 else 4.2, palette)
     for one in drawn:
         kl = one.comparison.mean_kl
         error = min(2 * (kl.error or 0.0), 0.95 * kl.value)
@@ -257,7 +226,7 @@ def size_against_kl(tried: Sequence[Tried], width: float, palette: Palette) -> F
     _place_labels(
         ax, [(one.name, one.nbytes / 1e6, one.comparison.mean_kl.value * NATS) for one in drawn], palette
     )
-    return _figure(ax)
+    return figure_of(ax)
 
 
 def is_best(one: Tried, tried: Sequence[Tried]) -> bool:
@@ -295,7 +264,7 @@ _PLACES = (
 
 def _place_labels(ax: Axes, points: Sequence[tuple[str, float, float]], palette: Palette) -> None:
     """Names beside points, each where it covers no point and no name before it, if there is such a place."""
-    figure = _figure(ax)
+    figure = figure_of(ax)
     figure.draw_without_rendering()
     radius = 6.0  # pixels around a point
     taken = []
