@@ -116,3 +116,21 @@ def test_three_matrices_are_too_few_to_tell_their_scatter():
     silent = Centre(64, Estimate(1.0, 0.01), none, none, NOUGHT)
     assert pooled([centre(1.0)] * 3 + [silent] * 5).judge(1) is Verdict.UNDECIDED
     assert pooled([centre(1.0)] * 4 + [silent] * 4).judge(1) is Verdict.OFF
+
+
+def test_touched_zero_points_that_differ_from_the_rest_because_none_is_0(tmp_path):
+    """Weights that lie above 0: zero points end at 0, where a group's mean follows them no more. Numbers above a 0 in
+    a word of version 1 are never 0 themselves, so that their groups have other means than all others together.
+    """
+    modules = {}
+    for seed, name in enumerate(planted.NAMES):
+        generator = np.random.default_rng(seed)
+        zeros = generator.choice(4, (512, 8), p=(0.5, 0.45, 0.04, 0.01))
+        means = np.array([1.4, 1.7, 2.2, 2.5])[zeros]  # of the codes of a group
+        codes = np.rint(means[..., None] + 0.5 * generator.standard_normal((512, 8, 16))).clip(0, 3)
+        scales = np.full(zeros.shape, 0.01, np.float16)
+        codes = codes.reshape(512, 128).astype(np.int64)
+        modules[name] = planted.gptq(codes, zeros, scales, 2, 1, 16)
+    path = planted.write(tmp_path / "m", modules, planted.gptq_config(2, 16, False, 1))
+    report = examine(path)
+    assert "zeros-borrow" not in {problem.kind for problem in report.problems}, report.problems

@@ -326,7 +326,7 @@ def _check_borrows(found: zeros.Zeros, report: Report) -> None:
                 "zeros-borrow",
                 f"{name}.qzeros",
                 "zero points that stand above a 0 in their word are too large by one (over all modules by "
-                f"{found.alone.steps:.2f} +- {found.alone.error:.2f} steps): each was packed by itself",
+                f"{found.alone.share:.2f} +- {found.alone.error:.2f}): each was packed by itself",
                 "1 must be subtracted from whole words",
                 zeros.REBORROW,
             )

@@ -25,6 +25,7 @@ _PART = 0.6  # of it that an order may have where another is right: some outputs
 _CERTAIN = 6.0  # standard errors between two correlations, with half the groups counted: neighbours are alike
 _SCATTER = 0.5  # by how much the right order makes the variance of mean code - zero point smaller, at least
 _NEIGHBOURS = 16  # zero points into which a borrow may have run
+_ALIKE = 8  # others that are read as one number, to tell the mean of such groups
 
 
 def group_means(numbers: Numbers) -> tuple[Tensor, Tensor]:
@@ -115,27 +116,56 @@ def better_order(numbers: Numbers, orders: Sequence[Sequence[int]]) -> Order | N
 
 @dataclass(frozen=True)
 class Borrows:
-    """Zero points that are read one larger than if each had been taken from its word by itself. steps: by how
-    much those are too large, compared with all others; error: of that; count: how many there are.
+    """Zero points that are read one larger than if each had been taken from its word by itself. share: how far the
+    means of their groups' codes are from those of a zero point that is what was read (0) towards those of one that is
+    smaller by one (1); error: of that; count: how many there are.
     """
 
-    steps: float
+    share: float
     error: float
     count: int
 
 
 def borrows(numbers: Numbers, single: Tensor) -> Borrows:
-    """single: int [n, G], the zero points if each is taken from its word by itself."""
+    """single: int [n, G], the zero points if each is taken from its word by itself.
+
+    Zero points that a borrow touched are compared with others that are read as the same number, and with others that
+    are read as the next smaller one. Compared with all others they would differ in sound layers too: a 0 is never one
+    of them, and its groups have another mean than the rest where weights don't lie round 0.
+    """
     means, _ = group_means(numbers)
-    z = numbers.zeros[:, : means.shape[1]]
+    z = numbers.zeros[:, : means.shape[1]].to(torch.int64)
     touched = z - single[:, : means.shape[1]] == 1
-    d = z.to(torch.float64) - means
     count = int(touched.sum())
-    if count < 2 or int((~touched).sum()) < _NEIGHBOURS:
+    values = int(z.max()) + 1
+    others = z[~touched].bincount(minlength=values)
+    known = others >= _ALIKE
+    known[1:] = known[1:] & known[:-1]
+    known[0] = False
+    used = known[z]
+    t = touched[used].to(torch.float64)
+    if count < 2 or float(t.sum()) < 2:
         return Borrows(0.0, math.inf, count)
-    here, there = d[touched], d[~touched]
-    error = math.sqrt((float(here.var()) + 0.01) / len(here) + float(there.var()) / len(there))
-    return Borrows(float(here.mean() - there.mean()), error, count)
+    of_others = torch.zeros(values, dtype=torch.float64).index_add(0, z[~touched], means[~touched])
+    of_others = of_others / others.clamp(min=1)
+    smaller = (of_others[1:] - of_others[:-1]).clamp(
+        min=0
+    )  # by how much the mean is for the next smaller zero point
+    z = z[used]
+    x, y = t * smaller[z - 1], -means[used]
+    alike = z.bincount(minlength=values).clamp(min=1)[z]
+
+    def within(value: Tensor) -> Tensor:
+        """Less its mean over the zero points that are read as the same number."""
+        return value - torch.zeros(values, dtype=value.dtype).index_add(0, z, value)[z] / alike
+
+    x, y = within(x), within(y)
+    weight = x.square().sum()
+    if float(weight) < 1e-6:
+        return Borrows(0.0, math.inf, count)
+    share = (x * y).sum() / weight
+    rest = (y - share * x).square() + 0.01
+    return Borrows(float(share), float((x.square() * rest).sum().sqrt() / weight), count)
 
 
 def by_themselves(found: Sequence[Borrows]) -> Borrows | None:
@@ -145,9 +175,9 @@ def by_themselves(found: Sequence[Borrows]) -> Borrows | None:
     if not known or count < _NEIGHBOURS:
         return None
     total = sum(part.error**-2 for part in known)
-    steps = sum(part.steps * part.error**-2 for part in known) / total
+    share = sum(part.share * part.error**-2 for part in known) / total
     error = total**-0.5
-    return Borrows(steps, error, count) if abs(steps - 1) <= 0.4 and steps - 5 * error > 0.5 else None
+    return Borrows(share, error, count) if abs(share - 1) <= 0.4 and share - 5 * error > 0.5 else None
 
 
 def reordered(numbers: Numbers, order: Order) -> Numbers:
