@@ -22,6 +22,7 @@ from typing import Any
 import bitfold
 import torch
 from bitfold.bench.machine import machine, versions
+from bitfold.check import centre
 from bitfold.check.problem import Report
 from bitfold.check.zeros import Finding, Zeros, look
 from bitfold.foreign import awq, words
@@ -361,6 +362,33 @@ def run_models(count: int, seed: int) -> dict[str, Any]:
     return _result(sound, alarms, faults)
 
 
+def run_bent(count: int, seed: int) -> dict[str, Any]:
+    """Sound layers of the worst kind: asymmetric ones of 2 to 4 bits, several groups a row, whose mean isn't 0 and
+    mostly is a step. How near their intercepts come to those of wrong zero points: of layers whose mean is as near to a
+    step as a fault's must be, the smaller intercept, in steps of the mean's sign, and its error.
+    """
+    g = torch.Generator().manual_seed(seed)
+    alarms, intercepts, done = [], [], 0
+    while done < count:
+        case = draw(g)
+        several = case["group"] != -1 and case["group"] < case["shape"][1]
+        if _where(case) != "off centre" or case["bits"] == 8 or not several:
+            continue
+        done += 1
+        result, finding = verdict(case, *stored(layer(case, g), case))
+        if result not in ("sound", "undecided"):
+            alarms.append({**case, "said": result})
+        seen = None if finding is None else finding.centre
+        if seen is None or seen.alone or abs(abs(seen.mean.value) - 1) > centre.NEAR:
+            continue
+        sign = 1 if seen.mean.value > 0 else -1
+        least = min((seen.by_spread, seen.by_step), key=lambda found: sign * found.value)
+        if least.value * sign > centre.CLEAR * least.error:
+            intercepts.append({"value": sign * least.value, "error": least.error, **case})
+    intercepts.sort(key=lambda found: -found["value"])
+    return {"count": count, "false_alarms": alarms, "clear": len(intercepts), "largest": intercepts[:20]}
+
+
 def _result(sound: dict[str, Counter], alarms: list[Any], faults: dict[str, Counter]) -> dict[str, Any]:
     return {
         "count": sum(sum(counts.values()) for counts in sound.values()),
@@ -388,6 +416,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=2400)
     parser.add_argument("--models", type=int, default=120)
+    parser.add_argument("--bent", type=int, default=0, help="sound layers of the worst kind")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -398,6 +427,16 @@ def main() -> None:
     }
     show("layers", result["layers"])
     show("models", result["models"])
+    if arguments.bent:
+        result["bent"] = bent = run_bent(arguments.bent, arguments.seed + 2)
+        print(f"of the worst kind: {bent['count']} sound ones, {len(bent['false_alarms'])} false alarms")
+        print(
+            f"  {bent['clear']} with both intercepts {centre.CLEAR:.0f} errors from 0; the largest smaller ones:"
+        )
+        for found in bent["largest"]:
+            print(f"    {found['value']:.2f} +- {found['error']:.2f} {found['kind']}, {found['bits']} bits")
+        for alarm in bent["false_alarms"]:
+            print(f"  FALSE ALARM {alarm}")
     if arguments.out:
         where = {"machine": machine(), "versions": versions(), "arguments": {"seed": arguments.seed}}
         arguments.out.write_text(json.dumps({**where, **result}, indent=1) + "\n", encoding="utf-8")
