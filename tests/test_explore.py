@@ -11,12 +11,13 @@ import bitfold
 import browser as chromium
 import numpy as np
 import oracle
+import oracle_outliers
 import pytest
 import torch
 from bitfold.cli.app import run
 from bitfold.explore import tables as explore_tables
 from bitfold.explore.page import render
-from bitfold.explore.tables import COUNT, GROUPS, OUTLIERS, SCALED, example, tables
+from bitfold.explore.tables import CHANNEL, COUNT, GROUPS, OUTLIERS, SCALED, example, tables
 from browser import browser  # noqa: F401
 from tiny import one_thread  # noqa: F401
 
@@ -292,6 +293,36 @@ def test_outliers_switch_and_the_grid_reacts(browser, page):  # noqa: F811
     assert browser.find_element("id", "scales-outliers").is_selected()
     browser.find_element("id", "outliers-on").click()
     assert state() == quiet
+
+
+@pytest.mark.parametrize("size", [1, 60, 200])
+def test_one_large_channel(browser, page, size):  # noqa: F811
+    """What the page says of the other channels, by the numpy of test_outliers.py."""
+    chromium.visit(browser, page)
+    browser.execute_script(
+        "const s = find('features-size'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", size
+    )
+    cells = [
+        [cell.text for cell in row.find_elements("css selector", "td")]
+        for row in browser.find_elements("css selector", "#features-table tr")
+    ]
+    errors = [
+        float(span.get_attribute("data-value"))
+        for span in browser.find_elements("css selector", "#features-table .feature-error")
+    ]
+    x = example().double().numpy() / tables()["sigma"]
+    x[CHANNEL] = size
+    others = np.arange(COUNT) != CHANNEL
+    kept = np.abs(x) >= 6
+    taken_out = np.where(kept, x, oracle_outliers.rounded(np.where(kept, 0, x)[None])[0])
+    wanted = (oracle_outliers.rounded(x[None])[0], oracle_outliers.rounded(x[None], 128)[0], taken_out)
+    for error, result in zip(errors, wanted, strict=True):
+        loss = np.linalg.norm((result - x)[others]) / np.linalg.norm(x[others])
+        assert error == pytest.approx(loss, rel=1e-6)
+    assert [row[3] for row in cells] == ["0", "0", str(int(kept.sum()))]
+    steps = np.rint(wanted[0] / (np.abs(x).max() / 127))[others]
+    assert int(cells[0][1]) == len(set(steps))
+    assert (errors[0] > 4 * errors[2]) == (size > 20)
 
 
 def test_many_scales_against_one(browser, page):  # noqa: F811

@@ -1,4 +1,4 @@
-// The four parts of the page. Each reads its controls, computes with numbers.js and draws with draw.js.
+// Four of the five parts of the page (the other is in features.js). Each reads its controls, computes with numbers.js and draws with draw.js.
 
 const find = (id) => document.getElementById(id);
 
@@ -326,6 +326,7 @@ function scaleGroups() {
 
 numberLine();
 bitToggles();
+outlierFeature();
 const updates = [outlierHistogram(), scaleGroups()];
 const updateBoth = () => updates.forEach((update) => update());
 find("outliers-size").addEventListener("input", () => {

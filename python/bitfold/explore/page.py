@@ -6,10 +6,11 @@ import json
 import string
 
 from bitfold._C import __version__
-from bitfold.explore.tables import COUNT, tables
+from bitfold.explore.tables import CHANNEL, COUNT, tables
+from bitfold.outliers.columns import ACTIVATION_THRESHOLD
 from bitfold.pages import asset
 
-SCRIPTS = ("numbers.js", "draw.js", "explore.js")
+SCRIPTS = ("numbers.js", "draw.js", "features.js", "explore.js")
 
 
 def render() -> str:
@@ -22,5 +23,7 @@ def render() -> str:
         tables=data,
         version=__version__,
         count=COUNT,
+        channel=CHANNEL,
+        threshold=f"{ACTIVATION_THRESHOLD:g}",
         script="\n".join(asset("explore", name) for name in SCRIPTS),
     )

@@ -10,6 +10,8 @@ from torch import Tensor
 from bitfold import _C
 from bitfold.formats import FORMATS, Format, parse, stored_bytes
 from bitfold.grids import code_values
+from bitfold.outliers.columns import ACTIVATION_THRESHOLD
+from bitfold.outliers.ways import LARGEST, WAYS
 from bitfold.qtensor import encode
 
 FLOATS = {
@@ -32,13 +34,15 @@ SCALED = (
 COUNT = 1024  # weights of the example
 GROUPS = (1024, 512, 256, 128, 64, 32)  # the first is one scale for all
 OUTLIERS = (203, 611, 874)  # where the example's outliers go
+CHANNEL = 611  # the large one, where the example is a row of inputs
 
 
 def tables() -> dict[str, object]:
     """All that the page is given, ready for JSON.
 
     floats: bits of the fields of each floating-point format; formats: those with scales, the value of every
-    code in the order of the codes (None: NaN; infinities as strings) at the scale 1; weights: the example.
+    code in the order of the codes (None: NaN; infinities as strings) at the scale 1; weights: the example;
+    features: how the ways of bitfold.outliers round it as a row of inputs.
     """
     weights = example()
     return {
@@ -49,6 +53,12 @@ def tables() -> dict[str, object]:
         "sigma": float(weights.std()),
         "outliers": list(OUTLIERS),
         "groups": list(GROUPS),
+        "features": {
+            "channel": CHANNEL,
+            "threshold": ACTIVATION_THRESHOLD,
+            "group": WAYS["int8-g128"].group,
+            "largest": LARGEST,
+        },
     }
 
 

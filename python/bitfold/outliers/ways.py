@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitfold.qtensor import encode, linear
 
-_LARGEST = 127
+LARGEST = 127  # of the codes of a row of inputs
 
 
 class Handling(Enum):
@@ -80,6 +80,6 @@ def round_rows(x: Tensor, group: int | None) -> Tensor:
     """x [tokens, k] with every row, or every `group` columns of a row, rounded to 8 bits."""
     k = x.shape[1]
     values = nn.functional.pad(x, (0, -k % (group or k))).unflatten(1, (-1, group or k))
-    step = values.abs().amax(-1, keepdim=True) / _LARGEST
+    step = values.abs().amax(-1, keepdim=True) / LARGEST
     codes = torch.round(values / torch.where(step == 0, 1.0, step))
     return (codes * step).flatten(1)[:, :k]
