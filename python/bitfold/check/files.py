@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bitfold.check.problem import Report
 from bitfold.shards import (
@@ -120,3 +121,8 @@ def _duplicate(name: str, places: list[StoredTensor], report: Report) -> None:
 def _bytes(tensor: StoredTensor) -> torch.Tensor:
     values = next(iter(read_tensors([tensor])))[1]
     return values.contiguous().reshape(-1).view(torch.uint8)
+
+
+def read_one(tensor: StoredTensor) -> Tensor:
+    """A tensor's values."""
+    return next(iter(read_tensors([tensor])))[1]

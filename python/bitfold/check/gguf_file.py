@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from bitfold.check.problem import Report
+from bitfold.check.problem import Progress, Report
 from bitfold.gguf.library import GGMLQuantizationType
 from bitfold.gguf.reader import PLAIN, read_gguf
 from bitfold.qtensor import QTensor
@@ -14,7 +13,7 @@ from bitfold.shards import CheckpointError
 _WEIGHTS_AT_ONCE = 1 << 22
 
 
-def examine_file(path: Path, progress: Callable[[str, int, int], None] | None) -> Report:
+def examine_file(path: Path, progress: Progress | None) -> Report:
     """A GGUF file, or the first of a split one."""
     report = Report(path, "gguf")
     try:

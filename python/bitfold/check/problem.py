@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""Told after each module: its name, how many are done, and of how many."""
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from bitfold.check import sample
-from bitfold.check.examine import Progress, examine
-from bitfold.check.files import read_files
-from bitfold.check.problem import Problem, Report
+from bitfold.check.examine import examine
+from bitfold.check.files import read_files, read_one
+from bitfold.check.problem import Problem, Progress, Report
 from bitfold.check.zeros import Finding
 from bitfold.checkpoint import read_quantization
 from bitfold.foreign import words
 from bitfold.foreign.owners import QUANTIZE_CONFIG_FILE, read_owner
 from bitfold.qtensor import QTensor, pack
-from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, TensorSpec, read_json, read_tensors
+from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, TensorSpec, read_json
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, files_to_copy
 
 
@@ -96,7 +96,7 @@ def repair(
     with CheckpointWriter(target, specs, shard_bytes=shard_bytes) as writer:
         for name, tensor in stored.items():
             if not any(name.startswith(f"{module}.") for module in rewritten):
-                writer.write(name, _one(tensor))
+                writer.write(name, read_one(tensor))
         for module, work in rewritten.items():
             for part, values in {**_others(module, work, stored), **work.tensors()}.items():
                 writer.write(f"{module}.{part}", values)
@@ -134,7 +134,7 @@ class _Work:
     stored: Mapping[str, StoredTensor]
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {part: _one(tensor) for part, tensor in self.stored.items()}
+        found = {part: read_one(tensor) for part, tensor in self.stored.items()}
         if self.owner == "bitfold":
             entry = self.scheme
             g_idx = found.pop("g_idx", None)
@@ -199,8 +199,4 @@ def _others(module: str, work: _Work, stored: Mapping[str, StoredTensor]) -> dic
     """What lies under the module's name and isn't part of its weight: a bias, scales of activations."""
     names = [name for name in stored if name.startswith(f"{module}.")]
     parts = [name.removeprefix(f"{module}.") for name in names]
-    return {part: _one(stored[f"{module}.{part}"]) for part in parts if part not in work.stored}
-
-
-def _one(tensor: StoredTensor) -> Tensor:
-    return next(iter(read_tensors([tensor])))[1]
+    return {part: read_one(stored[f"{module}.{part}"]) for part in parts if part not in work.stored}

@@ -1,0 +1,131 @@
+"""What is looked at in a checkpoint that bitfold quantized: each module's planes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitfold.check import sample, values, zeros
+from bitfold.check.files import read_one
+from bitfold.check.problem import Progress, Report
+from bitfold.check.told import tell
+from bitfold.checkpoint import ModuleEntry, QuantizationConfig, read_quantization
+from bitfold.experts import expert_name
+from bitfold.formats import parse
+from bitfold.qtensor import QTensor
+from bitfold.shards import CONFIG_FILE, DTYPES, CheckpointError, StoredTensor
+
+
+def examine_own(
+    path: Path,
+    config: dict[str, Any],
+    stored: Mapping[str, StoredTensor],
+    report: Report,
+    progress: Progress | None,
+) -> tuple[dict[str, ModuleEntry], set[str]]:
+    """The modules' entries, and the names of their tensors."""
+    try:
+        quantization: QuantizationConfig = read_quantization(path, config)
+    except CheckpointError as error:
+        report.fault(
+            "configuration", path / CONFIG_FILE, str(error), "it must be one that this bitfold reads"
+        )
+        return {}, set(stored)
+    used = set()
+    found = zeros.Zeros()
+    for done, (name, entry) in enumerate(quantization.modules.items()):
+        parts = entry.parts()
+        used |= {f"{name}.{part}" for part in parts}
+        _own_module(name, entry, stored, found, report)
+        if progress is not None:
+            progress(name, done + 1, len(quantization.modules))
+    report.modules = len(quantization.modules)
+    found.settle()
+    report.findings.update(found.found)
+    tell(path, "bitfold", None, found, report)
+    tied = set(quantization.tied) | set(quantization.tied.values())
+    entries = {name: entry for name, entry in quantization.modules.items() if f"{name}.weight" not in tied}
+    return entries, used
+
+
+def _own_module(
+    name: str, entry: ModuleEntry, stored: Mapping[str, StoredTensor], found: zeros.Zeros, report: Report
+) -> None:
+    planes = {}
+    for part, spec in entry.parts().items():
+        tensor = stored.get(f"{name}.{part}")
+        if tensor is None:
+            report.fault("tensor-missing", f"{name}.{part}", "is in no file", f"{entry.format} must have it")
+        elif (DTYPES.get(tensor.dtype), tensor.shape) != (spec.dtype, spec.shape):
+            report.fault(
+                "shape",
+                f"{name}.{part}",
+                f"is {tensor.dtype} {list(tensor.shape)}",
+                f"in {entry.format} of {list(entry.shape)} it must be {spec.dtype} {list(spec.shape)}",
+            )
+        else:
+            planes[part] = read_one(tensor)
+    if len(planes) < len(entry.parts()):
+        return
+    if entry.kind == "experts":
+        one = replace(entry, kind="linear", shape=entry.matrix)
+        for expert in range(entry.shape[0]):
+            own = {part: plane[expert] for part, plane in planes.items()}
+            _matrix(expert_name(name, expert), one, own, None, report)
+        return
+    _matrix(name, entry, planes, found, report)
+
+
+def _matrix(
+    name: str, entry: ModuleEntry, planes: dict[str, Tensor], found: zeros.Zeros | None, report: Report
+) -> None:
+    """One matrix. found: what its zero points say, None of an expert, whose planes can't be repaired alone."""
+    format = parse(entry.format)
+    if format.grid == "block":
+        _blocks(name, entry, planes["blocks"], report)
+        return
+    sound = [
+        values.check_scales(
+            f"{name}.{part}",
+            planes[part],
+            report,
+            signed=part == "nested_offset" or (format.grid == "integer" and not format.asymmetric),
+        )
+        for part in ("scales", "nested_scales", "nested_offset")
+        if part in planes
+    ]
+    if format.grid == "cast":
+        values.check_finite(f"{name}.codes", planes["codes"], report)
+    g_idx = planes.pop("g_idx", None)
+    groups = -(-entry.shape[1] // format.group) if format.group > 0 else 1
+    if g_idx is not None and not values.check_order(f"{name}.g_idx", g_idx, format.group, groups, report):
+        return
+    if not all(sound):
+        return
+    qtensor = QTensor(entry.format, entry.matrix, planes, entry.layout, g_idx)
+    values.check_zero_scales(f"{name}.scales", qtensor, report)
+    if format.asymmetric and found is not None:
+        numbers = sample.of_planes(qtensor)
+        if numbers is not None:
+            found.found[name] = zeros.judged(zeros.centre_of(numbers), format.bits)
+
+
+def _blocks(name: str, entry: ModuleEntry, blocks: Tensor, report: Report) -> None:
+    """GGUF's blocks have their scales inside: what they decode to must be numbers."""
+    for begin in range(0, len(blocks), 256):
+        part = blocks[begin : begin + 256].contiguous()
+        decoded = QTensor(entry.format, (len(part), entry.shape[1]), {"blocks": part}).decode()
+        wrong = ~decoded.isfinite()
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            report.fault(
+                "scale-not-finite",
+                f"{name}.blocks",
+                f"the block of row {begin + row}, column {column} decodes to {decoded[row, column].item()}",
+                "scales of blocks must be finite",
+            )
+            return
