@@ -32,6 +32,7 @@ MODULES = [
     "ops",
     "ops_int8",
     "ops_fp8",
+    "ops_kv",
     "qtensor",
     "grids",
     "quantizers",
@@ -52,6 +53,7 @@ MODULES = [
 MODULES += [
     "layout",
     "pipeline",
+    "kv",
     "integration",
     "peft",
     "budget",

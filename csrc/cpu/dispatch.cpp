@@ -23,6 +23,7 @@ namespace bitfold::cpu {
   void fill_rows_int8_##name(Kernels&);               \
   void fill_gptq_##name(Kernels&);                    \
   void fill_step_search_##name(Kernels&);             \
+  void fill_kv_##name(Kernels&);                      \
   void fill_encode_blocks_affine_##name(Kernels&);    \
   void fill_encode_blocks_symmetric_##name(Kernels&); \
   void fill_encode_blocks_iq4_##name(Kernels&);       \
@@ -42,6 +43,7 @@ namespace bitfold::cpu {
     fill_rows_int8_##name(kernels);               \
     fill_gptq_##name(kernels);                    \
     fill_step_search_##name(kernels);             \
+    fill_kv_##name(kernels);                      \
     fill_encode_blocks_affine_##name(kernels);    \
     fill_encode_blocks_symmetric_##name(kernels); \
     fill_encode_blocks_iq4_##name(kernels);       \

@@ -18,6 +18,15 @@ struct PanelSearch;
 // Of x rounded to 8 bits row by row, in rows_int8.hpp.
 struct RowsInt8Kernel;
 
+// The KV cache's, in kv.hpp: for each of its formats, and of a product for floats too.
+struct KvProduct;
+struct KvFold;
+struct KvSoftmax;
+struct KvSoftmaxSum;
+struct KvQuantize;
+struct KvStep;
+inline constexpr int kKvKernels = 4;
+
 // w / scale and zero decide the codes of one group: integer and minifloat divide, codebooks multiply by 1 / scale.
 struct QuantizeArgs {
   const float* w;
@@ -157,6 +166,10 @@ struct Kernels {
   void (*panel_round)(const PanelRound&);
   int64_t (*panel_factor)(const PanelFactor&);  // the column whose pivot is not positive, or -1
   void (*panel_search)(const PanelSearch&);
+  void (*kv_product[kKvKernels])(const KvProduct&);
+  KvStep (*kv_quantize[kKvKernels - 1])(const KvQuantize&);
+  float (*kv_fold)(const KvFold&);
+  KvSoftmaxSum (*kv_softmax)(const KvSoftmax&);
 };
 
 // The kernels of this process, chosen at first use: the best that the CPU has, or BITFOLD_ISA's.

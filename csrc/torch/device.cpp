@@ -10,6 +10,7 @@
 
 #include "cpu/cpu.hpp"
 #include "cpu/gptq.hpp"
+#include "cpu/kv.hpp"
 #include "cpu/linear_fp8.hpp"
 #include "cuda/architectures.hpp"
 #include "cuda/cuda.hpp"
@@ -211,6 +212,16 @@ void Device::gptq_columns(GptqColumnsArgs args, const Tensor& like) const {
 void Device::search_steps(StepSearchArgs args) const {
   args.parallel_for = parallel_for;
   on(gpu_, [&] { cuda::search_steps(args, stream_); }, [&] { cpu::search_steps(args); });
+}
+
+void Device::kv_pack(KvPackArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, only_on_the_cpu, [&] { cpu::kv_pack(args); });
+}
+
+void Device::kv_attention(KvAttentionArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, only_on_the_cpu, [&] { cpu::kv_attention(args); });
 }
 
 }  // namespace bitfold::border

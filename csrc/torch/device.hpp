@@ -13,6 +13,7 @@
 #include "formats/fp8.hpp"
 #include "formats/gptq.hpp"
 #include "formats/int8.hpp"
+#include "formats/kv.hpp"
 
 namespace bitfold::border {
 
@@ -46,6 +47,8 @@ class Device {
   int64_t gptq_factor(GptqFactorArgs args) const;
   void gptq_columns(GptqColumnsArgs args, const Tensor& like) const;  // `like`: as above
   void search_steps(StepSearchArgs args) const;
+  void kv_pack(KvPackArgs args) const;
+  void kv_attention(KvAttentionArgs args) const;
 
  private:
   std::string what_;

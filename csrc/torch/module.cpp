@@ -7,6 +7,7 @@
 #include "cpu/plan.hpp"
 #include "cuda/plan.hpp"
 #include "formats/format.hpp"
+#include "formats/kv.hpp"
 #include "torch/stream.hpp"
 
 namespace py = pybind11;
@@ -118,6 +119,30 @@ py::dict linear_plan(const std::string& format, const std::string& layout, int64
   return info;
 }
 
+py::dict kv_block(const std::string& format, int64_t group, int64_t head, int64_t value_group) {
+  const KvShape shape{parse_kv_format(format), group, head, value_group};
+  check_kv_shape(shape);
+  const KvLayout at = kv_layout(shape);
+  py::dict info;
+  info["bits"] = shape.info().bits;
+  info["most"] = shape.info().most;
+  info["offsets"] = shape.info().offsets;
+  info["value_row"] = shape.value_row();
+  info["key_steps"] = at.key_steps;
+  info["key_offsets"] = at.key_offsets;
+  info["value_codes"] = at.value_codes;
+  info["value_steps"] = at.value_steps;
+  info["value_offsets"] = at.value_offsets;
+  info["bytes"] = at.bytes;
+  return info;
+}
+
+py::list kv_formats() {
+  py::list names;
+  for (const KvFormatRow& row : kKvFormats) names.append(row.name);
+  return names;
+}
+
 py::dict cpu_features() {
   py::dict features;
   for (const cpu::IsaInfo& isa : cpu::isas()) features[isa.name] = isa.available;
@@ -147,6 +172,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("plan_linear", &linear_plan, py::arg("format"), py::arg("layout"), py::arg("m"), py::arg("n"),
              py::arg("k"), py::arg("dtype"), py::arg("activations"), py::arg("gpu"),
              "Which kernel multiplies m rows of activations.");
+  module.def("kv_formats", &kv_formats, "The formats of the KV cache.");
+  module.def("kv_block", &kv_block, py::arg("format"), py::arg("group"), py::arg("head"), py::arg("value_group"),
+             "Where the parts of a block of the KV cache begin (csrc/formats/kv.hpp).");
   module.def("cpu_features", &cpu_features, "Instruction sets that were built, and whether this CPU has them.");
   module.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
   module.def("build_info", &build_info, "How this module was built.");

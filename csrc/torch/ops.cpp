@@ -12,6 +12,7 @@
 #include "torch/fp8.hpp"
 #include "torch/gptq.hpp"
 #include "torch/int8.hpp"
+#include "torch/kv.hpp"
 #include "torch/products.hpp"
 
 namespace bitfold {
@@ -60,6 +61,10 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
       "search_steps(Tensor weight, int group, Tensor start, Tensor factors, ScalarType stored, Tensor? zeros, "
       "Tensor? importance, Tensor? table, int low, int high) -> Tensor[]");
+  library.def("kv_pack(Tensor keys, Tensor values, str format, int group, int value_group) -> Tensor");
+  library.def(
+      "kv_attention(Tensor query, Tensor[] pages, SymInt blocks, SymInt first, Tensor keys, Tensor values, str format, "
+      "int group, int value_group, Tensor? mask=None, float scale=1.0) -> Tensor");
 }
 
 std::string scale_advice(const Format& format) {
@@ -352,6 +357,8 @@ void implement(Library& library) {
   library.impl("gptq_factor", TORCH_BOX(&gptq_factor));
   library.impl("gptq_columns", TORCH_BOX(&gptq_columns));
   library.impl("search_steps", TORCH_BOX(&search_steps));
+  library.impl("kv_pack", TORCH_BOX(&kv_pack));
+  library.impl("kv_attention", TORCH_BOX(&kv_attention));
 }
 
 // With CUDA's key also where there are no kernels for it: Device says so in a sentence.

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from bitfold.gguf.quantize import quantize_gguf
     from bitfold.hub import load, load_tokenizer
     from bitfold.integration.config import Config
+    from bitfold.kv.cache import QuantizedCache
     from bitfold.pipeline import quantize_checkpoint
 
 # Names whose modules are imported at first use (PEP 562): they reach for transformers.
 _LAZY = {
     "Config": "integration.config",
+    "QuantizedCache": "kv.cache",
     "compare": "evaluate",
     "convert_checkpoint": "convert",
     "load": "hub",
@@ -54,6 +56,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantizationSummary",
+    "QuantizedCache",
     "Recipe",
     "Rule",
     "Unpacked",

@@ -190,10 +190,10 @@ def _register_gradients(namespace: str) -> None:
     register(f"{namespace}::linear", linear_backward, setup_context=_linear_context)
     register(f"{namespace}::linear_grad_x", linear_grad_x_backward, setup_context=_linear_grad_x_context)
     for name in ("encode", "decode", "pack", "unpack", "embedding", *_OF_QUANTIZERS):
-        register(f"{namespace}::{name}", _refuse_backward(name))
+        register(f"{namespace}::{name}", refuse_backward(name))
 
 
-def _refuse_backward(name: str) -> Callable[..., None]:
+def refuse_backward(name: str) -> Callable[..., None]:
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"bitfold::{name} is not differentiable: detach what it is given.")
 

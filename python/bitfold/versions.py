@@ -60,4 +60,5 @@ def _numbers(version: str) -> tuple[int, ...]:
 TRANSFORMERS = Support("transformers", "hf", "5.0", "6", ("5.24.0",))
 # As a quantization method of transformers bitfold stands in the middle of how it loads a model, which changes often.
 FROM_PRETRAINED = Support("transformers", "hf", "5.20", "6", ("5.20.2", "5.22.2", "5.23.0", "5.24.0"))
+KV_CACHE = Support("transformers", "hf", "5.23", "6", ("5.24.0",))
 PEFT = Support("peft", "peft", "0.19", "1", ("0.19.1", "0.20.0", "0.21.2"))

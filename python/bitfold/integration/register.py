@@ -7,14 +7,18 @@ import warnings
 
 from bitfold import versions
 from bitfold.integration.hook import after_import
+from bitfold.kv import attention
 
 TABLES = "transformers.quantizers.auto"
 """The module that has the tables; every from_pretrained needs it."""
+ATTENTION = "transformers.modeling_utils"
+"""The module that has the table of attention functions."""
 
 
 def register() -> None:
     """See that transformers knows bitfold, whether it is imported before or after bitfold, or never."""
     after_import(TABLES, _enter)
+    after_import(ATTENTION, attention.enter)
 
 
 def _enter() -> None:

@@ -1,0 +1,174 @@
+#include "torch/kv.hpp"
+
+#include <cmath>
+
+#include "formats/kv.hpp"
+
+namespace bitfold::border {
+namespace {
+
+constexpr int64_t kMostRows = 64;
+
+void require_cpu(const Device& device, const std::string& what) {
+  if (device.gpu()) {
+    fail(what + " is on a GPU, for which the packed KV cache has no kernel; with another attention function than " +
+         "'bitfold' the cache decodes there");
+  }
+}
+
+// [batch, heads, tokens, head], the numbers of a token one after the other; `owner` keeps a copy that is.
+KvTokens read_tokens(const Device& device, const Tensor& tensor, const std::string& what, Tensor* owner) {
+  device.require(tensor, what);
+  const DType dtype = float_dtype(tensor.scalar_type(), what);
+  if (dtype == DType::F64) fail(what + " is float64; it must be float32, bfloat16 or float16");
+  *owner = tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return {owner->const_data_ptr(), dtype, owner->stride(0), owner->stride(1), owner->stride(2)};
+}
+
+void require_four(const Tensor& tensor, const std::string& what) {
+  if (tensor.dim() != 4)
+    fail(what + " has shape " + shape_text(tensor) + "; it must have four dimensions: batch, heads, tokens, head size");
+}
+
+void require_same(const Tensor& values, const Tensor& keys) {
+  bool same = values.dim() == 4;
+  for (int64_t i = 0; i < 4 && same; ++i) same = values.size(i) == keys.size(i);
+  if (!same || values.scalar_type() != keys.scalar_type()) {
+    fail(std::string("values is a ") + dtype_name(values.scalar_type()) + " of shape " + shape_text(values) +
+         "; it must be a " + dtype_name(keys.scalar_type()) + " of shape " + shape_text(keys) + " like keys");
+  }
+}
+
+KvShape read_shape(const std::string& format, int64_t group, int64_t head, int64_t value_group) {
+  const KvShape shape{parse_kv_format(format), group, head, value_group};
+  check_kv_shape(shape);
+  return shape;
+}
+
+std::vector<KvPage> read_pages(const Device& device, const std::vector<Tensor>& pages, int64_t blocks,
+                               const Tensor& keys, int64_t bytes) {
+  std::vector<KvPage> read;
+  int64_t left = blocks;
+  for (size_t i = 0; i < pages.size(); ++i) {
+    const Tensor& page = pages[i];
+    const std::string what = "pages[" + std::to_string(i) + "]";
+    device.require(page, what);
+    if (page.scalar_type() != ScalarType::Byte || page.dim() != 4 || page.size(0) != keys.size(0) ||
+        page.size(1) != keys.size(1) || page.size(3) != bytes || !page.is_contiguous()) {
+      fail(what + " is a " + dtype_name(page.scalar_type()) + " of shape " + shape_text(page) +
+           "; it must be a contiguous uint8 of shape [" + std::to_string(keys.size(0)) + ", " +
+           std::to_string(keys.size(1)) + ", blocks, " + std::to_string(bytes) + "]");
+    }
+    const int64_t count = page.size(2) < left ? page.size(2) : left;
+    if (count > 0) read.push_back({static_cast<const uint8_t*>(page.const_data_ptr()), count, page.stride(1)});
+    left -= count;
+  }
+  if (blocks < 0 || left > 0) {
+    fail("blocks is " + std::to_string(blocks) + "; it must be between 0 and the " + std::to_string(blocks - left) +
+         " that the pages have");
+  }
+  return read;
+}
+
+void read_mask(const Device& device, const Tensor& mask, const int64_t (&sizes)[4], KvAttentionArgs* args) {
+  device.require(mask, "mask");
+  bool fits = mask.dim() == 4;
+  std::string wanted;
+  for (int64_t i = 0; i < 4; ++i) {
+    wanted += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+    fits = fits && (mask.size(i) == sizes[i] || mask.size(i) == 1);
+  }
+  if (!fits) fail("mask has shape " + shape_text(mask) + "; it must be broadcast to [" + wanted + "]");
+  args->mask = mask.scalar_type() == ScalarType::Bool ? KvMask::Bool : KvMask::Float;
+  if (args->mask == KvMask::Float) {
+    args->mask_dtype = float_dtype(mask.scalar_type(), "mask");
+    if (args->mask_dtype == DType::F64) fail("mask is float64; it must be bool, float32, bfloat16 or float16");
+  }
+  args->mask_data = mask.const_data_ptr();
+  for (int64_t i = 0; i < 4; ++i) args->mask_strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+}
+
+}  // namespace
+
+Tensor kv_pack(const Tensor& keys, const Tensor& values, const std::string& format, int64_t group,
+               int64_t value_group) {
+  require_four(keys, "keys");
+  require_same(values, keys);
+  const Device device(keys, "keys");
+  require_cpu(device, "keys");
+  const KvShape shape = read_shape(format, group, keys.size(3), value_group);
+  if (keys.size(2) % group != 0) {
+    fail("keys has " + std::to_string(keys.size(2)) + " tokens; it must have whole groups of " + std::to_string(group));
+  }
+  const int64_t blocks = keys.size(2) / group;
+  Tensor key_owner = keys, value_owner = values;
+  Tensor out = empty_beside(keys, {keys.size(0), keys.size(1), blocks, kv_layout(shape).bytes}, ScalarType::Byte);
+  device.kv_pack({
+      .shape = shape,
+      .batch = keys.size(0),
+      .heads = keys.size(1),
+      .blocks = blocks,
+      .keys = read_tokens(device, keys, "keys", &key_owner),
+      .values = read_tokens(device, values, "values", &value_owner),
+      .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
+      .parallel_for = nullptr,
+  });
+  return out;
+}
+
+Tensor kv_attention(const Tensor& query, const std::vector<Tensor>& pages, int64_t blocks, int64_t first,
+                    const Tensor& keys, const Tensor& values, const std::string& format, int64_t group,
+                    int64_t value_group, std::optional<Tensor> mask, double scale) {
+  require_four(query, "query");
+  require_four(keys, "keys");
+  require_same(values, keys);
+  const Device device(query, "query");
+  require_cpu(device, "query");
+  const int64_t batch = query.size(0), query_heads = query.size(1), rows = query.size(2), head = query.size(3);
+  const int64_t heads = keys.size(1), recent = keys.size(2);
+  const KvShape shape = read_shape(format, group, head, value_group);
+  if (keys.size(0) != batch || keys.size(3) != head || heads < 1 || query_heads % heads != 0) {
+    fail("keys has shape " + shape_text(keys) + " and query " + shape_text(query) +
+         "; they must have the same batch and head size, and query heads a multiple of key heads");
+  }
+  if (rows > kMostRows) {
+    fail("query has " + std::to_string(rows) + " rows; it must have at most " + std::to_string(kMostRows) +
+         ", and more are for decoded keys and values");
+  }
+  const std::vector<KvPage> read = read_pages(device, pages, blocks, keys, kv_layout(shape).bytes);
+  if (first < 0 || first > blocks * group) {
+    fail("first is " + std::to_string(first) + "; it must be between 0 and the " + std::to_string(blocks * group) +
+         " tokens of the blocks");
+  }
+  if (!std::isfinite(scale)) fail("scale is " + std::to_string(scale) + "; it must be finite");
+  Tensor query_owner = query, key_owner = keys, value_owner = values;
+  KvAttentionArgs args{
+      .shape = shape,
+      .batch = batch,
+      .heads = heads,
+      .query_heads = query_heads,
+      .rows = rows,
+      .query = read_tokens(device, query, "query", &query_owner),
+      .pages = read.data(),
+      .page_count = static_cast<int64_t>(read.size()),
+      .first = first,
+      .keys = read_tokens(device, keys, "keys", &key_owner),
+      .values = read_tokens(device, values, "values", &value_owner),
+      .recent = recent,
+      .mask = KvMask::None,
+      .mask_data = nullptr,
+      .mask_dtype = DType::F32,
+      .mask_strides = {},
+      .scale = static_cast<float>(scale),
+      .out = nullptr,
+      .parallel_for = nullptr,
+  };
+  const int64_t sizes[4] = {batch, query_heads, rows, blocks * group - first + recent};
+  if (mask) read_mask(device, *mask, sizes, &args);
+  Tensor out = empty_beside(query, {batch, rows, query_heads, head}, query.scalar_type());
+  args.out = out.mutable_data_ptr();
+  device.kv_attention(args);
+  return out;
+}
+
+}  // namespace bitfold::border

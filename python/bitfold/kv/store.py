@@ -1,0 +1,157 @@
+"""The tokens of one layer: packed blocks for the older ones, exact numbers for the recent ones. torch alone.
+
+Blocks lie in pages of PAGE blocks, allocated as they are needed, so that a token never moves another one: appending
+costs the same however long the past is. Recent tokens lie in front of the blocks in a buffer of the model's dtype,
+at least `residual` of them; when another group of them is older than that, it is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitfold.kv.blocks import BlockFormat
+
+PAGE = 8  # blocks
+# New tokens of one call up to which attention reads blocks as they lie; a call with more is a prompt.
+FEW = 8
+
+
+@dataclass
+class Store:
+    """Keys and values [batch, heads, tokens, head] of a layer.
+
+    blocks: how they are packed; residual: recent tokens that are never packed; pages: uint8 [batch, heads, PAGE,
+    nbytes]; packed: blocks in them; begin: packed tokens at the front that no longer count; keys, values: the buffer
+    of the recent ones, of which the first `recent` count.
+    """
+
+    blocks: BlockFormat
+    residual: int
+    keys: Tensor
+    values: Tensor
+    pages: list[Tensor]
+    packed: int = 0
+    begin: int = 0
+    recent: int = 0
+
+    @classmethod
+    def like(cls, blocks: BlockFormat, residual: int, keys: Tensor) -> Store:
+        """An empty one for tokens as `keys` has them."""
+        shape = (*keys.shape[:2], residual + blocks.group + FEW, keys.shape[3])
+        return cls(blocks, residual, keys.new_empty(shape), keys.new_empty(shape), [])
+
+    @property
+    def tokens(self) -> int:
+        return self.packed * self.blocks.group - self.begin + self.recent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.pages))
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens, at most FEW. What was there before is packed first, so that these are exact in this call."""
+        self._pack()
+        self._put(keys, values)
+
+    def append_prompt(self, keys: Tensor, values: Tensor) -> None:
+        """Add any number of tokens, and pack all that is not recent."""
+        group = self.blocks.group
+        count = max(0, self.recent + keys.shape[2] - self.residual) // group * group
+        if count > 0:
+            if self.recent > 0:
+                before = self.exact()
+                keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+                self.recent = 0
+            self._write(self.blocks.pack(keys[:, :, :count], values[:, :, :count]))
+            keys, values = keys[:, :, count:], values[:, :, count:]
+        self._put(keys, values)
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the recent tokens, views."""
+        return self.keys[:, :, : self.recent], self.values[:, :, : self.recent]
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens in the model's dtype: new tensors."""
+        parts = [self.blocks.unpack(self._used(i), self.keys.dtype) for i in range(len(self.pages))]
+        keys = torch.cat([*(part[0] for part in parts), self.exact()[0]], 2)
+        values = torch.cat([*(part[1] for part in parts), self.exact()[1]], 2)
+        return keys[:, :, self.begin :], values[:, :, self.begin :]
+
+    def forget(self, count: int) -> None:
+        """Drop the `count` oldest tokens; a page goes when all of its tokens are dropped."""
+        group, packed = self.blocks.group, self.packed * self.blocks.group - self.begin
+        self.begin += min(count, packed)
+        while self.packed > 0 and self.begin >= min(PAGE, self.packed) * group:
+            blocks = min(PAGE, self.packed)
+            del self.pages[0]
+            self.packed -= blocks
+            self.begin -= blocks * group
+        if count > packed:
+            self._shift(count - packed)
+
+    def crop(self, count: int) -> None:
+        """Drop the `count` latest tokens. What is left of a block is decoded, and packed again once it fills one."""
+        if count <= self.recent:
+            self.recent -= count
+            return
+        group, end = self.blocks.group, self.begin + self.tokens - count
+        whole, rest = divmod(end, group)
+        front = max(0, self.begin - whole * group)
+        self.recent = 0
+        if rest > front:
+            page, place = divmod(whole, PAGE)
+            keys, values = self.blocks.unpack(self.pages[page][:, :, place : place + 1], self.keys.dtype)
+            self._put(keys[:, :, front:rest], values[:, :, front:rest])
+        self.packed = whole if self.begin < whole * group else 0
+        self.begin = self.begin if self.packed > 0 else 0
+        del self.pages[-(-self.packed // PAGE) :]
+
+    def clear(self) -> None:
+        """Drop all tokens."""
+        self.pages.clear()
+        self.packed = self.begin = self.recent = 0
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put change(tensor) in the place of every tensor, all of which have the batch as their first dimension."""
+        self.keys, self.values = change(self.keys), change(self.values)
+        self.pages = [change(page) for page in self.pages]
+
+    # ---- within ----
+
+    def _used(self, page: int) -> Tensor:
+        return self.pages[page][:, :, : self.packed - page * PAGE]
+
+    def _pack(self) -> None:
+        group = self.blocks.group
+        count = max(0, self.recent - self.residual) // group * group
+        if count > 0:
+            self._write(self.blocks.pack(self.keys[:, :, :count], self.values[:, :, :count]))
+            self._shift(count)
+
+    def _write(self, blocks: Tensor) -> None:
+        done, total = 0, blocks.shape[2]
+        while done < total:
+            place = self.packed % PAGE
+            if place == 0:
+                self.pages.append(blocks.new_empty((*blocks.shape[:2], PAGE, blocks.shape[3])))
+            take = min(PAGE - place, total - done)
+            self.pages[-1][:, :, place : place + take] = blocks[:, :, done : done + take]
+            done += take
+            self.packed += take
+
+    def _shift(self, count: int) -> None:
+        """Drop recent tokens at the front."""
+        self.recent -= count
+        for buffer in (self.keys, self.values):
+            buffer[:, :, : self.recent] = buffer[:, :, count : count + self.recent].clone()
+
+    def _put(self, keys: Tensor, values: Tensor) -> None:
+        end = self.recent + keys.shape[2]
+        self.keys[:, :, self.recent : end] = keys
+        self.values[:, :, self.recent : end] = values
+        self.recent = end
