@@ -152,6 +152,6 @@ class Store:
 
     def _put(self, keys: Tensor, values: Tensor) -> None:
         end = self.recent + keys.shape[2]
-        self.keys[:, :, self.recent : end] = keys
-        self.values[:, :, self.recent : end] = values
+        self.keys[:, :, self.recent : end] = keys.detach()  # gradients end at the cache
+        self.values[:, :, self.recent : end] = values.detach()
         self.recent = end
