@@ -93,23 +93,26 @@ void add_products(const RowsInt8Sides& a) {
 // Bytes of the weight that are asked for ahead of those that are multiplied.
 inline constexpr int64_t kAheadBytes = 2048;
 
-// totals[r * M + j]: vectors of R rows of the weight times M of x.
+// totals[r * M + j]: vectors of R rows of the weight times M of x. Whole numbers are held as vectors of floats, which
+// nothing computes with, for `hold`: without it GCC 12 copies every sum to memory, in each step of the loop.
 template <int R, int M>
 [[gnu::noinline]] void multiply_few(const uint8_t* const (&rows)[R], const RowsInt8Products& a, I* totals) {
   const uint8_t* w[R];
   for (int r = 0; r < R; ++r) w[r] = rows[r];
   const int8_t* x = a.x;
-  I sums[R][M];
+  F sums[R][M];
   for (auto& row : sums) {
-    for (I& sum : row) sum = splat(int32_t{0});
+    for (F& sum : row) sum = as_float(splat(int32_t{0}));
   }
   const auto load_codes = [](const void* p) { return load_words<8>(static_cast<const uint8_t*>(p)); };
   const auto multiply = [&](const uint8_t* const(&from)[R]) {
-    I codes[R];
-    for (int r = 0; r < R; ++r) codes[r] = load_codes(from[r]);
+    F codes[R];
+    for (int r = 0; r < R; ++r) codes[r] = as_float(load_codes(from[r]));
     for (int j = 0; j < M; ++j) {
       const I x_codes = load_codes(x + j * a.x_stride);
-      for (int r = 0; r < R; ++r) sums[r][j] = dot_bytes<true>(sums[r][j], codes[r], x_codes);
+      for (int r = 0; r < R; ++r) {
+        sums[r][j] = hold(as_float(dot_bytes<true>(as_int(sums[r][j]), as_int(codes[r]), x_codes)));
+      }
     }
   };
   int64_t c = 0;
@@ -131,7 +134,7 @@ template <int R, int M>
     multiply(from);
   }
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < M; ++j) totals[r * M + j] = sums[r][j];
+    for (int j = 0; j < M; ++j) totals[r * M + j] = as_int(sums[r][j]);
   }
 }
 
@@ -217,36 +220,38 @@ BITFOLD_SIMD I splat_four(const void* p) {
 
 // sums += X rows of x times the open columns; `quads` fours of them.
 template <int X>
-[[gnu::noinline]] void multiply_tile(const Panel8& panel, int64_t quads, const int8_t* x, bool first, int32_t* to,
-                                     int64_t stride) {
-  I sums[X][kTileVectors];
+[[gnu::noinline]] void multiply_tile(const Panel8& panel, int64_t quads, const int8_t* x, int32_t* to, int64_t stride) {
+  F sums[X][kTileVectors];  // whole numbers (see multiply_few)
   for (int j = 0; j < X; ++j) {
-    for (int r = 0; r < kTileVectors; ++r)
-      sums[j][r] = first ? splat(int32_t{0}) : load_int(to + j * stride + r * kLanes);
+    for (int r = 0; r < kTileVectors; ++r) sums[j][r] = as_float(load_int(to + j * stride + r * kLanes));
   }
   for (int64_t q = 0; q < quads; ++q) {
-    I w[kTileVectors];
-    for (int r = 0; r < kTileVectors; ++r) w[r] = load_int(&panel[q][r * kLanes]);
+    F w[kTileVectors];
+    for (int r = 0; r < kTileVectors; ++r) w[r] = as_float(load_int(&panel[q][r * kLanes]));
     for (int j = 0; j < X; ++j) {
       const I four = splat_four(x + 4 * j);
-      for (int r = 0; r < kTileVectors; ++r) sums[j][r] = dot_bytes<true>(sums[j][r], w[r], four);
+      for (int r = 0; r < kTileVectors; ++r) {
+        sums[j][r] = hold(as_float(dot_bytes<true>(as_int(sums[j][r]), as_int(w[r]), four)));
+      }
     }
     x += 4 * kTileOfX;
   }
   for (int j = 0; j < X; ++j) {
-    for (int r = 0; r < kTileVectors; ++r) store_int(to + j * stride + r * kLanes, sums[j][r]);
+    for (int r = 0; r < kTileVectors; ++r) store_int(to + j * stride + r * kLanes, as_int(sums[j][r]));
   }
 }
 
 template <int X = kTileOfX>
-BITFOLD_SIMD void multiply_rows(const Panel8& panel, int64_t quads, const int8_t* x, int64_t m, bool first, int32_t* to,
+BITFOLD_SIMD void multiply_rows(const Panel8& panel, int64_t quads, const int8_t* x, int64_t m, int32_t* to,
                                 int64_t stride) {
-  if (m >= X) return multiply_tile<X>(panel, quads, x, first, to, stride);
-  if constexpr (X > 1) multiply_rows<X - 1>(panel, quads, x, m, first, to, stride);
+  if (m >= X) return multiply_tile<X>(panel, quads, x, to, stride);
+  if constexpr (X > 1) multiply_rows<X - 1>(panel, quads, x, m, to, stride);
 }
 
 void many(const RowsInt8Products& a) {
   alignas(64) Panel8 panel;
+  for (int64_t j = 0; j < a.m; ++j)
+    std::memset(a.sums + j * a.sum_stride, 0, static_cast<size_t>(ceil_div(a.rows, kTile) * kTile) * sizeof(int32_t));
   for (int64_t row = 0; row < a.rows; row += kTile) {
     for (int64_t begin = 0; begin < a.columns; begin += kOpenColumns) {
       const int64_t columns = smaller(kOpenColumns, a.columns - begin);
@@ -258,7 +263,7 @@ void many(const RowsInt8Products& a) {
           for (int64_t line = 0; line < columns; line += 64) prefetch(ahead + r * a.w_stride + line);
         }
         multiply_rows(panel, ceil_div(columns, 4), a.x + j / kTileOfX * a.x_stride + begin * kTileOfX, a.m - j,
-                      begin == 0, a.sums + j * a.sum_stride + row, a.sum_stride);
+                      a.sums + j * a.sum_stride + row, a.sum_stride);
       }
     }
   }
