@@ -49,7 +49,7 @@ def eight_layers() -> nn.Module:
     return tiny.llama(torch.bfloat16, layers=8, hidden=512, ffn=1024)
 
 
-@pytest.mark.parametrize("recipe", ["int4-mixed", "nf4-dq", "fp8"])
+@pytest.mark.parametrize("recipe", ["int4-mixed", "nf4-dq", "fp8", "fp8-block", "fp8-w8a8"])
 def test_eight_layer_llama_generates_the_same_after_save_and_load(eight_layers, recipe, tmp_path):
     model = copy.deepcopy(eight_layers)
     bitfold.quantize(model, recipe, quiet=True)

@@ -82,7 +82,8 @@ def test_experts_compute_what_transformers_computes_with_the_decoded_weights(kin
 
 
 @pytest.mark.parametrize(
-    "format", ["int4-g32", "int3-g16-asym", "nf4-b64", "nf4-b64-dq", "fp8-e4m3-channel", "bf16"]
+    "format",
+    ["int4-g32", "int3-g16-asym", "nf4-b64", "nf4-b64-dq", "fp8-e4m3-channel", "fp8-e4m3-b128x128", "bf16"],
 )
 def test_every_kind_of_format_in_a_whole_model(format):
     model = mixtures.model("qwen2_moe")

@@ -45,6 +45,8 @@ PRESETS = {
     "nf4-dq": "nf4-b64-dq",
     "fp4": "fp4-b64",
     "fp8": "fp8-e4m3-channel",
+    "fp8-block": "fp8-e4m3-b128x128",
+    "fp8-w8a8": "fp8-e4m3-channel",
     "gptq-int4-g128": "int4-g128",
     "gptq-int3-g64": "int3-g64",
     "awq-int4-g128": "int4-g128",

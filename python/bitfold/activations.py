@@ -7,6 +7,8 @@ around, and store it as its canonical string.
     int8            rounded to 8 bits, with a step for each row (W8A8); with GGUF's blocks one for each block of a row
     int8-static     rounded to 8 bits, with one step that calibration found (`x_scale`)
     llm-int8        int8, but for the columns in which some value reaches the threshold: these stay in 16 bits
+    fp8             rounded to 8-bit floats (e4m3), with a scale for each row
+    fp8-static      rounded to 8-bit floats, with one scale that calibration found (`x_scale`); what is beyond saturates
 
 "llm-int8" has options, in this order: "-t5" for a threshold other than 6, "-rows" for rows that don't share their
 outliers, "-exact" for a 16-bit copy of the weight's usual outlier columns (`outlier_columns`, `outlier_weight`).
@@ -29,7 +31,8 @@ class Kind:
     """One way to treat activations. families: of the formats whose weights can be multiplied so, () for all; groups:
     of these formats, None for all ("channel" and "tensor": one scale for a row, or for the matrix); blocks: whether
     GGUF's blocks can too; is_static: whether a step from calibration goes with the layer; format: of the weights where
-    a recipe names the kind alone, "" where it can't; says: what it is, in a few words."""
+    a recipe names the kind alone, "" where it can't; says: what it is, in a few words; largest: of static ones the
+    number that the largest input of the calibration text becomes; op: that multiplies weights with planes."""
 
     families: tuple[str, ...]
     groups: tuple[int, ...] | None
@@ -37,15 +40,23 @@ class Kind:
     is_static: bool
     format: str
     says: str
+    largest: float = 0.0
+    op: str = "linear_int8"
 
 
 _CHANNEL, _TENSOR = -1, 0
 
 KINDS: dict[str, Kind] = {
-    "float": Kind((), None, True, False, "", "inputs as they are"),
+    "float": Kind((), None, True, False, "", "inputs as they are", op="linear"),
     "int8": Kind(("int8",), (_CHANNEL, _TENSOR), True, False, "", "inputs rounded to 8 bits, row by row"),
     "int8-static": Kind(
-        ("int8",), (_CHANNEL, _TENSOR), False, True, "", "inputs rounded to 8 bits, with a calibrated step"
+        ("int8",),
+        (_CHANNEL, _TENSOR),
+        False,
+        True,
+        "",
+        "inputs rounded to 8 bits, with a calibrated step",
+        127,
     ),
     "llm-int8": Kind(
         ("int8",),
@@ -54,6 +65,17 @@ KINDS: dict[str, Kind] = {
         False,
         "int8-channel-sfp32",
         "inputs rounded to 8 bits, but for columns with outliers, which stay in 16",
+    ),
+    "fp8": Kind((), None, False, False, "", "inputs rounded to 8-bit floats, row by row", op="linear_fp8"),
+    "fp8-static": Kind(
+        (),
+        None,
+        False,
+        True,
+        "",
+        "inputs rounded to 8-bit floats, with a calibrated scale",
+        448,
+        "linear_fp8",
     ),
 }
 _LLM_INT8 = re.compile(r"llm-int8(?:-t(?P<threshold>.+?))?(?P<rows>-rows)?(?P<exact>-exact)?")
@@ -114,6 +136,11 @@ class Activations:
         return self.is_static or self.exact_outliers
 
     @property
+    def op(self) -> str:
+        """The op of torch.ops.bitfold that multiplies so; with GGUF's blocks it is `linear` whatever they are."""
+        return KINDS[self.kind].op
+
+    @property
     def says(self) -> str:
         """What it is, in a few words."""
         return KINDS[self.kind].says
@@ -135,6 +162,7 @@ class Activations:
         kind = KINDS[self.kind]
         wanted = [f"{family} with one scale for each row, as {family}-channel" for family in kind.families]
         wanted += ["one of GGUF's blocks"] if kind.blocks else []
+        wanted = wanted or ["one with planes, as fp8-e4m3-channel"]
         raise ValueError(
             f"activations is '{self}', and the weight is {parsed}; it must be {', or '.join(wanted)}, or the "
             "activations 'float'"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold import ops, ops_int8
+from bitfold import ops
 from bitfold.formats import parse, plane_shapes
-from bitfold.nn import Multiplies, put_module
+from bitfold.nn import PRODUCTS, Multiplies, put_module
 from bitfold.qtensor import QTensor
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -146,8 +146,8 @@ class QuantStack(Multiplies):
         """x [..., k] times one expert's matrix: [..., n], in the dtype of x."""
         _, n, k = self.shape
         planes = [plane[expert] for plane in self.planes()]
-        if self._rounds_rows:
-            return ops_int8.linear_int8(x, planes, self.format, n, k, None, self._activations)
+        if self._op != "linear":
+            return PRODUCTS[self._op](x, planes, self.format, n, k, None, self._activations)
         return ops.linear(x, planes, self.format, n, k, None, self.layout, self._activations.kind)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold import ops, ops_int8
+from bitfold import ops, ops_fp8, ops_int8
 from bitfold.activations import FLOAT, Activations
 from bitfold.activations import read as read_activations
 from bitfold.formats import parse, plane_shapes
@@ -165,12 +165,19 @@ def empty_qtensor(
     return QTensor(parsed.canonical, (n, k), planes, layout, g_idx)
 
 
+PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "linear_int8": ops_int8.linear_int8,
+    "linear_fp8": ops_fp8.linear_fp8,
+}
+"""What multiplies an input that is rounded row by row, by the op's name: the arguments are the same."""
+
+
 class Multiplies(PlaneModule):
     """A module that does something with its input before it multiplies: `activations`, which may be set at any time,
     also as a string. They are no part of the state dict."""
 
     _activations = FLOAT
-    _rounds_rows = False  # whether the op is linear_int8 and not linear
+    _op = "linear"  # of PRODUCTS, or linear
 
     @property
     def activations(self) -> Activations:
@@ -180,8 +187,10 @@ class Multiplies(PlaneModule):
     def activations(self, activations: str | Activations) -> None:
         wanted = read_activations(activations)
         self.check_activations(wanted)
+        if self.layout != "rows" and not wanted.is_float:
+            raise ValueError(f"activations is '{wanted}', and the weight's blocks run across its rows")
         self._activations = wanted
-        self._rounds_rows = not wanted.is_float and parse(self.format).grid != "block"
+        self._op = wanted.op if parse(self.format).grid != "block" else "linear"
 
     def check_activations(self, wanted: Activations) -> None:
         """Raises ValueError unless the weight can be multiplied so, and what that takes is there."""
@@ -333,11 +342,10 @@ class QuantLinear(QuantModule, Multiplies):
         n, k = self.shape
         if parameters["g_idx"] is not None:
             x = gather_columns(x, self._order if self._order is not None else column_order(self.g_idx))  # type: ignore[arg-type]
-        if self._rounds_rows:
+        if self._op != "linear":
             kept: list[Any] = [parameters[name] for name in KEPT_PARTS]
-            return ops_int8.linear_int8(
-                x, planes, self.format, n, k, parameters["bias"], self._activations, *kept
-            )
+            product = PRODUCTS[self._op]
+            return product(x, planes, self.format, n, k, parameters["bias"], self._activations, *kept)
         return ops.linear(
             x, planes, self.format, n, k, parameters["bias"], self.layout, self._activations.kind
         )

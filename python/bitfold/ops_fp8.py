@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold.activations import Activations
 from bitfold.ops import check_device
 
 # ---- shapes ----
@@ -100,3 +101,30 @@ def register(namespace: str) -> None:
 
 
 register("bitfold")
+
+
+# ---- a call that costs little ----
+
+_linear_fp8 = torch.ops.bitfold.linear_fp8.default
+
+
+def linear_fp8(
+    x: Tensor,
+    planes: list[Tensor],
+    format: str,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    activations: Activations,
+    x_scale: Tensor | None = None,
+    *others: Tensor | None,
+) -> Tensor:
+    """torch.ops.bitfold.linear_fp8 with x_scale where the activations are static, past its autograd kernel where no
+    gradient is wanted (see ops.linear). others: what a layer keeps for other activations, unused."""
+    arguments = (x, planes, format, n, k, bias, x_scale if activations.is_static else None)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return _linear_fp8(*arguments)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _linear_fp8(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear_fp8(*arguments)

@@ -282,6 +282,19 @@ RECIPES: dict[str, Recipe] = {
             "fp8-e4m3-channel",
             "8 bits for weights of very different sizes within a row",
         ),
+        _linears(
+            "fp8-block",
+            "8-bit floats (e4m3), one scale for 128 rows and 128 columns",
+            "fp8-e4m3-b128x128",
+            "8-bit floats as DeepSeek-V3 has them: the scales take next to no room",
+        ),
+        _linears(
+            "fp8-w8a8",
+            "8-bit floats (e4m3), one scale a row; inputs too, row by row",
+            "fp8-e4m3-channel",
+            "for GPUs that multiply 8-bit floats; elsewhere fp8 has the same size and a smaller loss",
+            activations="fp8",
+        ),
         Recipe(
             "int4-mixed",
             "attention in 8-bit integers, the rest in 4-bit",
@@ -513,7 +526,7 @@ def _check_multiplies(name: str, module: ModuleInfo, rule: Rule) -> None:
     if module.kind == "experts" and rule.activations.needs_calibration:
         raise ValueError(
             f"{name} is a stack of experts, and rule {rule.pattern!r} has activations '{rule.activations}', which keep "
-            "something for each layer; for experts they must be 'float', 'int8' or 'llm-int8'"
+            "something for each layer; for experts they must be 'float', 'int8', 'llm-int8' or 'fp8'"
         )
 
 

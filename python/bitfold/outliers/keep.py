@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitfold import layout, recipes
-from bitfold.activations import Activations
+from bitfold.activations import KINDS, Activations
 from bitfold.calibration import overlap
 from bitfold.calibration.data import Calibration
 from bitfold.experts import stack_name
@@ -193,7 +193,9 @@ def kept_for(wanted: Activations, weight: Tensor, peaks: Tensor) -> tuple[Activa
     """Activations as calibration on this text would leave them, and what they take. peaks: the largest magnitude of
     each column of the input, [k]."""
     if wanted.is_static:
-        return wanted, {"x_scale": (peaks.max() / 127).clamp(min=torch.finfo(torch.float32).tiny)}
+        return wanted, {
+            "x_scale": (peaks.max() / KINDS[wanted.kind].largest).clamp(min=torch.finfo(torch.float32).tiny)
+        }
     if wanted.kind != "llm-int8":
         return wanted, {}
     columns = (peaks >= wanted.threshold).nonzero()[:, 0]
