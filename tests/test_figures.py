@@ -59,6 +59,8 @@ def test_recipes_command(capsys):
         "format": "int4-g128",
         "method": "rtn",
         "options": None,
+        "activations": {"kind": "float", "threshold": 0.0, "per_row": False, "exact_outliers": False},
+        "keep_outlier_layers": None,
     }
     assert data["measured"]["commit"] == demo_figures().commit
     assert run(["recipes"]) == 0

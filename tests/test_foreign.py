@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import bitfold
 import numpy as np
 import oracle_foreign as oracle
 import pytest
 import torch
+from bitfold.activations import Activations
+from bitfold.foreign import compressed_tensors
 from bitfold.foreign.awq import AwqScheme
 from bitfold.foreign.bitsandbytes import EightBitScheme, FourBitScheme, nested_map, quant_map
 from bitfold.foreign.compressed_tensors import CompressedScheme
 from bitfold.foreign.gptq import GptqScheme
 from bitfold.foreign.scheme import Unfit, integer
 from bitfold.formats import ceil_div
+from bitfold.shards import CheckpointError
+from cases import refusal as refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -182,21 +187,93 @@ def test_compressed_tensors_of_two_versions():
 @given(
     n=st.integers(1, 9),
     k=st.integers(1, 70),
-    group=st.sampled_from(["channel", "tensor", "g16"]),
+    group=st.sampled_from(["channel", "tensor", "g16", "b4x32"]),
     scale=SCALES,
 )
 def test_compressed_tensors_of_floats(n, k, group, scale):
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * 100 + k))
     spelled = {torch.float16: "sfp16", torch.bfloat16: "sbf16", torch.float32: "sfp32"}[scale]
     qtensor = bitfold.encode(weight, f"fp8-e4m3-{group}-{spelled}")
-    size = {"channel": -1, "tensor": 0, "g16": 16}[group]
-    scheme = CompressedScheme("float-quantized", "float", 8, size)
+    size, rows = {"channel": (-1, 1), "tensor": (0, 1), "g16": (16, 1), "b4x32": (32, 4)}[group]
+    scheme = CompressedScheme("float-quantized", "float", 8, size, rows=rows)
     there_and_back(scheme, qtensor)
     tensors = scheme.pack(qtensor)
-    scales = tensors["weight_scale"].double().reshape(-1, 1 if size <= 0 else ceil_div(k, 16))
-    scales = scales.repeat_interleave(16, 1)[:, :k] if size > 0 else scales
+    scales = tensors["weight_scale"].double().reshape(-1, ceil_div(k, size) if size > 0 else 1)
+    scales = scales.repeat_interleave(size, 1)[:, :k] if size > 0 else scales
+    scales = scales.repeat_interleave(rows, 0)[:n]
     wanted = tensors["weight"].to(torch.float64) * scales
     assert torch.equal(wanted.float(), qtensor.decode())
+
+
+FLOATS8 = {"num_bits": 8, "type": "float", "symmetric": True}
+BY_TOKEN = {**FLOATS8, "strategy": "token", "dynamic": True}
+STATIC = {**FLOATS8, "strategy": "tensor", "dynamic": False}
+
+
+def floats_config(inputs: object, weights: dict | None = None) -> dict:
+    weights = weights or {**FLOATS8, "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"format": "float-quantized", "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (None, "float"),
+        (BY_TOKEN, "fp8"),
+        (STATIC, "fp8-static"),
+        ({**BY_TOKEN, "strategy": "group", "group_size": 128}, "float"),  # DeepSeek's: a scale for 128 inputs
+        ({**BY_TOKEN, "type": "int"}, "float"),
+        ({**BY_TOKEN, "num_bits": 4}, "float"),
+        ({**STATIC, "strategy": "token"}, "float"),
+        ({**BY_TOKEN, "symmetric": False}, "float"),
+    ],
+)
+def test_activations_of_compressed_tensors(inputs, expected):
+    config = compressed_tensors.read_config(floats_config(inputs), Path("config.json"))
+    scheme = config.scheme("any")
+    assert str(scheme.activations) == expected
+    assert config.dropped == (expected == "float" and inputs is not None)
+    again = compressed_tensors.read_config(config.to_json(), Path("config.json")).scheme("any")
+    assert again == scheme
+
+
+def test_blocks_of_compressed_tensors():
+    def read(**more):
+        weights = {**FLOATS8, "strategy": "block", **more}
+        return compressed_tensors.read_config(floats_config(BY_TOKEN, weights), Path("config.json"))
+
+    config = read(block_structure=[128, 64])
+    assert (config.scheme("any").rows, config.scheme("any").group) == (128, 64)
+    written = config.to_json()["config_groups"]["group_0"]["weights"]
+    assert (written["strategy"], written["block_structure"]) == ("block", [128, 64])
+    for bad in (
+        [128],
+        [100, 128],
+        [128, 8],
+        [1, 128],
+        [128, 128, 128],
+        ["128", 128],
+        [True, 128],
+        [128.0, 128],
+    ):
+        refused(lambda b=bad: read(block_structure=b), "block_structure", "power of 2", error=CheckpointError)
+    refused(lambda: read(), "block_structure", error=CheckpointError)
+
+
+def test_static_scales_of_compressed_tensors():
+    qtensor = bitfold.encode(torch.randn(3, 20), "fp8-e4m3-tensor")
+    scheme = CompressedScheme("float-quantized", "float", 8, 0, activations=Activations("fp8-static"))
+    stored = scheme.pack(qtensor) | scheme.pack_kept({"x_scale": torch.tensor(0.25)})
+    assert stored["input_scale"].tolist() == [0.25]
+    assert set(scheme.specs(scheme.entry(stored))) == set(stored)
+    assert str(scheme.entry(stored).activations) == "fp8-static"
+    for dtype in (torch.float32, torch.bfloat16):
+        kept = scheme.kept({**stored, "input_scale": stored["input_scale"].to(dtype)})["x_scale"]
+        assert (kept.dtype, kept.shape, kept.item()) == (torch.float32, (), 0.25)
+    refused(lambda: scheme.entry(scheme.pack(qtensor)), "lacks input_scale")
+    for bad in (torch.tensor([0.0]), torch.tensor([float("nan")]), torch.ones(2), torch.ones(1).double()):
+        refused(lambda b=bad: scheme.kept({**stored, "input_scale": b}), "input_scale", "above 0")
 
 
 @given(

@@ -13,17 +13,32 @@ pytest.importorskip(
 
 import torch
 from bitfold.check.examine import examine
+from bitfold.nn import QuantLinear
 from owners import TEXT, assert_close, base, by_transformers, converted, logits, script  # noqa: F401
 
-# Schemes without rounded activations, which bitfold keeps floats.
+# Those whose activations bitfold treats as the owner does: floats, and 8-bit floats with a scale for each token. A
+# static scale is tested layer by layer: a sum that is a little different may round the next layer's input to another
+# number.
 THEIRS = [
     "ct-pack-4-g128-sym",
     "ct-pack-8-channel-sym",
     "ct-pack-2-g32-sym",
     "ct-pack-4-g128-sym-gptq-static",
+    "ct-float-8-channel",
+    "ct-float-8-tensor",
+    "ct-float-8-block",
 ]
 ASYMMETRIC = ["ct-pack-4-g32-asym", "ct-pack-4-g128-asym-gptq", "ct-pack-3-g32-asym"]
-OURS = ["int4-g128", "int4-g32", "int8-channel", "int8-g32", "int2-g32", "fp8-channel"]
+OURS = [
+    "int4-g128",
+    "int4-g32",
+    "int8-channel",
+    "int8-g32",
+    "int2-g32",
+    "fp8-channel",
+    "fp8-w8a8",
+    "fp8-block",
+]
 
 
 @pytest.mark.parametrize("recipe", OURS)
@@ -76,3 +91,21 @@ def test_we_load_their_asymmetric_ones(name, base, tmp_path):  # noqa: F811
         model.get_submodule(module).weight.data = compressor.decompress(parts, scheme)["weight"].float()
     assert_close(logits(bitfold.load(path, dtype=torch.float32)), logits(model))
     assert examine(path).sound
+
+
+def test_their_static_activations(base, tmp_path):  # noqa: F811
+    """Each layer of both, given the same input."""
+    pytest.importorskip("llmcompressor", reason="llm-compressor is not installed: pip install llmcompressor")
+    name = "ct-float-8-tensor-static"
+    script("llmcompressor_models").main(str(base), str(tmp_path), str(TEXT), name)
+    ours, theirs = bitfold.load(tmp_path / name, dtype=torch.float32).eval(), by_transformers(tmp_path / name)
+    logits(theirs)  # decompresses
+    compared = 0
+    for path, layer in ours.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert str(layer.activations) == "fp8-static"
+            x = torch.randn(5, layer.in_features) * 30 * layer.x_scale * torch.arange(1, 6)[:, None]
+            with torch.inference_mode():
+                torch.testing.assert_close(layer(x), theirs.get_submodule(path)(x), rtol=1e-5, atol=1e-4)
+            compared += 1
+    assert compared == 14

@@ -149,7 +149,7 @@ def _module(
             "both must say the same",
         )
         return None
-    own = [part for part in parts if part not in owner.beside]
+    own = [part for part in parts if part not in owner.beside or part in scheme.beside]
     tensors = {part: read_one(stored[f"{name}.{part}"]) for part in own}
     sound = [
         values.check_scales(
@@ -169,6 +169,7 @@ def _module(
     if entry is None or not all(sound):
         return entry
     try:
+        scheme.kept(tensors)
         _zero_scales(owner, scheme, name, tensors, report)
         finding = zeros.look(owner.name, name, scheme, tensors, report)
     except ValueError as error:

@@ -3,20 +3,23 @@
 
 `weight_packed` [n, ceil(k * b / 32)] is a view of the plane `codes`: words run along the input features and hold q +
 2^(b-1), as ours do. Scales [n, g] are the plane `scales`, in 16 or 32 bits. Zero points of packed weights run along
-the *output* features, [ceil(n * b / 32), g].
+the *output* features, [ceil(n * b / 32), g]. Activations that are rounded to 8-bit floats, token by token or with the
+scale `input_scale`, are our "fp8" and "fp8-static"; others stay floats.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitfold.activations import FLOAT, Activations
 from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
@@ -36,20 +39,23 @@ from bitfold.qtensor import QTensor, pack
 from bitfold.shards import CheckpointError, TensorSpec
 
 SIGNATURE = ("weight_packed", "weight_scale")
+INPUT_SCALE = "input_scale"
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-"""What lies beside a weight for activations of 8 bits, which bitfold doesn't use: it keeps activations floats."""
+ACTIVATIONS = (INPUT_SCALE, "input_zero_point", "output_scale", "output_zero_point")
+"""What may lie beside a weight for activations of 8 bits."""
 
 PACKED, INTEGERS, FLOATS, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 STORAGE = (PACKED, INTEGERS, FLOATS, NAIVE)
-STRATEGIES = ("tensor", "channel", "group")
+STRATEGIES = ("tensor", "channel", "group", "block")
 FP8 = "fp8-e4m3"
+_BLOCK_ROWS = tuple(1 << i for i in range(1, 21))
 
 
 @dataclass(frozen=True)
 class CompressedScheme(Scheme):
     """storage: one of STORAGE; type: "int" or "float"; group: as the strategy says, -1 ("channel"), 0 ("tensor") or
-    columns; by_group: whether the order of columns is stored (actorder "group").
+    columns; by_group: whether the order of columns is stored (actorder "group"); rows: that share their scales
+    ("block"); activations: "float", "fp8" or "fp8-static".
     """
 
     storage: str = PACKED
@@ -58,6 +64,8 @@ class CompressedScheme(Scheme):
     group: int = 128
     symmetric: bool = True
     by_group: bool = False
+    rows: int = 1
+    activations: Activations = FLOAT
 
     def specs(self, entry: ModuleEntry, plane: ReadPlane | None = None) -> dict[str, TensorSpec]:
         self._check_fits(entry)
@@ -74,6 +82,8 @@ class CompressedScheme(Scheme):
             shapes["weight_zero_point"] = self._zero_point(n, k)
         if self.by_group:
             shapes["weight_g_idx"] = torch.int32, (k,)
+        if self.activations.is_static:
+            shapes[INPUT_SCALE] = torch.float32, (1,)
         return {name: TensorSpec(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
 
     def entry(self, tensors: Mapping[str, Tensor]) -> ModuleEntry:
@@ -82,12 +92,13 @@ class CompressedScheme(Scheme):
         optional = ("weight_g_idx",) if self.by_group else ()
         # Old versions store zeros of symmetric weights too.
         zeros, more = (("weight_zero_point",), ()) if not self.symmetric else ((), ("weight_zero_point",))
-        check_names(tensors, (*needed, *zeros, *optional), (*more, *ACTIVATIONS))
+        check_names(tensors, (*needed, *zeros, *optional, *self.beside), (*more, *ACTIVATIONS))
         n, k = self._shape(tensors)
         scales = tensors["weight_scale"]
         self._check_scales(scales, n, k)
         if self.type == "float":
-            where = {-1: "channel", 0: "tensor"}.get(self.group, f"g{self.group}")
+            columns = f"g{self.group}" if self.rows == 1 else f"b{self.rows}x{self.group}"
+            where = {-1: "channel", 0: "tensor"}.get(self.group, columns)
             format = parse(f"{FP8}-{where}-{SCALES[scales.dtype]}").canonical
         else:
             format = integer(self.bits, self.group, not self.symmetric, scales.dtype)
@@ -98,7 +109,25 @@ class CompressedScheme(Scheme):
             check_tensor(tensors, "weight_g_idx", (torch.int32,), (k,))
             neighbours = torch.arange(k, dtype=torch.int32) // self.group
             matters = not torch.equal(tensors["weight_g_idx"], neighbours)
-        return ModuleEntry("linear", format, (n, k), g_idx=matters)
+        return ModuleEntry("linear", format, (n, k), g_idx=matters, activations=self.activations)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return (INPUT_SCALE,) if self.activations.is_static else ()
+
+    def kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.activations.is_static:
+            return {}
+        scale = tensors[INPUT_SCALE]
+        if scale.numel() != 1 or scale.dtype not in SCALES or not 0 < float(scale) < math.inf:
+            raise ValueError(
+                f"{INPUT_SCALE} is {scale.dtype} {list(scale.shape)} {scale.flatten()[:1].tolist()}; it must be one "
+                "number of 16 or 32 bits above 0"
+            )
+        return {"x_scale": scale.to(torch.float32).reshape(())}
+
+    def pack_kept(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {INPUT_SCALE: kept["x_scale"].reshape(1)} if self.activations.is_static else {}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QTensor:
         entry = self.entry(tensors)
@@ -168,7 +197,7 @@ class CompressedScheme(Scheme):
         return ceil_div(k, self.group) if self.group > 0 else 1
 
     def _scale_shape(self, n: int, k: int) -> tuple[int, ...]:
-        return (1,) if self.group == 0 else (n, self._groups(k))
+        return (1,) if self.group == 0 else (ceil_div(n, self.rows), self._groups(k))
 
     def _check_scales(self, scales: Tensor, n: int, k: int) -> None:
         wanted = self._scale_shape(n, k)
@@ -227,7 +256,7 @@ class CompressedScheme(Scheme):
             raise Unfit(
                 f"it is {format}, an {entry.kind}; linear layers of integers or {FP8} have a place there"
             )
-        if (format.bits, format.group) != (self.bits, self.group):
+        if (format.bits, format.group, format.group_rows) != (self.bits, self.group, self.rows):
             raise Unfit(f"it is {format}, not {self.bits} bits with the group {self.group}")
         if self.symmetric and format.asymmetric:
             raise Unfit(f"it is {format}, which has zero points, and the configuration says symmetric")
@@ -244,12 +273,13 @@ class CompressedConfig:
     """The quantization_config of a compressed-tensors checkpoint.
 
     groups: (targets, scheme); a target is "Linear", a module's name, or "re:" and a pattern. ignore: names and patterns
-    of modules that aren't quantized. activations: whether the checkpoint wants its activations rounded too.
+    of modules that aren't quantized. dropped: whether the checkpoint wants activations rounded in a way that bitfold
+    doesn't, which keeps them floats.
     """
 
     groups: tuple[tuple[tuple[str, ...], CompressedScheme], ...]
     ignore: tuple[str, ...] = ()
-    activations: bool = False
+    dropped: bool = False
 
     def scheme(self, module: str) -> CompressedScheme | None:
         if any(_matches(target, module) for target in self.ignore):
@@ -279,7 +309,7 @@ def _matches(target: str, module: str) -> bool:
 
 
 def _group_json(targets: tuple[str, ...], scheme: CompressedScheme) -> dict[str, Any]:
-    strategy = {-1: "channel", 0: "tensor"}.get(scheme.group, "group")
+    strategy = {-1: "channel", 0: "tensor"}.get(scheme.group, "group" if scheme.rows == 1 else "block")
     weights: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": scheme.type,
@@ -288,12 +318,14 @@ def _group_json(targets: tuple[str, ...], scheme: CompressedScheme) -> dict[str,
         "group_size": scheme.group if strategy == "group" else None,
         "dynamic": False,
     }
+    if strategy == "block":
+        weights["block_structure"] = [scheme.rows, scheme.group]
     if scheme.by_group:
         weights["actorder"] = "group"
     return {
         "targets": list(targets),
         "weights": weights,
-        "input_activations": None,
+        "input_activations": _inputs_json(scheme.activations),
         "output_activations": None,
         "format": scheme.storage,
     }
@@ -303,7 +335,7 @@ def read_config(section: Mapping[str, Any], origin: Path) -> CompressedConfig:
     """The checked quantization_config of a compressed-tensors checkpoint; origin: the file that it is in.
 
     Raises CheckpointError for a way to store weights that bitfold doesn't read: sparsity, transforms that are computed
-    with the activations, blocks in two dimensions, 4-bit floats.
+    with the activations, blocks of another number of rows than a power of 2, 4-bit floats.
     """
     fields = Fields(section, origin)
     for key in ("sparsity_config", "transform_config"):
@@ -317,7 +349,7 @@ def read_config(section: Mapping[str, Any], origin: Path) -> CompressedConfig:
     groups = fields.take("config_groups", dict)
     overall = section.get("format")
     read = []
-    activations = False
+    dropped = False
     for name, group in groups.items():
         if not isinstance(group, dict):
             fields.refuse("config_groups", "objects by name")
@@ -328,11 +360,13 @@ def read_config(section: Mapping[str, Any], origin: Path) -> CompressedConfig:
             fields.refuse("format", " or ".join(STORAGE))
         weights = inner.take("weights", dict)
         scheme = _scheme(Fields(weights, origin, f"config_groups.{name}.weights"), weights, storage)
-        activations |= bool(group.get("input_activations") or group.get("output_activations"))
-        read.append((targets, scheme))
+        inputs = group.get("input_activations")
+        activations = _activations(inputs)
+        dropped |= (bool(inputs) and activations.is_float) or bool(group.get("output_activations"))
+        read.append((targets, replace(scheme, activations=activations)))
     if not read:
         raise CheckpointError(f"{origin}: quantization_config.config_groups is empty")
-    return CompressedConfig(tuple(read), tuple(map(str, fields.take("ignore", list, []))), activations)
+    return CompressedConfig(tuple(read), tuple(map(str, fields.take("ignore", list, []))), dropped)
 
 
 def _scheme(fields: Fields, weights: Mapping[str, Any], storage: str) -> CompressedScheme:
@@ -341,12 +375,16 @@ def _scheme(fields: Fields, weights: Mapping[str, Any], storage: str) -> Compres
     group = fields.optional("group_size", int)
     implied = "tensor" if group is None else "channel" if group == -1 else "group"
     strategy = fields.take("strategy", str, implied, STRATEGIES)
-    size = {"tensor": 0, "channel": -1}.get(strategy)
-    if size is None:
+    size, rows = {"tensor": 0, "channel": -1}.get(strategy), 1
+    if strategy == "block":
+        rows, size = _block(fields)
+    elif size is None:
         size = fields.check_group(fields.take("group_size", int))
     symmetric = fields.take("symmetric", bool, True)
     if (kind == "float") != (storage == FLOATS) and storage != NAIVE:
         fields.refuse("type", f"another: {storage} is not for {kind}s")
+    if strategy == "block" and kind != "float":
+        fields.refuse("strategy", f"another: bitfold has blocks of rows for floats alone, and this is {kind}")
     if kind == "float" and not symmetric:
         fields.refuse("symmetric", "true: floats have no zero points")
     # Spellings of "by the groups of the activations' order"; "weight" and "static" leave the columns in place.
@@ -356,4 +394,40 @@ def _scheme(fields: Fields, weights: Mapping[str, Any], storage: str) -> Compres
     by_group = actorder in (True, "group", "dynamic")
     if by_group and (strategy != "group" or storage != PACKED):
         fields.refuse("actorder", f"null: {storage} with the strategy {strategy} has no order of columns")
-    return CompressedScheme(storage, kind, bits, size, symmetric, by_group)
+    return CompressedScheme(storage, kind, bits, size, symmetric, by_group, rows)
+
+
+def _block(fields: Fields) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    structure = fields.take("block_structure", list)
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in structure)
+    if len(structure) != 2 or not whole or structure[1] < 16 or structure[0] not in _BLOCK_ROWS:
+        fields.refuse("block_structure", "a power of 2 of rows and at least 16 columns, as [128, 128] is")
+    return structure[0], structure[1]
+
+
+def _activations(inputs: Any) -> Activations:
+    """What bitfold does of what is wanted of the inputs: rounding to e4m3 by rows, or with one static scale."""
+    if not isinstance(inputs, dict):
+        return FLOAT
+    known = (inputs.get("type"), inputs.get("num_bits"), inputs.get("symmetric", True)) == ("float", 8, True)
+    dynamic, strategy = inputs.get("dynamic", False), inputs.get("strategy")
+    if known and dynamic is True and strategy == "token":
+        return Activations("fp8")
+    if known and dynamic is False and strategy == "tensor":
+        return Activations("fp8-static")
+    return FLOAT
+
+
+def _inputs_json(activations: Activations) -> dict[str, Any] | None:
+    """`_activations` undone."""
+    if activations.is_float:
+        return None
+    static = activations.is_static
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor" if static else "token",
+        "dynamic": not static,
+    }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import hf
+from bitfold.activations import Activations
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig, listed
 from bitfold.foreign.owners import QUANTIZE_CONFIG_FILE
 from bitfold.foreign.regrid import as_integers, regrid
@@ -35,7 +36,7 @@ BITFOLD, GGUF_BLOCKS, PLAIN = "bitfold", "gguf", "transformers"
 
 @dataclass(frozen=True)
 class _Own(Store):
-    """How bitfold's own checkpoints store a weight: its planes."""
+    """How bitfold's own checkpoints store a weight: its planes, and the step of static activations."""
 
     def specs(self, entry: ModuleEntry, plane: ReadPlane | None = None) -> dict[str, TensorSpec]:
         return entry.parts()
@@ -43,6 +44,9 @@ class _Own(Store):
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
         g_idx = {} if qtensor.g_idx is None else {"g_idx": qtensor.g_idx}
         return {**qtensor.planes, **g_idx}
+
+    def pack_kept(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(kept)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,10 @@ def convert(
                 if reason:
                     rounded.setdefault(reason, []).append(name)
                 ordered |= qtensor.g_idx is not None
-                for part, tensor in place.scheme.pack(qtensor).items():
+                tensors = place.scheme.pack(qtensor)
+                if place.activations.needs_calibration:
+                    tensors |= place.scheme.pack_kept(source.kept(name))
+                for part, tensor in tensors.items():
                     writer.write(f"{name}.{part}", tensor)
             count.add(name, math.prod(entry.shape))
         section = _section(source, plan, to, ordered)
@@ -116,6 +123,8 @@ def convert(
             config["dtype"] = str(plan.dtype).removeprefix("torch.")
         writer.commit(config if section is None else {**config, "quantization_config": section})
     if to in TARGETS and (text := TARGETS[to].remark(plan.places)):
+        remark(text)
+    for text in _other_activations(source, plan):
         remark(text)
     for text in _grouped(rounded):
         remark(text)
@@ -139,7 +148,10 @@ def _plan(source: Source, to: str, decode: torch.dtype | None, allow_lossy: bool
     linear = {name: entry for name, entry in source.modules.items() if entry.kind == "linear"}
     other = [name for name in source.modules if name not in linear]
     if to == BITFOLD:
-        places = {name: Place(_Own(), entry.format, entry.layout) for name, entry in source.modules.items()}
+        places = {
+            name: Place(_Own(), entry.format, entry.layout, entry.activations)
+            for name, entry in source.modules.items()
+        }
         return _Plan(places, [], source.dtype, [], plain)
     if to == GGUF_BLOCKS:
         places = {name: _block_place(source, name, allow_lossy) for name in source.modules}
@@ -263,9 +275,7 @@ def _specs(source: Source, plan: _Plan, allow_lossy: bool) -> list[TensorSpec]:
 def _parts(source: Source, name: str, place: Place, allow_lossy: bool) -> dict[str, TensorSpec]:
     entry = source.modules[name]
     for keeps_order in (True, False) if entry.g_idx and allow_lossy else (True,):
-        stored = ModuleEntry(
-            entry.kind, place.format, entry.shape, place.layout, g_idx=entry.g_idx and keeps_order
-        )
+        stored = replace(_stored_as(entry, place), g_idx=entry.g_idx and keeps_order)
         try:
             return place.scheme.specs(stored, lambda plane: source.qtensor(name).planes[plane])
         except Unfit as error:
@@ -308,14 +318,34 @@ def _section(source: Source, plan: _Plan, to: str, ordered: bool) -> dict[str, A
         return with_order(TARGETS[to].settings(plan.places, plan.kept), ordered).to_json()
     modules = {}
     for name, place in plan.places.items():
-        entry = source.modules[name]
-        modules[name] = replace(entry, format=place.format, layout=place.layout)
+        modules[name] = _stored_as(source.modules[name], place)
     for name, (entry, owner) in source.aliases.items():
-        modules[name] = replace(entry, format=plan.places[owner].format)
+        modules[name] = replace(_stored_as(entry, plan.places[owner]), layout=entry.layout)
     tied = dict(source.tied)
     for name, (_, owner) in source.aliases.items():
         tied |= {f"{name}.{part}": f"{owner}.{part}" for part in modules[owner].parts()}
     return QuantizationConfig(source.recipe, modules, tied).to_json()
+
+
+def _stored_as(entry: ModuleEntry, place: Place) -> ModuleEntry:
+    """What a module is in its place: what it kept for other activations stays behind."""
+    moved = replace(entry, format=place.format, layout=place.layout, activations=place.activations)
+    return moved if place.activations.exact_outliers else replace(moved, outliers=0, outlier_dtype=None)
+
+
+def _other_activations(source: Source, plan: _Plan) -> Iterator[str]:
+    """What layers did with their inputs, and no longer do."""
+    changed: dict[tuple[Activations, Activations], list[str]] = {}
+    for name, place in plan.places.items():
+        before = source.modules[name].activations
+        if before != place.activations:
+            changed.setdefault((before, place.activations), []).append(name)
+    for (before, after), names in changed.items():
+        layers = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+        yield (
+            f"{layers} ('{names[0]}'{', ...' if len(names) > 1 else ''}): the activations were '{before}', and in the "
+            f"new directory they are '{after}'"
+        )
 
 
 def _grouped(rounded: Mapping[str, Sequence[str]]) -> Iterator[str]:

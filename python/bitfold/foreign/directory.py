@@ -64,6 +64,13 @@ class ForeignDirectory:
         except ValueError as error:
             raise _named(self.path, module, error) from None
 
+    def kept(self, module: str) -> dict[str, Tensor]:
+        """What a module keeps for its activations, by bitfold's names. Raises as `qtensor` does."""
+        try:
+            return self.modules[module].scheme.kept(self.tensors(module))
+        except ValueError as error:
+            raise _named(self.path, module, error) from None
+
 
 def read_foreign(path: Path) -> ForeignDirectory:
     """A directory of one of OWNERS.
@@ -93,12 +100,15 @@ def read_foreign(path: Path) -> ForeignDirectory:
             raise CheckpointError(
                 f"{path}: '{name}' is quantized, but its quantization_config says that it isn't"
             )
-        own = {part: stored[f"{name}.{part}"] for part in parts if part not in owner.beside}
+        taken = [part for part in parts if part not in owner.beside or part in scheme.beside]
+        own = {part: stored[f"{name}.{part}"] for part in taken}
         try:
             modules[name] = ForeignModule(name, scheme, scheme.entry(_read(own)), own)
         except ValueError as error:
             raise _named(path, name, error) from None
-    unused = tuple(sorted(name for name in used if name.endswith(tuple(f".{part}" for part in owner.beside))))
+    unused = tuple(
+        sorted(used - {tensor.name for module in modules.values() for tensor in module.stored.values()})
+    )
     return ForeignDirectory(path, config, owner, settings, modules, plain, unused)
 
 

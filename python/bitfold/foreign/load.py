@@ -74,3 +74,5 @@ def _values(directory: ForeignDirectory, stored: dict[str, StoredTensor]) -> Ite
             yield f"{name}.{plane}", values
         if qtensor.g_idx is not None:
             yield f"{name}.g_idx", qtensor.g_idx
+        for part, values in directory.kept(name).items():
+            yield f"{name}.{part}", values

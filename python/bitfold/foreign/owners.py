@@ -19,7 +19,7 @@ class Owner:
     """A library whose checkpoints these are.
 
     name: as quant_method of quantization_config has it; title: in prose; signature: a module that has one of these
-    tensors is quantized; parts: the names of a module's tensors; beside: those that bitfold doesn't use; read_config:
+    tensors is quantized; parts: the names of a module's tensors; beside: those that a scheme may use; read_config:
     section and file -> checked.
     """
 

@@ -52,6 +52,10 @@ class Store(Protocol):
         """
         ...
 
+    def pack_kept(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of what a layer keeps beside its weight for its activations (`nn.KEPT_PARTS`)."""
+        return {}
+
     def pack_rounds(self, qtensor: QTensor) -> str:
         """What of a weight `pack` rounds; "" for nothing, as nearly everywhere."""
         return ""
@@ -73,6 +77,16 @@ class Scheme(Store, Protocol):
         scheme.
         """
         ...
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Of the tensors beside a weight (`Owner.beside`) those that it looks at."""
+        return ()
+
+    def kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the layer keeps beside its weight for the activations of its entry (`nn.KEPT_PARTS`). Raises ValueError
+        where that can't be."""
+        return {}
 
     def unpack_rounds(self, tensors: Mapping[str, Tensor]) -> str:
         """What of a weight `unpack` rounds; "" for nothing."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from bitfold import hf
 from bitfold.checkpoint import ModuleEntry, read_quantization
 from bitfold.foreign.directory import read_foreign
+from bitfold.nn import KEPT_PARTS
 from bitfold.qtensor import QTensor
 from bitfold.shards import CheckpointError, StoredTensor, read_directory, read_tensors
 from bitfold.writer import is_bitfold_checkpoint
@@ -26,9 +27,9 @@ class Source:
     tensors; tied: names of tensors that aren't stored, and whose they are; aliases: modules whose weight is that of
     another, and of which; recipe: what the checkpoint says it is of.
 
-    qtensor, decode: a module's weight by the module's name, and its values as the owner means them; rounds: what of a
-    module's weight qtensor has rounded, "" for nothing; remarks: what the directory says that a conversion doesn't
-    keep.
+    qtensor, decode: a module's weight by the module's name, and its values as the owner means them; kept: what its
+    layer keeps for its activations; rounds: what of a module's weight qtensor has rounded, "" for nothing; remarks:
+    what the directory says that a conversion doesn't keep.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Source:
     tied: Mapping[str, str]
     recipe: str
     qtensor: Callable[[str], QTensor]
+    kept: Callable[[str], dict[str, Tensor]]
     decode: Callable[[str], Tensor]
     rounds: Callable[[str], str]
     aliases: Mapping[str, tuple[ModuleEntry, str]]
@@ -80,9 +82,10 @@ def _own(path: Path) -> Source:
 
     def qtensor(name: str) -> QTensor:
         entry = modules[name]
-        wanted = [stored[f"{name}.{part}"] for part in entry.parts()]
+        names = [part for part in entry.parts() if part not in KEPT_PARTS]
+        wanted = [stored[f"{name}.{part}"] for part in names]
         parts = dict(read_tensors(sorted(wanted, key=lambda tensor: tensor.path)))
-        tensors = {part: parts[f"{name}.{part}"] for part in entry.parts()}
+        tensors = {part: parts[f"{name}.{part}"] for part in names}
         g_idx = tensors.pop("g_idx", None)
         try:
             return QTensor(entry.format, entry.matrix, tensors, entry.layout, g_idx)
@@ -91,6 +94,11 @@ def _own(path: Path) -> Source:
 
     plain = {name: tensor for name, tensor in stored.items() if name not in planes}
     tied = {alias: owner for alias, owner in quantization.tied.items() if owner not in planes}
+
+    def kept(name: str) -> dict[str, Tensor]:
+        found = [stored[f"{name}.{part}"] for part in modules[name].parts() if part in KEPT_PARTS]
+        return {full.removeprefix(f"{name}."): tensor for full, tensor in read_tensors(found)}
+
     return Source(
         path,
         _without_section(config),
@@ -99,6 +107,7 @@ def _own(path: Path) -> Source:
         tied,
         quantization.recipe,
         qtensor,
+        kept,
         lambda name: qtensor(name).decode(),
         lambda name: "",
         aliases,
@@ -114,7 +123,7 @@ def _foreign(path: Path) -> Source:
     remarks: tuple[str, ...] = ()
     if directory.unused:
         remarks = (
-            f"{len(directory.unused)} tensors of scales of activations are left out: bitfold keeps activations floats",
+            f"{len(directory.unused)} tensors of scales of activations are left out: those activations stay floats",
         )
     return Source(
         path,
@@ -124,6 +133,7 @@ def _foreign(path: Path) -> Source:
         {},
         directory.owner.name,
         directory.qtensor,
+        directory.kept,
         decode,
         lambda name: directory.modules[name].scheme.unpack_rounds(directory.tensors(name)),
         {},

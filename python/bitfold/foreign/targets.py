@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bitfold.activations import FLOAT, Activations
 from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import awq, bitsandbytes, compressed_tensors
 from bitfold.foreign.awq import AwqConfig, AwqScheme
@@ -31,11 +32,12 @@ GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class Place:
-    """How a weight will be stored, and the format that it must have before."""
+    """How a weight will be stored, the format that it must have before, and what its layer then does with its input."""
 
     scheme: Store
     format: str
     layout: str = "rows"
+    activations: Activations = FLOAT
 
 
 Entries = Mapping[str, ModuleEntry]
@@ -150,15 +152,17 @@ def _place_compressed(entries: Entries, dtype: torch.dtype) -> dict[str, Place]:
     places = {}
     for name, entry in entries.items():
         format = parse(entry.format)
+        wanted = entry.activations if entry.activations.kind in ("fp8", "fp8-static") else FLOAT
         if format.family == compressed_tensors.FP8:
-            scheme = CompressedScheme(compressed_tensors.FLOATS, "float", 8, format.group)
-            places[name] = Place(scheme, format.canonical)
-            continue
-        near = nearest_integers(format)
-        scheme = CompressedScheme(
-            compressed_tensors.PACKED, "int", near.bits, near.group, not near.asymmetric
-        )
-        places[name] = Place(scheme, near.canonical)
+            scheme = CompressedScheme(
+                compressed_tensors.FLOATS, "float", 8, format.group, rows=format.group_rows
+            )
+        else:
+            format = nearest_integers(format)
+            scheme = CompressedScheme(
+                compressed_tensors.PACKED, "int", format.bits, format.group, not format.asymmetric
+            )
+        places[name] = Place(replace(scheme, activations=wanted), format.canonical, activations=wanted)
     return places
 
 

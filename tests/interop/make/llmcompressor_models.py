@@ -44,6 +44,11 @@ CASES: dict[str, tuple[dict, dict | None, bool]] = {
     "ct-int-8-channel-asym": (whole(8, INT, "channel", False), DYNAMIC8, False),
     "ct-float-8-channel": (whole(8, FLOAT, "channel"), DYNAMIC_FP8, False),
     "ct-float-8-tensor": (whole(8, FLOAT, "tensor"), DYNAMIC_FP8, False),
+    "ct-float-8-block": (
+        {**whole(8, FLOAT, "block"), "block_structure": [128, 128]},
+        DYNAMIC_FP8,
+        False,
+    ),
     "ct-float-8-tensor-static": (
         whole(8, FLOAT, "tensor"),
         {"num_bits": 8, "type": FLOAT, "symmetric": True, "strategy": "tensor", "dynamic": False},
