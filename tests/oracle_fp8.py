@@ -1,4 +1,4 @@
-"""Activations of 8-bit floats (docs/activations.md) once more, in numpy: what the tests compare linear_fp8 with."""
+"""Activations of 8-bit floats (docs/activations-fp8.md) once more, in numpy: what the tests compare linear_fp8 with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// y = x W^T + b with each row of x rounded to e4m3 times a scale first (docs/activations.md).
+// y = x W^T + b with each row of x rounded to e4m3 times a scale first (docs/activations-fp8.md).
 //
 // A number of e4m3 is one of every dtype that x may have, so the rounded rows are multiplied by the kernels for any x,
 // and the scale of a row meets its sums at the end: exact but for those sums. Rows are rounded some at a time, to a
