@@ -12,10 +12,11 @@ import oracle_foreign as oracle
 import pytest
 import torch
 from bitfold.activations import Activations
-from bitfold.foreign import compressed_tensors
+from bitfold.foreign import compressed_tensors, finegrained
 from bitfold.foreign.awq import AwqScheme
 from bitfold.foreign.bitsandbytes import EightBitScheme, FourBitScheme, nested_map, quant_map
 from bitfold.foreign.compressed_tensors import CompressedScheme
+from bitfold.foreign.finegrained import BlockScheme
 from bitfold.foreign.gptq import GptqScheme
 from bitfold.foreign.scheme import Unfit, integer
 from bitfold.formats import ceil_div
@@ -274,6 +275,41 @@ def test_static_scales_of_compressed_tensors():
     refused(lambda: scheme.entry(scheme.pack(qtensor)), "lacks input_scale")
     for bad in (torch.tensor([0.0]), torch.tensor([float("nan")]), torch.ones(2), torch.ones(1).double()):
         refused(lambda b=bad: scheme.kept({**stored, "input_scale": b}), "input_scale", "above 0")
+
+
+@given(n=st.integers(1, 300), k=st.integers(1, 300))
+def test_fine_grained_floats(n, k):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * 1000 + k))
+    qtensor = bitfold.encode(weight, "fp8-e4m3-b128x128")
+    there_and_back(BlockScheme(), qtensor)
+    tensors = BlockScheme().pack(qtensor)
+    scales = tensors["weight_scale_inv"].double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :k]
+    assert torch.equal((tensors["weight"].double() * scales).float(), qtensor.decode())
+
+
+def test_the_configuration_of_fine_grained_floats():
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    kept = {**section, "modules_to_not_convert": ["lm_head", "mlp.gate"]}
+    config = finegrained.read_config(kept, Path("config.json"))
+    assert config.scheme("model.layers.0.mlp.up_proj") == BlockScheme(128, 128)
+    assert config.scheme("lm_head") is config.scheme("model.layers.0.mlp.gate") is None
+    assert config.scheme("model.layers.0.mlp.gate_proj") is not None
+    assert finegrained.read_config(config.to_json(), Path("config.json")) == config
+    for bad in (None, [128], [96, 128], [128, 8], ["128", 128], [True, 128]):
+        refused(
+            lambda b=bad: finegrained.read_config({**section, "weight_block_size": b}, Path("config.json")),
+            "weight_block_size",
+            error=CheckpointError,
+        )
+    refused(
+        lambda: finegrained.read_config({**section, "fmt": "e5m2"}, Path("config.json")),
+        "fmt",
+        error=CheckpointError,
+    )
+    tensors = BlockScheme().pack(bitfold.encode(torch.ones(130, 20), "fp8-e4m3-b128x128"))
+    refused(lambda: BlockScheme().entry({"weight": tensors["weight"]}), "weight_scale_inv")
+    wrong = {**tensors, "weight_scale_inv": torch.ones(1, 1)}
+    refused(lambda: BlockScheme().entry(wrong), "weight_scale_inv", r"\[2, 1\]")
 
 
 @given(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitfold.foreign import awq, bitsandbytes, compressed_tensors, gptq
+from bitfold.foreign import awq, bitsandbytes, compressed_tensors, finegrained, gptq
 from bitfold.foreign.scheme import Config
 from bitfold.shards import CONFIG_FILE, CheckpointError, read_json
 
@@ -66,6 +66,14 @@ OWNERS: dict[str, Owner] = {
             bitsandbytes.SIGNATURE,
             bitsandbytes.PARTS,
             bitsandbytes.read_config,
+        ),
+        Owner(
+            "fp8",
+            "transformers (fine-grained fp8)",
+            finegrained.SIGNATURE,
+            finegrained.PARTS,
+            finegrained.read_config,
+            finegrained.ACTIVATIONS,
         ),
     )
 }

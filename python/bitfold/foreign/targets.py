@@ -21,6 +21,7 @@ from bitfold.foreign import awq, bitsandbytes, compressed_tensors
 from bitfold.foreign.awq import AwqConfig, AwqScheme
 from bitfold.foreign.bitsandbytes import BitsAndBytesConfig, EightBitScheme, FourBitScheme
 from bitfold.foreign.compressed_tensors import CompressedConfig, CompressedScheme
+from bitfold.foreign.finegrained import BlockScheme, FineGrainedConfig
 from bitfold.foreign.gptq import GptqConfig, GptqScheme
 from bitfold.foreign.regrid import nearest_integers
 from bitfold.foreign.scheme import Config, Store, Unfit, integer
@@ -176,6 +177,25 @@ def _compressed(places: Places, kept: Sequence[str]) -> CompressedConfig:
     return CompressedConfig(tuple((tuple(names), scheme) for scheme, names in groups.items()), tuple(kept))
 
 
+# ---- transformers' fine-grained fp8 ----
+
+
+def _place_fine(entries: Entries, dtype: torch.dtype) -> dict[str, Place]:
+    sizes = Counter(
+        (format.group_rows, format.group)
+        for entry in entries.values()
+        if (format := parse(entry.format)).family == compressed_tensors.FP8 and format.group_rows > 1
+    )
+    scheme = BlockScheme(*sizes.most_common(1)[0][0]) if sizes else BlockScheme()
+    return {name: Place(scheme, scheme.format) for name in entries}
+
+
+def _fine(places: Places, kept: Sequence[str]) -> FineGrainedConfig:
+    scheme = next(iter(places.values())).scheme
+    assert isinstance(scheme, BlockScheme)
+    return FineGrainedConfig(scheme, tuple(kept))
+
+
 # ---- bitsandbytes ----
 
 
@@ -218,6 +238,7 @@ TARGETS: dict[str, Target] = {
         Target("awq", "awq", _place_awq, _awq),
         Target("compressed-tensors", "compressed-tensors", _place_compressed, _compressed),
         Target("bitsandbytes", "bitsandbytes", _place_bitsandbytes, _bitsandbytes),
+        Target("fp8", "fp8", _place_fine, _fine),
     )
 }
 
