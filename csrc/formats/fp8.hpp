@@ -1,4 +1,5 @@
-// Activations of 8-bit floats (e4m3): what kernels are told beside args.hpp. docs/activations-fp8.md has the arithmetic.
+// Activations of 8-bit floats (e4m3): what kernels are told beside args.hpp. docs/activations-fp8.md has the
+// arithmetic.
 #pragma once
 
 #include "formats/args.hpp"

@@ -9,8 +9,8 @@
 
 namespace bitfold::border {
 
-// Codes uint8 of x's shape (e4m3) and scales float32 of its leading dimensions, docs/activations-fp8.md; x_scale: float32
-// [1] or [], one scale for all.
+// Codes uint8 of x's shape (e4m3) and scales float32 of its leading dimensions, docs/activations-fp8.md; x_scale:
+// float32 [1] or [], one scale for all.
 std::vector<Tensor> round_fp8(const Tensor& x, std::optional<Tensor> x_scale);
 
 // linear of x rounded so.
