@@ -48,6 +48,7 @@ OPS = (
     "search_steps",
     "linear_fp8",
     "round_fp8",
+    "linear_int8",
 )
 
 

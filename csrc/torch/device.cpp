@@ -16,6 +16,7 @@
 #include "cuda/cuda.hpp"
 #include "cuda/fp8.hpp"
 #include "cuda/gptq.hpp"
+#include "cuda/linear_int8.hpp"
 #include "torch/border.hpp"
 #include "torch/stream.hpp"
 
@@ -149,9 +150,15 @@ void Device::linear_grad_x(LinearGradArgs args) const {
   on(gpu_, [&] { cuda::linear_grad_x(args, stream_); }, [&] { cpu::linear_grad_x(args); });
 }
 
-void Device::linear_int8(LinearInt8Args args) const {
+void Device::linear_int8(LinearInt8Args args, const Tensor& like) const {
   args.parallel_for = parallel_for;
-  on(gpu_, only_on_the_cpu, [&] { cpu::linear_int8(args); });
+  on(
+      gpu_,
+      [&] {
+        const Tensor workspace = empty_beside(like, {cuda::linear_int8_workspace(args)}, ScalarType::Byte);
+        cuda::linear_int8(args, workspace.mutable_data_ptr(), stream_);
+      },
+      [&] { cpu::linear_int8(args); });
 }
 
 void Device::round_fp8(RoundFp8Args args) const {

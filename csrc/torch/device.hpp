@@ -37,7 +37,7 @@ class Device {
   void unpack(PackArgs args) const;
   void linear(LinearArgs args, const Tensor& like) const;  // `like`: workspace is allocated beside it
   void linear_grad_x(LinearGradArgs args) const;
-  void linear_int8(LinearInt8Args args) const;
+  void linear_int8(LinearInt8Args args, const Tensor& like) const;
   void linear_fp8(LinearFp8Args args) const;  // the CPU's
   void round_fp8(RoundFp8Args args) const;
   int capability() const;  // 90 for a GPU of 9.0; the emulator has none and does all that is asked of it

@@ -65,6 +65,8 @@ Tensor linear_int8(const Tensor& x, const std::vector<Tensor>& planes, const std
   std::optional<Tensor> x_owner;
   const MatrixIn rows = read_activations(device, x, "x", "k", k, &x_owner);
   const std::optional<Tensor> dense_bias = read_bias(device, bias, x, n);
+  if (device.gpu() && rows.dtype == DType::F64)
+    fail("x is float64; with activations of 8 bits on a GPU it must be float32, bfloat16 or float16");
   if (!(threshold >= 0.0 && std::isfinite(threshold)))
     fail("threshold is " + std::to_string(threshold) + "; it must be at least 0 and finite, 0 for no outliers");
   if (x_scale && threshold > 0.0) fail("x_scale is given with a threshold; one of them must be left away");
@@ -78,7 +80,7 @@ Tensor linear_int8(const Tensor& x, const std::vector<Tensor>& planes, const std
   if (outlier_columns) read_copy(device, *outlier_columns, *outlier_weight, n, k, &args);
   Tensor y = empty_beside(x, shape_beside(x, n), x.scalar_type());
   args.y = y.mutable_data_ptr();
-  device.linear_int8(args);
+  device.linear_int8(args, x);
   return y;
 }
 

@@ -33,6 +33,7 @@ class Case:
     bias: bool = False
     importance: bool = False
     infinite: bool = False  # the first row of x has an infinity, of linear_rows' last warp
+    outliers: str = ""  # linear_int8: some of "found", "per_row", "copied", "static"
     round: bool = True  # gptq_columns: to the format's grid
     multiprocessors: int = 2
 
@@ -41,6 +42,7 @@ class Case:
         words = [self.op, self.format, shape, self.dtype, *(["bias"] if self.bias else [])]
         words += ["importance"] if self.importance else []
         words += ["infinite"] if self.infinite else []
+        words += self.outliers.split()
         words += [] if self.round else ["free"]
         return "-".join([*words, *(["flat"] if self.layout == "flat" else [])])
 
@@ -86,6 +88,24 @@ TILE = [  # the largest first: ThreadSanitizer gets the last of each format
     linear("nf4-b64-dq", 16, 17, 192),
     linear("int4-g32", 9, 128, 288),  # whole rows that end within a chunk
 ]  # fmt: skip
+INT8 = [
+    *(
+        Case("linear_int8", format, n, k, m, dtype, bias=bias, outliers=outliers, multiprocessors=1)
+        for format, m, n, k, dtype, outliers, bias in (
+            ("int8-channel", 3, 75, 1040, "bf16", "found", True),  # rows of whole pieces, and of none
+            ("int8-channel-asym", 8, 33, 515, "fp16", "found copied", False),
+            ("int8-tensor", 1, 17, 4160, "bf16", "static copied", False),
+            ("int8-channel-sbf16", 5, 130, 2112, "fp16", "per_row", True),
+            ("int8-tensor-asym", 2, 5, 66000, "fp32", "found", False),  # two parts of columns
+            ("int8-channel-asym", 10, 5, 65700, "bf16", "", False),
+            ("int8-channel", 300, 65, 320, "bf16", "found", True),  # parts of x's rows
+            ("int8-channel", 17, 35, 67, "bf16", "found", True),
+            ("int8-channel-asym", 9, 75, 1040, "bf16", "found copied", True),
+            ("int8-channel", 33, 140, 528, "fp16", "per_row copied", False),  # more columns than a table has
+            ("int8-tensor-asym-sfp32", 12, 66, 1040, "fp32", "per_row", False),
+        )
+    ),
+]
 FLOOR = [
     *(linear(format, 3, 7, columns(format), "fp32", bias=True) for format in (*PLANES, *block_formats())),
     linear("nf4-b64-dq", 2, 5, 35, "fp64", layout="flat"),
@@ -135,6 +155,7 @@ STEPS = [
 KERNELS = {
     "linear_rows": ROWS,
     "linear_tile": TILE,
+    "linear_int8": INT8,
     "linear_floor": FLOOR,
     "linear_grad_x": GRAD,
     "decode": DECODE,
@@ -154,7 +175,7 @@ def quick(cases: list[Case]) -> list[Case]:
     return [
         case
         for case in cases
-        if case.op in ("encode", "gptq_columns", "search_steps")
+        if case.op in ("encode", "gptq_columns", "search_steps", "linear_int8")
         or case.format.split("-")[0] in QUICK_FAMILIES
     ]
 
@@ -233,6 +254,35 @@ def search_steps(case: Case, rng: np.random.Generator) -> tuple[dict[str, object
     return values, {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
+def linear_int8(
+    case: Case, q: bitfold.QTensor, x: torch.Tensor, bias: torch.Tensor | None, rng: np.random.Generator
+) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """x with columns that reach the threshold (many of them for some rows alone), and the CPU's bits."""
+    words = case.outliers.split()
+    found = "found" in words or "per_row" in words
+    column = torch.from_numpy(rng.random(case.k) < 0.02)
+    alone = torch.from_numpy(rng.random((case.m, case.k)) < 0.2 / case.m)
+    x[column.expand_as(x) | alone] *= 40
+    count = 7 if "copied" in words else 0
+    columns = torch.from_numpy(np.sort(rng.choice(case.k, count, replace=False)).astype(np.int32))
+    copy = torch.from_numpy(rng.standard_normal((case.n, count))).half()
+    scale = torch.tensor([0.05]) if "static" in words else None
+    arguments = (6.0 if found else 0.0, "per_row" in words, scale)
+    arguments += (columns, copy) if count else (None, None)
+    y = torch.ops.bitfold.linear_int8(x, list(q.planes.values()), q.format, case.n, case.k, bias, *arguments)
+    assert y.isfinite().all()
+    values: dict[str, object] = {
+        "threshold": 6 if found else 0,
+        "per_row": int(arguments[1]),
+        "copies": count,
+    }
+    tensors = {"x": bits(x), "expected out y": bits(y)}
+    tensors |= {} if bias is None else {"bias": bits(bias)}
+    tensors |= {} if scale is None else {"x_scale": scale.numpy()}
+    tensors |= {"columns": columns.numpy(), "copy": bits(copy)} if count else {}
+    return values, tensors
+
+
 def matrix(tensor: torch.Tensor) -> dict[str, object]:
     rows, columns = tensor.shape
     return {
@@ -294,6 +344,9 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
         dy = normal(case.m, case.n)
         return values | matrix(dy), tensors | {"dy": bits(dy)} | product(case, dy, w.T, None)
     x, bias = normal(case.m, case.k), normal(case.n) if case.bias else None
+    if case.op == "linear_int8":
+        more, given = linear_int8(case, q, x, bias, rng)
+        return values | matrix(x) | more, tensors | given
     # Of each row one large number, which its power of two is made of.
     x[torch.arange(case.m), torch.from_numpy(rng.integers(0, case.k, case.m))] *= 256
     if case.infinite:

@@ -16,6 +16,7 @@
 #include "cuda/cuda.hpp"
 #include "cuda/emulator/runtime.hpp"
 #include "cuda/gptq.hpp"
+#include "cuda/linear_int8.hpp"
 #include "formats/numeric.hpp"
 
 namespace {
@@ -116,6 +117,28 @@ Outputs linear(const CaseFile& file) {
   cuda::linear(args, workspace.data(), nullptr);
   Outputs outputs;
   outputs["y"] = std::move(y);
+  return outputs;
+}
+
+Outputs linear_int8(const CaseFile& file) {
+  LinearInt8Args args{.w = file.weight(),
+                      .x = file.matrix("x"),
+                      .bias = file.data("bias"),
+                      .y = nullptr,
+                      .threshold = static_cast<double>(file.number("threshold")),
+                      .per_row = file.number("per_row") != 0,
+                      .x_scale = static_cast<const float*>(file.data("x_scale")),
+                      .columns = static_cast<const int32_t*>(file.data("columns")),
+                      .copy = file.data("copy"),
+                      .copy_dtype = DType::F16,
+                      .copies = file.number("copies"),
+                      .parallel_for = nullptr};
+  Memory y(bytes_of(args.x.dtype, args.x.rows * args.w.n), kUnwritten);
+  args.y = y.data();
+  const Memory workspace(static_cast<size_t>(cuda::linear_int8_workspace(args)), kUnwritten);
+  cuda::linear_int8(args, workspace.data(), nullptr);
+  Outputs outputs;
+  outputs["out y"] = std::move(y);
   return outputs;
 }
 
@@ -249,6 +272,7 @@ Outputs search_steps(const CaseFile& file) {
 
 Outputs run(const CaseFile& file) {
   const std::map<std::string, Outputs (*)(const CaseFile&)> ops = {{"linear", linear},
+                                                                   {"linear_int8", linear_int8},
                                                                    {"linear_grad_x", linear_grad_x},
                                                                    {"decode", decode},
                                                                    {"encode", encode},

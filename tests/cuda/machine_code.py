@@ -130,6 +130,10 @@ def is_gptq(kernel: Kernel) -> bool:
     return kernel.name.startswith("gptq_columns_kernel")
 
 
+def is_int8(kernel: Kernel) -> bool:
+    return kernel.name.startswith(("int8_rows_kernel", "int8_tile_kernel"))
+
+
 def products_of_a_load(kernel: Kernel) -> float:
     """From shared memory, in the kernel's first loop with products of floats."""
     counts = count(kernel.inner_loops("FFMA")[0])
@@ -156,6 +160,9 @@ EXPECTED = [
     (lambda k: not is_gptq(k) or products_of_a_load(k) >= 3,
      "loads from shared memory serve fewer than three products"),
     (lambda k: not is_gptq(k) or k.stack == 0, "it has a stack"),
+    (lambda k: not is_int8(k) or k.has("IMMA", "16832", "S8"), "no products of bytes"),
+    (lambda k: not is_int8(k) or k.has("LDGSTS", "128"), "no asynchronous copies of 16 bytes"),
+    (lambda k: not is_int8(k) or k.stack <= 32, "it has a stack of more than 32 bytes"),
     (lambda k: not (is_rows(k) or is_tile(k)) or not k.has("ATOMG", "ADD", "F32"), "sums are added by atomics"),
 ]  # fmt: skip
 

@@ -1,0 +1,185 @@
+// y[m, n] = x W^T with x in 8-bit codes, for m <= 8: what decides is how fast W is read.
+//
+// A block of 16 warps is at home on a multiprocessor and takes tiles of 32 rows of W in turn; its warps share the
+// columns in pieces of 64. A lane copies the 16 bytes of each of its rows that it will multiply itself, three pieces
+// ahead, into a ring of its own, so that nobody waits for anybody until the warps add their sums up: those are whole
+// numbers, whose order is no matter. As the order of columns is none either, a lane's 16 bytes are its operands of two
+// steps of mma with W as the 16 rows, and the same 16 bytes of a token's codes are those of the 8 columns. Those come
+// from the caches.
+//
+// With more tokens the grid's second dimension has eight of them each.
+#include "cuda/int8.hpp"
+
+namespace bitfold::cuda {
+namespace {
+
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarp * kWarps;
+constexpr int kTokens = static_cast<int>(kInt8Tokens);
+constexpr int kTiles = 2;  // of 16 rows
+constexpr int kRows = 16 * kTiles;
+constexpr int kRooms = 4;
+constexpr int64_t kPartPieces = kPartColumns / kInt8Piece;
+static_assert(kPartPieces % kWarps == 0);  // the pieces of a warp go on from part to part
+
+struct Memory {
+  uint4 ring[kWarps][kRooms][2 * kTiles][kWarp];  // rows g and g + 8 of each tile
+  int4 partial[kWarps][kTiles][kWarp];
+};
+
+// The 16 bytes of a row from `column` on, zeros behind k, to `to`. By one thread, which can't copy asynchronously where
+// rows lie anywhere: `aligned` says that k is a multiple of 16.
+BITFOLD_DEVICE void fetch(const uint8_t* row, int64_t column, int64_t k, bool aligned, uint4* to) {
+  if (aligned) {
+    const bool there = column < k;
+    ptx::cp_async<16>(to, row + (there ? column : 0), there ? 16 : 0);
+    return;
+  }
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t code = column + i < k ? ptx::load1(row + column + i) : 0u;
+    words[i / 4] |= code << 8 * (i % 4);
+  }
+  *to = {words[0], words[1], words[2], words[3]};
+}
+
+// The copies of a lane's pieces: those of tile after tile.
+class Feed {
+ public:
+  BITFOLD_DEVICE Feed(const Int8Op& op, Memory& memory, int64_t tiles, int64_t pieces, bool aligned)
+      : op_(op), memory_(memory), tiles_(tiles), pieces_(pieces), aligned_(aligned), piece_(ptx::warp_id()) {
+    if (piece_ >= pieces) tile_ = tiles;  // more warps than pieces
+    for (int i = 1; i < kRooms; ++i) next();
+  }
+
+  // The next piece into the next room, if there is one; a group of copies in either case.
+  BITFOLD_DEVICE void next() {
+    if (tile_ < tiles_) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const int64_t row = smaller<int64_t>(tile_ * kRows + 8 * i + ptx::lane_id() / 4, op_.n - 1);
+        fetch(op_.codes + row * op_.k, piece_ * kInt8Piece + 16 * (ptx::lane_id() % 4), op_.k, aligned_,
+              room(room_, i));
+      }
+      piece_ += kWarps;
+      if (piece_ >= pieces_) {
+        piece_ = ptx::warp_id();
+        tile_ += gridDim.x;
+      }
+    }
+    ptx::cp_async_commit();
+    room_ = room_ + 1 == kRooms ? 0 : room_ + 1;
+  }
+
+  BITFOLD_DEVICE uint4* room(int number, int i) const {
+    return &memory_.ring[ptx::warp_id()][number][i][ptx::lane_id()];
+  }
+
+ private:
+  const Int8Op& op_;
+  Memory& memory_;
+  const int64_t tiles_, pieces_;
+  const bool aligned_;
+  int64_t tile_ = blockIdx.x, piece_;
+  int room_ = 0;
+};
+
+BITFOLD_DEVICE void multiply(int (&sums)[4], const uint4& low, const uint4& high, const uint4& x) {
+  const uint32_t first[4] = {int8_codes(low.x), int8_codes(high.x), int8_codes(low.y), int8_codes(high.y)};
+  const uint32_t second[4] = {int8_codes(low.z), int8_codes(high.z), int8_codes(low.w), int8_codes(high.w)};
+  const uint32_t x_first[2] = {x.x, x.y}, x_second[2] = {x.z, x.w};
+  ptx::mma_s8(sums, first, x_first);
+  ptx::mma_s8(sums, second, x_second);
+}
+
+// The sums of outliers of one number of y: those without a copy, and those with one.
+BITFOLD_DEVICE float loose_sum(const Int8Op& op, int64_t token, int64_t row, int zero) {
+  const int count = int8_outliers(op);
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) {
+    const int64_t column = op.outliers[i];
+    const auto code = static_cast<float>(op.codes[row * op.k + column] - zero);
+    sum = ptx::add(sum, ptx::mul(int8_outlier(op, token, column), code));
+  }
+  return sum;
+}
+BITFOLD_DEVICE float exact_sum(const Int8Op& op, int64_t token, int64_t row) {
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = 0; i < op.copies; ++i) {
+    const float weight = read_float(op.copy, row * op.copies + i);
+    sum = ptx::add(sum, ptx::mul(int8_x(op, token, op.columns[i]), weight));
+  }
+  return sum;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op) {
+  auto& memory = shared<Memory>();
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int64_t tiles = ceil_div<int64_t>(op.n, kRows), pieces = op.stride / kInt8Piece;
+  const int64_t first_token = int64_t{blockIdx.y} * kTokens;
+  Feed feed(op, memory, tiles, pieces, op.k % 16 == 0);
+  const bool there = first_token + ptx::lane_id() / 4 < op.x.rows;
+  const int8_t* x = op.x_codes + (there ? first_token + ptx::lane_id() / 4 : 0) * op.stride + 16 * (ptx::lane_id() % 4);
+  // A number of y for each of the first threads.
+  const int64_t token = first_token + thread / kRows;
+  int room = 0;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t row = tile * kRows + thread % kRows;
+    const bool mine = thread < kRows * kTokens && token < op.x.rows && row < op.n;
+    const Int8Row w = mine ? int8_row(op, row) : Int8Row{};
+    float y = 0.0f;
+    for (int part = 0; part < op.parts; ++part) {
+      int sums[kTiles][4] = {};
+      const int64_t end = smaller((part + 1) * kPartPieces, pieces);
+#pragma unroll 1
+      for (int64_t piece = part * kPartPieces + ptx::warp_id(); piece < end; piece += kWarps) {
+        uint4 codes{};
+        if (there) codes = ptx::load16(x + piece * kInt8Piece);
+        ptx::cp_async_wait<kRooms - 2>();
+        uint4 loaded[2 * kTiles];
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) loaded[i] = *feed.room(room, i);
+        feed.next();  // into the room before this one
+        room = room + 1 == kRooms ? 0 : room + 1;
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) multiply(sums[r], loaded[2 * r], loaded[2 * r + 1], codes);
+      }
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+        memory.partial[ptx::warp_id()][r][ptx::lane_id()] = {sums[r][0], sums[r][1], sums[r][2], sums[r][3]};
+      }
+      ptx::sync_block();
+      if (mine) {
+        // D: row g + 8 i of token 2 t + j is d[2 i + j] of lane 4 g + t.
+        const int t = thread / kRows, r = thread % kRows;
+        const int lane = r % 8 * 4 + t / 2, place = r % 16 / 8 * 2 + t % 2;
+        int sum = 0;
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) {
+          sum += reinterpret_cast<const int*>(&memory.partial[warp][r / 16][lane])[place];
+        }
+        y = ptx::add(y, int8_part(op, sum, w, token, part));
+      }
+      ptx::sync_block();
+    }
+    if (mine) int8_store(op, token, row, w.scale, y, loose_sum(op, token, row, w.zero), exact_sum(op, token, row));
+  }
+}
+
+}  // namespace
+
+void int8_rows(const Int8Op& op, Stream stream) {
+  const int64_t tiles = ceil_div<int64_t>(op.n, kRows);
+  launch({.grid = dim3(static_cast<unsigned>(smaller<int64_t>(tiles, gpu().multiprocessors)),
+                       static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, kTokens))),
+          .block = kThreads,
+          .shared_bytes = sizeof(Memory),
+          .name = "int8_rows",
+          .stream = stream},
+         int8_rows_kernel, op);
+}
+
+}  // namespace bitfold::cuda

@@ -1,0 +1,91 @@
+// y = x W^T + b with x rounded to 8 bits, row by row: the launches, two or three of them, whatever x holds.
+#include "cuda/int8.hpp"
+#include "cuda/linear_int8.hpp"
+
+namespace bitfold::cuda {
+namespace {
+
+constexpr int64_t kStripWords = 8;  // of int8_mark's blocks
+constexpr int64_t kFlagRows = 256;  // fewer aren't worth a part of their own
+constexpr int64_t kFlagParts = 8;   // every thread that rounds looks at all of them
+constexpr int64_t kBoundary = 256;  // bytes
+
+// Where everything lies in the workspace.
+class Layout8 {
+ public:
+  explicit Layout8(const LinearInt8Args& args) {
+    const int64_t m = args.x.rows, k = args.w.k;
+    words = ceil_div<int64_t>(k, 32 * kStripWords) * kStripWords;
+    flag_parts = smaller(kFlagParts, larger<int64_t>(ceil_div<int64_t>(m, kFlagRows), 1));
+    stride = ceil_div<int64_t>(k, kInt8Piece) * kInt8Piece;
+    parts = ceil_div<int64_t>(k, kPartColumns);
+    const bool finds = args.threshold > 0;
+    reached = take(finds ? flag_parts * words * 4 : 0);
+    copied = take(args.copies > 0 ? words * 4 : 0);
+    outliers = take(finds ? k * 4 : 0);
+    outlier_count = take(finds ? 4 : 0);
+    codes = take(m * stride);
+    steps = take(m * 4);
+    sums = take(m * parts * 4);
+  }
+  int64_t words, flag_parts, stride, parts;
+  int64_t reached, copied, outliers, outlier_count, codes, steps, sums;
+  int64_t bytes = 0;
+
+ private:
+  int64_t take(int64_t count) {
+    const int64_t begin = bytes;
+    bytes += ceil_div<int64_t>(count, kBoundary) * kBoundary;
+    return begin;
+  }
+};
+
+bool empty(const LinearInt8Args& args) { return args.x.rows == 0 || args.w.n == 0; }
+
+}  // namespace
+
+int64_t linear_int8_workspace(const LinearInt8Args& args) { return empty(args) ? 0 : Layout8(args).bytes; }
+
+void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
+  if (empty(args)) return;
+  const Layout8 at(args);
+  auto* base = static_cast<char*>(workspace);
+  const bool finds = args.threshold > 0;
+  const Int8Op op{
+      .codes = static_cast<const uint8_t*>(args.w.codes),
+      .scales = args.w.scales,
+      .scale_dtype = scale_dtype(args.w.format.scale),
+      .one_scale = args.w.format.group == kPerTensor,
+      .zeros = args.w.zeros,
+      .n = args.w.n,
+      .k = args.w.k,
+      .x = args.x,
+      .bias = args.bias,
+      .y = args.y,
+      .threshold = static_cast<float>(args.threshold),
+      .finds = finds,
+      .per_row = args.per_row,
+      .x_scale = args.x_scale,
+      .columns = args.columns,
+      .copy = {args.copy, args.copy_dtype, args.w.n, args.copies, args.copies, 1},
+      .copies = static_cast<int>(args.copies),
+      .reached = reinterpret_cast<uint32_t*>(base + at.reached),
+      .copied = args.copies > 0 ? reinterpret_cast<uint32_t*>(base + at.copied) : nullptr,
+      .words = at.words,
+      .flag_parts = static_cast<int>(at.flag_parts),
+      .flag_rows = ceil_div<int64_t>(args.x.rows, at.flag_parts),
+      .outliers = reinterpret_cast<int32_t*>(base + at.outliers),
+      .outlier_count = finds ? reinterpret_cast<int32_t*>(base + at.outlier_count) : nullptr,
+      .x_codes = reinterpret_cast<int8_t*>(base + at.codes),
+      .stride = at.stride,
+      .steps = reinterpret_cast<float*>(base + at.steps),
+      .sums = reinterpret_cast<int32_t*>(base + at.sums),
+      .parts = static_cast<int>(at.parts),
+  };
+  if ((finds || args.copies > 0) && args.w.k > 0) int8_mark(op, stream);
+  int8_round(op, stream);
+  if (op.x.rows > kInt8Tokens && op.parts == 1 && op.k % 16 == 0) int8_tile(op, stream);
+  else int8_rows(op, stream);
+}
+
+}  // namespace bitfold::cuda

@@ -1,0 +1,165 @@
+"""The kernels for GPUs of x rounded to 8 bits, row by row: the bits of the CPU, whose oracle test_rows_int8.py has,
+whatever the shape, the stride and the outliers."""
+
+from __future__ import annotations
+
+import bitfold
+import devices
+import pytest
+import torch
+from cases import refusal
+from torch import Tensor
+
+FORMATS = ("int8-channel", "int8-channel-asym-sbf16", "int8-tensor", "int8-tensor-asym-sfp32")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def emulated(request):
+    """torch.ops.bitfold_emulated, in a schedule of the test's own."""
+    devices.emulated().configure(**devices.schedule(request.node.nodeid))
+    return torch.ops.bitfold_emulated
+
+
+def weight(n: int, k: int, format: str) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(n * 1000 + k)
+    return list(bitfold.encode(torch.randn(n, k, generator=rng), format).planes.values())
+
+
+def activations(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Numbers that are below 6, but for some columns, and some numbers of their own."""
+    rng = torch.Generator().manual_seed(m * 1000 + k)
+    x = torch.randn(m, k, generator=rng).clamp(-4, 4)
+    x[:, torch.rand(k, generator=rng) < 0.05] *= 12
+    x[torch.rand(m, k, generator=rng) < 0.3 / max(m, 1)] *= 12
+    return x.to(dtype)
+
+
+def copied(n: int, k: int) -> tuple[Tensor, Tensor]:
+    columns = torch.arange(0, k, 3, dtype=torch.int32)
+    return columns, torch.randn(n, len(columns), generator=torch.Generator().manual_seed(k)).bfloat16()
+
+
+def assert_same(emulated, x: Tensor, planes: list[Tensor], format: str, n: int, *more) -> Tensor:
+    arguments = (x, planes, format, n, x.shape[-1], *more)
+    y, expected = emulated.linear_int8(*arguments), torch.ops.bitfold.linear_int8(*arguments)
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+    return y
+
+
+WAYS = {
+    "plain": lambda n, k: (0.0, False),
+    "found": lambda n, k: (6.0, False),
+    "by row": lambda n, k: (6.0, True),
+    "static": lambda n, k: (0.0, False, torch.tensor([0.05])),
+    "copied": lambda n, k: (0.0, False, None, *copied(n, k)),
+    "found and copied": lambda n, k: (6.0, False, None, *copied(n, k)),
+    "by row and copied": lambda n, k: (6.0, True, None, *copied(n, k)),
+    "static and copied": lambda n, k: (0.0, False, torch.tensor([0.05]), *copied(n, k)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_bits(format, way, emulated):
+    """One row and many, of few columns and many, whole pieces and none."""
+    shapes = [
+        (1, 7, 1),
+        (2, 33, 67),
+        (8, 40, 192),
+        (5, 70, 1040),
+        (9, 65, 64),
+        (33, 20, 336),
+        (12, 5, 35),
+        (40, 130, 80),
+    ]
+    for i, (m, n, k) in enumerate(shapes):
+        dtype = DTYPES[i % 3]
+        bias = torch.linspace(-1, 1, n).to(dtype) if i % 2 else None
+        assert_same(
+            emulated, activations(m, k, dtype), weight(n, k, format), format, n, bias, *WAYS[way](n, k)
+        )
+
+
+@pytest.mark.parametrize("way", ["plain", "found", "by row and copied"])
+def test_a_row_that_is_no_number_stays_alone(way, emulated):
+    for m in (3, 20):
+        n, k = 9, 80
+        planes, x = weight(n, k, "int8-channel"), activations(m, k, torch.bfloat16)
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            x[m // 2, 17] = bad
+            y = assert_same(emulated, x, planes, "int8-channel", n, None, *WAYS[way](n, k))
+            assert y.isnan().any(dim=1).tolist() == [j == m // 2 for j in range(m)]
+
+
+def test_rows_of_nothing(emulated):
+    """Zeros, and numbers so small that their step would be none."""
+    for m in (4, 12):
+        x = torch.zeros(m, 96)
+        x[1] = torch.linspace(-1, 1, 96) * 2.0**-101
+        x[2, 5] = 2.0**-100
+        for way in ("plain", "found", "static"):
+            assert_same(
+                emulated,
+                x,
+                weight(7, 96, "int8-channel-asym"),
+                "int8-channel-asym",
+                7,
+                None,
+                *WAYS[way](7, 96),
+            )
+
+
+def test_strides_and_leading_dimensions(emulated):
+    n, k = 10, 48
+    planes, base = weight(n, k, "int8-channel"), activations(12, 2 * k, torch.float16)
+    for x in (
+        base[:, :k],
+        base[:, ::2],
+        base[:3, 1 : k + 1],
+        base.view(2, 6, 2 * k)[..., k:],
+        base[0, :k],
+        base.t()[:k].t(),
+    ):
+        assert_same(emulated, x, planes, "int8-channel", n, None, 6.0)
+    assert_same(emulated, base[:1, :k].expand(11, k), planes, "int8-channel", n, None, 6.0)
+
+
+def test_empty_sizes(emulated):
+    for m, n, k in [(0, 5, 64), (3, 0, 64), (3, 5, 0), (11, 5, 0), (0, 0, 0)]:
+        for threshold in (0.0, 6.0):
+            bias = torch.ones(n)
+            assert_same(
+                emulated, torch.ones(m, k), weight(n, k, "int8-channel"), "int8-channel", n, bias, threshold
+            )
+
+
+def test_more_columns_than_32_bits_add_up(emulated):
+    """Sums of 65536 columns become fp32 one after the other."""
+    k = 2 * 65536 + 80
+    for m in (2, 9):
+        assert_same(
+            emulated,
+            activations(m, k, torch.bfloat16),
+            weight(3, k, "int8-tensor-asym"),
+            "int8-tensor-asym",
+            3,
+        )
+
+
+def test_what_is_refused(emulated):
+    planes = weight(4, 32, "int8-channel")
+    message = refusal(
+        lambda: emulated.linear_int8(torch.ones(1, 32).double(), planes, "int8-channel", 4, 32), "float64"
+    )
+    assert "on a GPU" in message
+    for wrong in ([3, 2], [32], [-1], [5, 5]):
+        columns = torch.tensor(wrong, dtype=torch.int32)
+        copy = torch.ones(4, len(wrong)).half()
+        with pytest.raises(RuntimeError):  # the device's own
+            emulated.linear_int8(
+                torch.ones(1, 32), planes, "int8-channel", 4, 32, None, 0.0, False, None, columns, copy
+            )
