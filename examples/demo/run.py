@@ -7,8 +7,8 @@
                                                   every preset, and the figures that `bitfold recipes` shows
 
 Every model goes the way of a real one: quantized from its directory into another, loaded from there, compared
-with the 16-bit model (computed in float32, for the weights alone are to differ) on text it has not seen, and
-made to write.
+with the 16-bit model (computed in float32, for what is quantized alone is to differ: weights, and of llm-int8
+inputs too) on text it has not seen, and made to write.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 RECIPES = (
     "int8",
+    "llm-int8",
     "fp8",
     "int4-mixed",
     "int4-g32",
