@@ -196,12 +196,11 @@ def kept_for(wanted: Activations, weight: Tensor, peaks: Tensor) -> tuple[Activa
         return wanted, {
             "x_scale": (peaks.max() / KINDS[wanted.kind].largest).clamp(min=torch.finfo(torch.float32).tiny)
         }
-    if wanted.kind != "llm-int8":
+    if not wanted.exact_outliers:
         return wanted, {}
     columns = (peaks >= wanted.threshold).nonzero()[:, 0]
     if not len(columns):
         return dataclasses.replace(wanted, exact_outliers=False), {}
     copied = weight[:, columns.to(weight.device)]
     dtype = copied.dtype if copied.dtype in OUTLIER_DTYPES else torch.float16
-    exact = dataclasses.replace(wanted, exact_outliers=True)
-    return exact, {"outlier_columns": columns.to(torch.int32), "outlier_weight": copied.to(dtype)}
+    return wanted, {"outlier_columns": columns.to(torch.int32), "outlier_weight": copied.to(dtype)}
