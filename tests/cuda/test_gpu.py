@@ -79,6 +79,28 @@ def test_a_graph_captures_it(format):
             assert torch.equal(rows, bitfold.embedding(ids, qtensor))
 
 
+@pytest.mark.parametrize("format", ["int8-channel", "int8-channel-asym"])
+def test_a_graph_finds_other_outliers(format):
+    """x rounded to 8 bits, row by row: the CPU's bits, whatever a replay finds in x."""
+    planes = list(quantized(format).planes.values())
+    for m in (1, 16, 300):
+        x = draw(m, 1024)
+        arguments = (format, 512, 1024, None, 6.0)
+        warm = torch.cuda.Stream()
+        with torch.cuda.stream(warm):
+            torch.ops.bitfold.linear_int8(x, planes, *arguments)
+        warm.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = torch.ops.bitfold.linear_int8(x, planes, *arguments)
+        for columns in (0, 3, 200):
+            x.copy_(draw(m, 1024).clamp(-5, 5))
+            x[:, torch.randperm(1024, device="cuda")[:columns]] *= 20
+            graph.replay()
+            expected = torch.ops.bitfold.linear_int8(x.cpu(), [plane.cpu() for plane in planes], *arguments)
+            assert torch.equal(y.cpu(), expected), f"{format} m={m}, {columns} columns"
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_same_bits_on_every_run(format):
     qtensor = quantized(format, 1000, 4096)
