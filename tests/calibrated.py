@@ -40,8 +40,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def block_run(path: Path, recipe: Recipe, ids: torch.Tensor, workers: Workers) -> tuple[BlockRun, list[str]]:
-    """The first block of a model, its inputs from token ids [samples, tokens], and the layers that AWQ is to
-    quantize."""
+    """The first block of a model, its inputs from token ids [samples, tokens], and the layers whose feeds AWQ or
+    SmoothQuant is to scale."""
     source = layout.read_source(path)
     assignments = recipes.assign(recipe, source.infos)
     steps = layout.steps(source, assignments)
@@ -71,7 +71,7 @@ def block_run(path: Path, recipe: Recipe, ids: torch.Tensor, workers: Workers) -
         config=source.model_config,
         stored=stored,
     )
-    return run, [name for name, rule in rules.items() if rule.method == "awq"]
+    return run, [name for name, rule in rules.items() if rule.method in ("awq", "smoothquant")]
 
 
 def outputs(run: BlockRun) -> torch.Tensor:

@@ -14,7 +14,9 @@ import bitfold  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from bitfold.convert import convert_checkpoint, kind_of  # noqa: E402
+from bitfold.foreign.convert import convert as convert_directory  # noqa: E402
 from bitfold.foreign.owners import OWNERS  # noqa: E402
+from bitfold.foreign.source import open_source  # noqa: E402
 from bitfold.foreign.targets import TARGETS  # noqa: E402
 from bitfold.shards import CheckpointError  # noqa: E402
 from command import call_json  # noqa: E402
@@ -75,9 +77,9 @@ def quantized(model):
     return quantize
 
 
-def logits(path: Path) -> torch.Tensor:
+def logits(path: Path, activations: str | None = None) -> torch.Tensor:
     with torch.inference_mode():
-        return bitfold.load(path, dtype=torch.float32)(IDS).logits
+        return bitfold.load(path, dtype=torch.float32, activations=activations)(IDS).logits
 
 
 def section(path: Path) -> dict:
@@ -204,7 +206,8 @@ def test_scales_of_another_dtype(quantized, tmp_path):
 def test_int8_of_bitsandbytes_says_what_it_rounds(quantized, tmp_path):
     """A scale of fp16 times 127 is a number of fp32, and w = q * SCB / 127 is w = q * scale; a scale of fp32 isn't."""
     assert convert_checkpoint(quantized("int8-channel"), tmp_path / "fp16", to="bitsandbytes").exact
-    assert torch.equal(logits(tmp_path / "fp16"), logits(quantized("int8-channel")))
+    assert torch.equal(logits(tmp_path / "fp16", "float"), logits(quantized("int8-channel")))
+    assert torch.equal(logits(tmp_path / "fp16"), logits(quantized("int8-channel"), "llm-int8"))
     source = quantized("int8-channel-sfp32")
     with pytest.raises(CheckpointError, match=r"SCB, scale \* 127, is rounded"):
         convert_checkpoint(source, tmp_path / "a", to="bitsandbytes")
@@ -213,7 +216,7 @@ def test_int8_of_bitsandbytes_says_what_it_rounds(quantized, tmp_path):
     with pytest.raises(CheckpointError, match="the scale, SCB / 127, is rounded"):
         convert_checkpoint(tmp_path / "a", tmp_path / "back")
     wanted = logits(source)
-    assert (logits(tmp_path / "a") - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (logits(tmp_path / "a", "float") - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def with_order(path: Path, target: Path) -> Path:
@@ -446,3 +449,92 @@ def test_kinds_that_do_not_go_together(model, tmp_path):
     with pytest.raises(ValueError, match=r"end in \.gguf"):
         convert_checkpoint(model, tmp_path / "a.gguf", to="awq")
     assert set(OWNERS) == {target.owner for target in TARGETS.values()}
+
+
+# ---- activations ----
+
+
+def activations_of(path: Path) -> set[str]:
+    layers = (m for m in bitfold.load(path).modules() if isinstance(m, bitfold.QuantLinear))
+    return {str(layer.activations) for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "threshold", "loaded"),
+    [
+        ("llm-int8", 6.0, "llm-int8"),
+        ("llm-int8-t4.5", 4.5, "llm-int8-t4.5"),
+        ("w8a8", 0.0, "int8"),
+        ("int8-channel", 6.0, "llm-int8"),
+        ("llm-int8-rows", 6.0, "llm-int8"),
+    ],
+)
+def test_a_threshold_goes_along(recipe, threshold, loaded, model, tmp_path):
+    bitfold.quantize_checkpoint(model, tmp_path / "q", recipe)
+    there = convert_checkpoint(tmp_path / "q", tmp_path / "bnb", to="bitsandbytes", allow_lossy=True)
+    assert section(tmp_path / "bnb")["llm_int8_threshold"] == threshold
+    assert activations_of(tmp_path / "bnb") == {loaded}
+    back = convert_checkpoint(tmp_path / "bnb", tmp_path / "back", to="bitfold", allow_lossy=True)
+    assert activations_of(tmp_path / "back") == {loaded}
+    (before,) = activations_of(tmp_path / "q")
+    said = [f"the activations were '{before}', and in the new directory they are '{loaded}'"]
+    assert [remark.split(": ")[1] for remark in there.remarks if "activations" in remark] == (
+        said if before != loaded else []
+    )
+    assert not any("activations" in remark for remark in back.remarks)
+    convert_checkpoint(tmp_path / "back", tmp_path / "again", to="bitsandbytes", allow_lossy=True)
+    assert section(tmp_path / "again") == section(tmp_path / "bnb")
+
+
+@pytest.mark.parametrize(
+    ("threshold", "loaded"),
+    [
+        (0, "int8"),
+        (0.0, "int8"),
+        (None, "int8"),
+        (5, "llm-int8-t5"),
+        (6.0, "llm-int8"),
+        ("absent", "llm-int8"),
+    ],
+)
+def test_thresholds_that_configurations_have(threshold, loaded, quantized, tmp_path):
+    convert_checkpoint(quantized("int8-channel"), tmp_path / "bnb", to="bitsandbytes")
+    if threshold == "absent":
+        config = json.loads((tmp_path / "bnb" / "config.json").read_text())
+        del config["quantization_config"]["llm_int8_threshold"]
+        (tmp_path / "bnb" / "config.json").write_text(json.dumps(config))
+    else:
+        set_section(tmp_path / "bnb", llm_int8_threshold=threshold)
+    assert activations_of(tmp_path / "bnb") == {loaded}
+
+
+@pytest.mark.parametrize("threshold", [-1.0, "6", True, float("nan"), float("inf")])
+def test_thresholds_that_are_none(threshold, quantized, tmp_path):
+    convert_checkpoint(quantized("int8-channel"), tmp_path / "bnb", to="bitsandbytes")
+    set_section(tmp_path / "bnb", llm_int8_threshold=threshold)
+    with pytest.raises(
+        CheckpointError, match=r"llm_int8_threshold is .*; it must be a number that is at least 0"
+    ):
+        bitfold.load(tmp_path / "bnb")
+
+
+def test_what_calibration_found_stays_behind_and_is_told(model, tmp_path):
+    """A static step and 16-bit copies have no place in bitsandbytes' files, nor has any of it in a GGUF file."""
+    from bitfold import quantize_calibrated
+
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text to calibrate on " * 30)
+    options = {"samples": 2, "sequence_length": 32}
+    for recipe, there in (("llm-int8-t0.5", "llm-int8-t0.5"), ("w8a8-static", "llm-int8")):
+        source = tmp_path / recipe
+        quantize_calibrated(model, source, recipe, text, **options)
+        (before,) = activations_of(source)
+        assert before in ("llm-int8-t0.5-exact", "int8-static")
+        done = convert_checkpoint(source, tmp_path / f"{recipe}-bnb", to="bitsandbytes", allow_lossy=True)
+        assert any(f"were '{before}'" in remark for remark in done.remarks)
+        assert activations_of(tmp_path / f"{recipe}-bnb") == {there}
+        told: list[str] = []
+        target = tmp_path / f"{recipe}-blocks"
+        convert_directory(open_source(source), target, "gguf", allow_lossy=True, remark=told.append)
+        assert any(f"were '{before}', and in the new directory they are 'float'" in text for text in told)
+        assert activations_of(target) == {"float"}

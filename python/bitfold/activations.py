@@ -16,6 +16,7 @@ outliers, "-exact" for a 16-bit copy of the weight's usual outlier columns (`out
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -139,6 +140,18 @@ class Activations:
     def op(self) -> str:
         """The op of torch.ops.bitfold that multiplies so; with GGUF's blocks it is `linear` whatever they are."""
         return KINDS[self.kind].op
+
+    @property
+    def gains(self) -> bool:
+        """Whether a text to calibrate on adds something: needed, or a copy of the weight's usual outlier columns."""
+        return self.is_static or self.kind == "llm-int8"
+
+    def having(self, *, step: bool = False, outliers: bool = False) -> Activations:
+        """What of this a layer does that has a calibrated step, or a copy of outlier columns, or hasn't: without a step
+        static activations become those with a step for each row."""
+        if self.is_static and not step:
+            return Activations(self.kind.removesuffix("-static"))
+        return dataclasses.replace(self, exact_outliers=outliers) if self.kind == "llm-int8" else self
 
     @property
     def says(self) -> str:

@@ -302,17 +302,7 @@ class QuantLinear(QuantModule, Multiplies):
 
     def check_kept(self) -> None:
         """Raises ValueError where the values of what the layer keeps can't be: what no shape tells."""
-        scale, columns = self.x_scale, self.outlier_columns
-        if scale is not None and not scale.is_meta and not 0 < float(scale) < float("inf"):
-            raise ValueError(f"x_scale is {float(scale)}; it must be above 0 and finite")
-        if columns is None or columns.is_meta:
-            return
-        places = columns.tolist()
-        if places != sorted(set(places)) or places[0] < 0 or places[-1] >= self.in_features:
-            raise ValueError(
-                f"outlier_columns are {places[0]} to {places[-1]}; they must be ascending, and at least 0 and below "
-                f"{self.in_features}"
-            )
+        check_kept(self.x_scale, self.outlier_columns, self.in_features)
 
     def check_activations(self, wanted: Activations) -> None:
         wanted.check(self.format)
@@ -357,6 +347,19 @@ class QuantLinear(QuantModule, Multiplies):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}{activations}"
+        )
+
+
+def check_kept(x_scale: Tensor | None, outlier_columns: Tensor | None, k: int) -> None:
+    """Raises ValueError where the values of what a layer of k columns keeps for its activations can't be."""
+    if x_scale is not None and not x_scale.is_meta and not 0 < float(x_scale) < float("inf"):
+        raise ValueError(f"x_scale is {float(x_scale)}; it must be above 0 and finite")
+    if outlier_columns is None or outlier_columns.is_meta:
+        return
+    places = outlier_columns.tolist()
+    if places != sorted(set(places)) or places[0] < 0 or places[-1] >= k:
+        raise ValueError(
+            f"outlier_columns are {places[0]} to {places[-1]}; they must be ascending, and at least 0 and below {k}"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from bitfold.formats import parse
 from bitfold.layout import Source, Step
 from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, refuse_calibration, summarize
 from bitfold.recipes import Assignment, Recipe
-from bitfold.shards import CheckpointError
+from bitfold.shards import CheckpointError, StoredTensor
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
 REPORT_FILE = "bitfold_report.json"
@@ -164,10 +164,11 @@ def quantization_config(
     steps: list[Step],
     source: Source,
     assignments: Mapping[str, Assignment],
-    with_g_idx: Collection[str] = (),
+    calibrated: Mapping[str, StoredTensor] | None = None,
 ) -> QuantizationConfig:
-    """What `load` needs: every quantized module, and which tensors stand for others; with_g_idx: the modules that
-    have one."""
+    """What `load` needs: every quantized module, and which tensors stand for others; calibrated: the tensors of modules
+    that calibration made, by name: what there is beside planes is found among them."""
+    calibrated = calibrated or {}
     dtypes = {step.module: step.dtype for step in steps}
     modules: dict[str, ModuleEntry] = {}
     tied: dict[str, str] = {}
@@ -177,13 +178,19 @@ def quantization_config(
             continue
         owner = info.tied_to or name
         dtype = dtypes[owner] if info.kind == "embedding" else None
+        copy = calibrated.get(f"{name}.outlier_weight")
         modules[name] = ModuleEntry(
             info.kind,
             format,
             info.shape,
             dtype=dtype,
-            g_idx=name in with_g_idx,
-            activations=assignments[name].activations,
+            g_idx=f"{name}.g_idx" in calibrated,
+            activations=assignments[name].activations.having(
+                step=f"{name}.x_scale" in calibrated, outliers=copy is not None
+            ),
+            x_scale=f"{name}.x_scale" in calibrated,
+            outliers=0 if copy is None else copy.shape[1],
+            outlier_dtype=None if copy is None else copy.torch_dtype,
         )
         if owner != name:
             tied.update({f"{name}.{law.name}": f"{owner}.{law.name}" for law in parse(format).planes})

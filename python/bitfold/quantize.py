@@ -34,7 +34,8 @@ class CalibrationSummary:
 
     method: "gptq", ...; "rtn" where that could not be done, and `note` says why; output_error, rounding_error: norm of
     the change of the layer's output over the calibration data, over norm of the output, with these codes and with those
-    of plain rounding (None: not measured); damping: of the Hessian, relative to its mean diagonal.
+    of plain rounding (None: not measured); damping: of the Hessian, relative to its mean diagonal; x_scale: the step of
+    static activations; outliers: columns of which there is a 16-bit copy (None: the layer has no use for any).
     """
 
     method: str
@@ -42,6 +43,8 @@ class CalibrationSummary:
     rounding_error: float | None = None
     damping: float | None = None
     note: str = ""
+    x_scale: float | None = None
+    outliers: int | None = None
 
 
 @dataclass(frozen=True)

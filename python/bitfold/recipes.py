@@ -37,6 +37,7 @@ from bitfold.bounds import OutlierBound
 from bitfold.formats import FORMATS, parse
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.quantizers.gptq import GptqOptions
+from bitfold.quantizers.transforms import SmoothOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +45,12 @@ else:
     import tomli as tomllib
 
 KEEP = "keep"
-METHODS: dict[str, type | None] = {"rtn": None, "gptq": GptqOptions, "awq": AwqOptions}
+METHODS: dict[str, type | None] = {
+    "rtn": None,
+    "gptq": GptqOptions,
+    "awq": AwqOptions,
+    "smoothquant": SmoothOptions,
+}
 """How codes are chosen, and the options that each way has: "rtn" rounds to nearest and looks at nothing but the weight,
 the others look at what the layer multiplies, and need calibration data."""
 
@@ -105,6 +111,12 @@ class Rule:
         return self.format is not None and bool(self.calibrates)
 
     @property
+    def gains(self) -> bool:
+        """Whether a text to calibrate on changes what its modules become: it must where it is needed, and may where
+        activations have outliers."""
+        return self.format is not None and (self.needs_calibration or self.activations.gains)
+
+    @property
     def calibrates(self) -> str:
         """What of it looks at what modules multiply: its method or its activations; "" where nothing does."""
         if METHODS[self.method] is not None:
@@ -138,6 +150,11 @@ class Recipe:
     def keeps_outlier_layers(self) -> bool:
         """Whether a text has to tell which layers its rules reach."""
         return any(rule.keep_outlier_layers is not None for rule in self.rules)
+
+    @property
+    def gains(self) -> bool:
+        """Whether a text to calibrate on changes what one of its rules makes."""
+        return any(rule.gains for rule in self.rules)
 
 
 @dataclass(frozen=True)
@@ -333,10 +350,19 @@ RECIPES: dict[str, Recipe] = {
 }
 """The presets: linear layers only; embeddings, output head and norms keep their source dtype."""
 
+PAIRS: dict[str, tuple[str, str]] = {
+    "w8a8": ("int8-channel", "int8"),
+    "w8a8-static": ("int8-channel", "int8-static"),
+    "fp8-w8a8": ("fp8-e4m3-channel", "fp8"),
+    "fp8-w8a8-static": ("fp8-e4m3-channel", "fp8-static"),
+}
+"""Weights and activations that go together, as recipes name them, a method in front or none: format, activations."""
+
 
 def get(recipe: str | Path | Recipe) -> Recipe:
-    """The recipe that is meant: a preset's name, a format string (for all linear layers), one with a method in front of
-    it ("gptq-int4-g64"), activations that have weights of their own ("llm-int8-t5"), a TOML file, or a Recipe.
+    """The recipe that is meant: a preset's name, a format string (for all linear layers), weights and activations that
+    go together ("w8a8-static", "llm-int8-t5"), either with a method in front of it ("gptq-int4-g64",
+    "smoothquant-w8a8"), a TOML file, or a Recipe.
 
     Raises ValueError, with near matches, for a name that is none of them, and for a file that is no recipe.
     """
@@ -347,33 +373,48 @@ def get(recipe: str | Path | Recipe) -> Recipe:
         return RECIPES[text]
     if isinstance(recipe, Path) or text.endswith(".toml"):
         return read(text)
-    if text.startswith("llm-int8"):
-        wanted = activations.read(text)
-        format = KINDS["llm-int8"].format
-        return _linears(text, f"{format}, {wanted.says}", format, activations=wanted)
-    method, _, rest = text.partition("-")
-    if method not in METHODS or METHODS[method] is None:
-        method, rest = "rtn", text
+    method, rest = _method_of(text)
+    by = "" if method == "rtn" else f" by {method}"
+    if is_pair(text):
+        format, wanted = _pair(rest)
+        return _linears(text, f"{format}{by}, {wanted.says}", format, method=method, activations=wanted)
     try:
         format = parse(rest).canonical
     except ValueError as error:
         raise ValueError(f"recipe {text!r} is unknown: {_why_unknown(text, rest, error)}") from error
-    if method == "rtn":
-        return _linears(format, f"{format} for all linear layers", format)
-    return _linears(
-        f"{method}-{format}", f"{format} by {method} for all linear layers", format, method=method
-    )
+    name = format if method == "rtn" else f"{method}-{format}"
+    return _linears(name, f"{format}{by} for all linear layers", format, method=method)
+
+
+def is_pair(text: str) -> bool:
+    """Whether `text` names weights and activations that go together, and perhaps a method in front of them."""
+    _, rest = _method_of(text)
+    return rest in PAIRS or rest.startswith("llm-int8")
+
+
+def _method_of(text: str) -> tuple[str, str]:
+    """The method that stands in front of a format or a pair, and what is behind it."""
+    method, _, rest = text.partition("-")
+    return ("rtn", text) if METHODS.get(method) is None else (method, rest)
+
+
+def _pair(text: str) -> tuple[str, Activations]:
+    """Format and activations."""
+    format, wanted = PAIRS.get(text, (KINDS["llm-int8"].format, text))
+    return format, activations.read(wanted)
 
 
 def _why_unknown(text: str, format: str, error: ValueError) -> str:
     # What starts as a format is a format with a mistake in it, unless it is a preset's name but for a letter.
     is_format = format.partition("-")[0] in {family.partition("-")[0] for family in FORMATS}
-    near = difflib.get_close_matches(text, RECIPES, n=3, cutoff=0.9 if is_format else 0.6)
+    near = difflib.get_close_matches(
+        text, [*RECIPES, "llm-int8", *PAIRS], n=3, cutoff=0.9 if is_format else 0.6
+    )
     if near:
         return f"did you mean {' or '.join(near)}?"
     if is_format:
         return str(error)
-    return f"it must be one of {', '.join(RECIPES)}, a format string, or a .toml file"
+    return f"it must be one of {', '.join([*RECIPES, 'llm-int8', *PAIRS])}, a format string, or a .toml file"
 
 
 def read(path: str | Path) -> Recipe:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bitfold
 import pytest
 import torch
+from bitfold.activations import llm_int8
+from bitfold.foreign.bitsandbytes import EightBitScheme
 
 bnb = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is not installed: pip install bitfold[interop]"
@@ -157,3 +159,44 @@ def test_tables():
         nested_offset=torch.zeros(1),
     )
     assert torch.equal(ours.decode()[0, ::32], functional.create_dynamic_map())
+
+
+# ---- LLM.int8() ----
+
+
+def outliers(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Inputs with values above 6 in some columns, in some rows of them."""
+    generator = torch.Generator().manual_seed(m * 1009 + k)
+    x = torch.randn(m, k, generator=generator)
+    for column in (1, k // 3, k - 2):
+        x[:: column % 3 + 1, column] *= 40
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.0, 6.0, 20.0])
+def test_outputs_are_those_of_their_int8_layer(threshold, dtype):
+    """Linear8bitLt itself, with outliers: what differs is their rounding to 16 bits between the two products, of their
+    weights to fp16 in the columns with outliers, and of x to fp16 (bf16 has numbers that aren't fp16's)."""
+    for m, n, k in [(1, 48, 64), (5, 64, 256), (33, 96, 320)]:
+        w = weights(n, k, torch.float16)
+        layer = bnb.nn.Linear8bitLt(k, n, bias=True, has_fp16_weights=False, threshold=threshold)
+        layer.weight = bnb.nn.Int8Params(w.clone(), requires_grad=False, has_fp16_weights=False)
+        layer.bias.data = torch.linspace(-1, 1, n).to(dtype)
+        layer = layer.to("cpu")
+        x = outliers(m, k, dtype)
+        with torch.no_grad():
+            theirs = layer(x)
+        scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+        codes = layer.state.CB if layer.state.CB is not None else layer.weight.data
+        qtensor = EightBitScheme().unpack({"weight": codes, "SCB": scales.float()})
+        ours = bitfold.QuantLinear(qtensor, layer.bias.data, llm_int8(threshold))(x)
+        assert ours.dtype == theirs.dtype == dtype
+        largest = theirs.float().abs().max()
+        steps = 2.0 ** (-10 if dtype == torch.float16 else -7)
+        assert (ours.float() - theirs.float()).abs().max() <= 2 * steps * largest, (m, n, k)
+        plain = x.float() @ qtensor.decode().T + layer.bias.data.float()
+        if threshold == 6.0:
+            # The outliers are what makes the difference to plain int8.
+            rounded = bitfold.QuantLinear(qtensor, layer.bias.data, "int8")(x)
+            assert (ours.float() - plain).norm() < 0.5 * (rounded.float() - plain).norm()

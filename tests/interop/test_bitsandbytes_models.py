@@ -48,7 +48,7 @@ def decoded(model):
 
 
 def compare(path) -> None:
-    ours = logits(bitfold.load(path, dtype=torch.float32))
+    ours = logits(bitfold.load(path, dtype=torch.float32, activations="float"))
     assert_close(logits(decoded(by_transformers(path))), ours)
     own = logits(by_transformers(path))
     assert (own - ours).abs().max() <= OWN_PRODUCTS * ours.abs().max()

@@ -14,6 +14,7 @@ from bitfold.calibration import overlap
 from bitfold.calibration.job import Job
 from bitfold.calibration.journal import Journal
 from bitfold.layout import Step, read_steps
+from bitfold.nn import KEPT_PARTS
 from bitfold.pipeline import REPORT_FILE, Origin, give_back_memory, quantization_config, report, write_tensor
 from bitfold.quantize import CalibrationSummary, ModuleSummary, QuantizationSummary
 from bitfold.shards import StoredTensor, TensorSpec, read_tensors
@@ -62,10 +63,7 @@ def assemble(
         writer.add_json(overlap.FILE, overlap.to_json(seen))
         for file in files_to_copy(job.source.path):
             writer.add_copy(file)
-        sorted_columns = [m for m in summaries if f"{m}.g_idx" in finished]
-        section = quantization_config(
-            job.recipe, job.steps, job.source, job.assignments, with_g_idx=sorted_columns
-        )
+        section = quantization_config(job.recipe, job.steps, job.source, job.assignments, finished)
         writer.commit({**job.source.config, "quantization_config": section.to_json()})
     return summary
 
@@ -77,7 +75,8 @@ def _done_parts(step: Step, finished: Mapping[str, StoredTensor]) -> list[Stored
     names = [spec.name for spec in step.specs()]
     if names[0] not in finished:
         return []
-    return [finished[name] for name in [*names, f"{step.module}.g_idx"] if name in finished]
+    beside = [f"{step.module}.{part}" for part in ("g_idx", *KEPT_PARTS)]
+    return [finished[name] for name in [*names, *beside] if name in finished]
 
 
 def _write_outside(

@@ -15,6 +15,7 @@ from bitfold.calibration.blocks import Call, Compute, stays_stored
 from bitfold.calibration.experts import OpenExperts, close_experts
 from bitfold.calibration.passes import Passes, Watch, home_of, number_of
 from bitfold.calibration.processes import Processes
+from bitfold.calibration.ranges import Ranges, of_sample
 from bitfold.calibration.workers import Workers
 from bitfold.experts import QuantStack, stack_name
 from bitfold.nn import QuantLinear
@@ -63,6 +64,7 @@ class BlockRun(Passes):
         self.notes: dict[str, Any] = {}
         self.rules, self._processes = dict(rules), processes or Processes()
         self._sums: dict[str, Sums] = {}  # of what was asked for last
+        self._ranges: dict[str, Ranges] = {}
         self._routing: dict[str, Routing] = {}
 
     @cached_property
@@ -105,6 +107,17 @@ class BlockRun(Passes):
         """How many inputs a linear layer has, summed with the Hessian."""
         return self._sums_of(name).tokens
 
+    def ranges(self, name: str) -> Ranges:
+        """How large the inputs of a linear layer are, sample by sample (ranges.py): kept for all layers of a group, and
+        found at once for all experts. Several processes must ask together: each gets those of all samples. Raises
+        ValueError where an input isn't finite."""
+        first = self._first_of(name)
+        if first not in self._ranges:
+            is_expert = stack_name(first) != first
+            names = next(group for group in self.groups if first in group) if is_expert else (first,)
+            self._ranges.update(zip(names, self._measure(names), strict=True))
+        return self._ranges[first]
+
     def routing(self, experts: str) -> Routing:
         """Where the tokens go before anything of the block is quantized; experts: "mlp.experts". Several processes must
         ask together."""
@@ -121,7 +134,7 @@ class BlockRun(Passes):
 
     def forget(self) -> None:
         """What was summed is no longer so: the layers' inputs have changed."""
-        self._sums = {}
+        self._sums, self._ranges = {}, {}
 
     def agree(self, value: T) -> T:
         """What the first of several processes has in the place of `value`: all of them go on with the same."""
@@ -152,10 +165,16 @@ class BlockRun(Passes):
                 nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new,
             )
 
-    def replace(self, name: str, qtensor: QTensor) -> None:
-        """Put a quantized layer in the place of a linear one; it is what the block runs from now on."""
+    def replace(self, name: str, qtensor: QTensor, kept: Mapping[str, Tensor] | None = None) -> None:
+        """Put a quantized layer in the place of a linear one; it is what the block runs from now on, activations
+        included. kept: what they take (`ranges.kept_for`)."""
+        kept = kept or {}
+        activations = self.rules[name].activations.having(
+            step="x_scale" in kept, outliers="outlier_weight" in kept
+        )
         parent, _, attribute = name.rpartition(".")
-        setattr(self.module.get_submodule(parent), attribute, QuantLinear(qtensor, self.linear(name).bias))
+        quantized = QuantLinear(qtensor, self.linear(name).bias, activations, **kept)
+        setattr(self.module.get_submodule(parent), attribute, quantized)
 
     def close(self, finished: Mapping[str, QuantStack | Tensor] | None = None) -> None:
         """Put experts together again, as they are stored and run (`close_experts`)."""
@@ -235,6 +254,32 @@ class BlockRun(Passes):
             self._processes.sum_(sums)
         return Routing(counts.long(), (sizes / tokens).to(self.device))
 
+    def _measure(self, names: Sequence[str]) -> list[Ranges]:
+        """Of layers with inputs of the same width, in one pass over the samples."""
+        rows: list[list[tuple[Tensor, Tensor]]] = []  # of each sample, of each layer
+        for wave in self._waves(self.linear(names[0]).in_features * self._shares(names)):
+            inputs = self._inputs_of(names, wave)
+            rows += self._workers.map(lambda xs: [of_sample(x) for x in xs], inputs)
+            del inputs
+        found = []
+        for name, own in zip(names, zip(*rows, strict=True), strict=True):
+            largest, squares = (self._processes.join(torch.stack(part)) for part in zip(*own, strict=True))
+            self._check_finite(name, largest)
+            found.append(Ranges(largest, squares))
+        return found
+
+    def _shares(self, names: Sequence[str]) -> int:
+        """How many of these layers a token goes to: of experts a few."""
+        choices = getattr(self.config, "num_experts_per_tok", 1) if stack_name(names[0]) != names[0] else 1
+        return min(len(names), choices)
+
+    def _check_finite(self, name: str, values: Tensor) -> None:
+        if not values.isfinite().all():
+            raise ValueError(
+                f"{self.name}: the inputs of {name} are not finite in {self._dtype_name()}: another dtype, such as "
+                "float32, may do, or a weight is broken"
+            )
+
     def _sums_of(self, name: str) -> Sums:
         first = self._first_of(name)
         if first not in self._sums:
@@ -267,11 +312,7 @@ class BlockRun(Passes):
             stop = min(start + _STRIP, k)
             hessian[start:stop, :stop] = sums[start:stop, :stop]
             hessian[:start, start:stop] = hessian[start:stop, :start].t()
-        if not hessian.diagonal().isfinite().all():
-            raise ValueError(
-                f"{self.name}: the inputs of {name} are not finite in {self._dtype_name()}: another dtype, such as "
-                "float32, may do, or a weight is broken"
-            )
+        self._check_finite(name, hessian.diagonal())
         return hessian
 
     def _sum_products(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
@@ -281,9 +322,7 @@ class BlockRun(Passes):
         sums = [torch.zeros(k, k, dtype=torch.float64, device=self.device) for _ in names]
         sizes = [torch.zeros(k + 1, dtype=torch.float64, device=self.device) for _ in names]
         bundle = bundle_of(self.tokens_of_a_sample)
-        # Of its experts, a token goes to a few.
-        choices = getattr(self.config, "num_experts_per_tok", 1) if stack_name(names[0]) != names[0] else 1
-        for wave in self._waves(k * min(len(names), choices), bundle):
+        for wave in self._waves(k * self._shares(names), bundle):
             xs = self._inputs_of(names, wave)
             bundles = [xs[i : i + bundle] for i in range(0, len(xs), bundle)]
             parts = [[torch.cat([x[n] for x in some]).float() for some in bundles] for n in range(len(names))]

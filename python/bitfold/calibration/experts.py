@@ -91,6 +91,7 @@ def _stacked(matrices: list[Any]) -> QuantStack | Tensor:
     stack = QuantStack.empty(
         first.format, (len(matrices), *first.shape), first.planes()[0].device, first.layout
     )
+    stack.activations = first.activations
     for number, matrix in enumerate(matrices):
         stack.put(number, matrix.qtensor)
     return stack

@@ -34,7 +34,7 @@ class Job:
         return {
             "model": model_sha256(self.source, self.steps, workers),
             "recipe": "; ".join(
-                f"{r.pattern} = {r.format} {r.method} {r.options}" for r in self.recipe.rules
+                f"{r.pattern} = {r.format} {r.method} {r.options} {r.activations}" for r in self.recipe.rules
             ),
             "number of samples": self.text.ids.shape[0],
             "sequence length": self.text.ids.shape[1],

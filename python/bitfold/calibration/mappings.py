@@ -153,6 +153,11 @@ class Fold:
         sums.index_add_(0, self.spread, columns.to(torch.float64))
         return sums / self.spread.bincount(minlength=self.channels)
 
+    def largest(self, columns: Tensor) -> Tensor:
+        """The largest of the columns that read the same channel: [k], none negative -> float64 [channels]."""
+        found = torch.zeros(self.channels, dtype=torch.float64, device=columns.device)
+        return found.scatter_reduce_(0, self.spread, columns.to(torch.float64), "amax")
+
     @torch.no_grad()
     def apply(self, scales: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Divide the source's channels by `scales` [channels] and multiply the columns that read them, in place.

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bitfold.calibration import scaling
+from bitfold.calibration import scaling, smoothing
 from bitfold.calibration.collect import BlockRun
 from bitfold.qtensor import QTensor
 from bitfold.quantize import CalibrationSummary, encode_named
@@ -91,6 +91,16 @@ def _round_awq(run: BlockRun, name: str) -> Rounded:
     )
 
 
+def _round_smooth(run: BlockRun, name: str) -> Rounded:
+    """The weight that `smoothing.prepare` made smoother, by plain rounding or GPTQ."""
+    if smoothing.options(run, name).then == "round":
+        return Rounded(round_plainly(run, name).qtensor, CalibrationSummary("smoothquant"))
+    made = _solve(run, name, gptq.GptqOptions())
+    assert made.summary is not None
+    summary = dataclasses.replace(made.summary, method=f"smoothquant, {made.summary.method}")
+    return Rounded(made.qtensor, summary)
+
+
 def _root(squared: float) -> float | None:
     """The relative norm of an error whose relative square is known (NaN: it isn't)."""
     return None if math.isnan(squared) else math.sqrt(squared)
@@ -100,4 +110,5 @@ METHODS: dict[str, Method] = {
     "rtn": Method(round_plainly, needs_inputs=False),
     "gptq": Method(_round_gptq, gather=BlockRun.hessian),
     "awq": Method(_round_awq, prepare=scaling.prepare),
+    "smoothquant": Method(_round_smooth, prepare=smoothing.prepare),
 }

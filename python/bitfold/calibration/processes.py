@@ -62,6 +62,14 @@ class Processes:
                 total += part
             piece.copy_(total)
 
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, one rank's after the other's."""
+        if self.size == 1:
+            return rows
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts).to(rows.device)
+
     def from_rank(self, rank: int, value: T | None) -> T:
         """What one rank has, on all of them; value: counts on that rank alone."""
         if self.size == 1:

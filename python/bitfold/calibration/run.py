@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bitfold import hf, layout, recipes
+from bitfold.activations import FLOAT
 from bitfold.calibration import data
 from bitfold.calibration.activations import Activations, are_kept
 from bitfold.calibration.assemble import assemble
@@ -30,10 +31,12 @@ from bitfold.calibration.job import Job
 from bitfold.calibration.journal import Journal
 from bitfold.calibration.methods import METHODS, Rounded, round_plainly
 from bitfold.calibration.processes import Processes
+from bitfold.calibration.ranges import kept_for
 from bitfold.calibration.workers import Workers
-from bitfold.experts import DOWN, GATE_UP, QuantStack
+from bitfold.experts import DOWN, GATE_UP, QuantStack, stack_name
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
+from bitfold.nn import KEPT_PARTS
 from bitfold.pipeline import Origin, check_finite, give_back_memory
 from bitfold.qtensor import QTensor
 from bitfold.quantize import (
@@ -42,7 +45,7 @@ from bitfold.quantize import (
     QuantizationSummary,
     summarize,
 )
-from bitfold.recipes import Recipe
+from bitfold.recipes import Assignment, Recipe, Rule
 from bitfold.shards import CheckpointError, StoredTensor, read_tensors
 from bitfold.writer import SHARD_BYTES, check_target, remove_abandoned
 
@@ -107,10 +110,11 @@ def quantize_calibrated(
     """
     source, target = Path(source), Path(target)
     recipe = recipes.get(recipe)
-    if not recipe.needs_calibration:
+    if not recipe.gains:
         raise ValueError(
             f"recipe {recipe.name!r} rounds to nearest and has no use for a text to calibrate on: give one with a "
-            "method, such as gptq-int4-g128, or leave --calibration away (bitfold.quantize_checkpoint)"
+            "method, such as gptq-int4-g128, or with activations, such as llm-int8, or leave --calibration away "
+            "(bitfold.quantize_checkpoint)"
         )
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is {activations!r}, it must be one of {', '.join(ACTIVATIONS)}")
@@ -121,6 +125,7 @@ def quantize_calibrated(
     assignments = recipes.assign(recipe, model.infos)
     steps = layout.steps(model, assignments)
     blocks = BlockModel(model, steps, dtype, torch.device(device))
+    _refuse_outside(recipe, assignments, steps, blocks.names)
     text = data.read(
         calibration,
         hf.load_tokenizer(source),
@@ -164,6 +169,19 @@ def quantize_calibrated(
             summary = assemble(job, journal, target, force=force, shard_bytes=shard_bytes, origin=origin)
             journal.drop()
         return processes.from_rank(0, summary)
+
+
+def _refuse_outside(
+    recipe: Recipe, assignments: Mapping[str, Assignment], steps: Sequence[Step], blocks: Sequence[str]
+) -> None:
+    """Raises ValueError where a layer outside of the blocks needs what is found within them alone."""
+    for step in steps:
+        wanted = assignments[step.module].activations if step.module else FLOAT
+        if wanted.needs_calibration and not step.name.startswith(tuple(f"{block}." for block in blocks)):
+            raise ValueError(
+                f"recipe {recipe.name!r} gives {step.module} the activations '{wanted}', but it is outside of the "
+                f"decoder blocks, where nothing is calibrated; they must be 'float' or '{wanted.having()}'"
+            )
 
 
 def _context(model: Source) -> int:
@@ -258,7 +276,7 @@ class _Run(Job):
 
     def _quantize(self, run: BlockRun) -> list[dict[str, Any]]:
         """Quantize a block's layers; returns what is to be reported."""
-        self._refuse_unreached(run, [n for n in run.never_run if METHODS[run.rules[n].method].needs_inputs])
+        self._refuse_unreached(run, [name for name in run.never_run if _needs_inputs(run.rules[name])])
         for name, method in METHODS.items():
             layers = [layer for group in run.groups for layer in group if run.rules[layer].method == name]
             if layers and method.prepare is not None:
@@ -267,12 +285,26 @@ class _Run(Job):
         modules = []
         run.forget()
         for number, group in enumerate((*run.groups, run.never_run)):
+            kept = self._kept_for(run, group)
             rounded = dict(self._round_group(run, group, number))
             for layer, made in rounded.items():
-                modules.append(self._summary(run, layer, made))
-                run.replace(layer, made.qtensor)
+                modules.append(self._summary(run, layer, made, kept.get(layer)))
+                run.replace(layer, made.qtensor, kept.get(layer))
         run.close()
         return [dataclasses.asdict(module) for module in modules]
+
+    def _kept_for(self, run: BlockRun, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """What the layers of a group keep for their activations, by what goes into them now. Experts, whose stacks have
+        no place for it, and layers that nothing reaches keep nothing."""
+        found = {}
+        for layer in group:
+            activations = run.rules[layer].activations
+            if activations.gains and stack_name(layer) == layer and layer not in run.never_run:
+                try:
+                    found[layer] = kept_for(activations, run.ranges(layer), run.linear(layer).weight)
+                except ValueError as error:
+                    raise ValueError(f"{run.name}.{layer}: {error}") from error
+        return found
 
     def _refuse_unreached(self, run: BlockRun, layers: Sequence[str]) -> None:
         """Raises ValueError, naming them, where there are layers that no token reaches, unless that is allowed."""
@@ -305,12 +337,22 @@ class _Run(Job):
         for turn, layer in enumerate(group):
             yield layer, self.processes.from_rank(turn % self.processes.size, own.get(layer))
 
-    def _summary(self, run: BlockRun, layer: str, made: Rounded) -> ModuleSummary:
+    def _summary(
+        self, run: BlockRun, layer: str, made: Rounded, kept: Mapping[str, Tensor] | None
+    ) -> ModuleSummary:
         weight = run.linear(layer).weight
         summary = summarize(f"{run.name}.{layer}", weight, made.qtensor)
         step = next(step for step in self._steps_of(run.name) if f"{run.name}.{layer}" in step.layers)
         before = step.source_bytes // max(1, step.experts)
-        return dataclasses.replace(summary, bytes_before=before, calibration=made.summary)
+        found, after = made.summary, summary.bytes_after
+        if kept is not None:
+            found = dataclasses.replace(
+                found or CalibrationSummary("rtn"),
+                x_scale=kept["x_scale"].item() if "x_scale" in kept else None,
+                outliers=None if "x_scale" in kept else len(kept.get("outlier_columns", ())),
+            )
+            after += sum(tensor.nbytes for tensor in kept.values())
+        return dataclasses.replace(summary, bytes_before=before, bytes_after=after, calibration=found)
 
     def _tensors_of(self, run: BlockRun) -> dict[str, Tensor]:
         """What a quantized block is in the checkpoint."""
@@ -332,14 +374,18 @@ class _Run(Job):
                 continue
             planes = {law.name: tensors[f"{step.module}.{law.name}"] for law in parse(step.format).planes}
             if step.experts:
-                stacks[within] = QuantStack(step.format, step.shape, planes).to(device)
+                stack = QuantStack(step.format, step.shape, planes).to(device)
+                stack.activations = self.assignments[step.module].activations.having()
+                stacks[within] = stack
                 continue
             n, k = step.shape
             qtensor = QTensor(step.format, (n, k), planes, g_idx=tensors.get(f"{step.module}.g_idx"))
-            run.replace(within, qtensor.to(device))
+            kept = {part: f"{step.module}.{part}" for part in KEPT_PARTS}
+            kept_here = {part: tensors[name].to(device) for part, name in kept.items() if name in tensors}
+            run.replace(within, qtensor.to(device), kept_here)
         run.close(stacks)
-        kept = (name for name in self._kept(run.name) if f"{run.name}.{name}" in tensors)
-        run.set({name: tensors[f"{run.name}.{name}"] for name in kept})
+        plain = (name for name in self._kept(run.name) if f"{run.name}.{name}" in tensors)
+        run.set({name: tensors[f"{run.name}.{name}"] for name in plain})
 
     def _done(self, run: BlockRun, group: int) -> int:
         block = self.blocks.names.index(run.name)
@@ -350,9 +396,16 @@ class _Run(Job):
             self.progress(what, done, len(self.blocks.names) * _BLOCK)
 
 
+def _needs_inputs(rule: Rule) -> bool:
+    """Whether a layer that no input reaches can't be made as its rule has it."""
+    return METHODS[rule.method].needs_inputs or rule.activations.needs_calibration
+
+
 def _round(run: BlockRun, layer: str, reached: bool) -> Rounded:
     method = METHODS[run.rules[layer].method]
-    if reached or not method.needs_inputs:
+    if reached or not _needs_inputs(run.rules[layer]):
         return method.round(run, layer)
     note = "rounded plainly: the calibration text never reaches it"
+    if run.rules[layer].activations.is_static:
+        note += "; its inputs get a step for each row"
     return Rounded(round_plainly(run, layer).qtensor, CalibrationSummary("rtn", note=note))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from bitfold.experts import stack_name
 from bitfold.qtensor import QTensor
 from bitfold.quantizers import awq
 from bitfold.quantizers.awq import AwqOptions
+from bitfold.quantizers.transforms import divide_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +71,7 @@ def _scale(run: BlockRun, fold: Fold, layers: list[str]) -> None:
     magnitudes = run.magnitudes(layers[0]) if alone else run.routing(_home_of_experts(layers)).magnitudes
     searched = _search(run, parts, fold.reduce(magnitudes), fold.spread)
     gram = run.hessian(layers[0]) if alone else None
-    touched = [*fold.feed.targets, *([fold.feed.source] if isinstance(fold.source, nn.Linear) else [])]
-    floats = {f"{name}.weight": run.linear(name).weight.float() for name in touched if name in run.rules}
-    run.set(floats, same=True)
-    scales = searched.scales
-    if any(_is_16_bit(run, f"{name}.weight") for name in touched) or (
-        isinstance(fold.source, nn.Linear) and _is_16_bit(run, f"{fold.feed.source}.bias")
-    ):
-        scales = scales.log2().round().exp2()
-    columns: Tensor | None = fold.apply(scales, run.stored.get(f"{fold.feed.source}.weight"))
+    columns: Tensor | None = apply_scales(run, fold, searched.scales)
     if gram is None:  # of experts there are too many to hold: they are summed again, of the divided inputs
         run.forget()
         columns = None
@@ -88,6 +82,28 @@ def _scale(run: BlockRun, fold: Fold, layers: list[str]) -> None:
         for name in names:
             _round(run, name, place, searched, gram, columns)
             place += 1
+
+
+def apply_scales(run: BlockRun, fold: Fold, scales: Tensor) -> Tensor:
+    """Divide what feeds by scales [channels] and multiply the columns that read it.
+
+    Where 16 bits must hold the result, scales are the powers of two next to them, and 1 for channels that a norm can't
+    be divided by these without rounding: Gemma's, which is stored as the distance from 1. Returns the factors of the
+    columns (`Fold.apply`). What the run has summed is of the inputs before.
+    """
+    source: Any = fold.source
+    dtype = run.stored.get(f"{fold.feed.source}.weight")
+    touched = [*fold.feed.targets, *([fold.feed.source] if isinstance(source, nn.Linear) else [])]
+    floats = {f"{name}.weight": run.linear(name).weight.float() for name in touched if name in run.rules}
+    run.set(floats, same=True)
+    if any(_is_16_bit(run, f"{name}.weight") for name in touched) or (
+        isinstance(source, nn.Linear) and _is_16_bit(run, f"{fold.feed.source}.bias")
+    ):
+        scales = scales.log2().round().exp2()
+        if not isinstance(source, nn.Linear):
+            _, left = divide_norm(source.weight.to(dtype or source.weight.dtype), scales, fold.offset)
+            scales = torch.where(left == scales, scales, 1.0)
+    return fold.apply(scales, dtype)
 
 
 def _home_of_experts(layers: list[str]) -> str:

@@ -16,6 +16,7 @@ from bitfold.check.told import tell
 from bitfold.checkpoint import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.experts import expert_name
 from bitfold.formats import parse
+from bitfold.nn import KEPT_PARTS, check_kept
 from bitfold.qtensor import QTensor
 from bitfold.shards import CONFIG_FILE, DTYPES, CheckpointError, StoredTensor
 
@@ -71,6 +72,7 @@ def _own_module(
             planes[part] = read_one(tensor)
     if len(planes) < len(entry.parts()):
         return
+    _check_kept(name, entry, {part: planes.pop(part) for part in KEPT_PARTS if part in planes}, report)
     if entry.kind == "experts":
         one = replace(entry, kind="linear", shape=entry.matrix)
         for expert in range(entry.shape[0]):
@@ -78,6 +80,17 @@ def _own_module(
             _matrix(expert_name(name, expert), one, own, None, report)
         return
     _matrix(name, entry, planes, found, report)
+
+
+def _check_kept(name: str, entry: ModuleEntry, kept: Mapping[str, Tensor], report: Report) -> None:
+    """What a layer keeps for its activations."""
+    if "outlier_weight" in kept:
+        values.check_finite(f"{name}.outlier_weight", kept["outlier_weight"], report)
+    try:
+        check_kept(kept.get("x_scale"), kept.get("outlier_columns"), entry.shape[-1])
+    except ValueError as error:
+        was, must = str(error).split("; ", 1)
+        report.fault("activations", name, was, must)
 
 
 def _matrix(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,7 @@ from bitfold.experts import stack_name
 from bitfold.gguf import mixes
 from bitfold.outliers.keep import Resolved
 from bitfold.pipeline import Origin, quantize_checkpoint, report
-from bitfold.quantize import ModuleSummary, QuantizationSummary
+from bitfold.quantize import CalibrationSummary, ModuleSummary, QuantizationSummary
 from bitfold.recipes import RECIPES, Recipe
 from bitfold.sensitivity.ground import CONTEXT, TOKENS, Texts, calibration_of
 from bitfold.text import natural, size
@@ -75,8 +75,8 @@ def quantize(
     calibration: Annotated[
         str,
         typer.Option(
-            help="Text to calibrate on, for gptq- and awq- recipes: a file, JSON lines (.jsonl, field text), or "
-            "dataset:NAME[:CONFIG[:SPLIT]]."
+            help="Text to calibrate on, for gptq-, awq- and smoothquant- recipes, and for activations (llm-int8, "
+            "w8a8-static): a file, JSON lines (.jsonl, field text), or dataset:NAME[:CONFIG[:SPLIT]]."
         ),
     ] = "",
     samples: Samples = SAMPLES,
@@ -416,9 +416,9 @@ def _show_result(
 
 
 def _show(summary: QuantizationSummary, output: Path) -> None:
-    calibrated = any(module.calibration is not None for module in summary.modules)
-    columns = ["layer", "format", "shape", "size", "bits/weight", "error"]
-    layers = table(*columns, *(["output error", "of rounding"] if calibrated else []))
+    calibrations = [module.calibration for module in summary.modules if module.calibration is not None]
+    known = {title: show for title, show in _FOUND.items() if show(calibrations)}
+    layers = table("layer", "format", "shape", "size", "bits/weight", "error", *known)
     modules = sorted(summary.modules, key=lambda module: natural(module.name))
     stacks: dict[str, list[ModuleSummary]] = {}
     for module in modules:
@@ -433,20 +433,23 @@ def _show(summary: QuantizationSummary, output: Path) -> None:
             size(nbytes),
             f"{8 * nbytes / (len(stack) * math.prod(first.shape)):.3f}",
             f"{max(module.relative_rmse for module in stack):.3%}",
-            *([_largest(f.output_error for f in found)] if calibrated else []),
-            *([_largest(f.rounding_error for f in found)] if calibrated else []),
+            *(show(found) for show in known.values()),
         )
     out.print(layers)
     out.print("(error: norm of the change of the weights over norm of the weights)")
     if len(stacks) < len(modules):
         out.print("(of experts: the largest error of one of them)")
-    if calibrated:
+    if "output error" in known:
         out.print(
             paragraph(
                 "(output error: norm of the change of the layer's output on the calibration text over norm of the "
                 "output; of rounding: with every weight rounded to nearest)"
             )
         )
+    if "input step" in known:
+        out.print("(input step: one for all inputs of the layer, which are rounded to multiples of it)")
+    if "16-bit columns" in known:
+        out.print("(16-bit columns: usual outlier columns, whose weights are kept in 16 bits too)")
     for module in modules:
         if module.calibration is not None and module.calibration.note:
             out.print(paragraph(f"- {module.name}: {module.calibration.note}", indent="  "), markup=False)
@@ -457,7 +460,16 @@ def _show(summary: QuantizationSummary, output: Path) -> None:
     )
 
 
-def _largest(shares: Iterable[float | None]) -> str:
+def _largest(numbers: Iterable[float | None], form: str) -> str:
     """The largest of those that are known."""
-    known = [share for share in shares if share is not None]
-    return f"{max(known):.3%}" if known else ""
+    known = [number for number in numbers if number is not None]
+    return format(max(known), form) if known else ""
+
+
+_FOUND: dict[str, Callable[[Iterable[CalibrationSummary]], str]] = {
+    "output error": lambda found: _largest((one.output_error for one in found), ".3%"),
+    "of rounding": lambda found: _largest((one.rounding_error for one in found), ".3%"),
+    "input step": lambda found: _largest((one.x_scale for one in found), ".4g"),
+    "16-bit columns": lambda found: _largest((one.outliers for one in found), ""),
+}
+"""What calibration found of layers, by the title of its column: "" where it isn't known."""

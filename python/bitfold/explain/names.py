@@ -73,7 +73,7 @@ def explain_name(text: str) -> list[Meaning]:
         raise ValueError(
             f"{text!r} has no type in its name that bitfold knows; these are {', '.join(mixes.MIXES)}"
         )
-    if text in RECIPES or text.endswith(".toml") or text.startswith("llm-int8"):
+    if text in RECIPES or text.endswith(".toml") or recipes.is_pair(text):
         recipe = recipes.get(text)
         formats = {rule.format: None for rule in recipe.rules if rule.format is not None}
         return [_recipe(recipe), *(_format(parse(format)) for format in formats)]

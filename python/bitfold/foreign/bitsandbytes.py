@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold.activations import THRESHOLD, Activations, llm_int8
 from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign.scheme import (
     Fields,
@@ -47,6 +48,7 @@ PARTS = (
 NESTED = 256  # blocks whose scales are nested together
 BLOCKS = tuple(1 << i for i in range(5, 13))
 INT8 = "int8-channel-sfp32"
+LLM_INT8 = llm_int8()  # with the threshold that the library has by default
 _NO_PRODUCT = "w = q * SCB / 127 is not q * scale to the bit"
 
 
@@ -223,7 +225,9 @@ def _check_map(tensors: Mapping[str, Tensor], name: str, wanted: Tensor) -> None
 
 @dataclass(frozen=True)
 class EightBitScheme(Scheme):
-    """int8 by rows, w = q * SCB / 127."""
+    """int8 by rows, w = q * SCB / 127. activations: LLM.int8() with the configuration's threshold, of 0 plain int8."""
+
+    activations: Activations = LLM_INT8
 
     def specs(self, entry: ModuleEntry, plane: ReadPlane | None = None) -> dict[str, TensorSpec]:
         self._check_fits(entry)
@@ -242,7 +246,7 @@ class EightBitScheme(Scheme):
             raise ValueError(
                 f"weight_format is {tensors['weight_format'].tolist()}; it must be 0: rows, not a GPU's tiles"
             )
-        return ModuleEntry("linear", INT8, (n, k))
+        return ModuleEntry("linear", INT8, (n, k), activations=self.activations)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QTensor:
         entry = self.entry(tensors)
@@ -297,6 +301,7 @@ class BitsAndBytesConfig:
 
     def to_json(self) -> dict[str, Any]:
         four = self.default if isinstance(self.default, FourBitScheme) else None
+        eight = self.default if isinstance(self.default, EightBitScheme) else None
         return {
             "quant_method": "bitsandbytes",
             "_load_in_4bit": four is not None,
@@ -310,14 +315,15 @@ class BitsAndBytesConfig:
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": None if self.kept is None else list(self.kept),
-            "llm_int8_threshold": 6.0,
+            "llm_int8_threshold": THRESHOLD if eight is None else eight.activations.threshold,
         }
 
 
 def read_config(section: Mapping[str, Any], origin: Path) -> BitsAndBytesConfig:
     """The checked quantization_config of a bitsandbytes checkpoint; origin: the file that it is in.
 
-    Raises CheckpointError where it says both 4 and 8 bits or neither, or another kind of 4 bits.
+    Raises CheckpointError where it says both 4 and 8 bits or neither, another kind of 4 bits, or a threshold that is
+    none.
     """
     fields = Fields(section, origin)
     four, eight = fields.take("load_in_4bit", bool, False), fields.take("load_in_8bit", bool, False)
@@ -326,7 +332,8 @@ def read_config(section: Mapping[str, Any], origin: Path) -> BitsAndBytesConfig:
     kept = fields.optional("llm_int8_skip_modules", list)
     names = None if kept is None else tuple(map(str, kept))
     if eight:
-        return BitsAndBytesConfig(EightBitScheme(), names)
+        threshold = fields.size("llm_int8_threshold", THRESHOLD)
+        return BitsAndBytesConfig(EightBitScheme(llm_int8(threshold)), names)
     kind = fields.take("bnb_4bit_quant_type", str, "fp4", KINDS)
     return BitsAndBytesConfig(
         FourBitScheme(kind), names, fields.take("bnb_4bit_use_double_quant", bool, False)

@@ -329,7 +329,13 @@ def _section(source: Source, plan: _Plan, to: str, ordered: bool) -> dict[str, A
 
 def _stored_as(entry: ModuleEntry, place: Place) -> ModuleEntry:
     """What a module is in its place: what it kept for other activations stays behind."""
-    moved = replace(entry, format=place.format, layout=place.layout, activations=place.activations)
+    moved = replace(
+        entry,
+        format=place.format,
+        layout=place.layout,
+        activations=place.activations,
+        x_scale=place.activations.is_static,
+    )
     return moved if place.activations.exact_outliers else replace(moved, outliers=0, outlier_dtype=None)
 
 

@@ -8,6 +8,7 @@ to a QTensor, and back. Both directions move integers and copy floats; nothing i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,6 +193,13 @@ class Fields:
     def optional(self, key: str, kind: type) -> Any:
         """A value of type `kind`, or None where there is none or null."""
         return None if self._section.get(key) is None else self.take(key, kind)
+
+    def size(self, key: str, default: float) -> float:
+        """A number that isn't negative; `default` where there is no such key, 0 where it is null."""
+        value = self._section.get(key, default) or 0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            self.refuse(key, "a number that is at least 0")
+        return float(value)
 
     def refuse(self, key: str, wanted: str) -> None:
         """Raises CheckpointError: a value isn't what it must be."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bitfold.activations import FLOAT, Activations
+from bitfold.activations import FLOAT, Activations, llm_int8
 from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import awq, bitsandbytes, compressed_tensors
 from bitfold.foreign.awq import AwqConfig, AwqScheme
@@ -204,7 +204,9 @@ def _place_bitsandbytes(entries: Entries, dtype: torch.dtype) -> dict[str, Place
     kinds = {name: _kind(entry) for name, entry in entries.items()}
     kind = Counter(kinds.values()).most_common(1)[0][0]
     if kind == "int8":
-        return {name: Place(EightBitScheme(), bitsandbytes.INT8) for name in entries}
+        wanted = _llm_int8(entries)
+        place = Place(EightBitScheme(wanted), bitsandbytes.INT8, activations=wanted)
+        return dict.fromkeys(entries, place)
     places = {}
     for name, entry in entries.items():
         format = parse(entry.format)
@@ -214,6 +216,16 @@ def _place_bitsandbytes(entries: Entries, dtype: torch.dtype) -> dict[str, Place
         layout = "rows" if entry.shape[1] % block == 0 else "flat"
         places[name] = Place(FourBitScheme(kind, dtype), parse(f"{kind}-b{block}{nested}").canonical, layout)
     return places
+
+
+def _llm_int8(entries: Entries) -> Activations:
+    """What its int8 layers do with their inputs, by one threshold for all: that of most of those that have one. Nothing
+    but LLM.int8() and plain int8 is known there."""
+    kinds = ("int8", "llm-int8")
+    found = Counter(
+        entry.activations.threshold for entry in entries.values() if entry.activations.kind in kinds
+    )
+    return llm_int8(found.most_common(1)[0][0]) if found else llm_int8()
 
 
 def _kind(entry: ModuleEntry) -> str:

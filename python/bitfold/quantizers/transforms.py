@@ -76,6 +76,21 @@ def multiply_columns(weight: Tensor, scales: Tensor) -> Tensor:
     return (weight.to(torch.float64) * check_scales(scales, weight.shape[1])).to(weight.dtype)
 
 
+@dataclass(frozen=True)
+class SmoothOptions:
+    """SmoothQuant's. alpha: how much of the spread of the inputs goes into the weights, 0 to 1; then: "round" to
+    nearest, or "gptq"."""
+
+    alpha: float = 0.5
+    then: str = "round"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; it must be from 0 to 1")
+        if self.then not in ("round", "gptq"):
+            raise ValueError(f"then is {self.then!r}; it must be 'round' or 'gptq'")
+
+
 def smooth_scales(
     largest: Tensor, weights: Sequence[Tensor], alpha: float = 0.5, smallest: float = 1e-5
 ) -> Tensor:
