@@ -8,6 +8,7 @@ import tiny
 import torch
 from bitfold.kv.attention import Packed
 from bitfold.kv.blocks import FORMATS
+from command import call, call_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, MistralConfig
 
@@ -233,6 +234,32 @@ def test_memory_is_that_of_the_blocks(format):
     assert len(window.pages) <= 2
     pages = -(-full.packed // 8)
     assert full.nbytes == pages * 8 * 2 * full.blocks.nbytes + 2 * full.keys.nbytes
+
+
+def test_eval_measures_what_the_cache_changes(tmp_path, capsys):
+    """Against the same model with 16 bits; a cache that keeps everything exact changes nothing."""
+    from bitfold.evaluate import compare, cut
+    from bitfold.kv.through import Through
+
+    source, text = tiny.write_llama(tmp_path / "m"), tmp_path / "t.txt"
+    text.write_text(tiny.TEXT)
+    command = ("eval", source, "--text", text, "--context", 300, "--kv")
+    found = {format: call_json(capsys, *command, format) for format in FORMATS}
+    divergence = {format: result["mean_kl"]["value"] for format, result in found.items()}
+    assert 0 < divergence["int8"] < divergence["fp8"] < divergence["int4"]
+    assert found["int8"]["kv"] == "int8"
+    assert found["int4"]["kv_bytes"] < found["int8"]["kv_bytes"]
+    code, _, err = call(capsys, *command, "int5")
+    assert code != 0
+    assert "'int5'; it must be one of" in err
+    code, out, _ = call(capsys, *command, "fp8")
+    assert code == 0
+    assert "KV cache     fp8, " in out
+    model, tokenizer = bitfold.load(source), bitfold.load_tokenizer(source)
+    windows = cut(tiny.TEXT, tokenizer, context=300)
+    plain, cached = compare(model, Through(model, None), windows), Through(model, "int8", residual=400)
+    assert plain.mean_kl.value < 1e-8, "a token at a time or all at once"
+    assert compare(Through(model, None), cached, windows).mean_kl.value < 1e-12
 
 
 def test_positions_beyond_the_model_are_as_in_transformers():

@@ -197,6 +197,17 @@ def test_a_row_that_sees_nothing_is_0_and_nan_stays_in_its_row(rng):
     assert torch.equal(out.isnan().any(-1), wanted)
 
 
+def test_what_left_the_window_is_of_no_account(rng):
+    keys, values = past(rng, 1, 1, 96, 16)
+    keys[0, 0, 3, 2] = values[0, 0, 35] = torch.nan
+    law = BlockFormat("int8", 32, 16, 16)
+    query, none = randn(rng, 1, 4, 1, 16), torch.empty(1, 1, 0, 16)
+    out = torch.ops.bitfold.kv_attention(
+        query, [law.pack(keys, values)], 3, 40, none, none, "int8", 32, 16, None, 0.3
+    )
+    assert out.isfinite().all()
+
+
 def test_masks_of_the_lowest_number_and_huge_scores(rng):
     arguments = case(rng, tokens=200)
     tokens = arguments[2] * 64 - arguments[3] + arguments[4].shape[2]

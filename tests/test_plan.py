@@ -17,6 +17,7 @@ import torch
 from bitfold import budget, hf, layout
 from bitfold.cli.plan import parse_size
 from bitfold.gguf.mixes import MIXES
+from bitfold.kv.blocks import FORMATS
 from bitfold.recipes import RECIPES, Recipe, Rule
 from bitfold.shards import CheckpointError
 from command import call, call_json
@@ -160,8 +161,12 @@ def test_kv_cache_is_what_a_run_fills(dtype, tmp_path):
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     plan = bitfold.plan_checkpoint(source, "int8", context=20, batch=3)
     assert plan.memory.kv_cache == held
-    half = bitfold.plan_checkpoint(source, "int8", context=20, batch=3, kv_format="fp8")
-    assert half.memory.kv_cache == held // dtype.itemsize
+    for format in FORMATS:
+        for context in (20, 700):
+            cache = bitfold.QuantizedCache(model.config, format)
+            model(torch.zeros(3, context, dtype=torch.long), cache=cache)
+            plan = bitfold.plan_checkpoint(source, "int8", context=context, batch=3, kv_format=format)
+            assert plan.memory.kv_cache == cache.nbytes
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -353,7 +358,10 @@ def test_only_the_named_recipes(capsys, tmp_path):
     [
         ([], "MODEL is missing"),
         ([DEMO, "--fit", "much"], "--fit is 'much'"),
-        ([DEMO, "--kv-format", "int3"], "kv_format is 'int3'; it must be one of fp32, fp16, bf16, fp8, int8"),
+        (
+            [DEMO, "--kv-format", "int3"],
+            "kv_format is 'int3'; it must be one of fp32, fp16, bf16, int8, fp8, int4",
+        ),
         ([DEMO, "--batch", "-1"], "batch is -1"),
         ([DEMO, "--recipe", "int5"], "int5"),
         (["--params", "many"], "--params is 'many'"),

@@ -209,7 +209,10 @@ class Attention {
       std::fill(to.out, to.out + row_, 0.0f);
     }
     const Part first = part(head, number, 0);
-    for (int64_t b = 0; b < chunk.blocks; ++b) sum_block(block_at(head, chunk.block + b), b * group, first.out, s);
+    for (int64_t b = 0; b < chunk.blocks; ++b) {
+      const int64_t skip = std::max<int64_t>(0, args_.first - (chunk.block + b) * group);
+      sum_block(block_at(head, chunk.block + b), b * group, skip, first.out, s);
+    }
     if (chunk.exact > 0) sum_exact(head, chunk, first.out, s);
   }
 
@@ -233,22 +236,23 @@ class Attention {
                                     shape.head, shape.group, s->scores.data() + token, chunk_tokens_});
   }
 
-  // The same with values, whose steps go into the weights.
-  void sum_block(const uint8_t* block, int64_t token, float* out, Scratch* s) {
+  // The same with values, whose steps go into the weights. Tokens before `skip` don't count, whatever they hold.
+  void sum_block(const uint8_t* block, int64_t token, int64_t skip, float* out, Scratch* s) {
     const KvShape& shape = args_.shape;
     const int64_t bits = shape.info().bits, columns = shape.value_groups() == 1 ? row_ : shape.value_group;
+    const int64_t count = shape.group - skip, row_bytes = row_ * bits / 8;
     for (int64_t g = 0; g < shape.value_groups(); ++g) {
-      const int64_t steps = 4 * g * shape.group;
+      const int64_t steps = 4 * (g * shape.group + skip);
       for (int64_t r = 0; r < rows_; ++r) {
         const float constant = kernels().kv_fold(
-            {s->scores.data() + r * chunk_tokens_ + token, floats(block, at_.value_steps + steps),
-             offsets(block, at_.value_offsets + steps), shape.group, s->factors.data() + r * shape.group});
+            {s->scores.data() + r * chunk_tokens_ + token + skip, floats(block, at_.value_steps + steps),
+             offsets(block, at_.value_offsets + steps), count, s->factors.data() + r * shape.group});
         float* to = out + r * (row_ + 2) + g * shape.value_group;
         for (int64_t c = 0; c < columns; ++c) to[c] += constant;
       }
-      kernels().kv_product[source()]({s->factors.data(), shape.group, rows_,
-                                      block + at_.value_codes + g * shape.value_group * bits / 8, row_ * bits / 8,
-                                      shape.group, columns, out + g * shape.value_group, row_ + 2});
+      const uint8_t* codes = block + at_.value_codes + skip * row_bytes + g * shape.value_group * bits / 8;
+      kernels().kv_product[source()]({s->factors.data(), shape.group, rows_, codes, row_bytes, count, columns,
+                                      out + g * shape.value_group, row_ + 2});
     }
   }
 

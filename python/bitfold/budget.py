@@ -5,7 +5,8 @@ writes by (layout.py). The memory to run is the sum of
 
     weights      the planes of quantized modules and all tensors that are kept: as in the checkpoint
     repacked     copies of weights in another order for speed: none today
-    KV cache     2 * layers * KV heads * head size * context * batch numbers of the cache's format
+    KV cache     2 * layers * KV heads * head size * context * batch numbers of the model's dtype; of int8, fp8 and
+                 int4 the blocks and buffers that bitfold.QuantizedCache allocates for them (docs/kv-cache.md)
     activation   the largest block of linear layers under one parent, read as one prompt: its widest input, all of
                  its outputs and two copies of the hidden state at once, batch * context rows in the dtype the model
                  computes in (the output head sees one row a sequence, as in generation)
@@ -27,6 +28,8 @@ import torch
 
 from bitfold import formats, hf, layout, recipes
 from bitfold.activations import read as read_activations
+from bitfold.kv import blocks as kv
+from bitfold.kv import store
 from bitfold.layout import Source, Step
 from bitfold.qtensor import plan_linear
 from bitfold.recipes import ATTENTION, Assignment, ModuleInfo, Recipe
@@ -35,8 +38,9 @@ CLASSES = ("embeddings", "attention", "MLP", "experts", "other", "head", "rest")
 """Classes of tensors. "other" are linear layers elsewhere and routers, "rest" norms, biases and what else is kept."""
 _MLP = ("*mlp*.*", "*ffn*.*", "*feed_forward*.*", "*.expert*.*")
 
-KV_FORMATS = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
-"""Bytes of a number in the KV cache; scales that an 8-bit cache would need are not counted."""
+_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # of a number in a cache that isn't quantized
+KV_FORMATS = (*_KV_BYTES, *kv.FORMATS)
+"""Formats of the KV cache: what a model computes in, and bitfold.QuantizedCache's."""
 _KV_OF_DTYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 UNQUANTIZED = "unquantized"  # what stands in a recipe's place for the model as it is
@@ -140,7 +144,7 @@ def plan_checkpoint(
     """What quantizing a model directory by a recipe will cost; config.json is enough, no weight is read.
 
     context: tokens of a sequence (None: what the model can take, at most 4096); batch: sequences at once;
-    kv_format: "fp32", "fp16", "bf16", "fp8" or "int8" (None: the dtype the model computes in).
+    kv_format: "fp32", "fp16", "bf16", "int8", "fp8" or "int4" (None: the dtype the model computes in).
 
     Raises CheckpointError for a directory that is no model, ValueError for a recipe that is unknown or doesn't fit
     and for sizes below 1, MissingExtraError where transformers is not installed.
@@ -258,7 +262,22 @@ def kv_cache(source: Source, run: Run) -> int | None:
         shape = hf.cache_shape(source.model_config)
     except ValueError:
         return None
-    return round(shape.numbers(run.context) * run.batch * KV_FORMATS[run.kv_format])
+    if run.kv_format in _KV_BYTES:
+        return shape.numbers(run.context) * run.batch * _KV_BYTES[run.kv_format]
+    return run.batch * shape.heads * quantized_cache(shape, run)
+
+
+def quantized_cache(shape: hf.CacheShape, run: Run) -> int:
+    """Bytes of a bitfold.QuantizedCache of default options for one head, over all layers: what it has allocated once a
+    prompt of the context is in it."""
+    group = kv.value_group_of(run.kv_format, shape.head_dim)
+    blocks = kv.BlockFormat(run.kv_format, kv.DEFAULT_GROUP, shape.head_dim, group)
+    return sum(
+        store.nbytes_of(
+            blocks, run.context if window is None else min(window - 1, run.context), run.dtype.itemsize
+        )
+        for window in shape.windows
+    )
 
 
 def activation(infos: Mapping[str, ModuleInfo], run: Run) -> int:

@@ -1,7 +1,8 @@
 // Do the instruction sets agree? Encodes, decodes and multiplies with the one that BITFOLD_ISA names, and prints for
 // each format a hash of everything that must be the same to the bit: planes, decoded weights, products of whole
 // numbers. The other products may differ by rounding; their largest relative error goes to stderr, and ends in failure
-// where it is too large. GPTQ's sums are those of plain loops to the bit (gptq.hpp). run.sh compares what several sets
+// where it is too large. GPTQ's sums are those of plain loops to the bit (gptq.hpp); attention to packed keys and
+// values is held against plain loops too (kv.hpp). run.sh compares what several sets
 // print; it needs neither torch nor Python.
 #include <algorithm>
 #include <bit>
@@ -9,12 +10,14 @@
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/linear_fp8.hpp"
 #include "gptq.hpp"
+#include "kv.hpp"
 #include "numbers.hpp"
 
 namespace {
@@ -284,6 +287,22 @@ bool check_gptq(Engine& engine) {
   return agree;
 }
 
+// Blocks of keys and values, and the error of attention to them.
+double check_kv(Engine& engine) {
+  double worst = 0;
+  for (int i = 0; i < kKvFormatCount; ++i) {
+    for (const auto& [head, value_group] : {std::pair<int64_t, int64_t>{64, 32}, {20, 20}}) {
+      const plain::KvProblem p(static_cast<KvFormat>(i), head, value_group, engine);
+      const std::vector<uint8_t> packed = plain::kv_packed(p, serial);
+      Hash hash;
+      hash.add(packed);
+      hash.print(parse_format("int8"), (std::string("of keys and values, ") + kKvFormats[i].name).c_str());
+      worst = std::max(worst, plain::kv_error(p, packed, serial));
+    }
+  }
+  return worst;
+}
+
 }  // namespace
 
 int main() {
@@ -318,6 +337,7 @@ int main() {
     check_any_bytes(format, x, engine);
   }
   const bool gptq = check_gptq(engine);
+  worst = std::max(worst, check_kv(engine));
   std::fprintf(stderr, "%-11s largest relative error of a product %.2e\n", cpu::kernels().isa, worst);
   return worst <= kTolerance && gptq ? 0 : 1;
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
 from bitfold import hub
 from bitfold.calibration.overlap import NOTABLE, share_seen
@@ -22,6 +23,9 @@ from bitfold.cli.console import (
     say,
 )
 from bitfold.evaluate import Comparison, Perplexity, compare, compute_dtype, cut, default_context, perplexity
+from bitfold.kv.blocks import FORMATS
+from bitfold.kv.through import Through
+from bitfold.text import size
 
 
 def evaluate(
@@ -37,6 +41,13 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Use the first tokens of the text only; 0: all.")] = 0,
     dtype: Dtype = "",
     activations: Activations = "",
+    kv: Annotated[
+        str,
+        typer.Option(
+            help=f"Run through a KV cache in {', '.join(FORMATS)}, as decoding does; without --base compared with the "
+            "same model and a cache in its own dtype."
+        ),
+    ] = "",
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -44,7 +55,12 @@ def evaluate(
     data = read_text(text)
     tokenizer = hub.load_tokenizer(base if base is not None else model)
     subject = load_model(model, device, dtype, activations)
-    reference = load_model(base, device, dtype) if base is not None else None
+    reference: nn.Module | None = load_model(base, device, dtype) if base is not None else None
+    cached: Through | None = None
+    if kv:
+        cached = Through(subject, kv)
+        cached.new_cache()  # a format or a model that can't be is said before anything runs
+        reference = Through(subject if reference is None else reference, None)
     windows = cut(
         data,
         tokenizer,
@@ -66,17 +82,29 @@ def evaluate(
             result = perplexity(subject, windows, progress=lambda done, total: update("", done, total))
         else:
             result = compare(
-                reference, subject, windows, progress=lambda done, total: update("", done, total)
+                reference,
+                subject if cached is None else cached,
+                windows,
+                progress=lambda done, total: update("", done, total),
             )
     if json:
         print_json(
-            {"model": model, "base": base, "text": text, "calibration_overlap": overlap, **_fields(result)}
+            {
+                "model": model,
+                "base": base,
+                "text": text,
+                "calibration_overlap": overlap,
+                **({} if cached is None else {"kv": kv, "kv_bytes": cached.nbytes}),
+                **_fields(result),
+            }
         )
         return
     out.print(f"protocol     {result.protocol}")
     own = result.model if isinstance(result, Comparison) else result
     out.print(f"perplexity   {estimate(own.perplexity)}")
     out.print(f"bits/byte    {own.bits_per_byte:.4f}")
+    if cached is not None:
+        out.print(f"KV cache     {kv}, {size(cached.nbytes)} after the last window")
     if isinstance(result, Comparison):
         out.print(
             f"base         {estimate(result.base.perplexity)}, {result.base.bits_per_byte:.4f} bits/byte"

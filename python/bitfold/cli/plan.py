@@ -27,6 +27,7 @@ from bitfold.cli.plan_training import plan_train
 from bitfold.gguf import mixes
 from bitfold.gguf.budget import gguf_budget
 from bitfold.gguf.mixes import Mix
+from bitfold.kv.blocks import FORMATS as QUANTIZED
 from bitfold.layout import Source
 from bitfold.recipes import RECIPES, Recipe
 from bitfold.text import size
@@ -291,9 +292,11 @@ def _show_memory(run: Run, budgets: dict[str, Budget], limit: int | None) -> Non
         "No kernel keeps a repacked copy of the weights today.",
         "Python, torch and what a model's own code holds come on top.",
     ]
-    if run.kv_format in ("fp8", "int8"):
+    if run.kv_format in QUANTIZED:
         remarks.insert(
-            0, f"A KV cache in {run.kv_format} is a question of size only: today it has 16 bits or 32."
+            0,
+            f"The KV cache in {run.kv_format} is bitfold.QuantizedCache; with another attention function than "
+            "'bitfold' each layer's is decoded in every call, which comes on top.",
         )
     out.print(paragraph(" ".join(remarks)))
     out.print()

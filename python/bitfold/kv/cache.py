@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from bitfold import versions
 from bitfold.kv.attention import NAME, Packed, reads
 from bitfold.kv.blocks import DEFAULT_GROUP, FORMATS, BlockFormat, value_group_of
-from bitfold.kv.store import FEW, Store
+from bitfold.kv.store import DEFAULT_RESIDUAL, FEW, Store
 
 _FULL, _SLIDING = ("full_attention",), ("sliding_attention", "chunked_attention")
 
@@ -197,7 +197,7 @@ class QuantizedCache(Cache):
         format: str = "int8",
         *,
         group: int = DEFAULT_GROUP,
-        residual: int = 64,
+        residual: int = DEFAULT_RESIDUAL,
         value_group: int | None = None,
     ):
         versions.KV_CACHE.require("a quantized KV cache")

@@ -16,8 +16,17 @@ from torch import Tensor
 from bitfold.kv.blocks import BlockFormat
 
 PAGE = 8  # blocks
+DEFAULT_RESIDUAL = 64
 # New tokens of one call up to which attention reads blocks as they lie; a call with more is a prompt.
 FEW = 8
+
+
+def nbytes_of(blocks: BlockFormat, tokens: int, itemsize: int, residual: int = DEFAULT_RESIDUAL) -> int:
+    """Bytes of a Store for one sequence and key-value head once a prompt of so many tokens is in it; itemsize: of a
+    number that isn't packed."""
+    packed = max(0, tokens - residual) // blocks.group
+    buffers = 2 * (residual + blocks.group + FEW) * blocks.head * itemsize
+    return -(-packed // PAGE) * PAGE * blocks.nbytes + buffers
 
 
 @dataclass
