@@ -57,7 +57,7 @@ class Contestant:
         return out
 
 
-def contestants(config: Any) -> list[Contestant]:
+def contestants(config: Any, with_peers: bool) -> list[Contestant]:
     found = [Contestant("16 bits", DynamicCache(config=config), sdpa_attention_forward)]
     for format in FORMATS:
         found.append(
@@ -67,6 +67,8 @@ def contestants(config: Any) -> list[Contestant]:
     found.append(
         Contestant("bitfold int8, decoded", bitfold.QuantizedCache(plain, "int8"), sdpa_attention_forward)
     )
+    if not with_peers:
+        return found
     peers: list[tuple[str, dict[str, int]]] = [("fp8", {})]
     if is_optimum_quanto_available():
         peers.append(("quanto", {"nbits": 4}))
@@ -102,19 +104,21 @@ def tensors_of(thing: Any, seen: set[int]) -> int:
 
 def exact(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """[1, 1, heads, head size] in float64."""
-    shared = query.shape[1] // keys.shape[1]
+    heads, head = keys.shape[1], query.shape[-1]
+    queries = query.double().reshape(heads, -1, head)  # those that share a key-value head
     outs = []
-    for head in range(query.shape[1]):
-        k, v = keys[0, head // shared].double(), values[0, head // shared].double()
-        outs.append(torch.softmax(query[0, head].double() @ k.t() * query.shape[-1] ** -0.5, -1) @ v)
-    return torch.stack(outs, 1)[None]
+    for q, k, v in zip(queries, keys[0], values[0], strict=True):
+        outs.append(torch.softmax(q @ k.double().t() * head**-0.5, -1) @ v.double())
+    return torch.cat(outs)[None, None]
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm())
 
 
-def measure(tokens: int, heads: int, shared: int, head: int, rounds: int) -> tuple[dict[str, Any], str]:
+def measure(
+    tokens: int, heads: int, shared: int, head: int, rounds: int, peers: bool
+) -> tuple[dict[str, Any], str]:
     config = LlamaConfig(
         num_hidden_layers=1, num_attention_heads=heads * shared, num_key_value_heads=heads,
         hidden_size=heads * shared * head, head_dim=head, attn_implementation="bitfold",
@@ -135,7 +139,7 @@ def measure(tokens: int, heads: int, shared: int, head: int, rounds: int) -> tup
     past = keys[:, :, :-1], values[:, :, :-1]
     last = keys[:, :, -1:], values[:, :, -1:]
     wanted = exact(query, keys, values)
-    all_of_them = contestants(config)
+    all_of_them = contestants(config, peers)
     for each in all_of_them:
         each.cache.update(*past, 0)
         out = each.step(module, query, *last)
@@ -192,13 +196,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     reports, texts = {}, []
     with torch.no_grad():
         for tokens in options.tokens:
-            reports[str(tokens)], text = measure(tokens, 8, 4, 128, options.rounds)
+            reports[str(tokens)], text = measure(tokens, 8, 4, 128, options.rounds, options.peers)
             texts.append(text)
     longest = reports[str(max(options.tokens))]
     speed = longest["bitfold int8"]["attention_speed"]

@@ -324,7 +324,7 @@ def test_text_is_readable_at_80_columns(capsys, llama_2_7b):
         for recipe in RECIPES:
             assert sum(line.startswith(recipe + " ") for line in out.splitlines()) == 2
     assert "3.7% fewer parameters" in out
-    assert "A KV cache in fp8 is a question of size only" in out
+    assert "The KV cache in fp8 is bitfold.QuantizedCache" in out
 
 
 def test_recipes_that_do_not_fit_say_why(capsys, tmp_path):
