@@ -8,7 +8,7 @@ row, made FACTORS times larger (examples/demo/outliers.py), int8 with one step f
 weights is measured; the fewest channels and then the smallest factor by which it loses more than CHOSEN_LOSS are those
 that the script of the demo should have.
 
-Then the verdict, on the first 8176 tokens, of three models that compute the same: the demo model, the one with outlier
+Then the verdict, on the first 4088 tokens, of three models that compute the same: the demo model, the one with outlier
 features, and that with the inputs of output and down projections below the threshold too ("quiet"), where hardly
 anything but the outlier features is left to 16 bits. Each contestant is a checkpoint, quantized and loaded as a user
 does it and calibrated, where it has to be, on the second half of the text; or, "in float32", a way of
@@ -43,8 +43,8 @@ from torch import Tensor, nn
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 COUNTS, FACTORS = (1, 2, 4, 8), (32.0, 64.0)
 CHOSEN_LOSS = 0.33
-TOKENS = {"chosen": 4088, "judged": 8176}
-CALIBRATION = {"samples": 64, "sequence_length": 512}
+TOKENS = {"chosen": 4088, "judged": 4088}
+CALIBRATION = {"samples": 16, "sequence_length": 512}
 BARS = {"naive": 0.20, "exact": 0.005}
 
 W8A8 = Recipe("w8a8", "", (Rule("*", "int8-channel-sfp32", activations="int8"),))  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def with_exact_outliers(model: nn.Module, source: Path, text: Path) -> nn.Module
 # ---- the report ----
 
 
-def tables(choice: dict[str, Any], verdicts: list[dict[str, Any]], windows: Windows) -> str:
+def grid(choice: dict[str, Any]) -> str:
     lines = [
         f"chosen on: {choice['protocol']}",
         "Loss of perplexity by int8 (a step for each row), by channels and factor",
@@ -205,11 +205,14 @@ def tables(choice: dict[str, Any], verdicts: list[dict[str, Any]], windows: Wind
         names = ", ".join(map(str, part[0]["channels"]))
         lines.append(f"{names:34}" + "".join(f"{one['loss']:9.2%}" for one in part))
     chosen = choice["chosen"]
-    lines += [
-        f"chosen: {chosen['channels']}, factor {chosen['factor']:g}, the first with more than {CHOSEN_LOSS:.0%}",
-        "",
-        f"judged on: {windows.protocol}",
-    ]
+    lines.append(
+        f"chosen: {chosen['channels']}, factor {chosen['factor']:g}, the first with more than {CHOSEN_LOSS:.0%}"
+    )
+    return "\n".join(lines)
+
+
+def tables(verdicts: list[dict[str, Any]], windows: Windows) -> str:
+    lines = [f"judged on: {windows.protocol}"]
     for verdict in verdicts:
         first = verdict["rows"][0]
         share = verdict["in_sixteen_bits"]
@@ -231,7 +234,7 @@ def tables(choice: dict[str, Any], verdicts: list[dict[str, Any]], windows: Wind
 def bars(verdicts: list[dict[str, Any]]) -> str:
     rows = {(verdict["model"], one["name"]): one["loss"] for verdict in verdicts for one in verdict["rows"]}
     lines = []
-    for model in ("outliers", "outliers, quiet"):
+    for model in [verdict["model"] for verdict in verdicts if verdict["model"] != "demo"]:
         for name in ("int8, in float32", "W8A8"):
             loss = rows[model, name]
             said = "above" if loss > BARS["naive"] else "NOT above"
@@ -250,6 +253,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="a JSON file; the tables go beside it as .txt")
     parser.add_argument("--choose", action="store_true", help="choose channels and factor, and judge nothing")
+    parser.add_argument(
+        "--judge", action="store_true", help="judge what the demo's script has, and choose nothing"
+    )
     options = parser.parse_args()
     hf.require_transformers().utils.logging.disable_progress_bar()
     demo = script()
@@ -263,9 +269,9 @@ def main() -> None:
     def windows_of(part: str, tokens: int) -> Windows:
         return cut(part, tokenizer, context=512, dtype=torch.float32, max_tokens=tokens)
 
-    choice = choose(demo, base, windows_of(text[half:], TOKENS["chosen"]))
+    choice = None if options.judge else choose(demo, base, windows_of(text[half:], TOKENS["chosen"]))
     if options.choose:
-        print(json.dumps(choice["chosen"]))
+        print(grid(choice))
         return
     judged = windows_of(text[:half], TOKENS["judged"])
     with tempfile.TemporaryDirectory() as folder:
@@ -273,27 +279,38 @@ def main() -> None:
         calibration = work / "calibration.txt"
         calibration.write_text(text[half:], encoding="utf-8")
         sources = {
-            "demo": demo.MODEL,
             "outliers": demo.write(work / "outliers"),
             "outliers, quiet": demo.write(work / "quiet", silent=True),
+            "demo": demo.MODEL,
         }
-        verdicts = [
-            {**judge(work, source, calibration, base, judged), "model": name}
-            for name, source in sources.items()
-        ]
-    said = "\n\n".join((tables(choice, verdicts, judged), bars(verdicts)))
-    print(said)
-    if options.out:
-        whole = {
-            "machine": machine(),
-            "versions": versions(),
-            "judged_on": str(judged.protocol),
-            "calibration": CALIBRATION,
-            "choice": choice,
-            "verdicts": verdicts,
-        }
-        options.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        options.out.with_suffix(".txt").write_text(said + "\n", encoding="utf-8")
+        verdicts: list[dict[str, Any]] = []
+        for name, source in sources.items():
+            verdicts.append({**judge(work, source, calibration, base, judged), "model": name})
+            write(options.out, choice, verdicts, judged)
+    print(said(choice, verdicts, judged))
+
+
+def said(choice: dict[str, Any] | None, verdicts: list[dict[str, Any]], windows: Windows) -> str:
+    parts = [] if choice is None else [grid(choice)]
+    return "\n\n".join((*parts, tables(verdicts, windows), bars(verdicts)))
+
+
+def write(
+    out: Path | None, choice: dict[str, Any] | None, verdicts: list[dict[str, Any]], windows: Windows
+) -> None:
+    """What there is so far: judging a model takes minutes."""
+    if out is None:
+        return
+    whole = {
+        "machine": machine(),
+        "versions": versions(),
+        "judged_on": str(windows.protocol),
+        "calibration": CALIBRATION,
+        "choice": choice,
+        "verdicts": verdicts,
+    }
+    out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".txt").write_text(said(choice, verdicts, windows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
