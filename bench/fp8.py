@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(args.rows, args.columns, generator=generator) * 0.02
+    load = os.getloadavg()[0]
+    print(
+        f"load of the last minute {load:.1f}, {os.cpu_count()} cores; quartiles are in the JSON file",
+        flush=True,
+    )
     results = []
     for m in BATCHES:
         x = torch.randn(m, args.columns, generator=generator).to(torch.bfloat16)
@@ -92,6 +98,8 @@ def main() -> None:
         data = {
             "what": f"x [m, {args.columns}] bf16 times a weight [{args.rows}, {args.columns}]",
             "threads": args.threads,
+            "load of the last minute": round(load, 1),
+            "cores": os.cpu_count(),
             "isa": bitfold._C.isa(),
             "machine": platform.machine(),
             "torch": torch.__version__,

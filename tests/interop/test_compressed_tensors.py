@@ -16,17 +16,18 @@ from bitfold.check.examine import examine
 from bitfold.nn import QuantLinear
 from owners import TEXT, assert_close, base, by_transformers, converted, logits, script  # noqa: F401
 
-# Those whose activations bitfold treats as the owner does: floats, and 8-bit floats with a scale for each token. A
-# static scale is tested layer by layer: a sum that is a little different may round the next layer's input to another
-# number.
+# Schemes whose activations are floats.
 THEIRS = [
     "ct-pack-4-g128-sym",
     "ct-pack-8-channel-sym",
     "ct-pack-2-g32-sym",
     "ct-pack-4-g128-sym-gptq-static",
+]
+ROUNDED = [
     "ct-float-8-channel",
     "ct-float-8-tensor",
     "ct-float-8-block",
+    "ct-float-8-tensor-static",
 ]
 ASYMMETRIC = ["ct-pack-4-g32-asym", "ct-pack-4-g128-asym-gptq", "ct-pack-3-g32-asym"]
 OURS = [
@@ -93,19 +94,30 @@ def test_we_load_their_asymmetric_ones(name, base, tmp_path):  # noqa: F811
     assert examine(path).sound
 
 
-def test_their_static_activations(base, tmp_path):  # noqa: F811
-    """Each layer of both, given the same input."""
-    pytest.importorskip("llmcompressor", reason="llm-compressor is not installed: pip install llmcompressor")
-    name = "ct-float-8-tensor-static"
-    script("llmcompressor_models").main(str(base), str(tmp_path), str(TEXT), name)
-    ours, theirs = bitfold.load(tmp_path / name, dtype=torch.float32).eval(), by_transformers(tmp_path / name)
+def assert_same_layers(path) -> None:
+    """Each layer of both, given the same input: a sum that is a little different may round the next layer's input to
+    another number, so that logits tell less. Of three dimensions, for their library gives each number of a matrix a
+    scale of its own.
+    """
+    ours, theirs = bitfold.load(path, dtype=torch.float32).eval(), by_transformers(path)
     logits(theirs)  # decompresses
-    compared = 0
-    for path, layer in ours.named_modules():
-        if isinstance(layer, QuantLinear):
-            assert str(layer.activations) == "fp8-static"
-            x = torch.randn(5, layer.in_features) * 30 * layer.x_scale * torch.arange(1, 6)[:, None]
-            with torch.inference_mode():
-                torch.testing.assert_close(layer(x), theirs.get_submodule(path)(x), rtol=1e-5, atol=1e-4)
-            compared += 1
-    assert compared == 14
+    layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, QuantLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert str(layer.activations) in ("fp8", "fp8-static")
+        x = torch.randn(1, 5, layer.in_features) * torch.arange(1, 6)[:, None]
+        with torch.inference_mode():
+            y, expected = layer(x), theirs.get_submodule(name)(x)
+        assert (y - expected).norm() < 1e-6 * expected.norm(), name
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_layers_round_as_theirs_do(name, base, tmp_path):  # noqa: F811
+    pytest.importorskip("llmcompressor", reason="llm-compressor is not installed: pip install llmcompressor")
+    script("llmcompressor_models").main(str(base), str(tmp_path), str(TEXT), name)
+    assert_same_layers(tmp_path / name)
+    assert examine(tmp_path / name).sound
+
+
+def test_their_layers_round_as_ours_do(base, tmp_path):  # noqa: F811
+    assert_same_layers(converted(base, tmp_path / "m", "fp8-w8a8", "compressed-tensors"))
