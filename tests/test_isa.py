@@ -140,6 +140,7 @@ def test_conformance(isa):
             "linear_int8",
             "gptq",
             "step_search",
+            "kv_ops",
         )
     ]
     done = run(isa, "-m", "pytest", "-q", "-x", "-m", "isa and not slow", "-p", "no:cacheprovider", *files)
