@@ -21,6 +21,7 @@ from typing import Any
 
 import bitfold
 import bitfold.ops_fp8
+import bitfold.ops_kv
 import bitfold.quantizers.gptq
 import bitfold.quantizers.grid
 import pytest
@@ -48,6 +49,7 @@ OPS = (
     "search_steps",
     "linear_fp8",
     "round_fp8",
+    "kv_pack",
     "linear_int8",
 )
 
@@ -82,6 +84,7 @@ def emulated() -> ModuleType:
     spec.loader.exec_module(module)
     bitfold.ops.register("bitfold_emulated")
     bitfold.ops_fp8.register("bitfold_emulated")
+    bitfold.ops_kv.register("bitfold_emulated")
     return module
 
 
@@ -148,6 +151,7 @@ def use(name: str, seed: str = "") -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bitfold.qtensor, "_ops", namespace)
         patch.setattr(bitfold.ops, "_linear", namespace.linear)
+        patch.setattr(bitfold.ops_kv, "_pack", namespace.kv_pack)
         # The factor of CPU tensors is the CPU's, and so are blocks that are taken apart.
         cpu = torch.ops.bitfold
         columns = SimpleNamespace(gptq_factor=cpu.gptq_factor, gptq_columns=namespace.gptq_columns)

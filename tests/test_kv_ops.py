@@ -71,7 +71,7 @@ def check(rng, format, *, batch=1, heads=2, shared=1, rows=1, blocks=3, recent=5
 @pytest.mark.isa
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("head", "value_group"), [(32, 32), (64, 16), (20, 20), (1, 1), (96, 96), (128, 64)])
-def test_packing_is_what_the_page_says(format, head, value_group, rng):
+def test_packing_is_what_the_page_says(format, head, value_group, device, rng):
     keys, values = past(rng, 2, 3, 96, head)
     law = BlockFormat(format, 32, head, value_group)
     blocks = law.pack(keys, values)
@@ -88,7 +88,7 @@ def test_packing_is_what_the_page_says(format, head, value_group, rng):
 
 @pytest.mark.isa
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_kernel_writes_the_bytes_of_torchs_ops(format, rng):
+def test_the_kernel_writes_the_bytes_of_torchs_ops(format, device, rng):
     for head, value_group, dtype in (
         (64, 32, torch.float32),
         (20, 20, torch.bfloat16),
@@ -104,7 +104,7 @@ def test_the_kernel_writes_the_bytes_of_torchs_ops(format, rng):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_is_not_finite_stays_among_those_that_share_its_step(format, rng):
+def test_what_is_not_finite_stays_among_those_that_share_its_step(format, device, rng):
     keys, values = past(rng, 1, 1, 32, 32)
     keys[0, 0, 3, 5], values[0, 0, 20, 4] = torch.nan, torch.inf
     law = BlockFormat(format, 16, 32, 16)

@@ -16,6 +16,7 @@
 #include "cuda/cuda.hpp"
 #include "cuda/fp8.hpp"
 #include "cuda/gptq.hpp"
+#include "cuda/kv.hpp"
 #include "cuda/linear_int8.hpp"
 #include "torch/border.hpp"
 #include "torch/stream.hpp"
@@ -223,7 +224,7 @@ void Device::search_steps(StepSearchArgs args) const {
 
 void Device::kv_pack(KvPackArgs args) const {
   args.parallel_for = parallel_for;
-  on(gpu_, only_on_the_cpu, [&] { cpu::kv_pack(args); });
+  on(gpu_, [&] { cuda::kv_pack(args, stream_); }, [&] { cpu::kv_pack(args); });
 }
 
 void Device::kv_attention(KvAttentionArgs args) const {

@@ -11,8 +11,8 @@ constexpr int64_t kMostRows = 64;
 
 void require_cpu(const Device& device, const std::string& what) {
   if (device.gpu()) {
-    fail(what + " is on a GPU, for which the packed KV cache has no kernel; with another attention function than " +
-         "'bitfold' the cache decodes there");
+    fail(what + " is on a GPU, for which attention to the packed KV cache has no kernel; with another attention " +
+         "function than 'bitfold' the cache decodes there");
   }
 }
 
@@ -60,7 +60,7 @@ std::vector<KvPage> read_pages(const Device& device, const std::vector<Tensor>& 
            std::to_string(keys.size(1)) + ", blocks, " + std::to_string(bytes) + "]");
     }
     const int64_t count = page.size(2) < left ? page.size(2) : left;
-    if (count > 0) read.push_back({static_cast<const uint8_t*>(page.const_data_ptr()), count, page.stride(1)});
+    if (count > 0) read.push_back({static_cast<const uint8_t*>(page.const_data_ptr()), count, page.size(2) * bytes});
     left -= count;
   }
   if (blocks < 0 || left > 0) {
@@ -95,7 +95,6 @@ Tensor kv_pack(const Tensor& keys, const Tensor& values, const std::string& form
   require_four(keys, "keys");
   require_same(values, keys);
   const Device device(keys, "keys");
-  require_cpu(device, "keys");
   const KvShape shape = read_shape(format, group, keys.size(3), value_group);
   if (keys.size(2) % group != 0) {
     fail("keys has " + std::to_string(keys.size(2)) + " tokens; it must have whole groups of " + std::to_string(group));

@@ -48,7 +48,7 @@ class BlockFormat:
 
     def pack(self, keys: Tensor, values: Tensor) -> Tensor:
         """Blocks, uint8 [batch, heads, blocks, nbytes], of keys and values [batch, heads, blocks * group, head]."""
-        if keys.device.type == "cpu":
+        if keys.device.type == "cpu" or (keys.is_cuda and _C.build_info()["cuda"]):
             return ops_kv.pack(keys, values, self.format, self.group, self.value_group)
         return self.pack_anywhere(keys, values)
 
