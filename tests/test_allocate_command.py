@@ -149,7 +149,7 @@ def command(folder: Path, *more: object) -> tuple[object, ...]:
 
 
 CALIBRATE = ("--samples", 6, "--sequence-length", 32)
-TEXT = ("--tokens", 330, "--context", 32)
+TEXT = ("--tokens", 330, "--window", 32)
 
 
 def test_what_is_measured_is_what_the_checkpoint_does(capsys, folder, tmp_path):

@@ -124,8 +124,12 @@ def cache_shape(config: Any) -> CacheShape:
         head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
     except (AttributeError, TypeError) as error:
         raise ValueError(f"its configuration has no attention heads ({error})") from None
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
     window = getattr(text, "sliding_window", None)
+    # Where layers have no kinds (Mistral), a window is one of all of them, as transformers' caches read it.
+    kinds = (
+        getattr(text, "layer_types", None)
+        or ["full_attention" if window is None else "sliding_attention"] * layers
+    )
     windows: list[int | None] = []
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):

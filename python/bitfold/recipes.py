@@ -31,7 +31,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bitfold import activations, bounds
+from bitfold import _C, activations, bounds
 from bitfold.activations import FLOAT, KINDS, Activations
 from bitfold.bounds import OutlierBound
 from bitfold.formats import FORMATS, parse
@@ -134,12 +134,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order of precedence, under a name. use: of a preset, what it is for, in a few words."""
+    """Rules in order of precedence, under a name. use: of a preset, what it is for, in a few words; kv_cache: the
+    format of the KV cache that the rules were chosen along with, "" where none was: said, never applied."""
 
     name: str
     description: str
     rules: tuple[Rule, ...]
     use: str = ""
+    kv_cache: str = ""
 
     @property
     def needs_calibration(self) -> bool:
@@ -422,6 +424,7 @@ def read(path: str | Path) -> Recipe:
 
         name = "attention-int8"                 # optional: the file's name
         description = "attention in 8 bits"     # optional
+        kv_cache = "int8"                       # optional: that a budget was for; said, never applied
 
         [[rules]]
         match = "*.self_attn.*"                 # default "*"
@@ -441,7 +444,10 @@ def read(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
     try:
-        _check_keys(table, ("name", "description", "rules"), "the recipe")
+        _check_keys(table, ("name", "description", "kv_cache", "rules"), "the recipe")
+        kv_cache = _text(table, "kv_cache", "")
+        if kv_cache and kv_cache not in _C.kv_formats():
+            raise ValueError(f"kv_cache is {kv_cache!r}; it must be one of {', '.join(_C.kv_formats())}")
         rules = table.get("rules", [])
         if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
             raise ValueError("it has no rules; it must have at least one [[rules]]")
@@ -449,6 +455,7 @@ def read(path: str | Path) -> Recipe:
             name=_text(table, "name", path.stem),
             description=_text(table, "description", ""),
             rules=tuple(_read_rule(rule, number) for number, rule in enumerate(rules, 1)),
+            kv_cache=kv_cache,
         )
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from error

@@ -13,13 +13,15 @@ import torch
 
 from bitfold import budget, hf, layout
 from bitfold.allocation import rounds as looking
-from bitfold.allocation.choose import Allocation, Limit, allowed_of, choose, limit_of
+from bitfold.allocation.choose import Allocation, Limit, allowed_of, cache_options, choose, limit_of
 from bitfold.allocation.recipe import to_recipe
 from bitfold.allocation.rounds import Round
 from bitfold.allocation.solver import require_scipy
 from bitfold.calibration import overlap
 from bitfold.calibration.workers import Workers
 from bitfold.evaluate import Estimate
+from bitfold.kv.blocks import DEFAULT_GROUP, FORMATS
+from bitfold.kv.store import PAGE
 from bitfold.layout import Source
 from bitfold.pipeline import Origin
 from bitfold.recipes import KEEP, Recipe
@@ -35,10 +37,16 @@ from bitfold.shards import CheckpointError
 
 @dataclass(frozen=True)
 class Target:
-    """A budget: exactly one of bits per weight that takes part, and bytes of all tensors of the checkpoint."""
+    """A budget: exactly one of bits per weight that takes part, and bytes of all tensors of the checkpoint.
+
+    context: tokens of a KV cache whose bytes count too, and whose format is chosen along; None: it doesn't count;
+    batch: sequences in it.
+    """
 
     bits: float | None = None
     nbytes: int | None = None
+    context: int | None = None
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Outcome:
     rounds: tuple[Round, ...]
     found: Sensitivity
     seen: dict[str, object]
+    target: Target = Target()
 
     @property
     def measured(self) -> Estimate | None:
@@ -70,6 +79,7 @@ class Outcome:
             "target": self.allocation.limit.asked,
             "bytes_at_most": self.allocation.limit.nbytes,
             "bytes": self.allocation.nbytes,
+            **({"kv_cache": self._cache()} if self.allocation.cache else {}),
             "predicted_kl": dataclasses.asdict(self.allocation.predicted),
             "measured_kl": dataclasses.asdict(self.measured) if self.measured else None,
             "rounds": [
@@ -77,6 +87,7 @@ class Outcome:
                     "number": one.number,
                     "changed": one.changed,
                     "bytes": one.allocation.nbytes,
+                    **({"kv_cache": one.allocation.cache} if one.allocation.cache else {}),
                     "predicted_kl": dataclasses.asdict(one.predicted),
                     "measured_kl": dataclasses.asdict(one.measured),
                 }
@@ -84,6 +95,20 @@ class Outcome:
             ],
             "protocol": str(self.found.protocol),
             "candidates": dict(self.allocation.candidates),
+        }
+
+    def _cache(self) -> dict[str, object]:
+        """format: the model's own dtype, or what bitfold.QuantizedCache is to be given."""
+        entry = self.found.caches.find(self.allocation.cache) if self.found.caches else None
+        kl = Estimate(0.0, 0.0) if entry is None else entry.kl(self.found.window_tokens)
+        return {
+            "format": self.allocation.cache,
+            "quantized": self.allocation.packed_cache is not None,
+            "context": self.target.context,
+            "batch": self.target.batch,
+            "bytes": self.allocation.cache_nbytes,
+            "bytes_by_format": dict(self.allocation.limit.caches),
+            "kl_alone": dataclasses.asdict(kl),
         }
 
 
@@ -132,6 +157,7 @@ def allocate(
         )
     asked = asked_of(candidates, texts)
     source = layout.read_source(Path(model))
+    caches_of(source, target)  # what can't be is said before anything is measured
     output = None
     if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
         output = Path(sensitivity)
@@ -149,7 +175,8 @@ def allocate(
             ground = stack.enter_context(prepared)
         if sensitivity is None:
             assert ground is not None
-            job = Job(ground, choices(ground, asked), False, output, progress)
+            wants_caches = target.context is not None
+            job = Job(ground, choices(ground, asked), False, output, progress, want_caches=wants_caches)
             if output is not None and output.exists():
                 job.resume(result.read(output))
             sensitivity = job.run()
@@ -161,7 +188,49 @@ def allocate(
         allocation = looking.best(tried).allocation
     recipe = _recipe(source, sensitivity, allocation, name)
     _check_bytes(source, recipe, allocation)
-    return Outcome(recipe, allocation, tried, sensitivity, _seen(sensitivity, ground))
+    return Outcome(recipe, allocation, tried, sensitivity, _seen(sensitivity, ground), target)
+
+
+def caches_of(source: Source, target: Target) -> dict[str, int]:
+    """Bytes of the KV cache by its format, the model's own dtype first; empty where it doesn't count.
+
+    Those of a bitfold.QuantizedCache are the most that it has on any way to the context. Only layers with a window can
+    have more than after a prompt: while tokens come one by one, tokens that left the window stay until their page is
+    all of such.
+
+    Raises ValueError for a context or a batch that can't be, a target that it has no part in, and a model whose cache
+    isn't one of keys and values.
+    """
+    if target.context is None:
+        if target.batch != 1:
+            raise ValueError(f"batch is {target.batch}, which is for a context: give that too")
+        return {}
+    if target.bits is not None:
+        raise ValueError(
+            f"context is {target.context}, and the target is in bits per weight, which a KV cache has no part in: it "
+            "must be a size"
+        )
+    longest = budget.longest_context(source)
+    if longest is not None and target.context > longest:
+        raise ValueError(
+            f"context is {target.context}, it must be at most {longest}, the positions that the model has"
+        )
+    own = budget.run_of(source, target.context, target.batch)
+    try:
+        shape = hf.cache_shape(source.model_config)
+    except ValueError as error:
+        raise ValueError(
+            f"context is {target.context}, but the model has no KV cache that can be counted: {error}"
+        ) from None
+    nbytes = budget.kv_cache(source, own)
+    assert nbytes is not None
+    left = PAGE * DEFAULT_GROUP - 1
+    wider = dataclasses.replace(shape, windows=tuple(w and w + left for w in shape.windows))
+    found = {own.kv_format: nbytes}
+    for format in FORMATS:
+        run = dataclasses.replace(own, kv_format=format)
+        found[format] = target.batch * shape.heads * budget.quantized_cache(wider, run)
+    return found
 
 
 def _of_this_model(source: Source, found: Sensitivity, texts: Texts, include: Sequence[str]) -> Sensitivity:
@@ -197,7 +266,10 @@ def _allowed(found: Sensitivity, texts: Texts, asked: Sequence[str]) -> tuple[st
 
 
 def _limits(source: Source, found: Sensitivity, target: Target, allowed: Sequence[str]) -> Limit:
-    return limit_of(source, found, allowed, bits=target.bits, nbytes=target.nbytes)
+    caches = caches_of(source, target)
+    limit = limit_of(source, found, allowed, bits=target.bits, nbytes=target.nbytes, caches=caches)
+    cache_options(found, limit)  # raises where the cache wasn't measured
+    return limit
 
 
 def _look(
@@ -223,16 +295,17 @@ def _recipe(source: Source, found: Sensitivity, allocation: Allocation, name: st
     count = len(set(allocation.candidates.values()) - {KEEP})
     asked = allocation.limit.asked
     description = f"{count} formats for at most {asked}, chosen by what each weight loses alone on a text"
-    return to_recipe(name or f"for {asked}", description, by_module, source.infos)
+    recipe = to_recipe(name or f"for {asked}", description, by_module, source.infos)
+    return dataclasses.replace(recipe, kv_cache=allocation.packed_cache or "")
 
 
 def _check_bytes(source: Source, recipe: Recipe, allocation: Allocation) -> None:
     """What the checkpoint will hold is what was counted, and within the budget."""
     planned = budget.budget(source, recipe, budget.run_of(source)).nbytes
-    if planned != allocation.nbytes or planned > allocation.limit.nbytes:
+    if planned != allocation.nbytes or allocation.total > allocation.limit.nbytes:
         raise RuntimeError(
-            f"the recipe takes {planned:,} bytes, {allocation.nbytes:,} were counted of at most "
-            f"{allocation.limit.nbytes:,}: this is a bug"
+            f"the recipe takes {planned:,} bytes; {allocation.nbytes:,} were counted, {allocation.total:,} in all of "
+            f"at most {allocation.limit.nbytes:,}: this is a bug"
         )
 
 

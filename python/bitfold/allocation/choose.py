@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bitfold import layout
 from bitfold.allocation.solver import Option, solve
@@ -16,33 +16,50 @@ from bitfold.evaluate import Estimate, ratio
 from bitfold.layout import Source
 from bitfold.recipes import KEEP, METHODS, Assignment
 from bitfold.sensitivity.candidates import read
-from bitfold.sensitivity.result import Sensitivity
+from bitfold.sensitivity.result import CacheEntry, Entry, Sensitivity
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A budget. asked: as it was given ("4.25 bits per weight"); nbytes: of all tensors of the checkpoint at most;
-    fixed: of those that don't take part."""
+    """A budget. asked: as it was given ("4.25 bits per weight"); nbytes: of all tensors of the checkpoint at most, and
+    of the KV cache where it counts; fixed: of tensors that don't take part; caches: bytes of the KV cache by its
+    format, the model's own first, empty where it doesn't count."""
 
     asked: str
     nbytes: int
     fixed: int
+    caches: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def room(self) -> int:
-        """Bytes for the weights that take part."""
+        """Bytes for the weights that take part, and the cache."""
         return self.nbytes - self.fixed
 
 
 @dataclass(frozen=True)
 class Allocation:
     """candidates: by the name of the weight, "keep" included; nbytes: of all tensors of the checkpoint; predicted: the
-    KLs alone, added up, in nats a token."""
+    KLs alone, added up, in nats a token; cache: the KV cache's format, "" where it doesn't count."""
 
     limit: Limit
     candidates: Mapping[str, str]
     nbytes: int
     predicted: Estimate
+    cache: str = ""
+
+    @property
+    def cache_nbytes(self) -> int:
+        return self.limit.caches[self.cache] if self.cache else 0
+
+    @property
+    def total(self) -> int:
+        """Bytes that the budget is of."""
+        return self.nbytes + self.cache_nbytes
+
+    @property
+    def packed_cache(self) -> str | None:
+        """The KV cache's format where it is another than the model's own."""
+        return self.cache if self.cache and self.cache != next(iter(self.limit.caches)) else None
 
 
 def limit_of(
@@ -52,20 +69,29 @@ def limit_of(
     *,
     bits: float | None = None,
     nbytes: int | None = None,
+    caches: Mapping[str, int] | None = None,
 ) -> Limit:
     """The budget that is meant.
 
     allowed: the candidates that may be chosen; bits: per weight that takes part, scales included, those that are kept
-    counted too; nbytes: of all tensors of the checkpoint. Raises ValueError unless exactly one is given, and where it
-    is below the smallest possible size or at least that of the model as it is.
+    counted too; nbytes: of all tensors of the checkpoint, and of the KV cache if `caches` says its
+    bytes (`Limit`). Raises ValueError unless exactly one is given, and where it is below the smallest possible size or
+    at least that of the model as it is.
     """
     if (bits is None) == (nbytes is None):
         raise ValueError("bits and nbytes are both given or both missing; it must be one of them")
     fixed, kept = sizes_of(source, found)
+    caches = dict(caches or {})
+    if caches and bits is not None:
+        raise ValueError(
+            "the target is in bits per weight, which a KV cache has no part in: with a context it must be a size"
+        )
     weights = sum(math.prod(module["shape"]) for module in found.modules.values())
     least = fixed + sum(
         min(option.nbytes for option in options.values()) for options in options_of(found, allowed).values()
     )
+    least += min(caches.values(), default=0)
+    whole = fixed + kept + next(iter(caches.values()), 0)
     if bits is not None:
         if not (math.isfinite(bits) and bits > 0):
             raise ValueError(f"the target is {bits} bits per weight, it must be a positive number")
@@ -80,11 +106,12 @@ def limit_of(
         raise ValueError(
             f"the target is {asked}, less than the smallest that the candidates allow, {said(least)}"
         )
-    if nbytes >= fixed + kept:
+    if nbytes >= whole:
+        cache = " with its KV cache" if caches else ""
         raise ValueError(
-            f"the target is {asked}, and the model as it is takes {said(fixed + kept)}: there is nothing to choose"
+            f"the target is {asked}, and the model as it is{cache} takes {said(whole)}: there is nothing to choose"
         )
-    return Limit(asked, nbytes, fixed)
+    return Limit(asked, nbytes, fixed, caches)
 
 
 def sizes_of(source: Source, found: Sensitivity) -> tuple[int, int]:
@@ -103,6 +130,25 @@ def options_of(found: Sensitivity, allowed: Sequence[str]) -> dict[str, dict[str
     for entry in found.entries:
         if _is_allowed(entry.candidate, found.modules[entry.module]["block"], allowed):
             options[entry.module][entry.candidate] = Option(entry.nbytes, found.kl(entry).value)
+    return options
+
+
+def cache_options(found: Sensitivity, limit: Limit) -> dict[str, Option]:
+    """What the KV cache may become, and what that costs: its KL alone; in the model's own dtype nothing.
+
+    Raises ValueError where it wasn't measured.
+    """
+    options: dict[str, Option] = {}
+    for format, nbytes in limit.caches.items():
+        if not options:  # the model's own
+            options[format] = Option(nbytes, 0.0)
+            continue
+        entry = found.caches.find(format) if found.caches else None
+        if entry is None:
+            raise ValueError(
+                f"the measurements have no KV cache in {format}: measure it too ('bitfold sensitivity --kv')"
+            )
+        options[format] = Option(nbytes, entry.kl(found.window_tokens).value)
     return options
 
 
@@ -131,15 +177,22 @@ def choose(found: Sensitivity, limit: Limit, allowed: Sequence[str]) -> Allocati
     """The assignment with the smallest sum of KLs within the budget."""
     options = options_of(found, allowed)
     names = list(options)
-    chosen = solve([list(options[name].values()) for name in names], limit.room)
-    picked = {name: list(options[name])[number] for name, number in zip(names, chosen, strict=True)}
+    caches = cache_options(found, limit)
+    items = [list(options[name].values()) for name in names]
+    chosen = solve([*items, list(caches.values())] if caches else items, limit.room)
+    picked = {name: list(options[name])[number] for name, number in zip(names, chosen, strict=False)}
+    cache = list(caches)[chosen[-1]] if caches else ""
     nbytes = limit.fixed + sum(options[name][candidate].nbytes for name, candidate in picked.items())
-    return Allocation(limit, picked, nbytes, added(found, picked))
+    return Allocation(limit, picked, nbytes, added(found, picked, cache), cache)
 
 
-def added(found: Sensitivity, picked: Mapping[str, str]) -> Estimate:
-    """The KLs of some candidates alone, added up window by window."""
-    entries = [found.find(name, candidate) for name, candidate in picked.items() if candidate != KEEP]
+def added(found: Sensitivity, picked: Mapping[str, str], cache: str = "") -> Estimate:
+    """The KLs of some candidates alone, and of the KV cache, added up window by window."""
+    entries: list[Entry | CacheEntry | None] = [
+        found.find(name, candidate) for name, candidate in picked.items() if candidate != KEEP
+    ]
+    if cache and found.caches is not None:
+        entries.append(found.caches.find(cache))  # none of the model's own
     sums = [
         math.fsum(entry.window_kl[window] for entry in entries if entry is not None)
         for window in range(len(found.window_tokens))

@@ -71,6 +71,8 @@ def _gives(recipe: Recipe, wanted: Mapping[str, Candidate], infos: Mapping[str, 
 def to_toml(recipe: Recipe) -> str:
     """A file that `bitfold.recipes.read` reads as the same recipe."""
     lines = [f"name = {_quoted(recipe.name)}", f"description = {_quoted(recipe.description)}"]
+    if recipe.kv_cache:
+        lines.append(f"kv_cache = {_quoted(recipe.kv_cache)}")
     for rule in recipe.rules:
         lines += [
             "",

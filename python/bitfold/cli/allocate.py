@@ -8,7 +8,7 @@ from pathlib import Path
 from bitfold.allocation.allocate import Outcome, Target, allocate
 from bitfold.allocation.recipe import to_toml
 from bitfold.allocation.rounds import Round
-from bitfold.cli.console import out, parse_device, parse_dtype, progress, table
+from bitfold.cli.console import out, paragraph, parse_device, parse_dtype, progress, table
 from bitfold.cli.eval import read_text
 from bitfold.cli.plan import parse_size
 from bitfold.cli.sensitivity import thousandths, warn_of_overlap
@@ -26,7 +26,9 @@ class Options:
     formats: str = ""
     include: tuple[str, ...] = ()
     tokens: int = TOKENS
-    context: int = 0
+    window: int = 0
+    context: int | None = None
+    batch: int = 1
     rounds: int = 1
     save_recipe: Path | None = None
 
@@ -50,6 +52,15 @@ class Options:
             raise ValueError(
                 f"{self.given()[0]} is given without anything to choose by: add --text FILE, or --sensitivity FILE of "
                 "'bitfold sensitivity'"
+            )
+        if self.context is None and self.batch != 1:
+            raise ValueError(
+                f"--batch is {self.batch}, which is for --context: say how many tokens a sequence has"
+            )
+        if self.context is not None and self.target_bpw:
+            raise ValueError(
+                "--context is given with --target-bpw, and a KV cache has no part in bits per weight: give "
+                "--target-size"
             )
         for name, path in (("--save-recipe", self.save_recipe), ("--sensitivity", self.sensitivity)):
             if path is not None and not path.parent.is_dir():  # said before hours of measuring, not after
@@ -79,8 +90,10 @@ def choose(
             Target(
                 options.target_bpw or None,
                 parse_size(options.target_size, "--target-size") if options.target_size else None,
+                options.context,
+                options.batch,
             ),
-            Texts(text, options.tokens, options.context, calibration, samples, sequence_length or None, seed),
+            Texts(text, options.tokens, options.window, calibration, samples, sequence_length or None, seed),
             sensitivity=options.sensitivity,
             candidates=options.formats.split(","),
             include=options.include,
@@ -103,10 +116,17 @@ def show(found: Outcome, saved: Path | None) -> None:
     """What was chosen: the budget, and of each round what was predicted and measured."""
     allocation = found.allocation
     out.print(
-        f"budget       {allocation.limit.asked}: {allocation.nbytes:,} of at most {allocation.limit.nbytes:,} bytes",
+        f"budget       {allocation.limit.asked}: {allocation.total:,} of at most {allocation.limit.nbytes:,} bytes",
         markup=False,
     )
-    rows = table("choice", "changed", "predicted KL", "measured KL", "bytes")
+    if allocation.cache:
+        out.print(
+            f"KV cache     {allocation.cache}, {allocation.cache_nbytes:,} bytes (context {found.target.context}, "
+            f"batch {found.target.batch}); the checkpoint {allocation.nbytes:,}",
+            markup=False,
+        )
+    caches = ["KV cache"] if allocation.cache else []
+    rows = table("choice", "changed", "predicted KL", "measured KL", "bytes", *caches)
     for one in found.rounds:
         name = "by what weights lose alone" if one.number == 0 else f"round {one.number}"
         mark = ", taken" if one.allocation is allocation and len(found.rounds) > 1 else ""
@@ -115,7 +135,8 @@ def show(found: Outcome, saved: Path | None) -> None:
             f"{one.changed}" if one.number else "",
             thousandths(one.predicted),
             thousandths(one.measured),
-            f"{one.allocation.nbytes:,}",
+            f"{one.allocation.total:,}",
+            *([one.allocation.cache] if caches else []),
         )
     if found.rounds:
         out.print(rows)
@@ -125,6 +146,13 @@ def show(found: Outcome, saved: Path | None) -> None:
     else:
         out.print(
             f"predicted KL {thousandths(allocation.predicted)} thousandths of a nat a token, not measured"
+        )
+    if allocation.packed_cache is not None:
+        out.print(
+            paragraph(
+                f"The checkpoint doesn't hold the KV cache's format: run it with bitfold.QuantizedCache(model.config, "
+                f"'{allocation.cache}'), and 'bitfold eval --kv {allocation.cache}'."
+            )
         )
     if saved is not None:
         out.print(f"{saved}: recipe {found.recipe.name}, {len(found.recipe.rules)} rules", markup=False)

@@ -30,6 +30,8 @@ from rich.table import Table
 from torch import nn
 
 from bitfold import hf, hub
+from bitfold.pipeline import REPORT_FILE
+from bitfold.shards import read_json
 from bitfold.text import estimate as estimate  # the commands take these three from here
 from bitfold.text import natural as natural
 from bitfold.text import size as size
@@ -135,6 +137,22 @@ def load_model(path: Path, device: str, dtype: str, activations: str = "") -> nn
                 f"--activations is '{activations}', but {path} is not quantized: it must be 'float'"
             )
         return hf.load_causal_lm(path, device=where, dtype=kind)
+
+
+def say_cache(path: Path, given: str = "") -> None:
+    """A remark where a checkpoint's formats were chosen for a budget along with a KV cache's, and it isn't the given
+    one."""
+    report = path / REPORT_FILE
+    if not report.is_file():
+        return
+    allocation = read_json(report).get("allocation")
+    cache = allocation.get("kv_cache") if isinstance(allocation, dict) else None
+    if isinstance(cache, dict) and cache.get("quantized") and cache.get("format") != given:
+        say(
+            f"note: the formats of {path} were chosen for a budget with a KV cache in {cache['format']}, and this runs "
+            f"with one in {given or 'the dtype of the model'}: 'bitfold eval --kv {cache['format']}', or in Python "
+            f"bitfold.QuantizedCache(model.config, '{cache['format']}')"
+        )
 
 
 def quiet_transformers() -> None:

@@ -21,6 +21,7 @@ from bitfold.cli.console import (
     print_json,
     progress,
     say,
+    say_cache,
 )
 from bitfold.evaluate import Comparison, Perplexity, compare, compute_dtype, cut, default_context, perplexity
 from bitfold.kv.blocks import FORMATS
@@ -55,6 +56,7 @@ def evaluate(
     data = read_text(text)
     tokenizer = hub.load_tokenizer(base if base is not None else model)
     subject = load_model(model, device, dtype, activations)
+    say_cache(model, kv)
     reference: nn.Module | None = load_model(base, device, dtype) if base is not None else None
     cached: Through | None = None
     if kv:

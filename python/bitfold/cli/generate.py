@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitfold import hub
-from bitfold.cli.console import Activations, Device, Dtype, Json, load_model, print_json, say
+from bitfold.cli.console import Activations, Device, Dtype, Json, load_model, print_json, say, say_cache
 from bitfold.generate import generate as generate_text
 
 
@@ -27,6 +27,7 @@ def generate(
     """Continue a prompt, showing the text as it comes; the speed is told at the end."""
     tokenizer = hub.load_tokenizer(model)
     loaded = load_model(model, device, dtype, activations)
+    say_cache(model)
     shown: list[str] = []
 
     def show(text: str) -> None:

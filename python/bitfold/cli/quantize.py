@@ -142,9 +142,19 @@ def quantize(
     ] = "",
     include: Include = None,
     tokens: Annotated[int, typer.Option(help="Budget: tokens of the text to use; 0: all.")] = TOKENS,
-    context: Annotated[
-        int, typer.Option(help=f"Budget: tokens of a window; 0: the model's, at most {CONTEXT}.")
+    window: Annotated[
+        int,
+        typer.Option(
+            help=f"Budget: tokens of a window of the text; 0: the model's context, at most {CONTEXT}."
+        ),
     ] = 0,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="With --target-size: count the KV cache of so many tokens too, and choose its format along."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="With --context: sequences at once.")] = 1,
     rounds: Annotated[
         int, typer.Option(help="Budget: how often to measure anew around the choice, at most.")
     ] = 1,
@@ -189,7 +199,9 @@ def quantize(
         formats=formats,
         include=tuple(include or ()),
         tokens=tokens,
+        window=window,
         context=context,
+        batch=batch,
         rounds=rounds,
         save_recipe=save_recipe,
     )

@@ -71,7 +71,14 @@ def sensitivity(
     seed: Seed = 0,
     include: Include = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use; 0: all.")] = TOKENS,
-    context: Annotated[int, typer.Option(help=f"Tokens of a window; 0: the model's, at most {CONTEXT}.")] = 0,
+    window: Annotated[
+        int,
+        typer.Option("--window", "--context", help=f"Tokens of a window; 0: the model's, at most {CONTEXT}."),
+    ] = 0,
+    kv: Annotated[
+        bool,
+        typer.Option("--kv", help="Also measure the KV cache in each of its formats (docs/allocation.md)."),
+    ] = False,
     additivity: Annotated[
         bool,
         typer.Option(help="Also quantize all weights at once, to see whether what they lose alone adds up."),
@@ -91,7 +98,7 @@ def sensitivity(
     texts = Texts(
         read_text(text),
         tokens,
-        context,
+        window,
         calibration,
         samples,
         sequence_length or None,
@@ -104,6 +111,7 @@ def sensitivity(
             formats.split(","),
             include=tuple(include or ()),
             additivity=additivity,
+            caches=kv,
             output=output,
             restart=restart,
             dtype=kind,
@@ -148,8 +156,15 @@ def as_json(found: Sensitivity) -> dict[str, object]:
         "zero": found.zero,
         "modules": found.modules,
         "entries": entries,
+        **({"kv_cache": _caches_json(found)} if found.caches else {}),
         "additivity": [{**vars(one), "ratio": one.ratio} for one in found.additivity],
     }
+
+
+def _caches_json(found: Sensitivity) -> dict[str, object]:
+    assert found.caches is not None
+    entries = [{"format": e.format, "kl": e.kl(found.window_tokens)} for e in found.caches.entries]
+    return {"entries": entries, "zero": found.caches.zero}
 
 
 def show(found: Sensitivity) -> None:
@@ -166,6 +181,13 @@ def show(found: Sensitivity) -> None:
             shown.add_row(name, *(_cell(found, name, candidate) for candidate in columns))
         out.print(shown)
     out.print(f"the unchanged model, run from every block on: {found.zero:g}")
+    if found.caches is not None:
+        out.print()
+        shown = table("KV cache in", "KL")
+        for one in found.caches.entries:
+            shown.add_row(one.format, thousandths(one.kl(found.window_tokens)))
+        out.print(shown)
+        out.print(f"a KV cache that packs nothing: {found.caches.zero:g}")
     if found.additivity:
         out.print()
         show_additivity(found)

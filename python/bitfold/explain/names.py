@@ -94,6 +94,8 @@ def _unknown(text: str, error: ValueError) -> str:
 
 def _recipe(recipe: Recipe) -> Meaning:
     facts = [("what", recipe.description or "a recipe of your own")]
+    if recipe.kv_cache:
+        facts.append(("KV cache", f"{recipe.kv_cache}, that the formats were chosen along with"))
     for rule in recipe.rules:
         method = "" if rule.method == "rtn" else f" by {rule.method}"
         inputs = "" if rule.activations.is_float else f"; {rule.activations}: {rule.activations.says}"

@@ -13,15 +13,17 @@ from bitfold.qtensor import QTensor
 from bitfold.quantize import relative_rmse
 from bitfold.sensitivity import ground as grounds
 from bitfold.sensitivity import result
+from bitfold.sensitivity.cache import measure_caches
 from bitfold.sensitivity.candidates import Candidate, Part, default, for_part, read_all
 from bitfold.sensitivity.ground import Texts
-from bitfold.sensitivity.result import Entry, Sensitivity, Together
+from bitfold.sensitivity.result import Caches, Entry, Sensitivity, Together
 from bitfold.sensitivity.walk import Ground, Stop, walk
 from bitfold.shards import CheckpointError
 
 Progress = Callable[[str, int, int], None]
 """Told as work goes on: what is worked on, the work done so far, the work to do in all."""
 _RUN = 1000  # units of progress for a run of the whole model over the text
+_CACHES = 10 * _RUN  # five runs of few tokens at a time, about as long as ten
 
 
 def measure(
@@ -31,6 +33,7 @@ def measure(
     *,
     include: Sequence[str] = (),
     additivity: bool = True,
+    caches: bool = False,
     output: Path | None = None,
     restart: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -45,6 +48,7 @@ def measure(
         candidates: formats, with a method in front or without; none: `candidates.default`.
         include: patterns that spell the names of embeddings or the head that are to take part.
         additivity: also quantize all weights as each candidate, to see whether the KLs add up.
+        caches: also measure the KV cache in each format.
         output: the file to write, after every block. What is there of the same model, texts and version is kept and
             not measured again.
         restart: measure all anew, whatever `output` holds.
@@ -56,7 +60,7 @@ def measure(
     """
     asked = asked_of(candidates, texts)
     with grounds.prepare(model, texts, include, dtype=dtype, device=device) as ground:
-        job = Job(ground, choices(ground, asked), additivity, output, progress)
+        job = Job(ground, choices(ground, asked), additivity, output, progress, want_caches=caches)
         if output is not None and output.exists() and not restart:
             job.resume(result.read(output))
         return job.run()
@@ -89,16 +93,19 @@ def choices(ground: Ground, asked: Sequence[Candidate]) -> dict[str, tuple[Candi
 
 @dataclass
 class Job:
-    """A measurement under way. wanted: candidates by part; entries: what is there, by part and candidate."""
+    """A measurement under way. wanted: candidates by part; want_caches: whether the KV cache is measured too; entries,
+    caches: what is there, entries by part and candidate."""
 
     ground: Ground
     wanted: Mapping[str, Sequence[Candidate]]
     additivity: bool
     output: Path | None
     progress: Progress | None
+    want_caches: bool = False
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     together: dict[str, Together] = field(default_factory=dict)
     zero: float = 0.0
+    caches: Caches | None = None
     _done: int = 0
 
     def __post_init__(self) -> None:
@@ -118,12 +125,16 @@ class Job:
             )
         names = {part.name for part in self.ground.parts}
         self.entries = {(e.module, e.candidate): e for e in before.entries if e.module in names}
-        self.zero = before.zero
+        self.zero, self.caches = before.zero, before.caches
         if set(before.modules) == names:
             self.together = {one.candidate: one for one in before.additivity}
 
     def run(self) -> Sensitivity:
         self._total = self._work()
+        if self.want_caches and self.caches is None:  # first: a model or a text that won't do is said at once
+            self.caches = measure_caches(self.ground, self._tell)
+            self._done += _CACHES
+            self._save(finished=False)
         if self._missing():
             self._measure_each()
         if self.additivity:
@@ -191,6 +202,8 @@ class Job:
         left = sum(self._cost(names[name]) for name, _ in self._missing())
         if self.additivity:
             left += sum(_RUN for c in uniform(self.ground.parts, self.wanted) if str(c) not in self.together)
+        if self.want_caches and self.caches is None:
+            left += _CACHES
         return max(1, left)
 
     def _tell(self, what: str) -> None:
@@ -219,6 +232,7 @@ class Job:
             seen=grounds.seen(ground),
             overlap=grounds.shared_passages(ground),
             finished=finished,
+            caches=self.caches,
         )
         if self.output is not None:
             result.write(self.output, found)

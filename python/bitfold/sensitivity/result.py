@@ -42,6 +42,30 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class CacheEntry:
+    """The KV cache in a format, everything else unquantized. window_kl: as of an Entry."""
+
+    format: str
+    window_kl: tuple[float, ...]
+
+    def kl(self, window_tokens: Sequence[int]) -> Estimate:
+        """Mean KL, in nats a token."""
+        return ratio(self.window_kl, window_tokens)
+
+
+@dataclass(frozen=True)
+class Caches:
+    """The KV cache in each format (sensitivity/cache.py). zero: the largest KL of a cache that packs nothing: 0, or the
+    measurement would have failed."""
+
+    entries: tuple[CacheEntry, ...]
+    zero: float
+
+    def find(self, format: str) -> CacheEntry | None:
+        return next((entry for entry in self.entries if entry.format == format), None)
+
+
+@dataclass(frozen=True)
 class Together:
     """All weights as one candidate: as `bitfold.quantize_calibrated` makes them if it is calibrated. added: the sum of
     the KLs alone; together: the KL of the model; both in nats a token."""
@@ -62,7 +86,8 @@ class Sensitivity:
     weights that took part, with the names of those that share them, shape and bytes as stored; zero: the largest KL
     of the unchanged model, over all blocks that were run from: 0, or the measurement would have failed; seen: hashes of
     the text's passages (`calibration.overlap.to_json`); overlap: which share of them is in the calibration text too, 0
-    to 1; finished: whether all that was asked for is there.
+    to 1; finished: whether all that was asked for is there; caches: the KV cache in each format, None where it wasn't
+    asked for.
     """
 
     of: Mapping[str, str]
@@ -76,6 +101,7 @@ class Sensitivity:
     seen: Mapping[str, Any]
     overlap: float
     finished: bool
+    caches: Caches | None = None
 
     def find(self, module: str, candidate: str) -> Entry | None:
         return self._index.get((module, candidate))
@@ -137,11 +163,18 @@ def read(path: str | Path) -> Sensitivity:
             Together(**{**one, "together": Estimate(**one["together"])}) for one in data["additivity"]
         )
         data["window_tokens"] = tuple(data["window_tokens"])
+        if data.get("caches") is not None:
+            caches = data["caches"]
+            entries = tuple(CacheEntry(e["format"], tuple(e["window_kl"])) for e in caches["entries"])
+            data["caches"] = Caches(entries, caches["zero"])
         found = Sensitivity(**data)
         windows = len(found.window_tokens)
         for entry in found.entries:
             if entry.module not in found.modules or len(entry.window_kl) != windows:
                 raise ValueError(f"{entry.module} as {entry.candidate} doesn't fit the rest")
+        for one in found.caches.entries if found.caches else ():
+            if len(one.window_kl) != windows:
+                raise ValueError(f"the KV cache in {one.format} doesn't fit the rest")
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
