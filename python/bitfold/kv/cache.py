@@ -178,12 +178,10 @@ class QuantizedLayer(CacheLayerMixin):
 class QuantizedCache(Cache):
     """A KV cache in fewer bits, for `generate(cache=...)` and forward passes of a transformers model.
 
-    config: the model's own (model.config), whose layer types, windows and attention function count.
-    format: "int8", "fp8" (e4m3) or "int4".
-    group: tokens whose keys share a step, a multiple of 16.
-    residual: so many recent tokens stay exact, and up to group - 1 more that fill no group yet.
-    value_group: channels of a value that share a step: the head size or a divisor of it that is a multiple of 16;
-        None: the head size, with int4 64 where that divides it.
+    config: the model's own (model.config), whose layer types, windows and attention function count; format: "int8",
+    "fp8" (e4m3) or "int4"; group: tokens whose keys share a step, a multiple of 16; residual: so many recent tokens
+    stay exact, and up to group - 1 more that fill no group yet; value_group: channels of a value that share a step, the
+    head size or a divisor of it that is a multiple of 16 (None: the head size, with int4 64 where that divides it).
 
     With a model loaded with attn_implementation="bitfold", calls of at most 8 tokens read the blocks as they lie; with
     any other attention function they are decoded in each call (`repr` says which).
