@@ -234,9 +234,24 @@ def test_activations_of_compressed_tensors(inputs, expected):
     config = compressed_tensors.read_config(floats_config(inputs), Path("config.json"))
     scheme = config.scheme("any")
     assert str(scheme.activations) == expected
-    assert config.dropped == (expected == "float" and inputs is not None)
+    assert bool(scheme.left_out) == (expected == "float" and inputs is not None)
     again = compressed_tensors.read_config(config.to_json(), Path("config.json")).scheme("any")
-    assert again == scheme
+    assert again == replace(scheme, left_out="")  # what is written asks for nothing that isn't done
+
+
+def test_what_is_left_out_is_told_in_the_configurations_words():
+    def left_out(inputs, outputs=None):
+        section = floats_config(inputs)
+        section["config_groups"]["group_0"]["output_activations"] = outputs
+        return compressed_tensors.read_config(section, Path("config.json")).scheme("any").left_out
+
+    groups = {**BY_TOKEN, "strategy": "group", "group_size": 128}
+    words = 'type "float", num_bits 8, symmetric true, strategy '
+    assert left_out(groups) == f'rounds their inputs ({words}"group", group_size 128, dynamic true)'
+    assert left_out(BY_TOKEN, STATIC) == f'rounds their outputs ({words}"tensor", dynamic false)'
+    both = left_out(groups, STATIC)
+    assert both.startswith("rounds their inputs (")
+    assert " and rounds their outputs (" in both
 
 
 def test_blocks_of_compressed_tensors():
@@ -295,6 +310,18 @@ def test_the_configuration_of_fine_grained_floats():
     assert config.scheme("lm_head") is config.scheme("model.layers.0.mlp.gate") is None
     assert config.scheme("model.layers.0.mlp.gate_proj") is not None
     assert finegrained.read_config(config.to_json(), Path("config.json")) == config
+    assert (
+        BlockScheme(128, 64).left_out
+        == "rounds their inputs to 8-bit floats with a scale for each 64 of a row"
+    )
+    static = finegrained.read_config({**section, "activation_scheme": "static"}, Path("config.json"))
+    assert static.default == BlockScheme(128, 128, static=True)
+    assert static.default.left_out.endswith("one scale from calibration")
+    refused(
+        lambda: finegrained.read_config({**section, "activation_scheme": "token"}, Path("config.json")),
+        "activation_scheme",
+        error=CheckpointError,
+    )
     for bad in (None, [128], [96, 128], [128, 8], ["128", 128], [True, 128]):
         refused(
             lambda b=bad: finegrained.read_config({**section, "weight_block_size": b}, Path("config.json")),

@@ -19,7 +19,7 @@ from bitfold.foreign.owners import OWNERS  # noqa: E402
 from bitfold.foreign.source import open_source  # noqa: E402
 from bitfold.foreign.targets import TARGETS  # noqa: E402
 from bitfold.shards import CheckpointError  # noqa: E402
-from command import call_json  # noqa: E402
+from command import call, call_json  # noqa: E402
 from tiny import one_thread  # noqa: E402, F401
 
 IDS = torch.randint(0, tiny.VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -108,7 +108,7 @@ def test_there_and_back_is_the_same(format, target, quantized, tmp_path):
     source = quantized(format)
     there = convert_checkpoint(source, tmp_path / "there", to=target)
     assert there.exact
-    assert bool(there.remarks) == (target == "gptq" and "asym" in EXACT[format][target])
+    assert bool(there.remarks) == (target == "fp8" or (target == "gptq" and "asym" in EXACT[format][target]))
     assert kind_of(tmp_path / "there") == TARGETS[target].owner
     assert formats(tmp_path / "there") == {EXACT[format][target]}
     if format.startswith("q"):  # the kernel of blocks sums in another order
@@ -538,3 +538,62 @@ def test_what_calibration_found_stays_behind_and_is_told(model, tmp_path):
         convert_directory(open_source(source), target, "gguf", allow_lossy=True, remark=told.append)
         assert any(f"were '{before}', and in the new directory they are 'float'" in text for text in told)
         assert activations_of(target) == {"float"}
+
+
+GROUPS = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 128,
+    "dynamic": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            "fp8",
+            "transformers (fine-grained fp8) rounds their inputs to 8-bit floats with a scale for each 128 of a row",
+        ),
+        (
+            "compressed-tensors",
+            'compressed-tensors rounds their inputs (type "float", num_bits 8, symmetric true, ',
+        ),
+    ],
+)
+def test_scales_that_no_tensor_tells_of(target, said, quantized, tmp_path, capsys):
+    """Inputs that the owner rounds as the model runs, 128 by 128, stay floats: convert tells and stores it, load warns;
+    and a directory that asks for nothing of the kind is told nothing of."""
+    path = tmp_path / "there"
+    convert_checkpoint(quantized("fp8-block"), path, to=target)
+    if target == "compressed-tensors":
+        assert not convert_checkpoint(path, tmp_path / "before").remarks
+        groups = section(path)["config_groups"]
+        groups["group_0"]["input_activations"] = GROUPS
+        set_section(path, config_groups=groups)
+    whole = f"7 layers ('model.layers.0.mlp.down_proj', ...): {said}"
+    with pytest.warns(UserWarning, match="they stay floats") as warned:
+        model = bitfold.load(path)
+    assert [str(one.message).startswith(f"{path}: {whole}") for one in warned] == [True]
+    assert warned[0].filename == __file__
+    assert {
+        str(layer.activations) for layer in model.modules() if isinstance(layer, bitfold.QuantLinear)
+    } == {"float"}
+
+    code, out, err = call(capsys, "convert", path, tmp_path / "back")
+    assert code == 0, err
+    stored = json.loads((tmp_path / "back" / "bitfold_conversion.json").read_text())
+    assert len(stored["remarks"]) == 1
+    assert stored["remarks"][0].startswith(whole)
+    assert stored["remarks"][0].endswith(", and bitfold doesn't: they stay floats")
+    assert "".join(stored["remarks"][0].split()) in "".join(out.split())  # wrapped
+    assert activations_of(tmp_path / "back") == {"float"}
+
+
+def test_who_rounds_inputs_is_told_of_what_is_made(quantized, tmp_path):
+    (remark,) = convert_checkpoint(quantized("fp8-block"), tmp_path / "there", to="fp8").remarks
+    assert remark.startswith(
+        "transformers rounds their inputs to 8-bit floats with a scale for each 128 of a row"
+    )

@@ -4,11 +4,12 @@
 `weight_packed` [n, ceil(k * b / 32)] is a view of the plane `codes`: words run along the input features and hold q +
 2^(b-1), as ours do. Scales [n, g] are the plane `scales`, in 16 or 32 bits. Zero points of packed weights run along
 the *output* features, [ceil(n * b / 32), g]. Activations that are rounded to 8-bit floats, token by token or with the
-scale `input_scale`, are our "fp8" and "fp8-static"; others stay floats.
+scale `input_scale`, are our "fp8" and "fp8-static"; others stay floats, which is told (`Scheme.left_out`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ _BLOCK_ROWS = tuple(1 << i for i in range(1, 21))
 class CompressedScheme(Scheme):
     """storage: one of STORAGE; type: "int" or "float"; group: as the strategy says, -1 ("channel"), 0 ("tensor") or
     columns; by_group: whether the order of columns is stored (actorder "group"); rows: that share their scales
-    ("block"); activations: "float", "fp8" or "fp8-static".
+    ("block"); activations: "float", "fp8" or "fp8-static"; left_out: as Scheme has it.
     """
 
     storage: str = PACKED
@@ -66,6 +67,7 @@ class CompressedScheme(Scheme):
     by_group: bool = False
     rows: int = 1
     activations: Activations = FLOAT
+    left_out: str = ""
 
     def specs(self, entry: ModuleEntry, plane: ReadPlane | None = None) -> dict[str, TensorSpec]:
         self._check_fits(entry)
@@ -273,13 +275,11 @@ class CompressedConfig:
     """The quantization_config of a compressed-tensors checkpoint.
 
     groups: (targets, scheme); a target is "Linear", a module's name, or "re:" and a pattern. ignore: names and patterns
-    of modules that aren't quantized. dropped: whether the checkpoint wants activations rounded in a way that bitfold
-    doesn't, which keeps them floats.
+    of modules that aren't quantized.
     """
 
     groups: tuple[tuple[tuple[str, ...], CompressedScheme], ...]
     ignore: tuple[str, ...] = ()
-    dropped: bool = False
 
     def scheme(self, module: str) -> CompressedScheme | None:
         if any(_matches(target, module) for target in self.ignore):
@@ -349,7 +349,6 @@ def read_config(section: Mapping[str, Any], origin: Path) -> CompressedConfig:
     groups = fields.take("config_groups", dict)
     overall = section.get("format")
     read = []
-    dropped = False
     for name, group in groups.items():
         if not isinstance(group, dict):
             fields.refuse("config_groups", "objects by name")
@@ -362,11 +361,11 @@ def read_config(section: Mapping[str, Any], origin: Path) -> CompressedConfig:
         scheme = _scheme(Fields(weights, origin, f"config_groups.{name}.weights"), weights, storage)
         inputs = group.get("input_activations")
         activations = _activations(inputs)
-        dropped |= (bool(inputs) and activations.is_float) or bool(group.get("output_activations"))
-        read.append((targets, replace(scheme, activations=activations)))
+        left_out = _left_out(inputs if activations.is_float else None, group.get("output_activations"))
+        read.append((targets, replace(scheme, activations=activations, left_out=left_out)))
     if not read:
         raise CheckpointError(f"{origin}: quantization_config.config_groups is empty")
-    return CompressedConfig(tuple(read), tuple(map(str, fields.take("ignore", list, []))), dropped)
+    return CompressedConfig(tuple(read), tuple(map(str, fields.take("ignore", list, []))))
 
 
 def _scheme(fields: Fields, weights: Mapping[str, Any], storage: str) -> CompressedScheme:
@@ -417,6 +416,22 @@ def _activations(inputs: Any) -> Activations:
     if known and dynamic is False and strategy == "tensor":
         return Activations("fp8-static")
     return FLOAT
+
+
+def _left_out(inputs: Any, outputs: Any) -> str:
+    """`Scheme.left_out` of rounding that bitfold doesn't do, in the configuration's own words."""
+    kinds = (("inputs", inputs), ("outputs", outputs))
+    return " and ".join(f"rounds their {kind}{_words(wanted)}" for kind, wanted in kinds if wanted)
+
+
+def _words(wanted: Any) -> str:
+    keys = ("type", "num_bits", "symmetric", "strategy", "group_size", "dynamic")
+    told = (
+        [(key, wanted[key]) for key in keys if wanted.get(key) is not None]
+        if isinstance(wanted, dict)
+        else []
+    )
+    return f" ({', '.join(f'{key} {json.dumps(value)}' for key, value in told)})" if told else ""
 
 
 def _inputs_json(activations: Activations) -> dict[str, Any] | None:

@@ -57,6 +57,21 @@ class ForeignDirectory:
         """The tensors of a module, by their names within it; mapped, not read."""
         return _read(self.modules[module].stored)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """A sentence for each thing that the owner does with activations and bitfold doesn't, and the layers that it
+        does it with.
+        """
+        layers: dict[str, list[str]] = {}
+        for name, module in self.modules.items():
+            if what := module.scheme.left_out:
+                layers.setdefault(what, []).append(name)
+        return tuple(
+            f"{len(names)} layer{'s' * (len(names) > 1)} ('{names[0]}'{', ...' * (len(names) > 1)}): "
+            f"{self.owner.title} {what}, and bitfold doesn't: they stay floats"
+            for what, names in layers.items()
+        )
+
     def qtensor(self, module: str) -> QTensor:
         """The weight of a module. Raises CheckpointError where its values contradict the configuration."""
         try:

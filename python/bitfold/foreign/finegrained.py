@@ -2,7 +2,8 @@
 e4m3 and `weight_scale_inv`, one float32 for each block of 128 x 128, which is what a weight is multiplied with, its
 name notwithstanding.
 
-Its inputs are rounded with a scale for each 128 of a row, which bitfold doesn't do: they stay floats.
+Its inputs are rounded with a scale for each 128 of a row, which bitfold doesn't do: they stay floats, which is told
+(`Scheme.left_out`).
 """
 
 from __future__ import annotations
@@ -29,14 +30,20 @@ ACTIVATIONS = ("activation_scale", "input_scale")
 
 @dataclass(frozen=True)
 class BlockScheme(Scheme):
-    """rows, columns: of a block that shares a scale."""
+    """rows, columns: of a block that shares a scale; static: whether inputs have a scale from calibration."""
 
     rows: int = 128
     columns: int = 128
+    static: bool = False
 
     @property
     def format(self) -> str:
         return parse(f"fp8-e4m3-b{self.rows}x{self.columns}").canonical
+
+    @property
+    def left_out(self) -> str:
+        scale = "one scale from calibration" if self.static else f"a scale for each {self.columns} of a row"
+        return f"rounds their inputs to 8-bit floats with {scale}"
 
     def specs(self, entry: ModuleEntry, plane: ReadPlane | None = None) -> dict[str, TensorSpec]:
         if (entry.kind, entry.format, entry.g_idx) != ("linear", self.format, False):
@@ -99,4 +106,5 @@ def read_config(section: Mapping[str, Any], origin: Path) -> FineGrainedConfig:
     if len(size) != 2 or not all(type(one) is int for one in size) or size[0] not in powers or size[1] < 16:
         fields.refuse("weight_block_size", "a power of 2 of rows and at least 16 columns, as [128, 128] is")
     kept = fields.optional("modules_to_not_convert", list) or fields.optional("ignored_layers", list) or []
-    return FineGrainedConfig(BlockScheme(*size), tuple(map(str, kept)))
+    activations = fields.take("activation_scheme", str, "dynamic", ("dynamic", "static"))
+    return FineGrainedConfig(BlockScheme(*size, static=activations == "static"), tuple(map(str, kept)))

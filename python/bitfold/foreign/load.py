@@ -4,6 +4,7 @@ load.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,13 @@ def load(
     Weights go to the planes of bitfold's formats one at a time, integers moved and floats copied; where the bytes are
     the same (compressed-tensors, bitsandbytes) they stay mapped. Modules that aren't quantized stay what they are.
 
+    Warns where the owner rounds activations in a way that bitfold doesn't.
+
     Raises CheckpointError as `read_foreign` does, and where the model has other modules or shapes.
     """
     directory = read_foreign(Path(path))
+    for text in directory.left_out:
+        warnings.warn(f"{path}: {text}", stacklevel=4)  # whoever called bitfold.load
     quantization = QuantizationConfig(
         directory.owner.name, {name: module.entry for name, module in directory.modules.items()}, {}
     )

@@ -89,6 +89,13 @@ class Scheme(Store, Protocol):
         where that can't be."""
         return {}
 
+    @property
+    def left_out(self) -> str:
+        """What its owner does with the layer's inputs or outputs and bitfold doesn't: "rounds their inputs ..."; "" for
+        nothing.
+        """
+        return ""
+
     def unpack_rounds(self, tensors: Mapping[str, Tensor]) -> str:
         """What of a weight `unpack` rounds; "" for nothing."""
         return ""

@@ -120,9 +120,9 @@ def _foreign(path: Path) -> Source:
     def decode(name: str) -> Tensor:
         return directory.modules[name].scheme.decode(directory.tensors(name))
 
-    remarks: tuple[str, ...] = ()
+    remarks = directory.left_out
     if directory.unused:
-        remarks = (
+        remarks += (
             f"{len(directory.unused)} tensors of scales of activations are left out: those activations stay floats",
         )
     return Source(

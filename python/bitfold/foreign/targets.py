@@ -190,6 +190,13 @@ def _place_fine(entries: Entries, dtype: torch.dtype) -> dict[str, Place]:
     return {name: Place(scheme, scheme.format) for name in entries}
 
 
+def _rounds_inputs(places: Places) -> str:
+    """What happens to inputs there, whatever they were here."""
+    scheme = next(iter(places.values())).scheme
+    assert isinstance(scheme, BlockScheme)
+    return f"transformers {scheme.left_out} as the new directory's layers run; bitfold doesn't"
+
+
 def _fine(places: Places, kept: Sequence[str]) -> FineGrainedConfig:
     scheme = next(iter(places.values())).scheme
     assert isinstance(scheme, BlockScheme)
@@ -250,7 +257,7 @@ TARGETS: dict[str, Target] = {
         Target("awq", "awq", _place_awq, _awq),
         Target("compressed-tensors", "compressed-tensors", _place_compressed, _compressed),
         Target("bitsandbytes", "bitsandbytes", _place_bitsandbytes, _bitsandbytes),
-        Target("fp8", "fp8", _place_fine, _fine),
+        Target("fp8", "fp8", _place_fine, _fine, remark=_rounds_inputs),
     )
 }
 
