@@ -30,10 +30,8 @@ import bitfold
 import torch
 from bitfold import hf
 from bitfold.bench.machine import machine, versions
-from bitfold.calibration import data
 from bitfold.calibration.mappings import folds
 from bitfold.evaluate import Comparison, Windows, compare_all, cut, perplexity
-from bitfold.nn import QuantLinear
 from bitfold.outliers.columns import ACTIVATION_THRESHOLD
 from bitfold.outliers.measure import measure
 from bitfold.outliers.ways import WAYS, prepare
@@ -155,7 +153,9 @@ def judge(work: Path, source: Path, text: Path, base: nn.Module, windows: Window
         target = work / "quantized"
         bitfold.quantize_checkpoint(source, target, recipe, force=True)
         contestants[name] = bitfold.load(target, dtype=torch.float32)
-    contestants[EXACT] = with_exact_outliers(bitfold.load(target, dtype=torch.float32), source, text)
+    summary = bitfold.quantize_calibrated(source, target, "llm-int8", text, force=True, **CALIBRATION)
+    contestants[EXACT] = bitfold.load(target, dtype=torch.float32)
+    exact = [module.calibration.outliers / module.shape[1] for module in summary.modules]  # type: ignore
     comparisons = compare_all(base, contestants, windows, progress=lambda n, m: print(n, m, file=sys.stderr))
     found = measure(source, torch.stack(windows.ids), ways={})
     sixteen = [one.sixteen for one in found.inputs]
@@ -163,32 +163,9 @@ def judge(work: Path, source: Path, text: Path, base: nn.Module, windows: Window
         "model": source.name,
         "rows": [row(name, comparison) for name, comparison in comparisons.items()],
         "in_sixteen_bits": {"mean": sum(sixteen) / len(sixteen), "largest": max(sixteen)},
+        "exact": {"mean": sum(exact) / len(exact), "largest": max(exact)},
         "systematic_channels": [c.index for c in found.recurring if c.is_systematic],
     }
-
-
-def with_exact_outliers(model: nn.Module, source: Path, text: Path) -> nn.Module:
-    """A model in LLM.int8(), in place with a 16-bit copy of each layer's usual outlier columns: of those that
-    reach the threshold anywhere on the calibration text."""
-    rows = data.read(text, hf.load_tokenizer(source), **CALIBRATION)
-    unquantized = hf.load_causal_lm(source, dtype=torch.float32)
-    for one in measure(source, rows.ids, ways={}).inputs:
-        columns = torch.tensor(sorted(feature.index for feature in one.outliers), dtype=torch.int32)
-        if not len(columns):
-            continue
-        for name in one.names:
-            layer: Any = model.get_submodule(name)
-            copied = unquantized.get_submodule(name).weight.detach()[:, columns].half()  # type: ignore[operator]
-            parent, _, attribute = name.rpartition(".")
-            exact = QuantLinear(
-                layer.qtensor,
-                layer.bias,
-                "llm-int8-exact",
-                outlier_columns=columns,
-                outlier_weight=copied,
-            )
-            setattr(model.get_submodule(parent), attribute, exact)
-    return model
 
 
 # ---- the report ----
@@ -215,12 +192,13 @@ def tables(verdicts: list[dict[str, Any]], windows: Windows) -> str:
     lines = [f"judged on: {windows.protocol}"]
     for verdict in verdicts:
         first = verdict["rows"][0]
-        share = verdict["in_sixteen_bits"]
+        share, exact = verdict["in_sixteen_bits"], verdict["exact"]
         lines += [
             "",
             f"{verdict['model']}: perplexity {first['perplexity']:.4f}; columns that reach 6 in a window: "
             f"{share['mean']:.1%} on average over layers, {share['largest']:.1%} at most; systematic channels: "
-            f"{', '.join(map(str, verdict['systematic_channels'])) or 'none'}",
+            f"{', '.join(map(str, verdict['systematic_channels'])) or 'none'}; kept by calibration in 16 bits: "
+            f"{exact['mean']:.1%} of the weights' columns, {exact['largest']:.1%} at most",
             f"{'':42}{'perplexity':>12}{'loss':>10}{'mean KL, 1e-3':>18}{'same top-1':>12}",
         ]
         for one in verdict["rows"]:
