@@ -1,14 +1,15 @@
 """The demo model with outlier features: which channels and which factor, and what 8 bits lose then.
 
-    python bench/outliers.py --out bench/results/outliers-demo.json
+    python bench/outliers.py --choose --out bench/results/outliers-demo.json
+    python bench/outliers.py --judge --out bench/results/outliers-demo.json
 
-First the choice, on the second half of heldout.txt. Channels of the residual stream are ranked by their mean magnitude
-behind the norms in front of linear layers, each norm's in units of its mean. With the first of them, one more in each
-row, made FACTORS times larger (examples/demo/outliers.py), int8 with one step for each row of the inputs and of the
-weights is measured; the fewest channels and then the smallest factor by which it loses more than CHOSEN_LOSS are those
-that the script of the demo should have.
+First the choice, on 2044 tokens of the second half of heldout.txt. Channels of the residual stream are ranked by their
+mean magnitude behind the norms in front of linear layers, each norm's in units of its mean. With the first of them,
+one more in each row, made FACTORS times larger (examples/demo/outliers.py), int8 with one step for each row of the
+inputs and of the weights is measured; the fewest channels and then the smallest factor by which it loses more than
+CHOSEN_LOSS are those that the script of the demo should have.
 
-Then the verdict, on the first 4088 tokens, of three models that compute the same: the demo model, the one with outlier
+Then the verdict, on the first 1022 tokens, of three models that compute the same: the demo model, the one with outlier
 features, and that with the inputs of output and down projections below the threshold too ("quiet"), where hardly
 anything but the outlier features is left to 16 bits. Each contestant is a checkpoint, quantized and loaded as a user
 does it and calibrated, where it has to be, on the second half of the text; or, "in float32", a way of
@@ -41,8 +42,8 @@ from torch import Tensor, nn
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 COUNTS, FACTORS = (1, 2, 4, 8), (32.0, 64.0)
 CHOSEN_LOSS = 0.33
-TOKENS = {"chosen": 4088, "judged": 4088}
-CALIBRATION = {"samples": 16, "sequence_length": 512}
+TOKENS = {"chosen": 2044, "judged": 1022}
+CALIBRATION = {"samples": 8, "sequence_length": 512}
 BARS = {"naive": 0.20, "exact": 0.005}
 
 W8A8 = Recipe("w8a8", "", (Rule("*", "int8-channel-sfp32", activations="int8"),))  # type: ignore[arg-type]
@@ -126,7 +127,7 @@ def choose(demo: Any, base: nn.Module, windows: Windows) -> dict[str, Any]:
     in_script = {"channels": list(demo.CHANNELS), "factor": demo.FACTOR}
     if in_script != {key: chosen[key] for key in in_script}:
         raise ValueError(f"examples/demo/outliers.py has {in_script}; it must have {chosen}")
-    return {"protocol": str(windows.protocol), "grid": grid, "chosen": chosen}
+    return {"protocol": str(windows.protocol), "grid": grid, "chosen": chosen, "versions": versions()}
 
 
 # ---- the verdict ----
@@ -173,7 +174,7 @@ def judge(work: Path, source: Path, text: Path, base: nn.Module, windows: Window
 
 def grid(choice: dict[str, Any]) -> str:
     lines = [
-        f"chosen on: {choice['protocol']}",
+        f"chosen on: {choice['protocol']}; commit {choice['versions']['commit']}",
         "Loss of perplexity by int8 (a step for each row), by channels and factor",
         f"{'channels':34}" + "".join(f"{factor:>9g}" for factor in FACTORS),
     ]
@@ -188,9 +189,9 @@ def grid(choice: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def tables(verdicts: list[dict[str, Any]], windows: Windows) -> str:
-    lines = [f"judged on: {windows.protocol}"]
-    for verdict in verdicts:
+def tables(whole: dict[str, Any]) -> str:
+    lines = [f"judged on: {whole['judged_on']}; commit {whole['versions']['commit']}"]
+    for verdict in whole["verdicts"]:
         first = verdict["rows"][0]
         share, exact = verdict["in_sixteen_bits"], verdict["exact"]
         lines += [
@@ -229,7 +230,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="a JSON file; the tables go beside it as .txt")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a JSON file, in which one part keeps what the other wrote; the tables go beside it as .txt",
+    )
     parser.add_argument("--choose", action="store_true", help="choose channels and factor, and judge nothing")
     parser.add_argument(
         "--judge", action="store_true", help="judge what the demo's script has, and choose nothing"
@@ -247,9 +252,12 @@ def main() -> None:
     def windows_of(part: str, tokens: int) -> Windows:
         return cut(part, tokenizer, context=512, dtype=torch.float32, max_tokens=tokens)
 
-    choice = None if options.judge else choose(demo, base, windows_of(text[half:], TOKENS["chosen"]))
+    whole = earlier(options.out)
+    if not options.judge:
+        whole["choice"] = choose(demo, base, windows_of(text[half:], TOKENS["chosen"]))
+        write(options.out, whole)
     if options.choose:
-        print(grid(choice))
+        print(grid(whole["choice"]))
         return
     judged = windows_of(text[:half], TOKENS["judged"])
     with tempfile.TemporaryDirectory() as folder:
@@ -261,34 +269,34 @@ def main() -> None:
             "outliers, quiet": demo.write(work / "quiet", silent=True),
             "demo": demo.MODEL,
         }
-        verdicts: list[dict[str, Any]] = []
+        whole["verdicts"] = []
+        whole.update(versions=versions(), judged_on=str(judged.protocol), calibration=CALIBRATION)
         for name, source in sources.items():
-            verdicts.append({**judge(work, source, calibration, base, judged), "model": name})
-            write(options.out, choice, verdicts, judged)
-    print(said(choice, verdicts, judged))
+            whole["verdicts"].append({**judge(work, source, calibration, base, judged), "model": name})
+            write(options.out, whole)
+    print(said(whole))
 
 
-def said(choice: dict[str, Any] | None, verdicts: list[dict[str, Any]], windows: Windows) -> str:
-    parts = [] if choice is None else [grid(choice)]
-    return "\n\n".join((*parts, tables(verdicts, windows), bars(verdicts)))
+def earlier(out: Path | None) -> dict[str, Any]:
+    """What an earlier run has written there: choosing alone keeps the verdicts, judging alone the choice."""
+    if out is not None and out.exists():
+        return json.loads(out.read_text(encoding="utf-8"))
+    return {"machine": machine(), "choice": None, "verdicts": []}
 
 
-def write(
-    out: Path | None, choice: dict[str, Any] | None, verdicts: list[dict[str, Any]], windows: Windows
-) -> None:
+def said(whole: dict[str, Any]) -> str:
+    parts = [] if whole["choice"] is None else [grid(whole["choice"])]
+    if whole["verdicts"]:
+        parts += [tables(whole), bars(whole["verdicts"])]
+    return "\n\n".join(parts)
+
+
+def write(out: Path | None, whole: dict[str, Any]) -> None:
     """What there is so far: judging a model takes minutes."""
     if out is None:
         return
-    whole = {
-        "machine": machine(),
-        "versions": versions(),
-        "judged_on": str(windows.protocol),
-        "calibration": CALIBRATION,
-        "choice": choice,
-        "verdicts": verdicts,
-    }
     out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".txt").write_text(said(choice, verdicts, windows) + "\n", encoding="utf-8")
+    out.with_suffix(".txt").write_text(said(whole) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
