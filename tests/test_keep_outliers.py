@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import bitfold
 import demo_outliers
 import mixtures
 import pytest
+import tiny
 import torch
 from bitfold import hf, layout, recipes
 from bitfold.allocation.recipe import to_toml
@@ -82,13 +85,72 @@ def test_the_next_rule_takes_what_one_passes_over(wide, wide_rows):
     assigned = recipes.assign(resolved.recipe, layout.read_source(wide).infos)
     kinds = {str(item.activations) for item in assigned.values() if item.format is not None}
     assert kinds == {"int8", "llm-int8-exact"}
+    assert max(layer.losses["llm-int8"] for layer in measure(wide, wide_rows.ids).layers) > 0.1
     plain = rule(OutlierBound(loss=0.02), activations="llm-int8")
-    resolved = resolve(Recipe("mine", "", (rule(OutlierBound(loss=0.05)), plain)), wide, wide_rows)
-    rounded = {layer.name: layer.losses["llm-int8"] for layer in measure(wide, wide_rows.ids).layers}
-    for trial in resolved.trials:
-        if trial.rule == 2:
-            assert trial.loss == pytest.approx(rounded[trial.module], rel=0.05)
-            assert trial.is_passed_over == (trial.loss > 0.02)
+    same = resolve(Recipe("mine", "", (rule(OutlierBound(loss=0.05)), plain)), wide, wide_rows)
+    assert same.trials == resolved.trials  # a text gives them exact outliers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "activations", ["llm-int8", "llm-int8-t1", "llm-int8-t1-exact", "llm-int8-t100-exact", "int8-static"]
+)
+def test_a_layer_is_measured_as_it_is_then_made(source, text, rows, tmp_path, activations):
+    """The first block's first layers multiply the same in a quantized model: there the loss can be had from what is
+    stored. -t1: more columns reach the threshold than are kept; -t100: none does."""
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    recipe = Recipe("mine", "", (rule(OutlierBound(loss=10), activations=activations),))
+    resolved = resolve(recipe, source, rows)
+    bitfold.quantize_calibrated(
+        source, tmp_path / "out", resolved.recipe, text, samples=4, sequence_length=32
+    )
+    made = bitfold.load(tmp_path / "out", dtype=torch.float32)
+    model = hf.load_causal_lm(source, dtype=torch.float32)
+    inputs: list[torch.Tensor] = []
+    hook = model.get_submodule(names[0]).register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    for row in rows.ids:
+        model(input_ids=row[None], use_cache=False)
+    hook.remove()
+    measured = {trial.module: trial.loss for trial in resolved.trials}
+    for name in names:
+        stored, layer = made.get_submodule(name), model.get_submodule(name)
+        copied = 0 if stored.outlier_columns is None else len(stored.outlier_columns)
+        reach = int((torch.cat(inputs).abs() >= 1).any(0).sum())
+        if "-t1-" in activations or activations.endswith("-t1"):
+            assert 0 < copied == layer.in_features // 32 < reach
+        elif activations != "llm-int8":
+            assert copied == 0
+        change = energy = 0.0
+        for x in inputs:
+            y = torch.nn.functional.linear(x, layer.weight)
+            change += float((stored(x) - layer(x)).double().square().sum())
+            energy += float(y.double().square().sum())
+        assert measured[name] == pytest.approx((change / energy) ** 0.5, rel=1e-3)
+
+
+def test_inputs_without_a_step_are_refused_as_calibration_does(source, text, rows, tmp_path):
+    """A norm of zeros: its layers have nothing to find a step by."""
+    silent = tmp_path / "silent"
+    shutil.copytree(source, silent)
+    tiny.rewrite(silent, lambda tensors: tensors["model.layers.1.input_layernorm.weight"].zero_())
+    recipe = Recipe("mine", "", (rule(OutlierBound(loss=10), activations="int8-static"),))
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs are zero throughout"
+    ):
+        resolve(recipe, silent, rows)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs are zero throughout"
+    ):
+        bitfold.quantize_calibrated(
+            silent, tmp_path / "out", rule_alone(recipe), text, samples=4, sequence_length=32
+        )
+
+
+def rule_alone(recipe: Recipe) -> Recipe:
+    """Without bounds."""
+    return Recipe(
+        "plain", "", tuple(dataclasses.replace(one, keep_outlier_layers=None) for one in recipe.rules)
+    )
 
 
 def test_a_share_of_columns_is_a_bound_too(wide, wide_rows):
@@ -219,6 +281,15 @@ def test_quantizing_with_a_text(capsys, tmp_path, wide):
     assert abs(found.model.perplexity.value / found.base.perplexity.value - 1) < 0.005
     data = call_json(capsys, "quantize", wide, "--dry-run", *options)
     assert sum(module["format"] == FORMAT for module in data["modules"]) == 8
+    behind = write(tmp_path / "b.toml", one, f'format = "{FORMAT}"\nactivations = "llm-int8"')
+    found = call_json(capsys, "quantize", wide, tmp_path / "llm", "--recipe", behind, *options[2:])
+    kept = {
+        module["name"]: module["calibration"]["outliers"]
+        for module in found["modules"]
+        if module.get("calibration")
+    }
+    assert len(kept) == 20
+    assert set(kept.values()) <= {4, 5}  # LLM.int8() gets the exact outliers that it was measured with
     code, _, error = call(capsys, "quantize", wide, tmp_path / "no", "--recipe", recipe)
     assert code == 2
     assert "add --calibration FILE" in error

@@ -256,7 +256,7 @@ def quantize(
     elif recipes.get(wanted).keeps_outlier_layers:
         resolved = _resolve(model, recipes.get(wanted), calibrated, json)
         wanted, origin = resolved.recipe, resolved.origin
-        calibrates = resolved.recipe.needs_calibration
+        calibrates = resolved.recipe.gains
     if dry_run:
         _dry_run(model, wanted, json, origin)
         return

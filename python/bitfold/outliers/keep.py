@@ -1,8 +1,9 @@
 """Which layers a recipe's rules with `keep_outlier_layers` pass over: measured on a text, written as plain rules.
 
-A layer is computed as the rule would have it, on what it multiplies in the unquantized model. Above the rule's bound it
-goes to the next rule that matches it, measured in its turn if that has a bound too, and keeps its source dtype where
-none is left. Weights are rounded to nearest for it, whatever the rule's method.
+A layer is computed as the rule would have it, on what it multiplies in the unquantized model, with the step or the
+16-bit columns that calibration finds on this text. Above the rule's bound it goes to the next rule that matches it,
+measured in its turn if that has a bound too, and keeps its source dtype where none is left. Weights are rounded to
+nearest for it, whatever the rule's method.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ import torch
 from torch import Tensor
 
 from bitfold import layout, recipes
-from bitfold.activations import KINDS, Activations
 from bitfold.calibration import overlap
 from bitfold.calibration.data import Calibration
+from bitfold.calibration.ranges import Ranges, kept_for
 from bitfold.experts import stack_name
 from bitfold.layout import Source
-from bitfold.nn import OUTLIER_DTYPES, QuantLinear
-from bitfold.outliers.columns import Tally
+from bitfold.nn import QuantLinear
 from bitfold.outliers.measure import Maker, Outliers, Progress, measure
 from bitfold.pipeline import Origin
-from bitfold.qtensor import encode
+from bitfold.quantize import encode_named
 from bitfold.recipes import Recipe, Rule
 
 
@@ -97,7 +97,7 @@ def resolve(
     }
 
     def makers(layer: str) -> dict[str, Maker]:
-        return {str(i): _as_rule(plain[i]) for i in tried.get(stack_name(layer), ())}
+        return {str(i): _as_rule(plain[i], layer) for i in tried.get(stack_name(layer), ())}
 
     found = measure(source, text.ids, ways=makers, dtype=dtype, device=device, progress=progress)
     measured = _by_module(found)
@@ -180,27 +180,20 @@ def _rules(
 # ---- a layer as a rule has it ----
 
 
-def _as_rule(rule: Rule) -> Maker:
-    def make(weight: Tensor, tally: Tally) -> Callable[[Tensor], Tensor]:
+def _as_rule(rule: Rule, layer: str) -> Maker:
+    """What quantizing with this text makes of a layer: one that it wouldn't make is a ValueError here too. Experts keep
+    nothing for their activations."""
+
+    def make(weight: Tensor, ranges: Callable[[], Ranges]) -> Callable[[Tensor], Tensor]:
         assert rule.format is not None
-        wanted, kept = kept_for(rule.activations, weight, tally.peaks)
-        return QuantLinear(encode(weight, rule.format), None, wanted, **kept).eval()
+        kept = {}
+        if rule.activations.gains and stack_name(layer) == layer:
+            try:
+                kept = kept_for(rule.activations, ranges(), weight)
+            except ValueError as error:
+                raise ValueError(f"{layer}: {error}") from error
+        activations = rule.activations.having(step="x_scale" in kept, outliers="outlier_weight" in kept)
+        qtensor = encode_named(f"{layer}.weight", weight, rule.format)
+        return QuantLinear(qtensor, None, activations, **kept).eval()
 
     return make
-
-
-def kept_for(wanted: Activations, weight: Tensor, peaks: Tensor) -> tuple[Activations, dict[str, Tensor]]:
-    """Activations as calibration on this text would leave them, and what they take. peaks: the largest magnitude of
-    each column of the input, [k]."""
-    if wanted.is_static:
-        return wanted, {
-            "x_scale": (peaks.max() / KINDS[wanted.kind].largest).clamp(min=torch.finfo(torch.float32).tiny)
-        }
-    if not wanted.exact_outliers:
-        return wanted, {}
-    columns = (peaks >= wanted.threshold).nonzero()[:, 0]
-    if not len(columns):
-        return dataclasses.replace(wanted, exact_outliers=False), {}
-    copied = weight[:, columns.to(weight.device)]
-    dtype = copied.dtype if copied.dtype in OUTLIER_DTYPES else torch.float16
-    return wanted, {"outlier_columns": columns.to(torch.int32), "outlier_weight": copied.to(dtype)}

@@ -21,6 +21,7 @@ from bitfold.calibration import mappings
 from bitfold.calibration.activations import Activations
 from bitfold.calibration.blocks import BlockModel, Call, Compute
 from bitfold.calibration.collect import BlockRun
+from bitfold.calibration.ranges import Ranges
 from bitfold.calibration.workers import Workers
 from bitfold.layout import Source, Step
 from bitfold.outliers.columns import ACTIVATION_THRESHOLD, Columns, Inputs, Tally, weight_columns
@@ -32,9 +33,9 @@ from bitfold.recipes import Assignment, Rule
 LAYER_SHARE, TOKEN_SHARE = 0.25, 0.06
 _ANY = Rule("*", "int8-channel")  # of all layers: BlockRun looks at those that have a rule
 
-Maker = Callable[[Tensor, Tally], Callable[[Tensor], Tensor]]
-"""Makes of a weight [n, k], and of what is known of its inputs, the layer without bias as a function of x: float32
-[tokens, k] of one call -> [tokens, n]."""
+Maker = Callable[[Tensor, Callable[[], Ranges]], Callable[[Tensor], Tensor]]
+"""Makes of a weight [n, k] the layer without bias as a function of x: float32 [tokens, k] of one call -> [tokens, n].
+What calibration knows of its inputs is found when it is asked for: one more pass over the text."""
 
 Progress = Callable[[str, int, int], None]
 """Told as work goes on: what is worked on, the work done so far, the work to do in all."""
@@ -195,7 +196,7 @@ def _behind_norms(run: BlockRun, source: Source) -> set[str]:
 
 def _makers(ways: Mapping[str, Way], threshold: float, name: str) -> dict[str, Maker]:
     def maker(way: Way) -> Maker:
-        return lambda weight, tally: prepare(way, weight, threshold)
+        return lambda weight, ranges: prepare(way, weight, threshold)
 
     return {label: maker(way) for label, way in ways.items()}
 
@@ -217,7 +218,7 @@ class _Walk:
             weights = {name: run.linear(own).weight.detach() for name, own in zip(names, group, strict=True)}
             tally = self._look(run, group[0])
             self.inputs.append(tally.inputs(names, group[0] in behind_norms))
-            losses = self._compute(run, group[0], weights, tally)
+            losses = self._compute(run, group[0], weights)
             for name, weight in weights.items():
                 n, k = weight.shape
                 self.layers.append(Layer(name, (n, k), weight_columns(name, weight), losses[name]))
@@ -236,11 +237,12 @@ class _Walk:
         return tally
 
     def _compute(
-        self, run: BlockRun, layer: str, weights: Mapping[str, Tensor], tally: Tally
+        self, run: BlockRun, layer: str, weights: Mapping[str, Tensor]
     ) -> dict[str, dict[str, float]]:
         """The losses of layers that share an input, by name and by way; layer: the first of them, within the block."""
+        ranges = partial(run.ranges, layer)
         ways = {
-            name: {label: make(weight, tally) for label, make in self.makers(name).items()}
+            name: {label: make(weight, ranges) for label, make in self.makers(name).items()}
             for name, weight in weights.items()
         }
         wanted = [name for name in weights if ways[name]]
