@@ -1,15 +1,15 @@
 """The demo model with outlier features: which channels and which factor, and what 8 bits lose then.
 
-    python bench/outliers.py --choose --out bench/results/outliers-demo.json
     python bench/outliers.py --judge --out bench/results/outliers-demo.json
+    python bench/outliers.py --choose --out bench/results/outliers-demo.json
 
-First the choice, on 2044 tokens of the second half of heldout.txt. Channels of the residual stream are ranked by their
+First the choice, on 4088 tokens of the second half of heldout.txt. Channels of the residual stream are ranked by their
 mean magnitude behind the norms in front of linear layers, each norm's in units of its mean. With the first of them,
 one more in each row, made FACTORS times larger (examples/demo/outliers.py), int8 with one step for each row of the
 inputs and of the weights is measured; the fewest channels and then the smallest factor by which it loses more than
 CHOSEN_LOSS are those that the script of the demo should have.
 
-Then the verdict, on the first 1022 tokens, of three models that compute the same: the demo model, the one with outlier
+Then the verdict, on the first 4088 tokens, of three models that compute the same: the demo model, the one with outlier
 features, and that with the inputs of output and down projections below the threshold too ("quiet"), where hardly
 anything but the outlier features is left to 16 bits. Each contestant is a checkpoint, quantized and loaded as a user
 does it and calibrated, where it has to be, on the second half of the text; or, "in float32", a way of
@@ -42,8 +42,8 @@ from torch import Tensor, nn
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 COUNTS, FACTORS = (1, 2, 4, 8), (32.0, 64.0)
 CHOSEN_LOSS = 0.33
-TOKENS = {"chosen": 2044, "judged": 1022}
-CALIBRATION = {"samples": 8, "sequence_length": 512}
+TOKENS = {"chosen": 4088, "judged": 4088}
+CALIBRATION = {"samples": 16, "sequence_length": 512}
 BARS = {"naive": 0.20, "exact": 0.005}
 
 W8A8 = Recipe("w8a8", "", (Rule("*", "int8-channel-sfp32", activations="int8"),))  # type: ignore[arg-type]
@@ -253,6 +253,8 @@ def main() -> None:
         return cut(part, tokenizer, context=512, dtype=torch.float32, max_tokens=tokens)
 
     whole = earlier(options.out)
+    if not options.choose:
+        whole["verdicts"] = []
     if not options.judge:
         whole["choice"] = choose(demo, base, windows_of(text[half:], TOKENS["chosen"]))
         write(options.out, whole)
@@ -269,8 +271,9 @@ def main() -> None:
             "outliers, quiet": demo.write(work / "quiet", silent=True),
             "demo": demo.MODEL,
         }
-        whole["verdicts"] = []
-        whole.update(versions=versions(), judged_on=str(judged.protocol), calibration=CALIBRATION)
+        whole.update(
+            machine=machine(), versions=versions(), judged_on=str(judged.protocol), calibration=CALIBRATION
+        )
         for name, source in sources.items():
             whole["verdicts"].append({**judge(work, source, calibration, base, judged), "model": name})
             write(options.out, whole)
@@ -281,7 +284,7 @@ def earlier(out: Path | None) -> dict[str, Any]:
     """What an earlier run has written there: choosing alone keeps the verdicts, judging alone the choice."""
     if out is not None and out.exists():
         return json.loads(out.read_text(encoding="utf-8"))
-    return {"machine": machine(), "choice": None, "verdicts": []}
+    return {"choice": None, "verdicts": []}
 
 
 def said(whole: dict[str, Any]) -> str:
