@@ -107,4 +107,5 @@ def read_config(section: Mapping[str, Any], origin: Path) -> FineGrainedConfig:
         fields.refuse("weight_block_size", "a power of 2 of rows and at least 16 columns, as [128, 128] is")
     kept = fields.optional("modules_to_not_convert", list) or fields.optional("ignored_layers", list) or []
     activations = fields.take("activation_scheme", str, "dynamic", ("dynamic", "static"))
-    return FineGrainedConfig(BlockScheme(*size, static=activations == "static"), tuple(map(str, kept)))
+    rows, columns = size
+    return FineGrainedConfig(BlockScheme(rows, columns, activations == "static"), tuple(map(str, kept)))
