@@ -12,6 +12,7 @@ import bitfold
 import calibrated
 import mixtures
 import numpy as np
+import oracle_fp8
 import pytest
 import tiny
 import tiny_architectures
@@ -151,6 +152,45 @@ def test_steps_are_those_of_the_finished_models_inputs(recipe, kind, largest, ma
         assert module["calibration"]["method"] == "rtn"
         assert module["calibration"]["x_scale"] == layers[module["name"]].x_scale.item()
         assert module["calibration"]["outliers"] is None
+
+
+@torch.no_grad()
+def test_static_8_bit_floats_end_to_end(source, text, ids, tmp_path):
+    """A text in, logits out: each step is the largest input of its layer / 448, each product that of the oracle with
+    that step, and what was saved once more computes the same to the bit."""
+    quantize_calibrated(source, tmp_path / "q", "fp8-w8a8-static", text, **OPTIONS)
+    model = bitfold.load(tmp_path / "q", dtype=torch.float32)
+    layers = layers_of(model)
+    stored = tiny.tensors_of(tmp_path / "q")
+    seen = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0], y)}))
+        for name, layer in layers.items()
+    ]
+    largest = dict.fromkeys(layers, 0.0)
+    for row in ids:
+        model(input_ids=row[None], use_cache=False)
+        for name, (x, _) in seen.items():
+            largest[name] = max(largest[name], float(np.abs(x.numpy()).max()))
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        assert stored[f"{name}.x_scale"].dtype == torch.float32
+        scale = stored[f"{name}.x_scale"].item()
+        assert scale == pytest.approx(largest[name] / 448, rel=1e-6), name
+        x, y = (tensor.double().flatten(0, -2).numpy() for tensor in seen[name])
+        wanted = oracle_fp8.linear(x, layer.qtensor.decode().numpy(), x_scale=scale)
+        assert np.linalg.norm(y - wanted) < 5e-6 * np.linalg.norm(wanted), name
+
+    logits = model(input_ids=ids).logits
+    bitfold.save(model, tmp_path / "again")
+    again = bitfold.load(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(again(input_ids=ids).logits, logits)
+    assert {str(layer.activations) for layer in layers_of(again).values()} == {"fp8-static"}
+    for layer in layers_of(again).values():  # the scale is used: a hundredth of it saturates nearly all
+        layer.x_scale.mul_(0.01)
+    other = again(input_ids=ids).logits
+    assert tiny_architectures.relative_difference(other.double(), logits.double()) > 0.1
 
 
 def test_copies_are_those_of_the_usual_columns(source, made, ids):
