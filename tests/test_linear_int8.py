@@ -335,16 +335,18 @@ def test_other_formats_are_refused():
         qtensor = bitfold.encode(torch.ones(3, 64), format)
         planes = list(qtensor.planes.values())
         for call in (
-            lambda q=qtensor: int8(torch.ones(1, 64), q),
             lambda q=qtensor, p=planes: torch.ops.bitfold.linear(
                 torch.ones(1, 64), p, q.format, 3, 64, None, "rows", "int8"
             ),
             lambda f=format: bitfold.plan_linear(f, 1, 3, 64, activations="int8"),
-            # a layer of int8 with one scale for a row rounds rows instead (test_rows_int8.py)
+            # the function and a layer round rows of int8 with one scale for a row instead (test_rows_int8.py)
             *(
                 []
                 if Activations("int8").fits(parse(format))
-                else [lambda q=qtensor: QuantLinear(q, activations="int8")]
+                else [
+                    lambda q=qtensor: int8(torch.ones(1, 64), q),
+                    lambda q=qtensor: QuantLinear(q, activations="int8"),
+                ]
             ),
         ):
             message = refusal(call, "activations", "int8", "float")

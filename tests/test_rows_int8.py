@@ -154,6 +154,26 @@ def test_any_shape_threshold_and_copy(data):
     case.check(x, threshold=data.draw(st.sampled_from([0.0, 1.0, 6.0])), per_row=data.draw(st.booleans()))
 
 
+def test_the_function_rounds_rows_too():
+    """bitfold.linear, of weights that linear_int8 has; for others it says which they are."""
+    for format in FORMATS:
+        case = Case(20, 96, format)
+        x, bias = torch.randn(2, 3, 96), torch.randn(20)
+        y = bitfold.linear(x, case.qtensor, bias, activations="int8")
+        assert torch.equal(y, case.run(x, bias))
+        assert not torch.equal(y, bitfold.linear(x, case.qtensor, bias))
+        module = QuantLinear(case.qtensor, bias, "int8")
+        assert torch.equal(y, module(x))
+        message = refusal(lambda c=case: bitfold.plan_linear(c.qtensor.format, 1, 20, 96, activations="int8"))
+        assert "GGUF's block formats alone" in message
+        assert "linear_int8 multiplies int8 weights" in message
+    for format in ("int4-g32", "int8-g32", "nf4-b32"):
+        qtensor = bitfold.encode(torch.ones(4, 32), format)
+        refusal(
+            lambda q=qtensor: bitfold.linear(torch.ones(1, 32), q, activations="int8"), format, "int8-channel"
+        )
+
+
 def test_a_number_that_is_none_stays_in_its_row():
     case = Case(40, 96, "int8-channel", [3])
     clean = hard(6, 96, torch.float32).clamp(-5, 5)

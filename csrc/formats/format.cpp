@@ -185,8 +185,9 @@ Activations parse_activations(std::string_view text, const Format& format) {
     throw std::invalid_argument("activations is '" + std::string(text) + "'; it must be 'float' or 'int8'");
   }
   if (!format.is_block()) {
-    throw std::invalid_argument("activations is 'int8', which only GGUF's block formats have; for " +
-                                to_string(format) + " it must be 'float'");
+    throw std::invalid_argument("activations is 'int8', which linear has for GGUF's block formats alone; for " +
+                                to_string(format) +
+                                " it must be 'float' (linear_int8 multiplies int8 weights that have one scale a row)");
   }
   return Activations::Int8;
 }

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from bitfold import _C, ops
+from bitfold import _C, ops, ops_int8
+from bitfold.activations import Activations
 from bitfold.formats import Format, check_layout, parse, plane_size
 
 _ops = torch.ops.bitfold
+INT8 = Activations("int8")
 
 
 class Unpacked(NamedTuple):
@@ -282,17 +284,24 @@ def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None, *, activatio
 
     activations: "float" multiplies x as it is. "int8", with GGUF's block formats, rounds each block of x to 8 bits
     first and multiplies whole numbers, as llama.cpp does (docs/gguf-blocks.md, "Activations of 8 bits"): faster, at
-    a relative error of about 0.7 %. A row of x with a NaN or an infinity then gives NaN in that row alone. The gradient
-    with respect to x is that of the product with "float": the rounding counts as if it were not there.
+    a relative error of about 0.7 %. With int8 weights that have one scale a row, or one for the matrix, each row of x
+    is rounded instead (docs/activations.md). A row of x with a NaN or an infinity then gives NaN in that row alone. The
+    gradient with respect to x is that of the product with "float": the rounding counts as if it were not there.
 
-    Raises ValueError for "int8" with a format that isn't of blocks.
+    Raises ValueError for "int8" with another format, and other activations, which a QuantLinear has.
     """
     n, k = qtensor.shape
+    by_rows = activations == INT8.kind and parse(qtensor.format).grid != "block"
+    if by_rows:
+        INT8.check(qtensor.format)
+        if qtensor.layout != "rows":
+            raise ValueError("activations is 'int8', and the weight's blocks run across its rows")
     if qtensor.g_idx is not None:
         x = gather_columns(x, column_order(qtensor.g_idx))
-    return ops.linear(
-        x, list(qtensor.planes.values()), qtensor.format, n, k, bias, qtensor.layout, activations
-    )
+    planes = list(qtensor.planes.values())
+    if by_rows:
+        return ops_int8.linear_int8(x, planes, qtensor.format, n, k, bias, INT8)
+    return ops.linear(x, planes, qtensor.format, n, k, bias, qtensor.layout, activations)
 
 
 def gather_columns(x: Tensor, order: Tensor) -> Tensor:
@@ -348,7 +357,8 @@ def plan_linear(
     """The kernel for an [m, k] x of `dtype` and an [n, k] matrix in `format`; runs nothing, and needs no GPU for a
     plan on "cuda".
 
-    Raises ValueError for a device that has no kernels, and activations that the format can't be multiplied with there.
+    Raises ValueError for a device that has no kernels, and activations that the format can't be multiplied with there:
+    "int8" is GGUF's blocks' alone here, for linear_int8 has no plans to choose from.
     """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
