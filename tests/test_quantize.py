@@ -5,6 +5,7 @@ import importlib
 import math
 
 import bitfold
+import oracle_fp8
 import pytest
 import torch
 from bitfold import QuantEmbedding, QuantLinear, Recipe, Rule
@@ -57,13 +58,22 @@ def everything(format):
 
 
 def decoded_twin(model, quantized):
-    """The source model with the decoded weights in it: what the quantized one must compute."""
+    """The source model with the decoded weights in it, whose inputs are rounded where the quantized one rounds them:
+    what that must compute."""
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for name, module in quantized.named_modules():
             if isinstance(module, (QuantLinear, QuantEmbedding)):
                 twin.get_submodule(name).weight.copy_(module.qtensor.decode())
+            if isinstance(module, QuantLinear) and not module.activations.is_float:
+                assert str(module.activations) == "fp8"
+                twin.get_submodule(name).register_forward_pre_hook(round_input)
     return twin
+
+
+def round_input(module, inputs):
+    (x,) = inputs
+    return torch.from_numpy(oracle_fp8.rounded(x.detach().flatten(0, -2).numpy())).to(x.dtype).view(x.shape)
 
 
 # ---- what is swapped ----
