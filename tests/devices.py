@@ -51,6 +51,7 @@ OPS = (
     "round_fp8",
     "kv_pack",
     "linear_int8",
+    "kv_attention",
 )
 
 
@@ -152,6 +153,7 @@ def use(name: str, seed: str = "") -> Iterator[None]:
         patch.setattr(bitfold.qtensor, "_ops", namespace)
         patch.setattr(bitfold.ops, "_linear", namespace.linear)
         patch.setattr(bitfold.ops_kv, "_pack", namespace.kv_pack)
+        patch.setattr(bitfold.ops_kv, "_attention", namespace.kv_attention)
         # The factor of CPU tensors is the CPU's, and so are blocks that are taken apart.
         cpu = torch.ops.bitfold
         columns = SimpleNamespace(gptq_factor=cpu.gptq_factor, gptq_columns=namespace.gptq_columns)

@@ -57,7 +57,7 @@ def attention(query, keys, values, mask, scale: float) -> np.ndarray:
     if mask is not None:
         bias = np.where(mask.numpy(), 0, -np.inf) if mask.dtype == torch.bool else mask.double().numpy()
         scores = scores + bias
-    most = scores.max(-1, keepdims=True)
+    most = scores.max(-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isfinite(most), most, 0))
     total = weights.sum(-1, keepdims=True)
     weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)

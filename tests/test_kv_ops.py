@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import devices
 import numpy as np
 import oracle_kv as oracle
 import pytest
@@ -53,7 +54,7 @@ def check(rng, format, *, batch=1, heads=2, shared=1, rows=1, blocks=3, recent=5
     }
     given_mask, scale = masks[mask], head**-0.5
     exact = keys[:, :, blocks * group :], values[:, :, blocks * group :]
-    got = torch.ops.bitfold.kv_attention(
+    got = devices.ops().kv_attention(
         query, paged(packed, page), blocks, first, *exact, format, group, value_group, given_mask, scale
     )
     old = law.unpack(packed, torch.float32)
@@ -121,7 +122,7 @@ def test_what_is_not_finite_stays_among_those_that_share_its_step(format, device
 @pytest.mark.isa
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("mask", [None, "bool", "heads", "float", "one"])
-def test_attention(format, mask, rng):
+def test_attention(format, mask, device, rng):
     check(rng, format, batch=2, shared=4, rows=3, mask=mask)
     check(rng, format, heads=1, shared=7, first=21, mask=mask, blocks=5)
     check(rng, format, blocks=0, recent=9, mask=mask)
@@ -131,7 +132,7 @@ def test_attention(format, mask, rng):
 
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_of_16_bits(dtype, rng):
+def test_attention_of_16_bits(dtype, device, rng):
     for format in FORMATS:
         check(rng, format, shared=4, head=128, group=64, blocks=20, recent=17, dtype=dtype)
 
@@ -152,7 +153,7 @@ def test_attention_of_16_bits(dtype, rng):
     seed=st.integers(0, 99),
 )
 def test_whatever_comes(
-    format, batch, heads, shared, rows, head, group, blocks, recent, cut, mask, page, seed
+    device, format, batch, heads, shared, rows, head, group, blocks, recent, cut, mask, page, seed
 ):
     tokens = blocks * group
     first = min(int(cut * tokens), tokens + recent - 1)
@@ -176,20 +177,20 @@ def test_any_number_of_threads_gives_the_same_bits(rng, threads):
     results = []
     for count in (1, 2, 5):
         threads(count)
-        results.append(torch.ops.bitfold.kv_attention(*arguments))
-        results.append(torch.ops.bitfold.kv_attention(*arguments))
+        results.append(devices.ops().kv_attention(*arguments))
+        results.append(devices.ops().kv_attention(*arguments))
     for other in results[1:]:
         assert torch.equal(results[0], other)
 
 
-def test_a_row_that_sees_nothing_is_0_and_nan_stays_in_its_row(rng):
+def test_a_row_that_sees_nothing_is_0_and_nan_stays_in_its_row(device, rng):
     arguments = case(rng, tokens=200)
     tokens = arguments[2] * 64 - arguments[3] + arguments[4].shape[2]
     mask = torch.ones(2, 1, 2, tokens, dtype=torch.bool)
     mask[0, :, 1] = False
     arguments[9] = mask
     arguments[0][1, 3, 0, 0] = torch.nan
-    out = torch.ops.bitfold.kv_attention(*arguments)
+    out = devices.ops().kv_attention(*arguments)
     assert not out[0, 1].any()
     wanted = torch.zeros(2, 2, 8, dtype=bool)
     wanted[1, 0, 3] = True
@@ -197,18 +198,18 @@ def test_a_row_that_sees_nothing_is_0_and_nan_stays_in_its_row(rng):
     assert torch.equal(out.isnan().any(-1), wanted)
 
 
-def test_what_left_the_window_is_of_no_account(rng):
+def test_what_left_the_window_is_of_no_account(device, rng):
     keys, values = past(rng, 1, 1, 96, 16)
     keys[0, 0, 3, 2] = values[0, 0, 35] = torch.nan
     law = BlockFormat("int8", 32, 16, 16)
     query, none = randn(rng, 1, 4, 1, 16), torch.empty(1, 1, 0, 16)
-    out = torch.ops.bitfold.kv_attention(
+    out = devices.ops().kv_attention(
         query, [law.pack(keys, values)], 3, 40, none, none, "int8", 32, 16, None, 0.3
     )
     assert out.isfinite().all()
 
 
-def test_masks_of_the_lowest_number_and_huge_scores(rng):
+def test_masks_of_the_lowest_number_and_huge_scores(device, rng):
     arguments = case(rng, tokens=200)
     tokens = arguments[2] * 64 - arguments[3] + arguments[4].shape[2]
     hidden = torch.zeros(1, 1, 2, tokens)
@@ -217,7 +218,7 @@ def test_masks_of_the_lowest_number_and_huge_scores(rng):
     seen[..., :50] = False
     arguments[10] = 30.0
     with_number, with_bool = (
-        torch.ops.bitfold.kv_attention(*arguments[:9], mask, arguments[10]) for mask in (hidden, seen)
+        devices.ops().kv_attention(*arguments[:9], mask, arguments[10]) for mask in (hidden, seen)
     )
     assert torch.equal(with_number, with_bool)
     assert with_bool.isfinite().all()
@@ -232,25 +233,23 @@ def test_torch_knows_the_ops(rng):
     assert torch.equal(compiled(*arguments), torch.ops.bitfold.kv_attention(*arguments) * 2)
 
 
-def test_nothing_to_do(rng):
+def test_nothing_to_do(device, rng):
     keys = torch.empty(0, 2, 32, 16)
-    assert torch.ops.bitfold.kv_pack(keys, keys, "int8", 16, 16).shape[:3] == (0, 2, 2)
+    assert devices.ops().kv_pack(keys, keys, "int8", 16, 16).shape[:3] == (0, 2, 2)
     empty = torch.empty(0, 4, 1, 16)
-    out = torch.ops.bitfold.kv_attention(empty, [], 0, 0, keys, keys, "int8", 16, 16, None, 1.0)
+    out = devices.ops().kv_attention(empty, [], 0, 0, keys, keys, "int8", 16, 16, None, 1.0)
     assert out.shape == (0, 1, 4, 16)
     none = torch.empty(1, 2, 0, 16)
-    out = torch.ops.bitfold.kv_attention(
-        torch.ones(1, 4, 1, 16), [], 0, 0, none, none, "int8", 16, 16, None, 1.0
-    )
+    out = devices.ops().kv_attention(torch.ones(1, 4, 1, 16), [], 0, 0, none, none, "int8", 16, 16, None, 1.0)
     assert not out.any()
 
 
-def test_the_ops_refuse(rng):
+def test_the_ops_refuse(device, rng):
     def refuses(sentence: str, op, *arguments):
         with pytest.raises(ValueError, match=sentence):
             op(*arguments)
 
-    pack, attend = torch.ops.bitfold.kv_pack, torch.ops.bitfold.kv_attention
+    pack, attend = devices.ops().kv_pack, devices.ops().kv_attention
     keys, values = past(rng, 1, 2, 32, 16)
     refuses("'int7'; it must be one of int8, fp8, int4", pack, keys, values, "int7", 16, 16)
     refuses("group is 17; it must be a multiple of 16", pack, keys, values, "int8", 17, 16)

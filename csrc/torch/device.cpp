@@ -227,9 +227,15 @@ void Device::kv_pack(KvPackArgs args) const {
   on(gpu_, [&] { cuda::kv_pack(args, stream_); }, [&] { cpu::kv_pack(args); });
 }
 
-void Device::kv_attention(KvAttentionArgs args) const {
+void Device::kv_attention(KvAttentionArgs args, const Tensor& like) const {
   args.parallel_for = parallel_for;
-  on(gpu_, only_on_the_cpu, [&] { cpu::kv_attention(args); });
+  on(
+      gpu_,
+      [&] {
+        const Tensor workspace = empty_beside(like, {cuda::kv_attention_workspace(args)}, ScalarType::Byte);
+        cuda::kv_attention(args, workspace.mutable_data_ptr(), stream_);
+      },
+      [&] { cpu::kv_attention(args); });
 }
 
 }  // namespace bitfold::border

@@ -8,13 +8,7 @@ namespace bitfold::border {
 namespace {
 
 constexpr int64_t kMostRows = 64;
-
-void require_cpu(const Device& device, const std::string& what) {
-  if (device.gpu()) {
-    fail(what + " is on a GPU, for which attention to the packed KV cache has no kernel; with another attention " +
-         "function than 'bitfold' the cache decodes there");
-  }
-}
+constexpr uintptr_t kGpuAlignment = 16;  // of pages
 
 // [batch, heads, tokens, head], the numbers of a token one after the other; `owner` keeps a copy that is.
 KvTokens read_tokens(const Device& device, const Tensor& tensor, const std::string& what, Tensor* owner) {
@@ -59,8 +53,13 @@ std::vector<KvPage> read_pages(const Device& device, const std::vector<Tensor>& 
            "; it must be a contiguous uint8 of shape [" + std::to_string(keys.size(0)) + ", " +
            std::to_string(keys.size(1)) + ", blocks, " + std::to_string(bytes) + "]");
     }
+    const auto* data = static_cast<const uint8_t*>(page.const_data_ptr());
+    if (device.gpu() && reinterpret_cast<uintptr_t>(data) % kGpuAlignment != 0) {
+      fail(what + " starts at byte " + std::to_string(reinterpret_cast<uintptr_t>(data)) +
+           "; on a GPU it must start at a multiple of " + std::to_string(kGpuAlignment) + ", as a clone of it does");
+    }
     const int64_t count = page.size(2) < left ? page.size(2) : left;
-    if (count > 0) read.push_back({static_cast<const uint8_t*>(page.const_data_ptr()), count, page.size(2) * bytes});
+    if (count > 0) read.push_back({data, count, page.size(2) * bytes});
     left -= count;
   }
   if (blocks < 0 || left > 0) {
@@ -122,7 +121,6 @@ Tensor kv_attention(const Tensor& query, const std::vector<Tensor>& pages, int64
   require_four(keys, "keys");
   require_same(values, keys);
   const Device device(query, "query");
-  require_cpu(device, "query");
   const int64_t batch = query.size(0), query_heads = query.size(1), rows = query.size(2), head = query.size(3);
   const int64_t heads = keys.size(1), recent = keys.size(2);
   const KvShape shape = read_shape(format, group, head, value_group);
@@ -166,7 +164,7 @@ Tensor kv_attention(const Tensor& query, const std::vector<Tensor>& pages, int64
   if (mask) read_mask(device, *mask, sizes, &args);
   Tensor out = empty_beside(query, {batch, rows, query_heads, head}, query.scalar_type());
   args.out = out.mutable_data_ptr();
-  device.kv_attention(args);
+  device.kv_attention(args, query);
   return out;
 }
 

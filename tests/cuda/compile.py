@@ -21,8 +21,9 @@ import machine_code
 from programs import ROOT
 from toolchain import tool
 
-# Of kernels, and of minutes of CPU time for one architecture.
-MOST_KERNELS = 120
+# Of kernels (some 120 for formats and quantizers, and those of the KV cache), and of minutes of CPU time for one
+# architecture.
+MOST_KERNELS = 128
 MOST_MINUTES = 12.0
 
 # What Python runs first: an editable bitfold would come before all of PYTHONPATH.

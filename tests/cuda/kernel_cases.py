@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bitfold
+import kv_cases
 import numpy as np
 import torch
 from bitfold.quantizers import grid as grids
@@ -45,6 +46,25 @@ class Case:
         words += self.outliers.split()
         words += [] if self.round else ["free"]
         return "-".join([*words, *(["flat"] if self.layout == "flat" else [])])
+
+
+@dataclass(frozen=True)
+class KvCase(Case):
+    """n: packed tokens; k: the head size; m: rows of queries."""
+
+    batch: int = 2
+    heads: int = 2
+    shared: int = 2  # query heads of a key-value head
+    group: int = 16
+    value_group: int = 0  # 0: the head size
+    first: int = 0
+    recent: int = 0
+    mask: str = ""
+    page: int = 3  # blocks
+
+    def __str__(self) -> str:
+        numbers = (self.heads, self.shared, self.group, self.value_group, self.first, self.recent, self.page)
+        return "-".join([super().__str__(), *map(str, numbers), self.mask])
 
 
 def linear(format: str, m: int, n: int, k: int, dtype: str = "fp16", **more) -> Case:
@@ -152,6 +172,21 @@ STEPS = [
         ("int8-tensor", 3, 31, False),
     )
 ]
+KV_PACK = [
+    KvCase("kv_pack", format, 48, k, 0, dtype, group=group, value_group=value_group)
+    for format in ("int8", "fp8", "int4")
+    for k, value_group, group, dtype in ((7, 0, 16, "fp32"), (160, 32, 48, "bf16"), (300, 0, 16, "fp16"))
+]
+KV_ATTENTION = [
+    *(KvCase("kv_attention", format, 96, 7, 3, group=16, shared=3, first=21, recent=70, mask="bool")
+      for format in ("int8", "fp8", "int4")),
+    KvCase("kv_attention", "int8", 64, 1100, 2, batch=1, heads=1, recent=3),  # a slice more, a query at a time
+    KvCase("kv_attention", "int8", 33 * 256, 16, 2, batch=1, heads=1, shared=1, group=256, recent=300, page=2),
+    KvCase("kv_attention", "int4", 16 * 100, 16, 1, batch=1, shared=1, page=1, mask="float"),  # two launches
+    KvCase("kv_attention", "int8", 16, 48, 5, recent=0, first=16, mask="float"),
+    *(KvCase("kv_attention", format, 576, 160, 2, "bf16", group=32, value_group=32, first=1, recent=40, mask="float")
+      for format in ("int8", "fp8", "int4")),
+]  # fmt: skip
 KERNELS = {
     "linear_rows": ROWS,
     "linear_tile": TILE,
@@ -163,6 +198,8 @@ KERNELS = {
     "pack": PACK,
     "gptq_columns": GPTQ,
     "search_steps": STEPS,
+    "kv_pack": KV_PACK,
+    "kv_attention": KV_ATTENTION,
 }
 
 # What runs in every test run: of units with one format each, these formats, and everything that is encoded, since most
@@ -175,7 +212,7 @@ def quick(cases: list[Case]) -> list[Case]:
     return [
         case
         for case in cases
-        if case.op in ("encode", "gptq_columns", "search_steps", "linear_int8")
+        if case.op in ("encode", "gptq_columns", "search_steps", "linear_int8", "kv_pack", "kv_attention")
         or case.format.split("-")[0] in QUICK_FAMILIES
     ]
 
@@ -317,6 +354,9 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
         return values | matrix(source), {"w": source.numpy(), **given, **expected}
     if case.op in ("gptq_columns", "search_steps"):
         more, tensors = (gptq_columns if case.op == "gptq_columns" else search_steps)(case, rng)
+        return values | more, tensors
+    if isinstance(case, KvCase):
+        more, tensors = kv_cases.contents(case, rng)
         return values | more, tensors
     q = qtensor(case, rng)
     if case.op == "pack":

@@ -41,6 +41,8 @@ CASES = {
     r"pack\.cu": ("pack",),
     r"gptq\.cu": ("gptq_columns",),
     r"step_search\.cu": ("search_steps",),
+    r"kv_pack\.cu": ("kv_pack",),
+    r"kv_attention\..*": ("kv_attention",),
 }
 
 # What is dropped without notice, and why: the file, the text and which of those in the file.
@@ -237,6 +239,21 @@ WRONG = [
     ("step_search.cu", "cost < least ? i : best", "cost <= least ? i : best"),
     ("step_search.cu", "thread < kRows && spot.first_row + thread < args.weight.rows", "thread < kRows"),
     ("step_search.cu", "step_of(args, room.start[row], best)", "step_of(args, room.start[row], 0)"),
+    # kv_pack: ends, and whose step
+    ("kv_pack.cu", "g * count", "0 * count"),
+    ("kv_pack.cu", "c < padded", "c < count"),
+    ("kv_pack.cu", "i < job.at.bytes", "i < end"),
+    ("kv_pack.cu", "head % job.heads * strides[1]", "head * strides[1]"),
+    # kv_attention: which page, token, mask and query, and what an earlier block's sums become
+    ("kv_attention.cu", "job_.runs[run_ + 1].begin <= block", "job_.runs[run_ + 1].begin < block"),
+    ("kv_attention.cu", "t < hidden", "t <= hidden"),
+    ("kv_attention.cu", "expf(most_ - most)", "1.0f"),
+    ("kv_attention.cu", "job_.blocks_end * job_.shape.group - job_.first + token", "token"),
+    ("kv_attention.cu", "r < job_.queries", "true"),
+    ("kv_attention.cu", "chunk_ - job_.packed_chunks", "0 * chunk_"),
+    ("kv_attention.cu", "sums_[q][i] += constant_[q]", "sums_[q][i] += 0.0f"),
+    ("kv_attention.cu", "r % job_.rows * job_.mask_strides[2]", "0"),
+    ("kv_attention.hpp", "word >> 4 & 0x0f0f0f0fu", "word & 0xf0f0f0fu"),
 ]
 
 
