@@ -3,6 +3,7 @@ reference has every public name."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -101,7 +102,16 @@ def test_recipes_fit_a_model(page, text, tmp_path):
         assert [item.format for item in assigned.values()] == ["int4-g64", "int8-channel"]
         return
     source = tiny.write_llama(tmp_path / "m", layers=4)
-    assert bitfold.plan_checkpoint(source, recipe).quantized_bits_per_weight < 16
+    if (
+        recipe.keeps_outlier_layers
+    ):  # which layers a rule gets is for a text to say: each must fit all of them
+        with pytest.raises(ValueError, match="keeps layers by what they lose on a text"):
+            bitfold.plan_checkpoint(source, recipe)
+        rules = [dataclasses.replace(rule, keep_outlier_layers=None) for rule in recipe.rules]
+        plans = [bitfold.plan_checkpoint(source, recipes.Recipe("rule", "", (rule,))) for rule in rules]
+    else:
+        plans = [bitfold.plan_checkpoint(source, recipe)]
+    assert all(plan.quantized_bits_per_weight < 16 for plan in plans)
 
 
 def test_every_public_name_is_in_the_reference():
