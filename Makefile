@@ -36,7 +36,7 @@ test-cuda: setup
 	$(BIN)/python -m pytest -m "slow or not slow" tests/cuda $(ARGS)
 
 # Beside build/ and not in it, so that ccache finds the CPU's kernels of the module again: paths from there are the same.
-cuda: $(VENV)/.stamp-requirements $(CUDA_VENV)/.stamp
+cuda: setup $(CUDA_VENV)/.stamp
 	PYTHONPATH=tests $(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build-cuda "$(CUDA_ARCHS)"
 	$(BIN)/python -m pytest -q tests/cuda/test_module.py
 
