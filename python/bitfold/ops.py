@@ -167,6 +167,11 @@ def _linear_grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
     ctx.save_for_backward(*planes)
 
 
+def bias_gradient(grad: Tensor) -> Tensor:
+    """Of a product whose output has the gradient [..., n]."""
+    return grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+
+
 def _register_gradients(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
@@ -177,7 +182,7 @@ def _register_gradients(namespace: str) -> None:
         if needed[0]:
             grad_x = ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k, ctx.layout)
         if len(needed) > 5 and needed[5]:
-            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+            grad_bias = bias_gradient(grad)
         # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
         return (grad_x, [None] * len(planes), None, None, None, grad_bias, None, None)[: len(needed)]
 
@@ -203,28 +208,31 @@ def refuse_backward(name: str) -> Callable[..., None]:
 # ---- autocast: x and bias are cast as F.linear casts them, planes never are ----
 
 
-def _register_autocast(library: torch.library.Library, device_type: str, key: str) -> None:
-    ops = getattr(torch.ops, library.ns)
+def _register_autocast(library: torch.library.Library, name: str, device_type: str, key: str) -> None:
+    op = getattr(getattr(torch.ops, library.ns), name)
 
     def cast(tensor: Tensor) -> Tensor:
         eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
 
-    def linear(
-        x: Tensor,
-        planes: list[Tensor],
-        format: str,
-        n: int,
-        k: int,
-        bias: Tensor | None = None,
-        layout: str = "rows",
-        activations: str = "float",
+    def product(
+        x: Tensor, planes: list[Tensor], format: str, n: int, k: int, bias: Tensor | None = None, *rest: Any
     ) -> Tensor:
         with torch.autocast(device_type, enabled=False):
-            offset = None if bias is None else cast(bias)
-            return ops.linear(cast(x), planes, format, n, k, offset, layout, activations)
+            return op(cast(x), planes, format, n, k, None if bias is None else cast(bias), *rest)
 
-    library.impl("linear", linear, key)
+    library.impl(name, product, key)
+
+
+_libraries: list[torch.library.Library] = []  # what they registered goes with them
+
+
+def register_autocast(namespace: str, name: str) -> None:
+    """For an op of `namespace` that multiplies: its arguments begin as those of linear do."""
+    library = torch.library.Library(namespace, "IMPL")
+    _register_autocast(library, name, "cpu", "AutocastCPU")
+    _register_autocast(library, name, "cuda", "AutocastCUDA")
+    _libraries.append(library)
 
 
 # ---- all of it, for torch.ops.bitfold and for the tests' torch.ops.bitfold_emulated ----
@@ -242,7 +250,6 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "gptq_factor": _gptq_factor_shape,
     "gptq_columns": _gptq_columns_shape,
 }
-_libraries: list[torch.library.Library] = []  # what they registered goes with them
 
 
 def register(namespace: str) -> None:
@@ -250,10 +257,7 @@ def register(namespace: str) -> None:
     for name, shape in _SHAPES.items():
         torch.library.register_fake(f"{namespace}::{name}", shape)
     _register_gradients(namespace)
-    library = torch.library.Library(namespace, "IMPL")
-    _register_autocast(library, "cpu", "AutocastCPU")
-    _register_autocast(library, "cuda", "AutocastCUDA")
-    _libraries.append(library)
+    register_autocast(namespace, "linear")
 
 
 register("bitfold")
@@ -274,15 +278,29 @@ def linear(
     layout: str,
     activations: str = "float",
 ) -> Tensor:
-    """torch.ops.bitfold.linear, past its autograd kernel where no gradient is wanted.
+    """torch.ops.bitfold.linear, past its autograd kernel where no gradient is wanted."""
+    return past_autograd(_linear, x, planes, format, n, k, bias, layout, activations)
+
+
+def past_autograd(
+    op: Callable[..., Tensor],
+    x: Tensor,
+    planes: list[Tensor],
+    format: str,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    """An op that multiplies, past its autograd kernel where no gradient is wanted.
 
     That kernel is Python and costs some 5 us a call, as much as the op itself. Inference mode is past it
     already, and the guard costs 1 us.
     """
     # In this order: torch.compile can't trace the question for inference mode.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return _linear(x, planes, format, n, k, bias, layout, activations)
+        return op(x, planes, format, n, k, bias, *rest)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _linear(x, planes, format, n, k, bias, layout, activations)
+        return op(x, planes, format, n, k, bias, *rest)
     with torch._C._AutoDispatchBelowAutograd():
-        return _linear(x, planes, format, n, k, bias, layout, activations)
+        return op(x, planes, format, n, k, bias, *rest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitfold.activations import Activations
-from bitfold.ops import check_device
+from bitfold.ops import bias_gradient, check_device, past_autograd, register_autocast
 
 
 def _shape(
@@ -54,7 +54,7 @@ def _register_gradient(namespace: str) -> None:
                 exact = ops.linear_grad_x(grad, [copy], cast, ctx.n, copy.shape[1])
                 grad_x = grad_x.index_copy(-1, columns.long(), exact)
         if len(needed) > 5 and needed[5]:
-            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+            grad_bias = bias_gradient(grad)
         none = [None] * 5
         # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
         return (grad_x, [None] * len(planes), None, None, None, grad_bias, *none)[: len(needed)]
@@ -62,33 +62,11 @@ def _register_gradient(namespace: str) -> None:
     torch.library.register_autograd(f"{namespace}::linear_int8", backward, setup_context=_context)
 
 
-def _register_autocast(library: torch.library.Library, device_type: str, key: str) -> None:
-    op = getattr(torch.ops, library.ns).linear_int8
-
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
-
-    def linear_int8(
-        x: Tensor, planes: list[Tensor], format: str, n: int, k: int, bias: Tensor | None = None, *rest: Any
-    ) -> Tensor:
-        with torch.autocast(device_type, enabled=False):
-            return op(cast(x), planes, format, n, k, None if bias is None else cast(bias), *rest)
-
-    library.impl("linear_int8", linear_int8, key)
-
-
-_libraries: list[torch.library.Library] = []  # what they registered goes with them
-
-
 def register(namespace: str) -> None:
     """Registers the above for the ops of `namespace`, whose schemas are those of bitfold's."""
     torch.library.register_fake(f"{namespace}::linear_int8", _shape)
     _register_gradient(namespace)
-    library = torch.library.Library(namespace, "IMPL")
-    _register_autocast(library, "cpu", "AutocastCPU")
-    _register_autocast(library, "cuda", "AutocastCUDA")
-    _libraries.append(library)
+    register_autocast(namespace, "linear_int8")
 
 
 register("bitfold")
@@ -112,8 +90,9 @@ def linear_int8(
     outlier_weight: Tensor | None = None,
 ) -> Tensor:
     """torch.ops.bitfold.linear_int8 with what the activations say, past its autograd kernel where no gradient is wanted
-    (see ops.linear). Of x_scale and the copy of columns those are used that the activations ask for."""
-    arguments = (
+    (see ops.past_autograd). Of x_scale and the copy of columns those are used that the activations ask for."""
+    return past_autograd(
+        _linear_int8,
         x,
         planes,
         format,
@@ -126,9 +105,3 @@ def linear_int8(
         outlier_columns if activations.exact_outliers else None,
         outlier_weight if activations.exact_outliers else None,
     )
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return _linear_int8(*arguments)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _linear_int8(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _linear_int8(*arguments)
