@@ -6,6 +6,7 @@
 #include "cuda/encode.hpp"
 #include "cuda/format_switch.hpp"
 #include "cuda/lane.hpp"
+#include "cuda/ranges.hpp"
 #include "formats/codec.hpp"
 #include "search/codes.inl"
 #include "search/misfit.hpp"
@@ -42,16 +43,6 @@ struct PlanesArgs {
 };
 
 // ---- grids ----
-
-BITFOLD_DEVICE GroupRange over_warp(GroupRange range) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const float low = ptx::shuffle_xor(range.low, mask), high = ptx::shuffle_xor(range.high, mask);
-    range.low = low < range.low ? low : range.low;
-    range.high = high > range.high ? high : range.high;
-  }
-  range.finite = ptx::all(range.finite);
-  return range;
-}
 
 // Of `count` columns of row r from `first` on; a warp's work.
 BITFOLD_DEVICE GroupRange range_of(const PlanesArgs& a, int64_t r, int64_t first, int64_t count) {

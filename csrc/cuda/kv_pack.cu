@@ -6,6 +6,7 @@
 // come from the caches.
 #include "cuda/kv.hpp"
 #include "cuda/matrix.hpp"
+#include "cuda/ranges.hpp"
 
 namespace bitfold::cuda {
 namespace {
@@ -98,16 +99,6 @@ BITFOLD_DEVICE void pack_keys(const Job& job, int64_t from, uint8_t* block) {
   }
 }
 
-BITFOLD_DEVICE Range range_of_warp(Range range) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const float low = ptx::shuffle_xor(range.low, mask), high = ptx::shuffle_xor(range.high, mask);
-    range.low = low < range.low ? low : range.low;
-    range.high = high > range.high ? high : range.high;
-  }
-  range.finite = ptx::all(range.finite);
-  return range;
-}
-
 BITFOLD_DEVICE void pack_values(const Job& job, int64_t from, uint8_t* block) {
   const int64_t count = job.shape.value_group, padded = job.value_groups == 1 ? job.value_row : count;
   for (int64_t i = ptx::warp_id(); i < job.shape.group * job.value_groups; i += kWarps) {
@@ -126,7 +117,7 @@ BITFOLD_DEVICE void pack_values(const Job& job, int64_t from, uint8_t* block) {
         if (j < present) range.widen(x[j]);
       }
     }
-    const Step step = step_of(job, range_of_warp(range));
+    const Step step = step_of(job, over_warp(range));
     uint8_t* to = block + job.at.value_codes + (t * job.value_row + first) * job.bits / 8;
     for (int64_t c = ptx::lane_id() * kPiece; c < padded; c += kWarp * kPiece) {
       const int present = read(c, x);
