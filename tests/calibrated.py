@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny
@@ -18,6 +19,7 @@ from bitfold.calibration.blocks import BlockModel
 from bitfold.calibration.collect import BlockRun
 from bitfold.calibration.workers import Workers
 from bitfold.recipes import Recipe
+from tiny_architectures import relative_difference
 
 OPTIONS = {"samples": 6, "sequence_length": 32}
 RECIPE = "gptq-int4-g32"
@@ -77,6 +79,26 @@ def block_run(path: Path, recipe: Recipe, ids: torch.Tensor, workers: Workers) -
 def outputs(run: BlockRun) -> torch.Tensor:
     """What the block makes of all samples."""
     return torch.stack([run.compute(lambda s=s: run._run(s)) for s in range(run.samples)])
+
+
+def prepared(
+    path: Path, recipe: Recipe, ids: torch.Tensor, prepare: Callable[[BlockRun, list[str]], None]
+) -> tuple[BlockRun, list[str], set[str]]:
+    """A block that was changed before it is quantized, its layers, and the names of the tensors that changed, after a
+    check that it computes what it did."""
+    with Workers() as workers:
+        run, layers = block_run(path, recipe, ids, workers)
+        expected = outputs(run)
+        before = {key: value.clone() for key, value in run.module.state_dict().items()}
+        prepare(run, layers)
+        run.settle(run.stored)
+        found = outputs(run)
+    assert relative_difference(found.double(), expected.double()) < 1e-5
+    return (
+        run,
+        layers,
+        {key for key, value in run.module.state_dict().items() if not torch.equal(value, before[key])},
+    )
 
 
 KILLED = """

@@ -14,42 +14,26 @@ import torch
 from bitfold import hf, quantize_calibrated
 from bitfold.calibration import data, scaling
 from bitfold.calibration import run as runs
-from bitfold.calibration.workers import Workers
 from bitfold.evaluate import compare_all, cut, kl_gap
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.recipes import Recipe, Rule
-from calibrated import OPTIONS, block_run, contents, outputs
+from calibrated import OPTIONS, contents, prepared
 from tiny import one_thread  # noqa: F401
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 IDS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
-CASES = [
-    (name, kept)
-    for name in tiny_architectures.MODELS
-    for kept in ("", "*.o_proj", "*.down_proj", "*.qkv_proj" if name.startswith("phi3") else "*.v_proj")
-]
-
-
-@pytest.mark.parametrize(("name", "kept"), CASES)
+@pytest.mark.parametrize(("name", "kept"), tiny_architectures.KEPT)
 def test_a_scaled_block_computes_what_it_did(name, kept, tmp_path):
     """Of a bfloat16 checkpoint, as it will be stored: with norms, biases and kept layers in bfloat16."""
     tiny_architectures.model(name, torch.bfloat16).save_pretrained(tmp_path)
     keep = (Rule(kept, "keep"),) if kept else ()
     recipe = Recipe("awq", "", (*keep, Rule("*", "int3-g16", "awq", AwqOptions(then="gptq"))))
-    with Workers() as workers:
-        run, layers = block_run(tmp_path, recipe, IDS, workers)
-        expected = outputs(run)
-        before = {key: value.clone() for key, value in run.module.state_dict().items()}
-        scaling.prepare(run, layers)
-        run.settle(run.stored)
-        found = outputs(run)
+    run, layers, changed = prepared(tmp_path, recipe, IDS, scaling.prepare)
     assert set(run.notes) == set(layers)
     assert max(note.alpha for note in run.notes.values()) > 0
-    changed = [key for key, value in run.module.state_dict().items() if not torch.equal(value, before[key])]
     assert len(changed) > len(layers) / 2
-    assert tiny_architectures.relative_difference(found.double(), expected.double()) < 1e-5
 
 
 @pytest.mark.parametrize("name", [*tiny_architectures.MODELS])

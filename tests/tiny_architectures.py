@@ -33,6 +33,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3-grouped": {"model_type": "phi3", "num_key_value_heads": 1},
 }
 """By a name for the test: what differs from the sizes above. The name is the model_type unless that is given."""
+KEPT = [
+    (name, kept)
+    for name in MODELS
+    for kept in ("", "*.o_proj", "*.down_proj", "*.qkv_proj" if name.startswith("phi3") else "*.v_proj")
+]
+"""Each with all of a block quantized, and with some of its layers kept."""
 
 
 def model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
