@@ -279,16 +279,21 @@ print(type(model.model.layers[0].mlp.up_proj).__name__, "bitfold" in sys.modules
 IMPORTS = """
 import sys, importlib.util
 import bitfold
-waiting = lambda: [finder for finder in sys.meta_path if type(finder).__module__.startswith("bitfold.")]
-assert "transformers" not in sys.modules and waiting()
+def waiting():
+    return {finder.name for finder in sys.meta_path if type(finder).__module__.startswith("bitfold.")}
+TABLES, ATTENTION = "transformers.quantizers.auto", "transformers.modeling_utils"
+assert "transformers" not in sys.modules and waiting() == {TABLES, ATTENTION}
 assert importlib.util.find_spec("transformers.quantizers") is not None
-assert waiting(), "looking alone spent it"
+assert waiting() == {TABLES, ATTENTION}, "looking alone spent it"
 import transformers.quantizers.auto as auto
-assert not waiting()
+assert waiting() == {ATTENTION}
 assert type(auto.__loader__).__module__ == "_frozen_importlib_external", type(auto.__loader__)
 assert auto.__spec__.loader is auto.__loader__
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitfold"] is bitfold.Config
 assert auto.AUTO_QUANTIZER_MAPPING["bitfold"].__module__.startswith("bitfold.")
+import transformers.modeling_utils as modeling
+assert not waiting()
+assert "bitfold" in modeling.ALL_ATTENTION_FUNCTIONS
 """
 MEASURED = """
 import threading, time, torch
