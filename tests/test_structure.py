@@ -40,6 +40,8 @@ MODULES = [
     "nn",
     "experts",
     "bounds",
+    "rules",
+    "presets",
     "recipes",
     "quantize",
     "dequantize",
@@ -48,6 +50,7 @@ MODULES = [
     "versions",
     "hf",
     "writer",
+    "section",
     "checkpoint",
 ]
 MODULES += [

@@ -31,8 +31,9 @@ from bitfold.activations import read as read_activations
 from bitfold.kv import blocks as kv
 from bitfold.kv import store
 from bitfold.layout import Source, Step
+from bitfold.presets import ATTENTION
 from bitfold.qtensor import plan_linear
-from bitfold.recipes import ATTENTION, Assignment, ModuleInfo, Recipe
+from bitfold.rules import Assignment, ModuleInfo, Recipe, assign
 
 CLASSES = ("embeddings", "attention", "MLP", "experts", "other", "head", "rest")
 """Classes of tensors. "other" are linear layers elsewhere and routers, "rest" norms, biases and what else is kept."""
@@ -179,7 +180,7 @@ def longest_context(source: Source) -> int | None:
 
 def budget(source: Source, recipe: Recipe, run: Run) -> Budget:
     """What one recipe costs. Raises ValueError where the recipe doesn't fit the model, with the reason."""
-    return _budget(source, recipe.name, recipes.assign(recipe, source.infos), run)
+    return _budget(source, recipe.name, assign(recipe, source.infos), run)
 
 
 def unquantized(source: Source, run: Run) -> Budget:

@@ -1,40 +1,23 @@
 """Saving and loading quantized models.
 
-A checkpoint is a model directory as Hugging Face lays it out: safetensors files, config.json, tokenizer
-files. A quantized module's planes are stored under its name ("model.layers.0.mlp.up_proj.codes"), everything
-else as it was. config.json has the section
-
-    "quantization_config": {
-        "quant_method": "bitfold", "format_version": 1, "bitfold_version": "...", "load_with": "...",
-        "recipe": "int4-g128",
-        "modules": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "int4-g128", "shape": [n, k],
-                                                   "layout": "rows"}, ...},
-        "tied": {"lm_head.weight": "model.embed_tokens.weight"}}
-
-where a stack of experts has the kind "experts" and the shape [experts, n, k], and planes whose first dimension are the
-experts, an embedding also names its output "dtype", and `tied` maps the name of a tensor that is not stored to the one
-that it is. A layer that does something with its input says so ("activations": "llm-int8-exact"; without that word it is
-"float"), and where it has a 16-bit copy of columns, of how many and in which dtype ("outliers": 12, "outlier_dtype":
-"bfloat16").
+A checkpoint is a model directory as Hugging Face lays it out: safetensors files, config.json, tokenizer files. A
+quantized module's planes are stored under its name ("model.layers.0.mlp.up_proj.codes"), everything else as it was.
+What config.json says of them is in section.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitfold import _C, activations, hf
-from bitfold.activations import FLOAT, Activations
+from bitfold import hf
 from bitfold.experts import QuantStack, put_stack
-from bitfold.formats import parse, plane_shapes
 from bitfold.nn import (
-    OUTLIER_DTYPES,
     PlaneModule,
     QuantEmbedding,
     QuantLinear,
@@ -42,206 +25,17 @@ from bitfold.nn import (
     announce,
     embedding_scale,
 )
+from bitfold.section import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.shards import (
     CONFIG_FILE,
     CheckpointError,
     StoredTensor,
     TensorSpec,
+    listed,
     read_directory,
     read_tensors,
 )
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
-
-FORMAT_VERSION = 1
-QUANT_METHOD = "bitfold"
-# For whoever opens config.json because transformers said that it skips a quantization it doesn't know.
-LOAD_WITH = (
-    "bitfold.load(path), or transformers' from_pretrained(path) behind `import bitfold`; pip install bitfold"
-)
-_KINDS = {"linear": 2, "embedding": 2, "experts": 3}  # of modules, and how many sizes their shapes have
-
-
-@dataclass(frozen=True)
-class ModuleEntry:
-    """What config.json says of one quantized module.
-
-    kind: "linear", "embedding" or "experts"; format: canonical; shape: (n, k), of experts (experts, n, k); dtype: of
-    an embedding's output, else None; g_idx: whether the weight has one; activations: of a linear layer or of experts;
-    x_scale: whether a linear layer has one (static ones always do); outliers, outlier_dtype: the columns of which it
-    has a copy, and its dtype.
-    """
-
-    kind: str
-    format: str
-    shape: tuple[int, ...]
-    layout: str = "rows"
-    dtype: torch.dtype | None = None
-    g_idx: bool = False
-    activations: Activations = FLOAT
-    outliers: int = 0
-    outlier_dtype: torch.dtype | None = None
-    x_scale: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "x_scale", self.x_scale or self.activations.is_static)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the weight, or of each expert's."""
-        return self.shape[-2], self.shape[-1]
-
-    def weight_of(self, name: str) -> str:
-        """What the weight is called where it isn't quantized; name: of the module."""
-        return name if self.kind == "experts" else f"{name}.weight"
-
-    def to_json(self) -> dict[str, object]:
-        fields: dict[str, object] = {
-            "kind": self.kind,
-            "format": self.format,
-            "shape": list(self.shape),
-            "layout": self.layout,
-        }
-        if self.dtype is not None:
-            fields["dtype"] = str(self.dtype).removeprefix("torch.")
-        if self.g_idx:
-            fields["g_idx"] = True
-        if not self.activations.is_float:
-            fields["activations"] = str(self.activations)
-        if self.x_scale and not self.activations.is_static:
-            fields["x_scale"] = True
-        if self.outliers:
-            fields["outliers"] = self.outliers
-            fields["outlier_dtype"] = str(self.outlier_dtype).removeprefix("torch.")
-        return fields
-
-    def parts(self) -> dict[str, TensorSpec]:
-        """What the weight is stored as, by names within the module: its planes, and g_idx and what the activations take
-        where it has them."""
-        (n, k), experts = self.matrix, self.shape[:-2]
-        shapes = plane_shapes(self.format, n, k, self.layout)
-        found = {
-            law.name: TensorSpec(law.name, law.dtype, (*experts, *shapes[law.name]))
-            for law in parse(self.format).planes
-        }
-        if self.g_idx:
-            found["g_idx"] = TensorSpec("g_idx", torch.int32, (k,))
-        if self.x_scale:
-            found["x_scale"] = TensorSpec("x_scale", torch.float32, ())
-        if self.outliers and self.outlier_dtype is not None:
-            found["outlier_columns"] = TensorSpec("outlier_columns", torch.int32, (self.outliers,))
-            found["outlier_weight"] = TensorSpec("outlier_weight", self.outlier_dtype, (n, self.outliers))
-        return found
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """The section quantization_config of config.json."""
-
-    recipe: str
-    modules: Mapping[str, ModuleEntry]
-    tied: Mapping[str, str]
-    version: str = _C.__version__
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What the model computes in, where a quantized embedding tells it; else None."""
-        return next((entry.dtype for entry in self.modules.values() if entry.dtype is not None), None)
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "bitfold_version": self.version,
-            "load_with": LOAD_WITH,
-            "recipe": self.recipe,
-            "modules": {name: entry.to_json() for name, entry in self.modules.items()},
-            "tied": dict(self.tied),
-        }
-
-
-def read_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConfig:
-    """The checked quantization_config of a checkpoint's config.json.
-
-    Raises CheckpointError where the model is not quantized, was quantized by another library or by a newer
-    bitfold, or where the section is malformed.
-    """
-    section = config.get("quantization_config")
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{path} is not quantized: its {CONFIG_FILE} has no quantization_config")
-    return parse_quantization(str(path), section)
-
-
-def parse_quantization(origin: str, section: Mapping[str, Any]) -> QuantizationConfig:
-    """A section quantization_config, checked; origin: what has it, for messages. Raises as `read_quantization`."""
-    if section.get("quant_method") != QUANT_METHOD:
-        method = section.get("quant_method")
-        raise CheckpointError(f"{origin} was quantized by '{method}', which bitfold doesn't read")
-    version = section.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{origin} has the format_version {version!r}, which must be a number")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{origin} has checkpoint version {version} (bitfold {section.get('bitfold_version')}), and this "
-            f"bitfold, {_C.__version__}, reads up to version {FORMAT_VERSION}: install a newer one"
-        )
-    try:
-        modules = {name: _read_entry(fields) for name, fields in section["modules"].items()}
-        tied = {str(alias): str(owner) for alias, owner in section.get("tied", {}).items()}
-        return QuantizationConfig(
-            str(section.get("recipe")), modules, tied, str(section.get("bitfold_version"))
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{origin} has a malformed quantization_config: {error}") from None
-
-
-def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
-    kind = fields["kind"]
-    if kind not in _KINDS:
-        raise ValueError(f"the kind '{kind}' must be {', '.join(list(_KINDS)[:-1])} or {list(_KINDS)[-1]}")
-    shape = tuple(int(size) for size in fields["shape"])
-    if len(shape) != _KINDS[kind]:
-        raise ValueError(f"the shape {list(shape)} of a {kind} must have {_KINDS[kind]} sizes")
-    dtype = getattr(torch, fields["dtype"]) if "dtype" in fields else None
-    g_idx = fields.get("g_idx", False)
-    if not isinstance(g_idx, bool):
-        raise ValueError(f"g_idx is {g_idx!r}; it must be true or false")
-    if g_idx and kind == "experts":
-        raise ValueError("experts have a g_idx; they must have none")
-    entry = ModuleEntry(
-        kind,
-        parse(fields["format"]).canonical,
-        shape,
-        fields["layout"],
-        dtype,
-        g_idx,
-        activations.read(fields.get("activations", "float")),
-        fields.get("outliers", 0),
-        getattr(torch, fields["outlier_dtype"]) if "outlier_dtype" in fields else None,
-        fields.get("x_scale", False) is True,
-    )
-    _check_activations(entry)
-    return entry
-
-
-def _check_activations(entry: ModuleEntry) -> None:
-    entry.activations.check(entry.format)
-    multiplies = entry.kind != "embedding" or entry.activations.is_float
-    if not multiplies or (entry.kind == "experts" and entry.activations.needs_calibration):
-        raise ValueError(
-            f"a module of the kind '{entry.kind}' can't have the activations '{entry.activations}'"
-        )
-    outliers = entry.outliers
-    if not isinstance(outliers, int) or isinstance(outliers, bool) or not 0 <= outliers <= entry.shape[-1]:
-        raise ValueError(f"outliers is {outliers!r}; it must be a number of columns of {list(entry.shape)}")
-    if entry.x_scale and entry.kind != "linear":
-        raise ValueError(f"a module of the kind '{entry.kind}' has an x_scale, which is for linear layers")
-    if outliers and (entry.kind != "linear" or entry.outlier_dtype not in OUTLIER_DTYPES):
-        raise ValueError(
-            f"outlier_dtype of a module of the kind '{entry.kind}' is {entry.outlier_dtype}; outliers are for linear "
-            "layers, in float16 or bfloat16"
-        )
-    if entry.activations.exact_outliers and not outliers:
-        raise ValueError(f"the activations '{entry.activations}' take outliers, but there are none")
 
 
 def save(
@@ -582,9 +376,3 @@ def check_shapes(path: Path, stored: Mapping[str, StoredTensor], wanted: Mapping
                 f"{tensor.path}: tensor '{name}' has shape {list(tensor.shape)}, but {CONFIG_FILE} makes it "
                 f"{list(wanted[name].shape)}"
             )
-
-
-def listed(names: list[str]) -> str:
-    """'1 tensor ('a')', '3 tensors ('a', 'b', ...)'."""
-    shown = ", ".join(f"'{name}'" for name in names[:2]) + (", ..." if len(names) > 2 else "")
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

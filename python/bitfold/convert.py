@@ -17,10 +17,10 @@ import torch
 
 from bitfold import hf
 from bitfold.check.examine import refuse_faults
-from bitfold.checkpoint import read_quantization
 from bitfold.foreign.owners import OWNERS, read_owner
 from bitfold.foreign.targets import TARGETS
 from bitfold.formats import parse
+from bitfold.section import read_quantization
 from bitfold.shards import CheckpointError
 from bitfold.writer import CONVERSION_FILE, is_bitfold_checkpoint
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import hf
-from bitfold.checkpoint import ModuleEntry, check_shapes, listed
+from bitfold.checkpoint import check_shapes
 from bitfold.experts import DOWN, GATE_UP, expert_name
 from bitfold.quantize import describe
-from bitfold.recipes import Assignment, ModuleInfo
+from bitfold.rules import Assignment, ModuleInfo
+from bitfold.section import ModuleEntry
 from bitfold.shards import (
     DTYPES,
     INDEX_FILE,
@@ -30,6 +31,7 @@ from bitfold.shards import (
     CheckpointError,
     StoredTensor,
     TensorSpec,
+    listed,
     read_directory,
     read_tensors,
 )

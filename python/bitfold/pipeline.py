@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bitfold import layout, recipes
-from bitfold.checkpoint import ModuleEntry, QuantizationConfig
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
 from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, refuse_calibration, summarize
-from bitfold.recipes import Assignment, Recipe
+from bitfold.rules import Assignment, Recipe, assign
+from bitfold.section import ModuleEntry, QuantizationConfig
 from bitfold.shards import CheckpointError, StoredTensor
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
@@ -89,7 +89,7 @@ def quantize_checkpoint(
     if source.resolve().is_relative_to(target):
         raise CheckpointError(f"{target} is or contains the model to quantize; choose another output")
     model = layout.read_source(source)
-    assignments = recipes.assign(recipe, model.infos)
+    assignments = assign(recipe, model.infos)
     steps = layout.steps(model, assignments)
     specs = [spec for step in steps for spec in step.specs()]
     bytes_before = sum(step.source_bytes for step in steps)

@@ -17,7 +17,8 @@ from bitfold.experts import QuantStack
 from bitfold.formats import parse
 from bitfold.nn import QuantEmbedding, QuantLinear, announce, put_module
 from bitfold.qtensor import QTensor, column_order, embedding, encode
-from bitfold.recipes import ModuleInfo, Recipe, assign, get
+from bitfold.recipes import get
+from bitfold.rules import ModuleInfo, Recipe, assign
 
 # An untied output head of a model that has no get_output_embeddings() is recognised by these names.
 HEAD_NAMES = ("lm_head", "output", "embed_out")

@@ -48,6 +48,12 @@ class CheckpointError(ValueError):
     """A model directory, or a file of one, is not what it must be. The message is one sentence."""
 
 
+def listed(names: list[str]) -> str:
+    """'1 tensor ('a')', '3 tensors ('a', 'b', ...)'."""
+    shown = ", ".join(f"'{name}'" for name in names[:2]) + (", ..." if len(names) > 2 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor to be written: its name, dtype and shape."""

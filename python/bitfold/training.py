@@ -30,13 +30,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bitfold import hf, layout, recipes, versions
+from bitfold import hf, layout, versions
 from bitfold.experts import QuantStack, put_stack
 from bitfold.formats import ceil_div
 from bitfold.layout import Source
 from bitfold.nn import QuantEmbedding, QuantLinear, put_module
 from bitfold.quantize import refuse_calibration
-from bitfold.recipes import Assignment, ModuleInfo, Recipe
+from bitfold.rules import Assignment, ModuleInfo, Recipe, assign
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS = ("adamw", "adamw-8bit")
@@ -91,7 +91,7 @@ def plan_training(source: Source, recipe: Recipe, training: Training) -> Trainin
     """
     refuse_calibration(recipe)
     versions.PEFT.require("a plan of training")
-    assignments = recipes.assign(recipe, source.infos)
+    assignments = assign(recipe, source.infos)
     steps = layout.steps(source, assignments, compare_tied=False)
     linears = {
         step.module

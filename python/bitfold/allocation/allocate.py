@@ -24,7 +24,7 @@ from bitfold.kv.blocks import DEFAULT_GROUP, FORMATS
 from bitfold.kv.store import PAGE
 from bitfold.layout import Source
 from bitfold.pipeline import Origin
-from bitfold.recipes import KEEP, Recipe
+from bitfold.rules import KEEP, Recipe
 from bitfold.sensitivity import ground as grounds
 from bitfold.sensitivity import result
 from bitfold.sensitivity.candidates import parts_of, read

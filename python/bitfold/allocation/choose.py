@@ -14,7 +14,7 @@ from bitfold import layout
 from bitfold.allocation.solver import Option, solve
 from bitfold.evaluate import Estimate, ratio
 from bitfold.layout import Source
-from bitfold.recipes import KEEP, METHODS, Assignment
+from bitfold.rules import KEEP, METHODS, Assignment
 from bitfold.sensitivity.candidates import read
 from bitfold.sensitivity.result import CacheEntry, Entry, Sensitivity
 

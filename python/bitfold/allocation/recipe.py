@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 
-from bitfold.recipes import KEEP, ModuleInfo, Recipe, Rule, assign
+from bitfold.rules import KEEP, ModuleInfo, Recipe, Rule, assign
 from bitfold.sensitivity.candidates import Candidate
 
 

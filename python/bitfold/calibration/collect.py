@@ -21,7 +21,7 @@ from bitfold.experts import QuantStack, stack_name
 from bitfold.nn import QuantLinear
 from bitfold.pipeline import give_back_memory
 from bitfold.qtensor import QTensor
-from bitfold.recipes import Rule
+from bitfold.rules import Rule
 
 T = TypeVar("T")
 _STRIP = 256  # rows of a Hessian that are one piece of work

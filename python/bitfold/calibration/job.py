@@ -13,7 +13,7 @@ from bitfold.calibration import data
 from bitfold.calibration.blocks import BlockModel
 from bitfold.calibration.workers import Workers
 from bitfold.layout import Source, Step
-from bitfold.recipes import Assignment, Recipe
+from bitfold.rules import Assignment, Recipe
 
 _PIECE = 1 << 24  # bytes of a file that are hashed at a time
 

@@ -8,7 +8,7 @@ For each block the loop loads its weights, makes a BlockRun of it (collect.py: w
     round(run, name)        for each layer, group by group in the order in which they run, each after the groups
                             before it have been replaced by what was made of them
 
-A method is a row of METHODS; its options are in `run.rules[name].options`, their type in bitfold.recipes.METHODS.
+A method is a row of METHODS; its options are in `run.rules[name].options`, their type in bitfold.rules.METHODS.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from bitfold.quantize import (
     QuantizationSummary,
     summarize,
 )
-from bitfold.recipes import Assignment, Recipe, Rule
+from bitfold.rules import Assignment, Recipe, Rule, assign
 from bitfold.shards import CheckpointError, StoredTensor, read_tensors
 from bitfold.writer import SHARD_BYTES, check_target, remove_abandoned
 
@@ -122,7 +122,7 @@ def quantize_calibrated(
     if source.resolve().is_relative_to(target):
         raise CheckpointError(f"{target} is or contains the model to quantize; choose another output")
     model = layout.read_source(source)
-    assignments = recipes.assign(recipe, model.infos)
+    assignments = assign(recipe, model.infos)
     steps = layout.steps(model, assignments)
     blocks = BlockModel(model, steps, dtype, torch.device(device))
     _refuse_outside(recipe, assignments, steps, blocks.names)

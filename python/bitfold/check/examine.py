@@ -16,7 +16,7 @@ from bitfold.check.files import read_files, read_one
 from bitfold.check.foreign import examine_foreign
 from bitfold.check.own import examine_own
 from bitfold.check.problem import Progress, Report
-from bitfold.checkpoint import ModuleEntry
+from bitfold.section import ModuleEntry
 from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, read_json
 from bitfold.versions import MissingExtraError
 from bitfold.writer import is_bitfold_checkpoint

@@ -12,10 +12,10 @@ from bitfold.check import sample, values, zeros
 from bitfold.check.files import read_one
 from bitfold.check.problem import Progress, Report
 from bitfold.check.told import listed_modules, tell
-from bitfold.checkpoint import ModuleEntry, listed
 from bitfold.foreign.owners import OWNERS, Owner, read_owner
 from bitfold.foreign.scheme import Config
-from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor
+from bitfold.section import ModuleEntry
+from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, listed
 
 _TELLING = {part: owner for owner in OWNERS.values() for part in owner.parts if part != "weight"}
 MOST_WEIGHTS = 1 << 40  # of one matrix; more is a shape that overflowed

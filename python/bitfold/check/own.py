@@ -13,11 +13,11 @@ from bitfold.check import sample, values, zeros
 from bitfold.check.files import read_one
 from bitfold.check.problem import Progress, Report
 from bitfold.check.told import tell
-from bitfold.checkpoint import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.experts import expert_name
 from bitfold.formats import parse
 from bitfold.nn import KEPT_PARTS, check_kept
 from bitfold.qtensor import QTensor
+from bitfold.section import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.shards import CONFIG_FILE, DTYPES, CheckpointError, StoredTensor
 
 

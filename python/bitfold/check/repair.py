@@ -18,10 +18,10 @@ from bitfold.check.examine import examine
 from bitfold.check.files import read_files, read_one
 from bitfold.check.problem import Problem, Progress, Report
 from bitfold.check.zeros import Finding
-from bitfold.checkpoint import read_quantization
 from bitfold.foreign import words
 from bitfold.foreign.owners import QUANTIZE_CONFIG_FILE, read_owner
 from bitfold.qtensor import QTensor, pack
+from bitfold.section import read_quantization
 from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, TensorSpec, read_json
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, files_to_copy
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitfold import hf
-from bitfold.checkpoint import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.cli.console import Json, natural, out, print_json, size, table
 from bitfold.experts import stack_name
 from bitfold.foreign.directory import read_foreign
@@ -19,6 +18,7 @@ from bitfold.foreign.owners import read_owner
 from bitfold.gguf import mixes
 from bitfold.gguf.magic import is_gguf
 from bitfold.pipeline import REPORT_FILE
+from bitfold.section import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, read_directory, read_header, read_json
 from bitfold.writer import is_bitfold_checkpoint
 

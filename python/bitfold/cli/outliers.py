@@ -31,7 +31,7 @@ from bitfold.outliers.columns import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Inp
 from bitfold.outliers.keep import Resolved, resolve
 from bitfold.outliers.measure import LAYER_SHARE, TOKEN_SHARE, Outliers, measure
 from bitfold.outliers.ways import WAYS
-from bitfold.recipes import Recipe
+from bitfold.rules import Recipe
 from bitfold.sensitivity.ground import CONTEXT, TOKENS
 from bitfold.text import joined, natural
 

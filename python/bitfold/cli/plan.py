@@ -29,7 +29,8 @@ from bitfold.gguf.budget import gguf_budget
 from bitfold.gguf.mixes import Mix
 from bitfold.kv.blocks import FORMATS as QUANTIZED
 from bitfold.layout import Source
-from bitfold.recipes import RECIPES, Recipe
+from bitfold.presets import RECIPES
+from bitfold.rules import Recipe
 from bitfold.text import size
 from bitfold.training import ADAPTER_DTYPES, CONTEXT, OPTIMIZERS, Training
 

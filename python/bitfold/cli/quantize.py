@@ -36,8 +36,9 @@ from bitfold.experts import stack_name
 from bitfold.gguf import mixes
 from bitfold.outliers.keep import Resolved
 from bitfold.pipeline import Origin, quantize_checkpoint, report
+from bitfold.presets import RECIPES
 from bitfold.quantize import CalibrationSummary, ModuleSummary, QuantizationSummary
-from bitfold.recipes import RECIPES, Recipe
+from bitfold.rules import Recipe
 from bitfold.sensitivity.ground import CONTEXT, TOKENS, Texts, calibration_of
 from bitfold.text import natural, size
 from bitfold.writer import SHARD_BYTES, check_target

@@ -8,7 +8,7 @@ from bitfold.cli.console import Json, out, paragraph, print_json, table
 from bitfold.explain.gguf import exceptions
 from bitfold.figures import demo_figures
 from bitfold.gguf import example, mixes
-from bitfold.recipes import RECIPES
+from bitfold.presets import RECIPES
 
 
 def recipes(json: Json = False) -> None:

@@ -11,7 +11,8 @@ from bitfold.figures import demo_figures
 from bitfold.formats import FORMATS, Format, parse, stored_bytes
 from bitfold.gguf import example, mixes
 from bitfold.gguf.mixes import Mix
-from bitfold.recipes import RECIPES, Recipe
+from bitfold.presets import RECIPES
+from bitfold.rules import KEEP, Recipe
 
 SIZE = 4096  # rows and columns of the matrix that bits per weight are quoted for
 
@@ -101,7 +102,7 @@ def _recipe(recipe: Recipe) -> Meaning:
         inputs = "" if rule.activations.is_float else f"; {rule.activations}: {rule.activations.says}"
         bound = rule.keep_outlier_layers
         passed = "" if bound is None else f"; not layers that, on a text, {bound}"
-        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or recipes.KEEP}{method}{inputs}{passed}"))
+        facts.append(("rule", f"{rule.pattern!r} gets {rule.format or KEEP}{method}{inputs}{passed}"))
     facts.append(
         ("kept", "embeddings, output head, norms and routers of experts, unless a rule spells their name")
     )

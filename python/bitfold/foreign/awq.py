@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
     Fields,
@@ -30,6 +29,7 @@ from bitfold.foreign.scheme import (
 )
 from bitfold.formats import Format, ceil_div
 from bitfold.qtensor import QTensor
+from bitfold.section import ModuleEntry
 from bitfold.shards import TensorSpec
 
 SIGNATURE = ("qweight",)

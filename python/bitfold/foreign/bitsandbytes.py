@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bitfold.activations import THRESHOLD, Activations, llm_int8
-from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign.scheme import (
     Fields,
     ReadPlane,
@@ -31,6 +30,7 @@ from bitfold.foreign.scheme import (
 from bitfold.formats import Format, ceil_div, parse, plane_shapes
 from bitfold.grids import code_values
 from bitfold.qtensor import QTensor
+from bitfold.section import ModuleEntry
 from bitfold.shards import TensorSpec
 
 KINDS = ("nf4", "fp4")

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from bitfold.activations import FLOAT, Activations
-from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
     SCALES,
@@ -37,6 +36,7 @@ from bitfold.foreign.scheme import (
 )
 from bitfold.formats import Format, ceil_div, parse
 from bitfold.qtensor import QTensor, pack
+from bitfold.section import ModuleEntry
 from bitfold.shards import CheckpointError, TensorSpec
 
 SIGNATURE = ("weight_packed", "weight_scale")

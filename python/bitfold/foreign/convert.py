@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from bitfold import hf
 from bitfold.activations import Activations
-from bitfold.checkpoint import ModuleEntry, QuantizationConfig, listed
 from bitfold.foreign.owners import QUANTIZE_CONFIG_FILE
 from bitfold.foreign.regrid import as_integers, regrid
 from bitfold.foreign.scheme import ReadPlane, Store, Unfit
@@ -27,7 +26,8 @@ from bitfold.foreign.targets import TARGETS, Place, with_order
 from bitfold.formats import parse
 from bitfold.gguf.convert import Count, Progress, Status
 from bitfold.qtensor import QTensor, encode
-from bitfold.shards import CheckpointError, TensorSpec, read_directory, read_tensors
+from bitfold.section import ModuleEntry, QuantizationConfig
+from bitfold.shards import CheckpointError, TensorSpec, listed, read_directory, read_tensors
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
 BITFOLD, GGUF_BLOCKS, PLAIN = "bitfold", "gguf", "transformers"

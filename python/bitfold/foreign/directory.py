@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from bitfold import hf
-from bitfold.checkpoint import ModuleEntry, listed
 from bitfold.foreign.owners import OWNERS, Owner, read_owner
 from bitfold.foreign.scheme import Config, Scheme
 from bitfold.qtensor import QTensor
-from bitfold.shards import CheckpointError, StoredTensor, read_directory, read_tensors
+from bitfold.section import ModuleEntry
+from bitfold.shards import CheckpointError, StoredTensor, listed, read_directory, read_tensors
 
 _TELLING = {part: owner for owner in OWNERS.values() for part in owner.parts if part != "weight"}
 """Names that no unquantized module has, and an owner that has them."""

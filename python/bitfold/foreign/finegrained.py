@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign.scheme import Fields, ReadPlane, Scheme, Unfit, check_matrix, check_names, check_tensor
 from bitfold.formats import ceil_div, parse
 from bitfold.qtensor import QTensor
+from bitfold.section import ModuleEntry
 from bitfold.shards import TensorSpec
 
 SCALES = "weight_scale_inv"

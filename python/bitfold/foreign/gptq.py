@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bitfold import _C
-from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
     Fields,
@@ -34,6 +33,7 @@ from bitfold.foreign.scheme import (
 )
 from bitfold.formats import Format, ceil_div
 from bitfold.qtensor import QTensor, pack
+from bitfold.section import ModuleEntry
 from bitfold.shards import CheckpointError, TensorSpec
 
 SIGNATURE = ("qweight",)

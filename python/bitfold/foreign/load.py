@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import checkpoint, hf
-from bitfold.checkpoint import QuantizationConfig
 from bitfold.foreign.directory import ForeignDirectory, read_foreign
+from bitfold.section import QuantizationConfig
 from bitfold.shards import DTYPES, StoredTensor, read_tensors
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

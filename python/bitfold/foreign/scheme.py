@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bitfold.checkpoint import ModuleEntry
 from bitfold.formats import Format, parse
 from bitfold.qtensor import QTensor
+from bitfold.section import ModuleEntry
 from bitfold.shards import CheckpointError, TensorSpec
 
 SCALES = {torch.float16: "sfp16", torch.bfloat16: "sbf16", torch.float32: "sfp32"}

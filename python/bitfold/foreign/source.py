@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bitfold import hf
-from bitfold.checkpoint import ModuleEntry, read_quantization
 from bitfold.foreign.directory import read_foreign
 from bitfold.nn import KEPT_PARTS
 from bitfold.qtensor import QTensor
+from bitfold.section import ModuleEntry, read_quantization
 from bitfold.shards import CheckpointError, StoredTensor, read_directory, read_tensors
 from bitfold.writer import is_bitfold_checkpoint
 

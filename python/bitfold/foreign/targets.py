@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from bitfold.activations import FLOAT, Activations, llm_int8
-from bitfold.checkpoint import ModuleEntry
 from bitfold.foreign import awq, bitsandbytes, compressed_tensors
 from bitfold.foreign.awq import AwqConfig, AwqScheme
 from bitfold.foreign.bitsandbytes import BitsAndBytesConfig, EightBitScheme, FourBitScheme
@@ -26,6 +25,7 @@ from bitfold.foreign.gptq import GptqConfig, GptqScheme
 from bitfold.foreign.regrid import nearest_integers
 from bitfold.foreign.scheme import Config, Store, Unfit, integer
 from bitfold.formats import parse
+from bitfold.section import ModuleEntry
 
 GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 """Group sizes that the libraries take."""

@@ -27,7 +27,7 @@ from bitfold.gguf import architectures, hyperparameters, mixes
 from bitfold.gguf.assign import Choice, Facts, Item, assign, fallback_notes, tensor_bytes
 from bitfold.gguf.mixes import DOWN, EMBEDDING, FLOATS, GATE, HEAD, OTHER, UP, Mix
 from bitfold.layout import Source
-from bitfold.recipes import ModuleInfo
+from bitfold.rules import ModuleInfo
 from bitfold.shards import CheckpointError
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

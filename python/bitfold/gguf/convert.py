@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bitfold import hf
-from bitfold.checkpoint import ModuleEntry, QuantizationConfig
 from bitfold.gguf import architectures, mixes
 from bitfold.gguf.export import open_directory
 from bitfold.gguf.layout import TensorInfo, lay_out
@@ -29,6 +28,7 @@ from bitfold.gguf.restore import Restored, restored
 from bitfold.gguf.vocabulary import tokenizer_of
 from bitfold.gguf.writer import GgufWriter, check_target_file
 from bitfold.qtensor import QTensor
+from bitfold.section import ModuleEntry, QuantizationConfig
 from bitfold.shards import TensorSpec
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from bitfold import hf, shards
-from bitfold.checkpoint import QuantizationConfig, listed, read_quantization
 from bitfold.formats import parse
 from bitfold.gguf import architectures, hyperparameters, mixes
 from bitfold.gguf.architectures import Placement, Span
@@ -21,7 +20,8 @@ from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.rows import MappedFiles, Rows, Stored
 from bitfold.gguf.tokenizer import read_tokenizer
 from bitfold.gguf.words import quoted
-from bitfold.shards import CONFIG_FILE, CheckpointError
+from bitfold.section import QuantizationConfig, read_quantization
+from bitfold.shards import CONFIG_FILE, CheckpointError, listed
 
 TYPES = {
     torch.float32: GGMLQuantizationType.F32,

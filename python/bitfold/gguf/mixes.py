@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bitfold.formats import FORMATS, parse, stored_bytes
-from bitfold.recipes import RECIPES
+from bitfold.presets import RECIPES
 
 # ---- types of tensors ----
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitfold.checkpoint import listed
 from bitfold.formats import FORMATS, plane_shapes
 from bitfold.gguf.architectures import Placement
 from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.reader import PLAIN
 from bitfold.gguf.rope import ROTARY
 from bitfold.gguf.rows import interleaved
-from bitfold.shards import CheckpointError
+from bitfold.shards import CheckpointError, listed
 
 _COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 

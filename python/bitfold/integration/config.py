@@ -9,8 +9,8 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold import recipes, versions
-from bitfold.checkpoint import QUANT_METHOD, QuantizationConfig, parse_quantization
-from bitfold.recipes import Recipe
+from bitfold.rules import Recipe
+from bitfold.section import QUANT_METHOD, QuantizationConfig, parse_quantization
 
 _ORIGIN = "the model's config.json"
 

@@ -22,23 +22,15 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from bitfold import recipes
 from bitfold.activations import Activations
-from bitfold.checkpoint import (
-    QUANT_METHOD,
-    ModuleEntry,
-    QuantizationConfig,
-    check_values_of,
-    describe_quantization,
-    listed,
-    put_empty_modules,
-)
+from bitfold.checkpoint import check_values_of, describe_quantization, put_empty_modules
 from bitfold.formats import stored_bytes
 from bitfold.integration.config import Config
 from bitfold.nn import LISTENERS, PlaneModule, QuantEmbedding, QuantModule
 from bitfold.quantize import check_swappable, describe, refuse_calibration
-from bitfold.recipes import ModuleInfo
-from bitfold.shards import CheckpointError, StoredTensor, read_header
+from bitfold.rules import ModuleInfo, assign
+from bitfold.section import QUANT_METHOD, ModuleEntry, QuantizationConfig
+from bitfold.shards import CheckpointError, StoredTensor, listed, read_header
 
 
 def enter() -> None:
@@ -144,7 +136,7 @@ class Quantizer(HfQuantizer):
         recipe = self.quantization_config.recipe
         assert recipe is not None
         infos = _with_ties(describe(model), model.all_tied_weights_keys)
-        assignments = recipes.assign(recipe, infos)
+        assignments = assign(recipe, infos)
         formats = {name: item.format for name, item in assignments.items() if item.format is not None}
         self.activations = {name: assignments[name].activations for name in formats}
         for name, format in formats.items():

@@ -27,7 +27,7 @@ from bitfold.nn import QuantLinear
 from bitfold.outliers.measure import Maker, Outliers, Progress, measure
 from bitfold.pipeline import Origin
 from bitfold.quantize import encode_named
-from bitfold.recipes import Recipe, Rule
+from bitfold.rules import Recipe, Rule, assign
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def resolve(
     source = model if isinstance(model, Source) else layout.read_source(Path(model))
     plain = tuple(dataclasses.replace(rule, keep_outlier_layers=None) for rule in recipe.rules)
     chains = {name: _chain(recipe, name, info) for name, info in source.infos.items()}
-    recipes.assign(dataclasses.replace(recipe, rules=_sure(plain, chains)), source.infos)
+    assign(dataclasses.replace(recipe, rules=_sure(plain, chains)), source.infos)
     tried = {
         name: [i for i in chain if recipe.rules[i].keep_outlier_layers] for name, chain in chains.items()
     }

@@ -27,7 +27,7 @@ from bitfold.layout import Source, Step
 from bitfold.outliers.columns import ACTIVATION_THRESHOLD, Columns, Inputs, Tally, weight_columns
 from bitfold.outliers.ways import WAYS, Way, prepare
 from bitfold.pipeline import check_finite, give_back_memory
-from bitfold.recipes import Assignment, Rule
+from bitfold.rules import Assignment, Rule
 
 # What makes a feature systematic (Dettmers et al. 2022, section 4.1).
 LAYER_SHARE, TOKEN_SHARE = 0.25, 0.06

@@ -11,10 +11,9 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from bitfold.checkpoint import listed
 from bitfold.nn import QuantLinear
 from bitfold.peft.layer import QuantLoraLinear
-from bitfold.shards import CheckpointError
+from bitfold.shards import CheckpointError, listed
 
 ALL_LINEAR = "all-linear"
 _MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")

@@ -12,7 +12,7 @@ from bitfold.nn import QuantEmbedding, QuantLinear, put_module
 from bitfold.qat.fake import check_learned
 from bitfold.qat.modules import FakeQuantEmbedding, FakeQuantLinear, check_activations, first_steps
 from bitfold.quantize import check_swappable, describe, refuse_calibration
-from bitfold.recipes import Recipe
+from bitfold.rules import Recipe, assign
 
 
 def prepare(
@@ -39,9 +39,7 @@ def prepare(
     recipe = recipes.get(recipe)
     refuse_calibration(recipe)
     infos = describe(model)
-    formats = {
-        name: item.format for name, item in recipes.assign(recipe, infos).items() if item.format is not None
-    }
+    formats = {name: item.format for name, item in assign(recipe, infos).items() if item.format is not None}
     for name, format in formats.items():
         if infos[name].kind == "experts":
             raise ValueError(f"{name} is a stack of experts, which can't be trained so: keep it by a rule")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bitfold import _C, hf
-from bitfold.checkpoint import QuantizationConfig, load, read_quantization
+from bitfold.checkpoint import load
 from bitfold.evaluate import Comparison, Estimate, Protocol, Windows, compare, cut, default_context
 from bitfold.experts import QuantExperts, QuantStack
 from bitfold.nn import PlaneModule
@@ -26,6 +26,7 @@ from bitfold.quantize import quantize, relative_rmse
 from bitfold.report.attribution import attribute, quantized_groups
 from bitfold.report.histogram import Histogram, histogram
 from bitfold.report.sizes import ClassSize, TensorSize, class_sizes, tensor_sizes
+from bitfold.section import QuantizationConfig, read_quantization
 from bitfold.sensitivity.result import Sensitivity
 from bitfold.shards import CheckpointError, read_directory, read_json
 

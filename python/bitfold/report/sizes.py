@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitfold.checkpoint import QuantizationConfig
+from bitfold.section import QuantizationConfig
 from bitfold.shards import StoredTensor, read_directory
 from bitfold.text import natural
 

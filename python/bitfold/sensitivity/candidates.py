@@ -14,7 +14,7 @@ from bitfold import layout, recipes
 from bitfold.calibration.blocks import find_blocks
 from bitfold.formats import parse, stored_bytes
 from bitfold.layout import Source
-from bitfold.recipes import KEEP, METHODS, Assignment, Rule
+from bitfold.rules import KEEP, METHODS, Assignment, Rule
 
 # A format for each step of about half a bit.
 PLAIN = ("q2_k", "int3-g128", "q3_k", "nf4-b64-dq", "iq4_xs", "q4_k", "q5_k", "q6_k", "int8-channel")
@@ -34,7 +34,7 @@ ALONE = ("rtn", "gptq")
 
 @dataclass(frozen=True)
 class Candidate:
-    """format: canonical, None: the weight is kept; method: of `bitfold.recipes.METHODS`."""
+    """format: canonical, None: the weight is kept; method: of `bitfold.rules.METHODS`."""
 
     format: str | None
     method: str = "rtn"

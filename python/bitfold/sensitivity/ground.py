@@ -18,7 +18,7 @@ from bitfold.calibration.blocks import BlockModel
 from bitfold.calibration.workers import Workers
 from bitfold.evaluate import Estimate, cut, ratio
 from bitfold.layout import Source
-from bitfold.recipes import Assignment
+from bitfold.rules import Assignment
 from bitfold.sensitivity.candidates import Candidate, parts_of
 from bitfold.sensitivity.probe import Probe
 from bitfold.sensitivity.walk import Ground, walk

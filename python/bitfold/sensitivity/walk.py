@@ -26,7 +26,7 @@ from bitfold.layout import Source
 from bitfold.nn import QuantEmbedding, QuantLinear
 from bitfold.qtensor import QTensor, embedding
 from bitfold.quantize import encode_named
-from bitfold.recipes import Rule
+from bitfold.rules import Rule
 from bitfold.sensitivity.candidates import Candidate, Part
 from bitfold.sensitivity.probe import Probe
 
