@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <exception>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cuda/emulator/fiber.hpp"
@@ -12,6 +13,7 @@
 
 namespace bitfold::cuda::emulator {
 
+struct Async;  // async_block.hpp
 struct Warp;
 
 // A copy that was issued and hasn't arrived.
@@ -21,6 +23,7 @@ struct Copy {
   int size;
   int bytes;
   int group;
+  int64_t number;  // of the thread's copies
 };
 
 struct Thread {
@@ -34,12 +37,19 @@ struct Thread {
   Where where;
 
   std::vector<Copy> copies;
+  int64_t issued = 0;           // copies
   int committed = 0;            // groups
   int arrived = 0;              // groups, of the oldest, that were waited for
   void* tsan_copier = nullptr;  // copies run beside their thread
   unsigned char* copy_tokens = nullptr;
+
+  int product_groups = 0;  // of wgmma, and how many of the oldest were waited for
+  int product_groups_done = 0;
+  void* tsan_engine = nullptr;  // bulk copies and products' reads, beside their thread too
+  unsigned char* product_tokens = nullptr;
 };
 inline constexpr int kCopyTokens = 64;  // the group's number modulo this
+inline constexpr int kProductTokens = 16;
 
 // Two tokens, by turns: with one, who leaves late would also see what comes before the next arrivals.
 struct Tokens {
@@ -79,6 +89,7 @@ struct Block {
   int live = 0;
   Barrier barriers[16];  // 0 is sync_block's, for all that haven't returned
   unsigned char* shared = nullptr;
+  std::unique_ptr<Async> async;  // null where the kernel uses nothing of it
   std::exception_ptr error;
   unsigned char start_token, end_token;
 };
@@ -94,5 +105,19 @@ void wake(Thread& thread);
 
 // What a thread leaves behind arrives before the kernel ends, and nobody waits for it.
 void finish_copies(Thread& thread);
+// Those of the thread's first `count` copies that haven't arrived.
+void deliver_copies(Thread& thread, int64_t count);
+
+void check_shared_range(const void* address, int bytes, const char* what, const Where& where);
+
+// ThreadSanitizer hears of what goes on beside a thread as of something that another one does, after all that the
+// thread has done so far; between the two, the engine's accesses are shown. Who acquires the token comes after them.
+void enter_engine(Thread& self, unsigned char* token);
+void leave_engine(Thread& self, unsigned char* token);
+// Who acquires the token comes after the thread's copies so far.
+void release_after_copies(Thread& self, unsigned char* token);
+
+bool same(const Where& a, const Where& b);
+std::string line(const Where& where);
 
 }  // namespace bitfold::cuda::emulator

@@ -23,6 +23,14 @@ void deliver(const Copy& copy) {
   fill_bytes(copy.shared + copy.bytes, 0, copy.size - copy.bytes);
 }
 
+template <class Due>
+void deliver_oldest(Thread& thread, Due due) {
+  size_t count = 0;
+  while (count < thread.copies.size() && due(thread.copies[count])) deliver(thread.copies[count++]);
+  const Unseen unseen;
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(count));
+}
+
 // The copy as something that another thread does, between its issue and the wait for its group.
 void show_to_tsan(Thread& self, const Copy& copy) {
   if (!self.tsan_copier) self.tsan_copier = __tsan_create_fiber(0);
@@ -49,13 +57,17 @@ void check_access(const void* address, int alignment, int bytes, const Where& wh
   }
 }
 
-void check_shared(const void* address, int bytes, const char* what, const Where& where) {
+void check_shared_range(const void* address, int bytes, const char* what, const Where& where) {
   const auto offset = reinterpret_cast<intptr_t>(address) - reinterpret_cast<intptr_t>(block->shared);
   if (offset < 0 || offset + bytes > block->shape.shared_bytes) {
     fail(std::string(what) + " at byte " + std::to_string(offset) + " of " + std::to_string(block->shape.shared_bytes) +
              " of shared memory",
          where);
   }
+}
+
+void check_shared(const void* address, int bytes, const char* what, const Where& where) {
+  check_shared_range(address, bytes, what, where);
   check_access(address, bytes, bytes, where);
 }
 
@@ -66,8 +78,12 @@ void cp_async(void* shared, const void* global, int size, int bytes, const Where
     fail("cp_async of " + std::to_string(bytes) + " bytes into " + std::to_string(size), where);
   }
   check_access(global, size, bytes, where);
-  const Copy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), size, bytes,
-                  self.committed};
+  const Copy copy{static_cast<unsigned char*>(shared),
+                  static_cast<const unsigned char*>(global),
+                  size,
+                  bytes,
+                  self.committed,
+                  self.issued++};
   if (with_tsan()) show_to_tsan(self, copy);
   const Delivery delivery = config().delivery;
   if (delivery == Delivery::Early || (delivery == Delivery::Random && random_bits() & 1u)) return deliver(copy);
@@ -82,10 +98,28 @@ void cp_async_wait(int groups) {
   Thread& self = *current;
   const int there = self.committed - groups;  // groups below this one
   for (; self.arrived < there; ++self.arrived) acquire(&self.copy_tokens[self.arrived % kCopyTokens]);
-  size_t count = 0;
-  while (count < self.copies.size() && self.copies[count].group < there) deliver(self.copies[count++]);
-  const Unseen unseen;
-  self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(count));
+  deliver_oldest(self, [=](const Copy& copy) { return copy.group < there; });
+}
+
+void deliver_copies(Thread& thread, int64_t count) {
+  deliver_oldest(thread, [=](const Copy& copy) { return copy.number < count; });
+}
+
+void enter_engine(Thread& self, unsigned char* token) {
+  if (!self.tsan_engine) self.tsan_engine = __tsan_create_fiber(0);
+  __tsan_release(token);
+  __tsan_switch_to_fiber(self.tsan_engine, 1);
+  __tsan_acquire(token);
+}
+void leave_engine(Thread& self, unsigned char* token) {
+  __tsan_release(token);
+  __tsan_switch_to_fiber(self.context.tsan, 1);
+}
+void release_after_copies(Thread& self, unsigned char* token) {
+  if (!self.tsan_copier) return;
+  __tsan_switch_to_fiber(self.tsan_copier, 1);
+  __tsan_release(token);
+  __tsan_switch_to_fiber(self.context.tsan, 1);
 }
 
 void finish_copies(Thread& thread) {

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/emulator/async_block.hpp"
 #include "cuda/emulator/block.hpp"
 #include "cuda/emulator/sanitizers.hpp"
 
@@ -17,14 +18,6 @@ namespace bitfold::cuda::emulator {
 
 Block* block;
 Thread* current;
-
-namespace {
-
-uint64_t random_state;
-
-std::string position(const dim3& at) {
-  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
-}
 
 std::string line(const Where& where) {
   const char* file = where.file_name();
@@ -35,6 +28,14 @@ std::string line(const Where& where) {
 bool same(const Where& a, const Where& b) {
   return a.line() == b.line() && a.column() == b.column() &&
          (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+}
+
+namespace {
+
+uint64_t random_state;
+
+std::string position(const dim3& at) {
+  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
 }
 
 // ---- the scheduler ----
@@ -82,7 +83,7 @@ std::string deadlock() {
   std::string text =
       std::string(block->shape.name) + ", block " + position(block->threads[0].place.block) + ": deadlock: ";
   for (const auto& [what, threads] : waiting) text += std::to_string(threads) + " threads wait in " + what + "; ";
-  return text + std::to_string(returned) + " have returned";
+  return text + std::to_string(returned) + " have returned" + missing_at_barriers();
 }
 
 // To the next thread or, if there is none, to the host.
@@ -149,6 +150,9 @@ void take_leave(Thread& thread) {
   Barrier& barrier = block->barriers[0];
   barrier.threads = block->live;
   if (barrier.present && barrier.present == barrier.threads) open(barrier);
+  if (!block->async) return;
+  if (warp.live == 0) check_warpgroup_at_the_end(thread);
+  if (block->live == 0) check_barriers_at_the_end();
 }
 
 void thread_body() {
@@ -178,7 +182,9 @@ void set_up(Thread& thread, int index, const dim3& at) {
   thread.returned = false;
   thread.waits_in = nullptr;
   thread.copies.clear();
+  thread.issued = 0;
   thread.committed = thread.arrived = 0;
+  thread.product_groups = thread.product_groups_done = 0;
   prepare(thread.context, stacks.at(static_cast<size_t>(index)), thread_body);
   thread.warp->ready |= thread.lane_bit;
   thread.warp->live |= thread.lane_bit;
@@ -204,7 +210,8 @@ void run_block(const dim3& at) {
     const Unseen unseen;
     shared = allocate(1024, shared_bytes);
     std::memset(shared.get(), config().poison, shared_bytes);
-    tokens = allocate(64, static_cast<size_t>(threads * kCopyTokens + 2 * (warps + 16)));
+    tokens = allocate(64, static_cast<size_t>(threads * (kCopyTokens + kProductTokens) + 2 * (warps + 16)));
+    block->async.reset();
   }
   // Tokens are the block's own: those of another would bring its order along.
   auto take_tokens = [next = tokens.get()](int count) mutable { return std::exchange(next, next + count); };
@@ -232,6 +239,7 @@ void run_block(const dim3& at) {
     Thread& thread = block->threads[static_cast<size_t>(i)];
     set_up(thread, i, at);
     thread.copy_tokens = take_tokens(kCopyTokens);
+    thread.product_tokens = take_tokens(kProductTokens);
     if (with_tsan()) thread.context.tsan = __tsan_create_fiber(0);
   }
   block->ready_ranks = warps == 32 ? 0xffffffffu : (1u << warps) - 1u;
@@ -242,7 +250,9 @@ void run_block(const dim3& at) {
   if (with_tsan()) {
     for (Thread& thread : block->threads) {
       __tsan_destroy_fiber(thread.context.tsan);
-      if (thread.tsan_copier) __tsan_destroy_fiber(std::exchange(thread.tsan_copier, nullptr));
+      for (void** fiber : {&thread.tsan_copier, &thread.tsan_engine}) {
+        if (*fiber) __tsan_destroy_fiber(std::exchange(*fiber, nullptr));
+      }
     }
   }
   const Unseen unseen;

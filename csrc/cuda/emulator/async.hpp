@@ -1,0 +1,39 @@
+// What the twins of Hopper's asynchronous instructions ask of the run time (barriers.cpp, wgmma.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/emulator/runtime.hpp"
+
+namespace bitfold::cuda::emulator {
+
+// ---- barriers in shared memory, and copies that arrive at them ----
+
+void barrier_init(void* barrier, unsigned arrivals, const Where& where);
+void fence_barrier_init();
+void barrier_arrive(void* barrier, unsigned bytes, const char* name, const Where& where);  // and expects the bytes
+void barrier_wait(void* barrier, unsigned parity, const Where& where);
+void cp_async_arrive(void* barrier, const Where& where);
+void copy_bulk(void* shared, const void* global, unsigned bytes, void* barrier, const Where& where);
+void fence_async();
+
+// ---- warpgroups ----
+
+uint64_t wgmma_matrix(const void* shared, int leading_bytes, int stride_bytes, const Where& where);
+void wgmma_fence(const Where& where);
+void wgmma_commit(const Where& where);
+void wgmma_wait(int groups, const Where& where);
+
+// One lane's part of a product of 64 x 16 by 16 x n.
+struct Product {
+  float* d;           // n / 2
+  const uint32_t* a;  // 4
+  uint64_t b;
+  int n;
+  bool accumulate;
+};
+void wgmma(const Product& product, const Where& where);
+
+void registers(int count, bool up, const Where& where);
+
+}  // namespace bitfold::cuda::emulator

@@ -1,0 +1,348 @@
+// Products of warpgroups. Each warp comes to the instructions by itself, since nothing says that they wait for each
+// other; a product is made when it is waited for, or early, as copies arrive.
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <string>
+
+#include "cuda/emulator/async_block.hpp"
+#include "cuda/emulator/sanitizers.hpp"
+#include "formats/numeric.hpp"
+
+namespace bitfold::cuda::emulator {
+namespace {
+
+constexpr int kDepth = 16;
+constexpr uint32_t kInFlight = 0x7fedcba9u;  // what sums hold until they are there: a NaN
+
+// ---- the matrix in shared memory ----
+
+struct Matrix {
+  int64_t start, leading, stride;
+
+  int64_t row(int column, int k) const { return start + column / 8 * stride + k / 8 * leading + column % 8 * 16; }
+};
+
+Matrix decode(uint64_t descriptor) {
+  const auto field = [=](int bit) { return static_cast<int64_t>(descriptor >> bit & 0x3fffu) << 4; };
+  return {field(0), field(16), field(32)};
+}
+
+void check_matrix(uint64_t descriptor, int n, const Where& where) {
+  constexpr uint64_t kFields = 0x00003fff3fff3fffu;
+  if (descriptor & ~kFields) fail("a descriptor of wgmma has bits that mean swizzling or nothing", where);
+  const Matrix b = decode(descriptor);
+  for (int column = 0; column < n; column += 8) {
+    for (int k = 0; k < kDepth; k += 8) {
+      const int64_t begin = b.row(column, k), end = begin + 128;
+      if (end > block->shape.shared_bytes) {
+        fail("wgmma at bytes " + std::to_string(begin) + " ... " + std::to_string(end - 1) + " of " +
+                 std::to_string(block->shape.shared_bytes) + " of shared memory",
+             where);
+      }
+    }
+  }
+}
+
+// The lane's share of the reads, as something that another thread does between the issue and the wait.
+void show_to_tsan(Thread& self, const Product& product) {
+  const Matrix b = decode(product.b);
+  unsigned char* token = &self.product_tokens[self.product_groups % kProductTokens];
+  enter_engine(self, token);
+  const int rows = 2 * product.n / 32;  // of 8 k each
+  for (int i = self.index % 32 * rows; i < (self.index % 32 + 1) * rows; ++i) {
+    __tsan_read_range(block->shared + b.row(i / 16 * 8 + i % 8, i / 8 % 2 * 8), 16);
+  }
+  leave_engine(self, token);
+}
+
+// ---- the steps of a warpgroup ----
+
+int warp_index() { return current->index / 32; }
+WarpOfGroup& warp_of_group() { return async().warps[warp_index()]; }
+
+std::string operator""_s(const char* text, size_t length) { return {text, length}; }
+
+void come_to_step(uint64_t operand, bool flag) {
+  const WarpgroupStep mine{current->warp->op, current->warp->where, operand, flag};
+  const int first = warp_index() / 4 * 4;
+  if (static_cast<size_t>(32 * (first + 4)) > block->threads.size()) {
+    fail(mine.op->name + " needs a whole warpgroup of 128 threads"_s, mine.where);
+  }
+  std::vector<WarpgroupStep>& steps = async().steps[first / 4];
+  const size_t at = warp_of_group().steps++;
+  if (at == steps.size()) {
+    for (int w = first; w < first + 4; ++w) {
+      if (block->warps[w].live == 0) {
+        fail(mine.op->name + " without warp "_s + std::to_string(w) + " of its warpgroup, which has returned",
+             mine.where);
+      }
+    }
+    return steps.push_back(mine);
+  }
+  const WarpgroupStep& other = steps[at];
+  if (mine.op != other.op || !same(mine.where, other.where)) {
+    fail("some warps of the warpgroup are in "_s + other.op->name + " at " + line(other.where) + ", others in " +
+             mine.op->name,
+         mine.where);
+  }
+  if (mine.operand != other.operand || mine.flag != other.flag) {
+    fail("the warps of the warpgroup give "_s + mine.op->name + " different arguments", mine.where);
+  }
+}
+
+// ---- registers ----
+
+// An array of each lane, of so many words.
+struct Registers {
+  const void* (*of)(const Product&);
+  size_t words;
+  const char* what;
+};
+Registers a_of() {
+  return {[](const Product& p) -> const void* { return p.a; }, 4, "A's registers"};
+}
+Registers d_of(const Product& product) {
+  return {[](const Product& p) -> const void* { return p.d; }, static_cast<size_t>(product.n / 2), "the sums"};
+}
+
+void look(KnownRegisters& known) {
+  for (int lane = 0; lane < 32; ++lane) {
+    std::memcpy(known.values[lane].data(), known.registers[lane], 4 * known.values[lane].size());
+  }
+}
+
+KnownRegisters* find_known(WarpOfGroup& warp, const PendingProduct& product, const Registers& registers) {
+  for (KnownRegisters& known : warp.known) {
+    if (known.registers[0] == registers.of(product.lanes[0]) && known.values[0].size() == registers.words)
+      return &known;
+  }
+  return nullptr;
+}
+
+KnownRegisters& know(WarpOfGroup& warp, const PendingProduct& product, const Registers& registers) {
+  KnownRegisters* known = find_known(warp, product, registers);
+  if (!known) known = &warp.known.emplace_back();
+  for (int lane = 0; lane < 32; ++lane) {
+    known->registers[lane] = registers.of(product.lanes[lane]);
+    known->values[lane].resize(registers.words);
+  }
+  look(*known);
+  return *known;
+}
+
+void check_fenced(WarpOfGroup& warp, const PendingProduct& product, const Registers& registers) {
+  if (const KnownRegisters* known = find_known(warp, product, registers)) {
+    for (int lane = 0; lane < 32; ++lane) {
+      if (std::memcmp(known->values[lane].data(), known->registers[lane], 4 * registers.words) != 0) {
+        fail(registers.what + " of wgmma were written after the last wgmma_fence"_s, product.where);
+      }
+    }
+  } else {
+    know(warp, product, registers);
+  }
+}
+
+// ---- products ----
+
+// The warp's 16 rows, into `sums`.
+void multiply(PendingProduct& product) {
+  const int n = product.lanes[0].n;
+  const Matrix matrix = decode(product.lanes[0].b);
+  std::vector<double> b(static_cast<size_t>(kDepth * n));
+  for (int column = 0; column < n; ++column) {
+    for (int k = 0; k < kDepth; k += 8) {
+      const unsigned char* row = seen_by_async(block->shared + matrix.row(column, k), 16, "wgmma", product.where);
+      for (int i = 0; i < 8; ++i) {
+        const auto code = static_cast<uint16_t>(row[2 * i] | row[2 * i + 1] << 8);
+        b[static_cast<size_t>((k + i) * n + column)] = half_to_float(code);
+      }
+    }
+  }
+  double a[16][kDepth];
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int r = 0; r < 4; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        a[lane / 4 + 8 * (r & 1)][2 * (lane % 4) + 8 * (r >> 1) + i] =
+            half_to_float(static_cast<uint16_t>(product.a[lane][r] >> 16 * i));
+      }
+    }
+  }
+  std::vector<double> d(static_cast<size_t>(n));
+  for (int row = 0; row < 16; ++row) {
+    std::fill(d.begin(), d.end(), 0.0);
+    for (int k = 0; k < kDepth; ++k) {
+      for (int column = 0; column < n; ++column) {
+        d[static_cast<size_t>(column)] += a[row][k] * b[static_cast<size_t>(k * n + column)];
+      }
+    }
+    for (int column = 0; column < n; ++column) {
+      const int lane = row % 8 * 4 + column % 8 / 2;
+      float& sum = product.sums[lane][static_cast<size_t>(column / 8 * 4 + row / 8 * 2 + column % 2)];
+      const double before = product.lanes[0].accumulate ? static_cast<double>(sum) : 0.0;
+      sum = static_cast<float>(before + d[static_cast<size_t>(column)]);
+    }
+  }
+}
+
+void check_untouched(const PendingProduct& product) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& p = product.lanes[lane];
+    check_access(p.d, 4, 2 * p.n, product.where);
+    check_access(p.a, 4, 16, product.where);
+    if (std::memcmp(p.a, product.a[lane], 16) != 0) {
+      fail("A's registers were written before the end of wgmma was waited for, which was issued", product.where);
+    }
+    for (int i = 0; i < p.n / 2; ++i) {
+      if (std::bit_cast<uint32_t>(p.d[i]) != kInFlight) {
+        fail("sums were written before the end of wgmma was waited for, which was issued", product.where);
+      }
+    }
+  }
+}
+
+// The oldest products.
+void finish(WarpOfGroup& warp, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    PendingProduct& product = warp.products[i];
+    check_untouched(product);
+    multiply(product);
+    const auto next = std::find_if(warp.products.begin() + static_cast<std::ptrdiff_t>(i) + 1, warp.products.end(),
+                                   [&](const PendingProduct& p) { return p.lanes[0].d == product.lanes[0].d; });
+    if (next != warp.products.end()) {  // the sums stay in flight
+      std::copy(product.sums, product.sums + 32, next->sums);
+      continue;
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      std::copy(product.sums[lane].begin(), product.sums[lane].end(), product.lanes[lane].d);
+    }
+    know(warp, product, d_of(product.lanes[0]));
+  }
+  warp.products.erase(warp.products.begin(), warp.products.begin() + static_cast<std::ptrdiff_t>(count));
+}
+
+void issue(void* const (&arguments)[32], uint32_t) {
+  const Unseen unseen;
+  WarpOfGroup& warp = warp_of_group();
+  PendingProduct product;
+  product.where = current->warp->where;
+  product.group = warp.committed;
+  for (int lane = 0; lane < 32; ++lane) product.lanes[lane] = *static_cast<const Product*>(arguments[lane]);
+  const Product& first = product.lanes[0];
+  for (const Product& p : product.lanes) {
+    if (p.b != first.b || p.accumulate != first.accumulate) {
+      fail("the lanes of the warp give wgmma different arguments", product.where);
+    }
+  }
+  come_to_step(first.b, first.accumulate);
+  if (!warp.fenced) fail("wgmma before the first wgmma_fence", product.where);
+  check_matrix(first.b, first.n, product.where);
+  check_fenced(warp, product, a_of());
+  const bool follows = std::any_of(warp.products.begin(), warp.products.end(),
+                                   [&](const PendingProduct& p) { return p.lanes[0].d == first.d; });
+  if (!follows) check_fenced(warp, product, d_of(first));
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& p = product.lanes[lane];
+    std::memcpy(product.a[lane], p.a, sizeof(product.a[lane]));
+    product.sums[lane].assign(p.d, p.d + p.n / 2);
+    std::fill_n(p.d, p.n / 2, std::bit_cast<float>(kInFlight));
+  }
+  warp.products.push_back(std::move(product));
+  const Delivery delivery = config().delivery;
+  if (delivery == Delivery::Early || (delivery == Delivery::Random && random_bits() & 1u)) {
+    finish(warp, warp.products.size());
+  }
+}
+constexpr WarpOp kProduct{"wgmma", true, false, issue};
+
+void fence(void* const (&)[32], uint32_t) {
+  const Unseen unseen;
+  come_to_step(0, false);
+  WarpOfGroup& warp = warp_of_group();
+  warp.fenced = true;
+  for (KnownRegisters& known : warp.known) look(known);
+}
+constexpr WarpOp kFence{"wgmma_fence", true, false, fence};
+
+void commit(void* const (&)[32], uint32_t) {
+  const Unseen unseen;
+  come_to_step(0, false);
+  ++warp_of_group().committed;
+}
+constexpr WarpOp kCommit{"wgmma_commit", true, false, commit};
+
+void wait_for_groups(void* const (&arguments)[32], uint32_t) {
+  const Unseen unseen;
+  const int groups = *static_cast<const int*>(arguments[0]);
+  come_to_step(static_cast<uint64_t>(groups), false);
+  WarpOfGroup& warp = warp_of_group();
+  const auto done = std::find_if(warp.products.begin(), warp.products.end(), [&](const PendingProduct& product) {
+    return product.group >= warp.committed - groups;
+  });
+  finish(warp, static_cast<size_t>(done - warp.products.begin()));
+}
+constexpr WarpOp kWait{"wgmma_wait", true, false, wait_for_groups};
+
+void set_registers(void* const (&arguments)[32], uint32_t) {
+  const Unseen unseen;
+  come_to_step(static_cast<uint64_t>(*static_cast<const int*>(arguments[0])), false);
+}
+constexpr WarpOp kRegisters[] = {{"registers_down", true, false, set_registers},
+                                 {"registers_up", true, false, set_registers}};
+
+}  // namespace
+
+uint64_t wgmma_matrix(const void* shared, int leading_bytes, int stride_bytes, const Where& where) {
+  check_access(shared, 16, 0, where);
+  check_shared_range(shared, 16, "wgmma_matrix", where);
+  const auto field = [&](int64_t bytes, const char* what) {
+    if (bytes < 0 || bytes % 16 != 0 || bytes > 0x3ffff) {
+      fail(std::string(what) + " of a matrix of wgmma is a multiple of 16 below 2^18, got " + std::to_string(bytes),
+           where);
+    }
+    return static_cast<uint64_t>(bytes) >> 4;
+  };
+  const auto start = reinterpret_cast<intptr_t>(shared) - reinterpret_cast<intptr_t>(block->shared);
+  return field(start, "the start") | field(leading_bytes, "leading_bytes") << 16 |
+         field(stride_bytes, "stride_bytes") << 32;
+}
+
+void wgmma_fence(const Where& where) { collective(kFence, nullptr, where); }
+
+void wgmma(const Product& product, const Where& where) {
+  Product mine = product;
+  check_matrix(mine.b, mine.n, where);
+  if (with_tsan()) show_to_tsan(*current, mine);
+  collective(kProduct, &mine, where);
+}
+
+void wgmma_commit(const Where& where) {
+  collective(kCommit, nullptr, where);
+  ++current->product_groups;
+}
+
+void wgmma_wait(int groups, const Where& where) {
+  collective(kWait, &groups, where);
+  Thread& self = *current;
+  for (; self.product_groups_done < self.product_groups - groups; ++self.product_groups_done) {
+    acquire(&self.product_tokens[self.product_groups_done % kProductTokens]);
+  }
+}
+
+void registers(int count, bool up, const Where& where) { collective(kRegisters[up], &count, where); }
+
+void check_warpgroup_at_the_end(const Thread& thread) {
+  const int w = thread.index / 32;
+  const WarpOfGroup& warp = async().warps[w];
+  if (!warp.products.empty()) {
+    fail("the warp returns before the end of wgmma was waited for, which was issued", warp.products[0].where);
+  }
+  const std::vector<WarpgroupStep>& steps = async().steps[w / 4];
+  if (warp.steps < steps.size()) {
+    const WarpgroupStep& missed = steps[warp.steps];
+    fail("the warp returns without "_s + missed.op->name + ", to which others of its warpgroup have come",
+         missed.where);
+  }
+}
+
+}  // namespace bitfold::cuda::emulator
