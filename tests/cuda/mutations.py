@@ -59,8 +59,16 @@ UNSEEN = {
     ): "only a block beside it sees sums too early; here they take turns",
 }
 
-DROPPED = [r"ptx::sync_block\(\);", r"ptx::sync_warp\(\);", r"ptx::bar_(?:sync|arrive)\([^;]*\);"]
-WAIT = r"ptx::cp_async_wait<(.+)>\(\);"
+DROPPED = [
+    r"ptx::sync_block\(\);",
+    r"ptx::sync_warp\(\);",
+    r"ptx::bar_(?:sync|arrive)\([^;]*\);",
+    r"ptx::barrier_(?:arrive|expect|wait)\([^;]*\);",
+    r"ptx::cp_async_arrive\([^;]*\);",
+    r"ptx::fence_(?:async|barrier_init)\(\);",
+    r"ptx::wgmma_(?:fence|commit)\(\);",
+]
+WAIT = r"ptx::(cp_async|wgmma)_wait<(.+)>\(\);"
 
 # file, the expression, what it becomes
 WRONG = [
@@ -284,7 +292,7 @@ def find() -> list[Mutation]:
             for nth, match in enumerate(re.finditer(pattern, text), 1):
                 line = text.count("\n", 0, match.start()) + 1
                 if pattern == WAIT:
-                    weak = f"ptx::cp_async_wait<({match[1]}) + 1>();"
+                    weak = f"ptx::{match[1]}_wait<({match[2]}) + 1>();"
                     code, what = (
                         f"if (mutant(@)) {{ {weak} }} else {{ {match[0]} }}",
                         f"line {line} becomes {weak}",

@@ -17,6 +17,8 @@ constexpr int kInts = 258;  // 8 bytes more than whole 16
 struct Shared {
   int value[64];
   alignas(16) int ring[3][32];
+  ptx::Barrier full[2], empty[2];
+  alignas(16) uint8_t matrix[2048];  // 64 columns of 16 halves
 };
 
 void start(int blocks, int threads, void (*kernel)(int*), int* data) {
@@ -103,7 +105,93 @@ __global__ void race_named_barrier(int* out) {
   }
 }
 
+BITFOLD_DEVICE void open_barriers(Shared& s, unsigned arrivals) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) ptx::barrier_init(&s.full[i], arrivals), ptx::barrier_init(&s.empty[i], arrivals);
+    ptx::fence_barrier_init();
+  }
+  ptx::sync_block();
+}
+// One warp gives 32 numbers at a time to the other, as in a pipeline of two slots.
+template <bool Full, bool Empty>
+BITFOLD_DEVICE void pass_on(int* out) {
+  auto& s = shared<Shared>();
+  open_barriers(s, 32);
+  const int lane = ptx::lane_id();
+  int sum = 0;
+  for (int i = 0; i < 6; ++i) {
+    const auto parity = static_cast<unsigned>(i / 2 & 1);
+    if (ptx::warp_id() == 0) {
+      if (Empty) ptx::barrier_wait(&s.empty[i % 2], parity ^ 1u);
+      s.ring[i % 2][lane] = i;
+      ptx::barrier_arrive(&s.full[i % 2]);
+    } else {
+      if (Full) ptx::barrier_wait(&s.full[i % 2], parity);
+      sum += s.ring[i % 2][31 - lane];
+      ptx::barrier_arrive(&s.empty[i % 2]);
+    }
+  }
+  if (ptx::warp_id() == 1) out[32 * blockIdx.x + static_cast<unsigned>(lane)] = sum;
+}
+__global__ void race_full_barrier(int* out) { pass_on<false, true>(out); }
+__global__ void race_empty_barrier(int* out) { pass_on<true, false>(out); }
+
+template <bool Wait>
+BITFOLD_DEVICE void copy_bulk(int* data) {
+  auto& s = shared<Shared>();
+  open_barriers(s, 1);
+  if (threadIdx.x == 0) {
+    ptx::barrier_expect(&s.full[0], 128);
+    ptx::copy_bulk(s.ring[0], data, 128, &s.full[0]);
+  }
+  if (Wait) ptx::barrier_wait(&s.full[0], 0);
+  data[32 + 32 * blockIdx.x + threadIdx.x] = s.ring[0][threadIdx.x];
+  if (!Wait) ptx::barrier_wait(&s.full[0], 0);
+}
+__global__ void race_bulk_copy(int* data) { copy_bulk<false>(data); }
+
+template <bool Waited>
+BITFOLD_DEVICE void copies_that_arrive(int* data) {
+  auto& s = shared<Shared>();
+  open_barriers(s, 32);
+  ptx::cp_async<4>(&s.ring[0][threadIdx.x], data + threadIdx.x);
+  if (Waited) ptx::cp_async_arrive(&s.full[0]);
+  if (!Waited) ptx::barrier_arrive(&s.full[0]);
+  ptx::barrier_wait(&s.full[0], 0);
+  data[32 + 32 * blockIdx.x + threadIdx.x] = s.ring[0][threadIdx.x ^ 1u];
+}
+__global__ void race_copies_that_arrive(int* data) { copies_that_arrive<false>(data); }
+
+// What wgmma reads is written again before or after it has been waited for; the other write, before, is for a barrier.
+template <bool Before, bool After>
+BITFOLD_DEVICE void multiply_and_overwrite(int* out) {
+  auto& s = shared<Shared>();
+  const auto fill = [&](int value) {
+    for (unsigned i = threadIdx.x; i < 512; i += 128) reinterpret_cast<int*>(s.matrix)[i] = value;
+    ptx::fence_async();
+  };
+  fill(0);
+  if (Before) ptx::sync_block();
+  float d[32];
+  const uint32_t a[4] = {};
+  ptx::wgmma_fence();
+  ptx::wgmma_f16<64>(d, a, ptx::wgmma_matrix(s.matrix, 1024, 128), false);
+  ptx::wgmma_commit();
+  if (!After) fill(1);
+  ptx::wgmma_wait<0>();
+  ptx::sync_block();
+  if (After) fill(1);
+  out[threadIdx.x] = static_cast<int>(d[0]);
+}
+__global__ void race_wgmma_before_writes(int* out) { multiply_and_overwrite<false, true>(out); }
+__global__ void race_writes_before_wgmma_ends(int* out) { multiply_and_overwrite<true, false>(out); }
+
 // ---- nothing wrong ----
+
+__global__ void quiet_pipeline(int* out) { pass_on<true, true>(out); }
+__global__ void quiet_bulk_copy(int* data) { copy_bulk<true>(data); }
+__global__ void quiet_copies_that_arrive(int* data) { copies_that_arrive<true>(data); }
+__global__ void quiet_wgmma(int* out) { multiply_and_overwrite<true, true>(out); }
 
 __global__ void quiet_barriers(int* out) {
   auto& s = shared<Shared>();
@@ -210,18 +298,40 @@ __global__ void quiet_edges(int* data) {
 
 const std::map<std::string, std::function<void(int*)>> kKernels = {
 #define KERNEL(name, blocks, threads) {#name, [](int* data) { start(blocks, threads, name, data); }}
-    KERNEL(race_add_to_shared, 1, 64),   KERNEL(race_add_to_global, 1, 2),
-    KERNEL(race_between_blocks, 2, 1),   KERNEL(race_behind_shuffle, 1, 32),
-    KERNEL(race_second_barrier, 1, 64),  KERNEL(race_copy_not_waited_for, 1, 32),
-    KERNEL(race_copy_of_another, 1, 32), KERNEL(race_copy_over_what_is_read, 1, 32),
-    KERNEL(race_ldmatrix, 1, 32),        KERNEL(race_named_barrier, 1, 64),
-    KERNEL(quiet_barriers, 3, 64),       KERNEL(quiet_warps, 3, 64),
-    KERNEL(quiet_channel, 3, 64),        KERNEL(quiet_ring, 3, 32),
-    KERNEL(quiet_atomics, 3, 64),        KERNEL(quiet_last_block, 5, 2),
-    KERNEL(overrun_read, 1, 1),          KERNEL(overrun_write, 1, 1),
-    KERNEL(overrun_load, 1, 1),          KERNEL(overrun_store, 1, 1),
-    KERNEL(overrun_atomic, 1, 1),        KERNEL(overrun_copy, 1, 1),
-    KERNEL(overrun_shared, 1, 1),        KERNEL(overrun_stack, 1, 1),
+    KERNEL(race_add_to_shared, 1, 64),
+    KERNEL(race_add_to_global, 1, 2),
+    KERNEL(race_between_blocks, 2, 1),
+    KERNEL(race_behind_shuffle, 1, 32),
+    KERNEL(race_second_barrier, 1, 64),
+    KERNEL(race_copy_not_waited_for, 1, 32),
+    KERNEL(race_copy_of_another, 1, 32),
+    KERNEL(race_copy_over_what_is_read, 1, 32),
+    KERNEL(race_ldmatrix, 1, 32),
+    KERNEL(race_named_barrier, 1, 64),
+    KERNEL(race_full_barrier, 1, 64),
+    KERNEL(race_empty_barrier, 1, 64),
+    KERNEL(race_bulk_copy, 1, 32),
+    KERNEL(race_copies_that_arrive, 1, 32),
+    KERNEL(race_wgmma_before_writes, 1, 128),
+    KERNEL(race_writes_before_wgmma_ends, 1, 128),
+    KERNEL(quiet_pipeline, 3, 64),
+    KERNEL(quiet_bulk_copy, 3, 32),
+    KERNEL(quiet_copies_that_arrive, 3, 32),
+    KERNEL(quiet_wgmma, 1, 128),
+    KERNEL(quiet_barriers, 3, 64),
+    KERNEL(quiet_warps, 3, 64),
+    KERNEL(quiet_channel, 3, 64),
+    KERNEL(quiet_ring, 3, 32),
+    KERNEL(quiet_atomics, 3, 64),
+    KERNEL(quiet_last_block, 5, 2),
+    KERNEL(overrun_read, 1, 1),
+    KERNEL(overrun_write, 1, 1),
+    KERNEL(overrun_load, 1, 1),
+    KERNEL(overrun_store, 1, 1),
+    KERNEL(overrun_atomic, 1, 1),
+    KERNEL(overrun_copy, 1, 1),
+    KERNEL(overrun_shared, 1, 1),
+    KERNEL(overrun_stack, 1, 1),
     KERNEL(quiet_edges, 1, 1),
 #undef KERNEL
 };

@@ -13,7 +13,7 @@ import programs
 import pytest
 
 SOURCE = (Path(__file__).parent / "sanitizer_tests.cpp").read_text()
-KERNELS = re.findall(r"^    KERNEL\((\w+), ", SOURCE, re.MULTILINE)
+KERNELS = re.findall(r"\bKERNEL\((\w+), \d", SOURCE)
 
 
 def named(*prefixes: str) -> list[str]:
