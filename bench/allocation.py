@@ -28,7 +28,7 @@ from typing import Any
 
 import bitfold
 import torch
-from bitfold import budget, hf, hub, layout
+from bitfold import budget, hf, hub, layout, memory
 from bitfold.allocation.allocate import Target, allocate
 from bitfold.bench.machine import machine, versions
 from bitfold.evaluate import Windows, cut, default_context, divergence, log_probs, ratio
@@ -190,7 +190,7 @@ def mixes(bench: Bench, calibrated: bool) -> None:
 def bytes_of(name: str) -> int:
     if name in RECIPES:
         source = layout.read_source(MODEL)
-        return budget.budget(source, RECIPES[name], budget.run_of(source)).nbytes
+        return budget.budget(source, RECIPES[name], memory.run_of(source)).nbytes
     return plan_gguf(MODEL, MIXES[name]).tensor_bytes
 
 

@@ -259,18 +259,26 @@ def test_workspace_bounds_what_the_kernels_allocate():
     """Resident memory around one call, its result taken off: the formula is an upper bound, and no wild one."""
     script = """
 import sys, torch, bitfold
-from bitfold.budget import workspace_bytes
+from bitfold.activations import read
+from bitfold.memory import workspace_bytes
 torch.set_num_threads(1)
 def peak():
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
-for m, n, k in ((512, 256, 16384), (8, 65536, 512)):
-    q = bitfold.encode(torch.randn(n, k), "int4-g128")
-    x = torch.randn(m, k).to(torch.bfloat16)
-    bitfold.linear(x[:1], q)
+for m, n, k, format, inputs in (
+    (512, 256, 16384, "int4-g128", "float"),
+    (8, 65536, 512, "int4-g128", "float"),
+    (1024, 256, 16384, "int8-channel", "int8"),
+    (512, 256, 16384, "int8-channel-sfp32", "llm-int8"),
+    (600, 256, 16384, "fp8-e4m3-channel", "fp8"),
+):
+    activations = read(inputs)
+    layer = bitfold.QuantLinear(bitfold.encode(torch.randn(n, k), format), activations=activations)
+    x = torch.full((m, k), 7.0).to(torch.bfloat16)  # each column has an outlier
+    layer(x[:1])
     open("/proc/self/clear_refs", "w").write("5")
     before = peak()
-    bitfold.linear(x, q)
-    print(peak() - before, workspace_bytes("int4-g128", m, n, k, x.dtype, 1), m * n * 2)
+    layer(x)
+    print(peak() - before, workspace_bytes(format, m, n, k, x.dtype, 1, activations), m * n * 2)
 """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("/proc/self/clear_refs, which resets the peak, is Linux's")

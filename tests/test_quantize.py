@@ -5,7 +5,9 @@ import importlib
 import math
 
 import bitfold
+import numpy as np
 import oracle_fp8
+import oracle_rows_int8
 import pytest
 import torch
 from bitfold import QuantEmbedding, QuantLinear, Recipe, Rule
@@ -66,14 +68,31 @@ def decoded_twin(model, quantized):
             if isinstance(module, (QuantLinear, QuantEmbedding)):
                 twin.get_submodule(name).weight.copy_(module.qtensor.decode())
             if isinstance(module, QuantLinear) and not module.activations.is_float:
-                assert str(module.activations) == "fp8"
-                twin.get_submodule(name).register_forward_pre_hook(round_input)
+                twin.get_submodule(name).register_forward_pre_hook(ROUND_INPUT[str(module.activations)])
     return twin
 
 
-def round_input(module, inputs):
-    (x,) = inputs
-    return torch.from_numpy(oracle_fp8.rounded(x.detach().flatten(0, -2).numpy())).to(x.dtype).view(x.shape)
+def to_int8(x, threshold=0.0):
+    taken = oracle_rows_int8.outliers(x, threshold, False, [])
+    codes, steps = oracle_rows_int8.quantize(x, taken, None)
+    return np.where(taken, x, codes * steps[:, None])
+
+
+def before(round):
+    """Told before a layer runs: its input [..., k] becomes what its rows are when they are rounded."""
+
+    def hook(module, inputs):
+        (x,) = inputs
+        return torch.from_numpy(round(x.detach().flatten(0, -2).numpy())).to(x.dtype).view(x.shape)
+
+    return hook
+
+
+ROUND_INPUT = {
+    "int8": before(to_int8),
+    "llm-int8": before(lambda x: to_int8(x, 6.0)),
+    "fp8": before(oracle_fp8.rounded),
+}
 
 
 # ---- what is swapped ----

@@ -46,7 +46,13 @@ PRESETS = {
     "fp4": "fp4-b64",
     "fp8": "fp8-e4m3-channel",
     "fp8-block": "fp8-e4m3-b128x128",
+    "w8a8": "int8-channel",
+    "w8a8-static": "int8-channel",
+    "smoothquant-w8a8": "int8-channel",
+    "llm-int8": "int8-channel-sfp32",
+    "llm-int8-exact": "int8-channel-sfp32",
     "fp8-w8a8": "fp8-e4m3-channel",
+    "fp8-w8a8-static": "fp8-e4m3-channel",
     "gptq-int4-g128": "int4-g128",
     "gptq-int3-g64": "int3-g64",
     "awq-int4-g128": "int4-g128",
@@ -75,12 +81,37 @@ def test_presets_take_linears_and_keep_embeddings_and_head(name):
     assert "output head" in result["lm_head"].reason
 
 
-def test_presets_with_a_method_need_calibration_and_have_it_in_their_name():
+INPUTS = {
+    "w8a8": "int8",
+    "w8a8-static": "int8-static",
+    "smoothquant-w8a8": "int8",
+    "llm-int8": "llm-int8",
+    "llm-int8-exact": "llm-int8-exact",
+    "fp8-w8a8": "fp8",
+    "fp8-w8a8-static": "fp8-static",
+}
+
+
+def test_presets_that_need_calibration_say_so_by_their_name():
+    """By a method in front, or by activations that a layer can't have from its weight alone behind."""
     for name, preset in bitfold.RECIPES.items():
         methods = {rule.method for rule in preset.rules}
-        assert preset.needs_calibration == (methods != {"rtn"})
-        for method in ("gptq", "awq"):
+        for method in ("gptq", "awq", "smoothquant"):
             assert name.startswith(f"{method}-") == (methods == {method})
+        assert preset.needs_calibration == (methods != {"rtn"} or name.endswith(("-static", "-exact")))
+
+
+def test_presets_whose_inputs_are_rounded():
+    for name, preset in bitfold.RECIPES.items():
+        assert {str(rule.activations) for rule in preset.rules} == {INPUTS.get(name, "float")}
+
+
+@pytest.mark.parametrize("name", [name for name in INPUTS if not name.startswith("smoothquant")])
+def test_a_method_stands_in_front_of_presets_whose_inputs_are_rounded(name):
+    (rule,) = recipes.get(f"gptq-{name}").rules
+    assert rule == Rule("*", PRESETS[name], "gptq", activations=INPUTS[name])
+    with pytest.raises(ValueError, match="is unknown"):
+        recipes.get(f"gptq-smoothquant-{name}")
 
 
 @pytest.mark.parametrize("attention", ["self_attn", "attn", "attention", "self_attention"])
@@ -126,6 +157,9 @@ def test_any_format_with_a_method_in_front_is_a_recipe():
         ("gptq-int4-128", "gptq-int4-g128"),
         ("gtpq-int4-g128", "gptq-int4-g128"),
         ("gptq", "gptq-int4-g128"),
+        ("w8a8-statik", "w8a8-static"),
+        ("llmint8", "llm-int8"),
+        ("smothquant-w8a8", "smoothquant-w8a8"),
     ],
 )
 def test_unknown_recipes_get_suggestions(typo, suggestion):

@@ -59,6 +59,7 @@ MODULES += [
     "kv",
     "integration",
     "peft",
+    "memory",
     "budget",
     "training",
     "calibration",

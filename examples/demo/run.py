@@ -179,11 +179,11 @@ def print_table(
     first = next(iter(comparisons.values())).base
     size = next(iter(results.values())).summary.bytes_before
     print(
-        f"{'recipe':<15}{'MB':>6}{'bits':>7}{'perplexity':>17}{'mean KL (1e-3 nats)':>21}{'99 % KL':>9}"
+        f"{'recipe':<17}{'MB':>6}{'bits':>7}{'perplexity':>17}{'mean KL (1e-3 nats)':>21}{'99 % KL':>9}"
         f"{'same top-1':>12}{'error':>8}{'tokens/s':>10}"
     )
     print(
-        f"{'fp16 (base)':<15}{size / 1e6:>6.2f}{16:>7.2f}{with_error(first.perplexity, 2):>17}{'':>50}"
+        f"{'fp16 (base)':<17}{size / 1e6:>6.2f}{16:>7.2f}{with_error(first.perplexity, 2):>17}{'':>50}"
         f"{base_generation.tokens_per_second or 0:>10.0f}"
     )
     for recipe, result in results.items():
@@ -192,7 +192,7 @@ def print_table(
         bits = 8 * sum(module.bytes_after for module in modules) / result.summary.quantized_parameters
         worst = max(module.relative_rmse for module in modules)
         print(
-            f"{recipe:<15}{result.summary.bytes_after / 1e6:>6.2f}{bits:>7.2f}"
+            f"{recipe:<17}{result.summary.bytes_after / 1e6:>6.2f}{bits:>7.2f}"
             f"{with_error(comparison.model.perplexity, 2):>17}"
             f"{with_error(scaled(comparison.mean_kl, 1e3), 3):>21}{comparison.p99_kl.value:>9.4f}"
             f"{comparison.top1.value:>12.1%}{worst:>8.2%}{result.generation.tokens_per_second or 0:>10.0f}"

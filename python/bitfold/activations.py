@@ -25,6 +25,8 @@ from bitfold.formats import Format, parse
 
 THRESHOLD = 6.0
 """From which on a value is an outlier (Dettmers et al. 2022, section 3.2)."""
+COPIED = 32
+"""A layer has a 16-bit copy of at most one of so many columns of its weight."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitfold.activations import FLOAT, Activations
+from bitfold.activations import FLOAT, KINDS, Activations
 from bitfold.rules import Recipe, Rule
 
 
@@ -18,6 +18,7 @@ def linears(
     return Recipe(name, description, (rule,), use)
 
 
+LLM_INT8 = KINDS["llm-int8"].format
 ATTENTION = "*[._]att*n*.*"
 """Names of attention blocks: self_attn, self_attention, attention, attn."""
 
@@ -109,11 +110,54 @@ RECIPES: dict[str, Recipe] = {
             "8-bit floats as DeepSeek-V3 has them: the scales take next to no room",
         ),
         linears(
+            "w8a8",
+            "8-bit integers, one scale a row; inputs too, row by row",
+            "int8-channel",
+            "the fastest where many rows are multiplied at once; outliers in the inputs spoil it",
+            activations="int8",
+        ),
+        linears(
+            "w8a8-static",
+            "8-bit integers, one scale a row; inputs too, with one step for each layer",
+            "int8-channel",
+            "with a text for calibration: steps known beforehand; smoothquant-w8a8-static loses less",
+            activations="int8-static",
+        ),
+        linears(
+            "smoothquant-w8a8",
+            "w8a8, columns with large inputs scaled down and their weights up",
+            "int8-channel",
+            "with a text for calibration: w8a8 where some columns of inputs are larger than others",
+            method="smoothquant",
+            activations="int8",
+        ),
+        linears(
+            "llm-int8",
+            "8-bit integers, one scale a row; inputs too, but for columns with outliers",
+            LLM_INT8,
+            "w8a8 for models whose inputs have outliers; with a text it becomes llm-int8-exact",
+            activations="llm-int8",
+        ),
+        linears(
+            "llm-int8-exact",
+            "llm-int8, usual outlier columns of the weight in 16 bits",
+            LLM_INT8,
+            "with a text for calibration: models whose outliers make int8 weights lose too much",
+            activations="llm-int8-exact",
+        ),
+        linears(
             "fp8-w8a8",
             "8-bit floats (e4m3), one scale a row; inputs too, row by row",
             "fp8-e4m3-channel",
             "for GPUs that multiply 8-bit floats; elsewhere fp8 has the same size and a smaller loss",
             activations="fp8",
+        ),
+        linears(
+            "fp8-w8a8-static",
+            "8-bit floats (e4m3), one scale a row; inputs too, with one scale for each layer",
+            "fp8-e4m3-channel",
+            "with a text for calibration: fp8-w8a8 with scales known beforehand",
+            activations="fp8-static",
         ),
         Recipe(
             "int4-mixed",
@@ -153,10 +197,10 @@ RECIPES: dict[str, Recipe] = {
 }
 """The presets: linear layers only; embeddings, output head and norms keep their source dtype."""
 
-PAIRS: dict[str, tuple[str, str]] = {
-    "w8a8": ("int8-channel", "int8"),
-    "w8a8-static": ("int8-channel", "int8-static"),
-    "fp8-w8a8": ("fp8-e4m3-channel", "fp8"),
-    "fp8-w8a8-static": ("fp8-e4m3-channel", "fp8-static"),
+PAIRS: dict[str, Rule] = {
+    name: rule
+    for name, recipe in RECIPES.items()
+    for rule in recipe.rules
+    if rule.method == "rtn" and not rule.activations.is_float
 }
-"""Weights and activations that go together, as recipes name them, a method in front or none: format, activations."""
+"""Weights and activations that go together: presets that a method can stand in front of ("gptq-w8a8")."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bitfold import _C, activations, bounds
-from bitfold.activations import KINDS, Activations
+from bitfold.activations import Activations
 from bitfold.formats import FORMATS, parse
-from bitfold.presets import PAIRS, RECIPES, linears
+from bitfold.presets import LLM_INT8, PAIRS, RECIPES, linears
 from bitfold.rules import KEEP, METHODS, Assignment, ModuleInfo, Recipe, Rule, assign
 
 if sys.version_info >= (3, 11):
@@ -28,8 +28,8 @@ __all__ = ["RECIPES", "Assignment", "ModuleInfo", "Recipe", "Rule", "assign", "g
 
 def get(recipe: str | Path | Recipe) -> Recipe:
     """The recipe that is meant: a preset's name, a format string (for all linear layers), weights and activations that
-    go together ("w8a8-static", "llm-int8-t5"), either with a method in front of it ("gptq-int4-g64",
-    "smoothquant-w8a8"), a TOML file, or a Recipe.
+    go together ("w8a8-static", "llm-int8-t5"), either with a method in front of it ("gptq-int4-g64", "gptq-w8a8"), a
+    TOML file, or a Recipe.
 
     Raises ValueError, with near matches, for a name that is none of them, and for a file that is no recipe.
     """
@@ -67,21 +67,20 @@ def _method_of(text: str) -> tuple[str, str]:
 
 def _pair(text: str) -> tuple[str, Activations]:
     """Format and activations."""
-    format, wanted = PAIRS.get(text, (KINDS["llm-int8"].format, text))
-    return format, activations.read(wanted)
+    if text in PAIRS:
+        return str(PAIRS[text].format), PAIRS[text].activations
+    return LLM_INT8, activations.read(text)
 
 
 def _why_unknown(text: str, format: str, error: ValueError) -> str:
     # What starts as a format is a format with a mistake in it, unless it is a preset's name but for a letter.
     is_format = format.partition("-")[0] in {family.partition("-")[0] for family in FORMATS}
-    near = difflib.get_close_matches(
-        text, [*RECIPES, "llm-int8", *PAIRS], n=3, cutoff=0.9 if is_format else 0.6
-    )
+    near = difflib.get_close_matches(text, RECIPES, n=3, cutoff=0.9 if is_format else 0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"
     if is_format:
         return str(error)
-    return f"it must be one of {', '.join([*RECIPES, 'llm-int8', *PAIRS])}, a format string, or a .toml file"
+    return f"it must be one of {', '.join(RECIPES)}, a format string, or a .toml file"
 
 
 def read(path: str | Path) -> Recipe:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitfold import budget, hf, layout
+from bitfold import budget, hf, layout, memory
 from bitfold.allocation import rounds as looking
 from bitfold.allocation.choose import Allocation, Limit, allowed_of, cache_options, choose, limit_of
 from bitfold.allocation.recipe import to_recipe
@@ -210,26 +210,26 @@ def caches_of(source: Source, target: Target) -> dict[str, int]:
             f"context is {target.context}, and the target is in bits per weight, which a KV cache has no part in: it "
             "must be a size"
         )
-    longest = budget.longest_context(source)
+    longest = memory.longest_context(source)
     if longest is not None and target.context > longest:
         raise ValueError(
             f"context is {target.context}, it must be at most {longest}, the positions that the model has"
         )
-    own = budget.run_of(source, target.context, target.batch)
+    own = memory.run_of(source, target.context, target.batch)
     try:
         shape = hf.cache_shape(source.model_config)
     except ValueError as error:
         raise ValueError(
             f"context is {target.context}, but the model has no KV cache that can be counted: {error}"
         ) from None
-    nbytes = budget.kv_cache(source, own)
+    nbytes = memory.kv_cache(source, own)
     assert nbytes is not None
     left = PAGE * DEFAULT_GROUP - 1
     wider = dataclasses.replace(shape, windows=tuple(w and w + left for w in shape.windows))
     found = {own.kv_format: nbytes}
     for format in FORMATS:
         run = dataclasses.replace(own, kv_format=format)
-        found[format] = target.batch * shape.heads * budget.quantized_cache(wider, run)
+        found[format] = target.batch * shape.heads * memory.quantized_cache(wider, run)
     return found
 
 
@@ -301,7 +301,7 @@ def _recipe(source: Source, found: Sensitivity, allocation: Allocation, name: st
 
 def _check_bytes(source: Source, recipe: Recipe, allocation: Allocation) -> None:
     """What the checkpoint will hold is what was counted, and within the budget."""
-    planned = budget.budget(source, recipe, budget.run_of(source)).nbytes
+    planned = budget.budget(source, recipe, memory.run_of(source)).nbytes
     if planned != allocation.nbytes or allocation.total > allocation.limit.nbytes:
         raise RuntimeError(
             f"the recipe takes {planned:,} bytes; {allocation.nbytes:,} were counted, {allocation.total:,} in all of "

@@ -20,10 +20,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bitfold.activations import KINDS, Activations
+from bitfold.activations import COPIED, KINDS, Activations
 
 USUAL = 4  # a column is usual that has outliers in one of so many samples
-MOST = 32  # at most one of so many columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Ranges:
         """The usual outlier columns (see the head of this file): int32 [c], ascending; c may be 0."""
         samples, k = self.largest.shape
         usual = USUAL * (self.largest >= threshold).sum(0) >= samples
-        most = max(1, k // MOST)
+        most = max(1, k // COPIED)
         if int(usual.sum()) > most:
             ranked = torch.where(usual, self.energy, -1.0).sort(descending=True, stable=True).indices
             usual = torch.zeros_like(usual).index_fill_(0, ranked[:most], True)

@@ -13,13 +13,10 @@ import typer
 from bitfold import layout, recipes
 from bitfold.budget import (
     CLASSES,
-    KV_FORMATS,
     UNQUANTIZED,
     Budget,
-    Run,
     budget,
     nominal_bytes,
-    run_of,
     unquantized,
 )
 from bitfold.cli.console import Json, out, paragraph, print_json, quiet_transformers, table
@@ -29,6 +26,7 @@ from bitfold.gguf.budget import gguf_budget
 from bitfold.gguf.mixes import Mix
 from bitfold.kv.blocks import FORMATS as QUANTIZED
 from bitfold.layout import Source
+from bitfold.memory import KV_FORMATS, Run, run_of
 from bitfold.presets import RECIPES
 from bitfold.rules import Recipe
 from bitfold.text import size

@@ -58,8 +58,10 @@ def recipes(json: Json = False) -> None:
         )
     )
     out.print()
+    width = max(map(len, RECIPES))
     for name, recipe in RECIPES.items():
-        out.print(paragraph(f"{name:<15} {recipe.description}: {recipe.use}", indent=" " * 16), markup=False)
+        text = f"{name:<{width}} {recipe.description}: {recipe.use}"
+        out.print(paragraph(text, indent=" " * (width + 1)), markup=False)
     out.print()
     _show_gguf()
 

@@ -10,23 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bitfold import hf
-from bitfold.budget import (
-    REPACKED_BYTES,
-    Budget,
-    Entry,
-    Memory,
-    Run,
-    activation,
-    grouped,
-    kv_cache,
-    listed,
-    run_notes,
-    workspace,
-)
+from bitfold.budget import Budget, Entry, grouped, listed
 from bitfold.gguf import architectures, hyperparameters, mixes
 from bitfold.gguf.assign import Choice, Facts, Item, assign, fallback_notes, tensor_bytes
 from bitfold.gguf.mixes import DOWN, EMBEDDING, FLOATS, GATE, HEAD, OTHER, UP, Mix
 from bitfold.layout import Source
+from bitfold.memory import REPACKED_BYTES, Memory, Run, activation, kv_cache, run_notes, workspace
 from bitfold.rules import ModuleInfo
 from bitfold.shards import CheckpointError
 
