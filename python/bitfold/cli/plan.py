@@ -273,11 +273,11 @@ def _show_memory(run: Run, budgets: dict[str, Budget], limit: int | None) -> Non
         f"Memory to run it, in {unit} (context {run.context}, batch {run.batch}, KV cache {run.kv_format}, "
         f"threads {run.threads})"
     )
-    columns = ["weights", "repacked", "KV cache", "activation", "workspace", "total"]
+    columns = ["weights", "KV cache", "activation", "workspace", "total"]
     shown = table("recipe", *columns, *(["fits"] if limit is not None else []))
     for name, one in budgets.items():
         memory = one.memory
-        parts = (memory.weights, memory.repacked, memory.kv_cache, memory.activation, memory.workspace)
+        parts = (memory.weights, memory.kv_cache, memory.activation, memory.workspace)
         cells = ["?" if part is None else f"{part / factor:.2f}" for part in (*parts, memory.total)]
         if limit is not None:
             cells.append("yes" if memory.total <= limit else "no")
