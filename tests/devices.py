@@ -50,6 +50,7 @@ OPS = (
     "linear_fp8",
     "round_fp8",
     "kv_pack",
+    "kv_unpack",
     "linear_int8",
     "kv_attention",
 )
@@ -153,6 +154,7 @@ def use(name: str, seed: str = "") -> Iterator[None]:
         patch.setattr(bitfold.qtensor, "_ops", namespace)
         patch.setattr(bitfold.ops, "_linear", namespace.linear)
         patch.setattr(bitfold.ops_kv, "_pack", namespace.kv_pack)
+        patch.setattr(bitfold.ops_kv, "_unpack", namespace.kv_unpack)
         patch.setattr(bitfold.ops_kv, "_attention", namespace.kv_attention)
         # The factor of CPU tensors is the CPU's, and so are blocks that are taken apart.
         cpu = torch.ops.bitfold

@@ -46,6 +46,31 @@ def decoded(keys, values, format: str, group: int, value_group: int):
     return new_keys.swapaxes(-1, -2).reshape(keys.shape), new_values.reshape(values.shape)
 
 
+def unpacked(block: np.ndarray, law: dict, format: str, group: int, head: int, value_group: int):
+    """Keys and values [group, head] of the bytes of a block, in float64."""
+    bits = 4 if format == "int4" else 8
+
+    def codes(at: int, rows: int, columns: int) -> np.ndarray:
+        data = block[at : at + rows * columns * bits // 8].reshape(rows, -1)
+        if bits == 4:
+            data = np.stack([data % 16, data // 16], -1).reshape(rows, columns)
+        if format != "fp8":
+            return data.astype(np.float64)
+        return np.where(data < 128, 1.0, -1.0) * np.append(e4m3(), np.nan)[data % 128]
+
+    def floats(at: int, count: int) -> np.ndarray:
+        return block[at : at + 4 * count].view("<f4").astype(np.float64)
+
+    rows, groups = -(-head // 16) * 16, head // value_group
+    keys = codes(0, head, group) * floats(law["key_steps"], head)[:, None]
+    values = codes(law["value_codes"], group, rows)[:, :head].reshape(group, groups, value_group)
+    values = values * floats(law["value_steps"], groups * group).reshape(groups, group).T[..., None]
+    if format != "fp8":
+        keys = keys + floats(law["key_offsets"], head)[:, None]
+        values = values + floats(law["value_offsets"], groups * group).reshape(groups, group).T[..., None]
+    return keys.T, values.reshape(group, head)
+
+
 def attention(query, keys, values, mask, scale: float) -> np.ndarray:
     """[batch, rows, query heads, head] of query [batch, query heads, rows, head]; a row that sees nothing is 0."""
     query, keys, values = (

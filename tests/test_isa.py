@@ -141,6 +141,7 @@ def test_conformance(isa):
             "gptq",
             "step_search",
             "kv_ops",
+            "kv_unpack",
         )
     ]
     done = run(isa, "-m", "pytest", "-q", "-x", "-m", "isa and not slow", "-p", "no:cacheprovider", *files)

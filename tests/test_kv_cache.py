@@ -184,6 +184,30 @@ def test_a_window_that_forgot_refuses_to_go_back():
     cache.crop(0)
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_window_that_records_its_past_may_be_shorter_than_the_exact_tokens(attention):
+    """What a call sees then begins among those."""
+    model, ids = model_of("gemma", attention), tokens(2, 60)
+    for steps in ((), (35, 1, 12, 1)):
+        cache = cache_of(model, residual=40)
+        cache.activate_past_recording()
+        wanted = logits(model, ids, DynamicCache(config=model.config), steps)
+        assert error(logits(model, ids, cache, steps), wanted) < 0.01
+
+
+def test_gradients_end_at_the_cache():
+    """A call of many tokens passes them on to its own keys and values, as with 16 bits."""
+    model, ids = model_of("llama"), tokens(1, 80)
+    found = []
+    for cache in (DynamicCache(config=model.config), cache_of(model, residual=200), cache_of(model)):
+        logits(model, ids[:, :50], cache, (50,))
+        model(ids[:, 50:], cache=cache).logits.square().mean().backward()
+        found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+        model.zero_grad()
+    assert error(found[1], found[0]) < 1e-5
+    assert 0 < error(found[2], found[0]) < 0.02
+
+
 def test_assisted_generation():
     model, helper = model_of("llama", "bitfold"), model_of("llama", "bitfold")
     ids = tokens(1, 40)

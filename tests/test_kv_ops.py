@@ -10,29 +10,9 @@ import torch
 from bitfold.kv.blocks import FORMATS, BlockFormat, value_group_of
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from kv_numbers import paged, past, randn
 
 ERROR = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
-
-
-def randn(rng, *shape) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(shape).astype("f4"))
-
-
-def past(rng, batch: int, heads: int, tokens: int, head: int) -> tuple[Tensor, Tensor]:
-    """Keys with channels of their own mean and size, as models have them, and values."""
-    keys = randn(rng, batch, heads, tokens, head) * randn(rng, head).exp() + 4 * randn(rng, head)
-    return keys, randn(rng, batch, heads, tokens, head)
-
-
-def paged(blocks: Tensor, size: int) -> list[Tensor]:
-    """Pages of `size` blocks, the last with room that holds nothing that counts."""
-    pages = []
-    for page in blocks.split(size, 2):
-        room = torch.full((*blocks.shape[:2], size, blocks.shape[3]), 255, dtype=torch.uint8)
-        room[:, :, : page.shape[2]] = page
-        pages.append(room)
-    return pages
 
 
 def check(rng, format, *, batch=1, heads=2, shared=1, rows=1, blocks=3, recent=5, first=0, head=32, group=16,
@@ -57,7 +37,7 @@ def check(rng, format, *, batch=1, heads=2, shared=1, rows=1, blocks=3, recent=5
     got = devices.ops().kv_attention(
         query, paged(packed, page), blocks, first, *exact, format, group, value_group, given_mask, scale
     )
-    old = law.unpack(packed, torch.float32)
+    old = law.unpack_anywhere(packed, torch.float32)
     whole = [torch.cat([a, b.float()], 2)[:, :, first:] for a, b in zip(old, exact, strict=True)]
     wanted = oracle.attention(query, *whole, given_mask, scale)
     error = np.linalg.norm(got.double().numpy() - wanted) / max(np.linalg.norm(wanted), 1e-30)
@@ -79,7 +59,7 @@ def test_packing_is_what_the_page_says(format, head, value_group, device, rng):
     assert blocks.shape == (2, 3, 3, law.nbytes)
     wanted = oracle.decoded(keys.numpy(), values.numpy(), format, 32, value_group)
     for got, expected, name in zip(
-        law.unpack(blocks, torch.float32), wanted, ("keys", "values"), strict=True
+        law.unpack_anywhere(blocks, torch.float32), wanted, ("keys", "values"), strict=True
     ):
         got = got.double().numpy()
         # float32 may fall to the other side of a tie, which costs a step; that is rare.
@@ -109,7 +89,7 @@ def test_what_is_not_finite_stays_among_those_that_share_its_step(format, device
     keys, values = past(rng, 1, 1, 32, 32)
     keys[0, 0, 3, 5], values[0, 0, 20, 4] = torch.nan, torch.inf
     law = BlockFormat(format, 16, 32, 16)
-    got_keys, got_values = law.unpack(law.pack(keys, values), torch.float32)
+    got_keys, got_values = law.unpack_anywhere(law.pack(keys, values), torch.float32)
     bad_keys, bad_values = torch.zeros(32, 32, dtype=bool), torch.zeros(32, 32, dtype=bool)
     bad_keys[:16, 5], bad_values[20, :16] = True, True
     assert torch.equal(got_keys[0, 0].isnan(), bad_keys)

@@ -12,9 +12,6 @@
 namespace bitfold::cpu {
 namespace {
 
-// Outputs of so many bytes go past the caches, a piece of about so many at a time.
-constexpr int64_t kLargeBytes = 4 << 20;
-constexpr int64_t kPieceBytes = 256 << 10;
 // Columns that are decoded to fp32 at a time on their way to another type.
 constexpr int64_t kColumns = 1024;
 

@@ -25,6 +25,7 @@ struct KvSoftmax;
 struct KvSoftmaxSum;
 struct KvQuantize;
 struct KvStep;
+struct KvDecode;
 inline constexpr int kKvKernels = 4;
 
 // w / scale and zero decide the codes of one group: integer and minifloat divide, codebooks multiply by 1 / scale.
@@ -170,6 +171,7 @@ struct Kernels {
   KvStep (*kv_quantize[kKvKernels - 1])(const KvQuantize&);
   float (*kv_fold)(const KvFold&);
   KvSoftmaxSum (*kv_softmax)(const KvSoftmax&);
+  void (*kv_decode[kKvKernels - 1])(const KvDecode&);
 };
 
 // The kernels of this process, chosen at first use: the best that the CPU has, or BITFOLD_ISA's.

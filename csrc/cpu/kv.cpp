@@ -16,14 +16,6 @@ namespace {
 
 constexpr int64_t kChunk = 1024;  // tokens, as whole blocks: whose scores stay in the second cache
 
-int64_t size_of(DType dtype) { return dtype_bytes(dtype); }
-
-// The numbers of token t of a head.
-const char* token_at(const KvTokens& tokens, int64_t batch, int64_t head, int64_t t) {
-  return static_cast<const char*>(tokens.data) +
-         (batch * tokens.batch_stride + head * tokens.head_stride + t * tokens.token_stride) * size_of(tokens.dtype);
-}
-
 // ---- packing ----
 
 // Numbers that share a step, padded so that the padding changes no range, and their codes.
@@ -120,7 +112,7 @@ class Attention {
         chunk_blocks_(std::max<int64_t>(1, kChunk / args.shape.group)),
         chunk_tokens_(std::max(chunk_blocks_ * args.shape.group, kChunk)),
         first_block_(args.first / args.shape.group),
-        blocks_(total_blocks(args) - first_block_),
+        blocks_(kv_blocks(args.pages, args.page_count) - first_block_),
         packed_chunks_(ceil_div(blocks_, chunk_blocks_)),
         chunks_(packed_chunks_ + ceil_div(args.recent, kChunk)),
         query_(args.batch * args.heads * rows_ * args.shape.head),
@@ -157,16 +149,8 @@ class Attention {
     float* out;  // [value_row]
   };
 
-  static int64_t total_blocks(const KvAttentionArgs& args) {
-    int64_t count = 0;
-    for (int64_t p = 0; p < args.page_count; ++p) count += args.pages[p].blocks;
-    return count;
-  }
-
-  const uint8_t* block_at(int64_t head, int64_t block) const {  // head: of all batches
-    int64_t page = 0;
-    for (; block >= args_.pages[page].blocks; ++page) block -= args_.pages[page].blocks;
-    return args_.pages[page].data + head * args_.pages[page].head_stride + block * at_.bytes;
+  const uint8_t* block_at(int64_t head, int64_t block) const {
+    return cpu::block_at(args_.pages, head, block, at_.bytes);
   }
 
   Part part(int64_t head, int64_t chunk, int64_t r) {
@@ -341,7 +325,7 @@ class Attention {
       const int64_t query_head = head % args_.heads * shared_ + r / args_.rows;
       const int64_t at = ((batch * args_.rows + r % args_.rows) * args_.query_heads + query_head) * size;
       kernels().from_float(sums.data(), size, args_.query.dtype,
-                           static_cast<char*>(args_.out) + at * size_of(args_.query.dtype));
+                           static_cast<char*>(args_.out) + at * dtype_bytes(args_.query.dtype));
     }
   }
 

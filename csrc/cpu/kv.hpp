@@ -56,7 +56,36 @@ struct KvStep {
   float offset;
 };
 
+// Rows of codes that share a step, as numbers: out[r, c] = codes[r, c] * steps[r] + offsets[r], or out[c, r] where they
+// are transposed. columns is a multiple of kKvAlign, and so is the room of a row of `out`.
+struct KvDecode {
+  const uint8_t* codes;
+  int64_t code_stride;  // bytes from one row to the next
+  const float* steps;
+  const float* offsets;  // null where the format has none
+  int64_t rows;
+  int64_t columns;
+  bool transposed;
+  float* out;
+  int64_t out_stride;
+};
+
 void kv_pack(const KvPackArgs& args);
+void kv_unpack(const KvUnpackArgs& args);
 void kv_attention(const KvAttentionArgs& args);
+
+// ---- what the drivers share ----
+
+inline const char* token_at(const KvTokens& tokens, int64_t batch, int64_t head, int64_t t) {
+  return static_cast<const char*>(tokens.data) +
+         (batch * tokens.batch_stride + head * tokens.head_stride + t * tokens.token_stride) *
+             dtype_bits(tokens.dtype) / 8;
+}
+
+// A block of a head, counted over all batches and pages.
+inline const uint8_t* block_at(const KvPage* page, int64_t head, int64_t block, int64_t bytes) {
+  for (; block >= page->blocks; ++page) block -= page->blocks;
+  return page->data + head * page->head_stride + block * bytes;
+}
 
 }  // namespace bitfold::cpu

@@ -460,36 +460,15 @@ struct Cut {
   explicit Cut(const KvAttentionArgs& a);
 };
 
-// Calls fn(pages that it has, first and last block) for each launch over packed blocks. A launch's chunks are its own.
-template <class Fn>
-void each_launch(const KvAttentionArgs& a, int64_t first_block, const Fn& fn) {
-  KvRun runs[kKvPages];
-  int count = 0;
-  int64_t begin = 0, launch_begin = first_block;
-  for (int64_t p = 0; p < a.page_count; ++p) {
-    const int64_t end = begin + a.pages[p].blocks;
-    if (end > first_block) {
-      if (count == kKvPages) {
-        fn(runs, count, launch_begin, begin);
-        launch_begin = begin;
-        count = 0;
-      }
-      runs[count++] = {a.pages[p].data, begin, a.pages[p].head_stride};
-    }
-    begin = end;
-  }
-  if (count > 0) fn(runs, count, launch_begin, begin);
-}
-
 Cut::Cut(const KvAttentionArgs& a)
     : first_block(a.first / a.shape.group),
-      blocks_end(0),
+      blocks_end(kv_blocks(a.pages, a.page_count)),
       chunk_blocks(larger<int64_t>(1, kKvChunk / a.shape.group)),
       exact_chunks(bitfold::ceil_div(a.recent, kKvChunk)),
       chunks(exact_chunks) {
-  for (int64_t p = 0; p < a.page_count; ++p) blocks_end += a.pages[p].blocks;
   while (blocks_end - first_block > kKvChunks * chunk_blocks) chunk_blocks *= 2;
-  each_launch(a, first_block, [&](const KvRun*, int, int64_t begin, int64_t end) {
+  // A launch's chunks are its own.
+  each_kv_launch(a.pages, a.page_count, first_block, [&](const KvRun*, int, int64_t begin, int64_t end) {
     chunks += bitfold::ceil_div(end - begin, chunk_blocks);
   });
 }
@@ -569,14 +548,15 @@ void kv_attention(const KvAttentionArgs& args, void* workspace, Stream stream) {
     if (chunks > 0) start(job, args.batch, stream);
     job.chunk_begin += chunks;
   };
-  each_launch(args, cut.first_block, [&](const KvRun* runs, int count, int64_t begin, int64_t end) {
-    for (int i = 0; i < count; ++i) job.runs[i] = runs[i];
-    job.run_count = count;
-    job.block_begin = begin;
-    job.block_end = end;
-    job.packed_chunks = bitfold::ceil_div(end - begin, cut.chunk_blocks);
-    launch_chunks(job.packed_chunks + (end == cut.blocks_end ? cut.exact_chunks : 0));
-  });
+  each_kv_launch(args.pages, args.page_count, cut.first_block,
+                 [&](const KvRun* runs, int count, int64_t begin, int64_t end) {
+                   for (int i = 0; i < count; ++i) job.runs[i] = runs[i];
+                   job.run_count = count;
+                   job.block_begin = begin;
+                   job.block_end = end;
+                   job.packed_chunks = bitfold::ceil_div(end - begin, cut.chunk_blocks);
+                   launch_chunks(job.packed_chunks + (end == cut.blocks_end ? cut.exact_chunks : 0));
+                 });
   if (job.chunk_begin < cut.chunks) {  // no packed token counts
     job.packed_chunks = 0;
     launch_chunks(cut.exact_chunks);

@@ -12,7 +12,7 @@ endforeach()
 # Those that promise the CPU's bytes: nvcc must not contract a multiplication and an addition.
 set(BITFOLD_CUDA_EXACT_UNITS
   decode pack
-  linear_floor gptq step_search round_fp8 kv_pack
+  linear_floor gptq step_search round_fp8 kv_pack kv_unpack
   linear_int8 int8_round int8_rows int8_tile
   encode encode_blocks encode_affine encode_symmetric encode_iq4 encode_legacy)
 set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp)

@@ -121,6 +121,34 @@ struct KvPage {
   int64_t head_stride;  // bytes
 };
 
+inline int64_t kv_blocks(const KvPage* pages, int64_t page_count) {
+  int64_t count = 0;
+  for (int64_t p = 0; p < page_count; ++p) count += pages[p].blocks;
+  return count;
+}
+
+// Keys and values [batch, heads, tokens, head], contiguous and both of `dtype`: those of the pages from token `first`
+// on, decoded, and then those of `exact`, one after the other.
+struct KvExact {
+  KvTokens keys;
+  KvTokens values;
+  int64_t tokens;
+};
+struct KvUnpackArgs {
+  KvShape shape;
+  int64_t batch;
+  int64_t heads;
+  const KvPage* pages;
+  int64_t page_count;
+  int64_t first;
+  const KvExact* exact;  // of `dtype`
+  int64_t exact_count;
+  DType dtype;
+  void* keys;
+  void* values;
+  ParallelFor parallel_for;
+};
+
 // What the mask adds to the scores: a number for each key or, of a bool mask, 0 and minus infinity. Strides in
 // elements.
 enum class KvMask : uint8_t { None, Bool, Float };

@@ -227,6 +227,11 @@ void Device::kv_pack(KvPackArgs args) const {
   on(gpu_, [&] { cuda::kv_pack(args, stream_); }, [&] { cpu::kv_pack(args); });
 }
 
+void Device::kv_unpack(KvUnpackArgs args) const {
+  args.parallel_for = parallel_for;
+  on(gpu_, [&] { cuda::kv_unpack(args, stream_); }, [&] { cpu::kv_unpack(args); });
+}
+
 void Device::kv_attention(KvAttentionArgs args, const Tensor& like) const {
   args.parallel_for = parallel_for;
   on(

@@ -48,6 +48,7 @@ class Device {
   void gptq_columns(GptqColumnsArgs args, const Tensor& like) const;  // `like`: as above
   void search_steps(StepSearchArgs args) const;
   void kv_pack(KvPackArgs args) const;
+  void kv_unpack(KvUnpackArgs args) const;
   void kv_attention(KvAttentionArgs args, const Tensor& like) const;  // `like`: as above
 
  private:

@@ -24,12 +24,12 @@ void require_four(const Tensor& tensor, const std::string& what) {
     fail(what + " has shape " + shape_text(tensor) + "; it must have four dimensions: batch, heads, tokens, head size");
 }
 
-void require_same(const Tensor& values, const Tensor& keys) {
+void require_same(const Tensor& values, const Tensor& keys, const std::string& number = "") {
   bool same = values.dim() == 4;
   for (int64_t i = 0; i < 4 && same; ++i) same = values.size(i) == keys.size(i);
   if (!same || values.scalar_type() != keys.scalar_type()) {
-    fail(std::string("values is a ") + dtype_name(values.scalar_type()) + " of shape " + shape_text(values) +
-         "; it must be a " + dtype_name(keys.scalar_type()) + " of shape " + shape_text(keys) + " like keys");
+    fail("values" + number + " is a " + dtype_name(values.scalar_type()) + " of shape " + shape_text(values) +
+         "; it must be a " + dtype_name(keys.scalar_type()) + " of shape " + shape_text(keys) + " like keys" + number);
   }
 }
 
@@ -67,6 +67,13 @@ std::vector<KvPage> read_pages(const Device& device, const std::vector<Tensor>& 
          " that the pages have");
   }
   return read;
+}
+
+void require_first(int64_t first, int64_t tokens) {
+  if (first < 0 || first > tokens) {
+    fail("first is " + std::to_string(first) + "; it must be between 0 and the " + std::to_string(tokens) +
+         " tokens of the blocks");
+  }
 }
 
 void read_mask(const Device& device, const Tensor& mask, const int64_t (&sizes)[4], KvAttentionArgs* args) {
@@ -114,6 +121,58 @@ Tensor kv_pack(const Tensor& keys, const Tensor& values, const std::string& form
   return out;
 }
 
+std::vector<Tensor> kv_unpack(const std::vector<Tensor>& pages, int64_t blocks, int64_t first,
+                              const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                              const std::string& format, int64_t group, int64_t value_group) {
+  if (keys.empty() || keys.size() != values.size()) {
+    fail("keys are " + std::to_string(keys.size()) + " tensors and values " + std::to_string(values.size()) +
+         "; they must be equally many, and at least one");
+  }
+  require_four(keys[0], "keys[0]");
+  const Device device(keys[0], "keys[0]");
+  const int64_t batch = keys[0].size(0), heads = keys[0].size(1), head = keys[0].size(3);
+  const KvShape shape = read_shape(format, group, head, value_group);
+  const std::vector<KvPage> read = read_pages(device, pages, blocks, keys[0], kv_layout(shape).bytes);
+  require_first(first, blocks * group);
+  std::vector<Tensor> owners;
+  std::vector<KvExact> exact;
+  int64_t tokens = blocks * group - first;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const std::string number = "[" + std::to_string(i) + "]";
+    require_four(keys[i], "keys" + number);
+    if (keys[i].size(0) != batch || keys[i].size(1) != heads || keys[i].size(3) != head ||
+        keys[i].scalar_type() != keys[0].scalar_type()) {
+      fail("keys" + number + " is a " + dtype_name(keys[i].scalar_type()) + " of shape " + shape_text(keys[i]) +
+           "; in all but the tokens it must be as keys[0], a " + dtype_name(keys[0].scalar_type()) + " of shape " +
+           shape_text(keys[0]));
+    }
+    require_same(values[i], keys[i], number);
+    const auto read_exact = [&](const Tensor& tensor, const std::string& what) {
+      owners.push_back(tensor);
+      return read_tokens(device, tensor, what, &owners.back());
+    };
+    exact.push_back({read_exact(keys[i], "keys" + number), read_exact(values[i], "values" + number), keys[i].size(2)});
+    tokens += keys[i].size(2);
+  }
+  std::vector<Tensor> out;
+  for (int i = 0; i < 2; ++i) out.push_back(empty_beside(keys[0], {batch, heads, tokens, head}, keys[0].scalar_type()));
+  device.kv_unpack({
+      .shape = shape,
+      .batch = batch,
+      .heads = heads,
+      .pages = read.data(),
+      .page_count = static_cast<int64_t>(read.size()),
+      .first = first,
+      .exact = exact.data(),
+      .exact_count = static_cast<int64_t>(exact.size()),
+      .dtype = float_dtype(keys[0].scalar_type(), "keys[0]"),
+      .keys = out[0].mutable_data_ptr(),
+      .values = out[1].mutable_data_ptr(),
+      .parallel_for = nullptr,
+  });
+  return out;
+}
+
 Tensor kv_attention(const Tensor& query, const std::vector<Tensor>& pages, int64_t blocks, int64_t first,
                     const Tensor& keys, const Tensor& values, const std::string& format, int64_t group,
                     int64_t value_group, std::optional<Tensor> mask, double scale) {
@@ -133,10 +192,7 @@ Tensor kv_attention(const Tensor& query, const std::vector<Tensor>& pages, int64
          ", and more are for decoded keys and values");
   }
   const std::vector<KvPage> read = read_pages(device, pages, blocks, keys, kv_layout(shape).bytes);
-  if (first < 0 || first > blocks * group) {
-    fail("first is " + std::to_string(first) + "; it must be between 0 and the " + std::to_string(blocks * group) +
-         " tokens of the blocks");
-  }
+  require_first(first, blocks * group);
   if (!std::isfinite(scale)) fail("scale is " + std::to_string(scale) + "; it must be finite");
   Tensor query_owner = query, key_owner = keys, value_owner = values;
   KvAttentionArgs args{

@@ -63,6 +63,9 @@ BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
       "Tensor? importance, Tensor? table, int low, int high) -> Tensor[]");
   library.def("kv_pack(Tensor keys, Tensor values, str format, int group, int value_group) -> Tensor");
   library.def(
+      "kv_unpack(Tensor[] pages, SymInt blocks, SymInt first, Tensor[] keys, Tensor[] values, str format, int group, "
+      "int value_group) -> Tensor[]");
+  library.def(
       "kv_attention(Tensor query, Tensor[] pages, SymInt blocks, SymInt first, Tensor keys, Tensor values, str format, "
       "int group, int value_group, Tensor? mask=None, float scale=1.0) -> Tensor");
 }
@@ -358,6 +361,7 @@ void implement(Library& library) {
   library.impl("gptq_columns", TORCH_BOX(&gptq_columns));
   library.impl("search_steps", TORCH_BOX(&search_steps));
   library.impl("kv_pack", TORCH_BOX(&kv_pack));
+  library.impl("kv_unpack", TORCH_BOX(&kv_unpack));
   library.impl("kv_attention", TORCH_BOX(&kv_attention));
 }
 

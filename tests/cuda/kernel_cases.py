@@ -177,6 +177,19 @@ KV_PACK = [
     for format in ("int8", "fp8", "int4")
     for k, value_group, group, dtype in ((7, 0, 16, "fp32"), (160, 32, 48, "bf16"), (300, 0, 16, "fp16"))
 ]
+KV_UNPACK = [
+    *(KvCase("kv_unpack", format, n, k, 0, dtype, group=group, value_group=value_group, first=first, recent=recent)
+      for format in ("int8", "fp8", "int4")
+      for n, k, value_group, group, first, recent, dtype in (
+          (96, 7, 0, 16, 21, 5, "fp32"),
+          (240, 160, 32, 80, 1, 3, "bf16"),  # tiles of tokens and of channels, and a part of one each
+          (128, 72, 0, 64, 64, 0, "fp16"),
+          (32, 65, 0, 16, 7, 2, "fp16"),
+      )),
+    KvCase("kv_unpack", "int8", 16 * 100, 16, 0, "bf16", batch=1, first=20, recent=1, page=1),  # two launches
+    KvCase("kv_unpack", "fp8", 32, 20, 0, "bf16", first=3, recent=3),  # copied by fours
+    KvCase("kv_unpack", "int4", 16, 3, 0, "fp16", first=16, recent=9),
+]  # fmt: skip
 KV_ATTENTION = [
     *(KvCase("kv_attention", format, 96, 7, 3, group=16, shared=3, first=21, recent=70, mask="bool")
       for format in ("int8", "fp8", "int4")),
@@ -199,6 +212,7 @@ KERNELS = {
     "gptq_columns": GPTQ,
     "search_steps": STEPS,
     "kv_pack": KV_PACK,
+    "kv_unpack": KV_UNPACK,
     "kv_attention": KV_ATTENTION,
 }
 
@@ -212,7 +226,8 @@ def quick(cases: list[Case]) -> list[Case]:
     return [
         case
         for case in cases
-        if case.op in ("encode", "gptq_columns", "search_steps", "linear_int8", "kv_pack", "kv_attention")
+        if case.op
+        in ("encode", "gptq_columns", "search_steps", "linear_int8", "kv_pack", "kv_unpack", "kv_attention")
         or case.format.split("-")[0] in QUICK_FAMILIES
     ]
 

@@ -299,15 +299,46 @@ Outputs kv_pack(const CaseFile& file) {
   return outputs;
 }
 
-Outputs kv_attention(const CaseFile& file) {
-  const int64_t batch = file.number("batch"), heads = file.number("heads"), rows = file.number("rows");
-  const int64_t recent = file.number("recent"), seen = file.number("n") - file.number("first") + recent;
+std::vector<KvPage> kv_pages(const CaseFile& file) {
   std::vector<KvPage> pages;
   for (int64_t i = 0; i < file.number("pages"); ++i) {
     const Memory& page = file.tensor("page" + std::to_string(i));
-    const int64_t of_head = static_cast<int64_t>(page.bytes()) / (batch * heads);
+    const int64_t of_head = static_cast<int64_t>(page.bytes()) / (file.number("batch") * file.number("heads"));
     pages.push_back({page.as<uint8_t>(), of_head / file.number("block_bytes"), of_head});
   }
+  return pages;
+}
+
+Outputs kv_unpack(const CaseFile& file) {
+  const int64_t recent = file.number("recent"), tokens = file.number("n") - file.number("first") + recent;
+  const std::vector<KvPage> pages = kv_pages(file);
+  const DType dtype = file.dtype("dtype");
+  const size_t bytes = bytes_of(dtype, file.number("batch") * file.number("heads") * tokens * file.number("k"));
+  Memory keys(bytes, kUnwritten), values(bytes, kUnwritten);
+  const KvExact exact{kv_tokens(file, "keys", "heads", recent), kv_tokens(file, "values", "heads", recent), recent};
+  cuda::kv_unpack({.shape = kv_shape(file),
+                   .batch = file.number("batch"),
+                   .heads = file.number("heads"),
+                   .pages = pages.data(),
+                   .page_count = static_cast<int64_t>(pages.size()),
+                   .first = file.number("first"),
+                   .exact = &exact,
+                   .exact_count = 1,
+                   .dtype = dtype,
+                   .keys = keys.data(),
+                   .values = values.data(),
+                   .parallel_for = nullptr},
+                  nullptr);
+  Outputs outputs;
+  outputs["out keys"] = std::move(keys);
+  outputs["out values"] = std::move(values);
+  return outputs;
+}
+
+Outputs kv_attention(const CaseFile& file) {
+  const int64_t batch = file.number("batch"), heads = file.number("heads"), rows = file.number("rows");
+  const int64_t recent = file.number("recent"), seen = file.number("n") - file.number("first") + recent;
+  const std::vector<KvPage> pages = kv_pages(file);
   KvAttentionArgs args{.shape = kv_shape(file),
                        .batch = batch,
                        .heads = heads,
@@ -346,6 +377,7 @@ Outputs run(const CaseFile& file) {
                                                                    {"gptq_columns", gptq_columns},
                                                                    {"search_steps", search_steps},
                                                                    {"kv_pack", kv_pack},
+                                                                   {"kv_unpack", kv_unpack},
                                                                    {"kv_attention", kv_attention}};
   return ops.at(file.text("op"))(file);
 }

@@ -29,6 +29,15 @@ def contents(case, rng: np.random.Generator) -> tuple[dict[str, object], dict[st
     if case.op == "kv_pack":
         tensors = {"keys": old[0], "values": old[1], "expected out": packed}
         return numbers, {name: bits(tensor) for name, tensor in tensors.items()}
+    exact = [x[:, :, case.n :].contiguous() for x in (keys, values)]
+    pages = packed.split(case.page, 2) if case.n else ()
+    numbers |= {"first": case.first, "recent": case.recent, "pages": len(pages)}
+    tensors = {"keys": exact[0], "values": exact[1]}
+    tensors |= {f"page{i}": page.contiguous() for i, page in enumerate(pages)}
+    if case.op == "kv_unpack":
+        for name, a, b in zip(("keys", "values"), law.unpack_anywhere(packed, dtype), exact, strict=True):
+            tensors[f"expected out {name}"] = torch.cat([a[:, :, case.first :], b], 2)
+        return numbers, {name: bits(tensor) for name, tensor in tensors.items()}
     query = normal(case.batch, case.heads * case.shared, case.m, case.k)
     seen = tokens - case.first
     masks = {
@@ -37,18 +46,13 @@ def contents(case, rng: np.random.Generator) -> tuple[dict[str, object], dict[st
         "float": normal(case.batch, 1, case.m, seen),
     }
     mask, scale = masks[case.mask], case.k**-0.5
-    exact = [x[:, :, case.n :].contiguous() for x in (keys, values)]
     whole = [
         torch.cat([a, b.float()], 2)[:, :, case.first :]
-        for a, b in zip(law.unpack(packed, torch.float32), exact, strict=True)
+        for a, b in zip(law.unpack_anywhere(packed, torch.float32), exact, strict=True)
     ]
     y = oracle_kv.attention(query, *whole, mask, scale)
-    pages = packed.split(case.page, 2) if case.n else ()
-    numbers |= {"query_heads": query.shape[1], "rows": case.m, "first": case.first, "recent": case.recent}
-    numbers |= {"pages": len(pages), "mask": ["", "bool", "float"].index(case.mask)}
-    tensors = {"query": query, "keys": exact[0], "values": exact[1]}
-    tensors |= {f"page{i}": page.contiguous() for i, page in enumerate(pages)}
-    tensors |= {} if mask is None else {"mask": mask}
+    numbers |= {"query_heads": query.shape[1], "rows": case.m, "mask": ["", "bool", "float"].index(case.mask)}
+    tensors |= {"query": query} | ({} if mask is None else {"mask": mask})
     arrays = {name: bits(tensor) for name, tensor in tensors.items()}
     near = np.abs(y) * torch.finfo(dtype).eps + 2e-6 * np.abs(whole[1].numpy()).max(initial=0)
     return numbers, arrays | {"scale": np.float32([scale]), "expected y": y, "tolerance": near}

@@ -42,6 +42,8 @@ CASES = {
     r"gptq\.cu": ("gptq_columns",),
     r"step_search\.cu": ("search_steps",),
     r"kv_pack\.cu": ("kv_pack",),
+    r"kv_unpack\.cu": ("kv_unpack",),
+    r"kv_blocks\.hpp": ("kv_attention", "kv_unpack"),
     r"kv_attention\..*": ("kv_attention",),
 }
 
@@ -261,7 +263,20 @@ WRONG = [
     ("kv_attention.cu", "chunk_ - job_.packed_chunks", "0 * chunk_"),
     ("kv_attention.cu", "sums_[q][i] += constant_[q]", "sums_[q][i] += 0.0f"),
     ("kv_attention.cu", "r % job_.rows * job_.mask_strides[2]", "0"),
-    ("kv_attention.hpp", "word >> 4 & 0x0f0f0f0fu", "word & 0xf0f0f0fu"),
+    ("kv_blocks.hpp", "word >> 4 & 0x0f0f0f0fu", "word & 0xf0f0f0fu"),
+    # kv_unpack: which page, token, channel and step, and ends
+    ("kv_unpack.cu", "job.runs[middle].begin <= block", "job.runs[middle].begin < block"),
+    ("kv_unpack.cu", "token >= tile.hidden", "token > tile.hidden"),
+    ("kv_unpack.cu", "token + 1 >= tile.hidden", "token >= tile.hidden"),
+    ("kv_unpack.cu", "t >= tile.hidden", "t > tile.hidden"),
+    ("kv_unpack.cu", "present == 2 ? left + kPitch / 2 : left", "left"),
+    ("kv_unpack.cu", "smaller(2, head - d)", "2"),
+    ("kv_unpack.cu", "smaller(kKvWord, head - d)", "kKvWord"),
+    ("kv_unpack.cu", "present < Count", "false"),
+    ("kv_unpack.cu", "0x7362u", "0x6372u"),
+    ("kv_unpack.cu", "int64_t{d / static_cast<int>(job.shape.value_group)} * group", "0"),
+    ("kv_unpack.cu", "smaller(kTile, group - tile.token)", "kTile"),
+    ("kv_unpack.cu", "all % 16 == 0", "all % 8 == 0"),
 ]
 
 

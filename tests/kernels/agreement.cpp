@@ -1,9 +1,9 @@
 // Do the instruction sets agree? Encodes, decodes and multiplies with the one that BITFOLD_ISA names, and prints for
 // each format a hash of everything that must be the same to the bit: planes, decoded weights, products of whole
 // numbers. The other products may differ by rounding; their largest relative error goes to stderr, and ends in failure
-// where it is too large. GPTQ's sums are those of plain loops to the bit (gptq.hpp); attention to packed keys and
-// values is held against plain loops too (kv.hpp). run.sh compares what several sets
-// print; it needs neither torch nor Python.
+// where it is too large. GPTQ's sums are those of plain loops to the bit (gptq.hpp); packed keys and values are
+// held against plain loops too, decoded and attended to (kv.hpp). run.sh compares what several sets print; it needs
+// neither torch nor Python.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -298,6 +298,10 @@ double check_kv(Engine& engine) {
       hash.add(packed);
       hash.print(parse_format("int8"), (std::string("of keys and values, ") + kKvFormats[i].name).c_str());
       worst = std::max(worst, plain::kv_error(p, packed, serial));
+      if (!plain::kv_unpacks(p, packed, serial)) {
+        std::fprintf(stderr, "kv_unpack of %s differs from plain loops\n", kKvFormats[i].name);
+        worst = 1.0;
+      }
     }
   }
   return worst;

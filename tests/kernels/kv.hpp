@@ -1,5 +1,5 @@
-// The packed KV cache: blocks are the same bytes on every instruction set; attention is held against plain loops in
-// double precision over what the blocks mean.
+// The packed KV cache: blocks are the same bytes on every instruction set, and decoded they are what a product and a
+// sum make of a code; attention is held against plain loops in double precision over what the blocks mean.
 #pragma once
 
 #include <algorithm>
@@ -46,13 +46,14 @@ inline double code_value(const KvShape& shape, const uint8_t* codes, int64_t i) 
   return shape.info().offsets ? codes[i] : static_cast<double>(minifloat_to_float<kFp8E4m3>(codes[i]));
 }
 
-// Number d of the key or the value of a token.
-inline double kv_number(const KvProblem& p, const std::vector<uint8_t>& packed, int64_t head, int64_t token, int64_t d,
-                        bool value) {
+// Number d of the key or the value of a token, computed in T.
+template <class T>
+T kv_number(const KvProblem& p, const std::vector<uint8_t>& packed, int64_t head, int64_t token, int64_t d,
+            bool value) {
   const KvShape& shape = p.shape;
   if (token >= p.blocks * shape.group) {
     const Numbers& exact = value ? p.values : p.keys;
-    return double{exact[static_cast<size_t>((head * p.tokens() + token) * shape.head + d)]};
+    return T{exact[static_cast<size_t>((head * p.tokens() + token) * shape.head + d)]};
   }
   const KvLayout at = kv_layout(shape);
   const uint8_t* block = packed.data() + (head * p.blocks + token / shape.group) * at.bytes;
@@ -60,13 +61,42 @@ inline double kv_number(const KvProblem& p, const std::vector<uint8_t>& packed, 
   const auto number = [&](int64_t byte, int64_t i) {
     float out = 0.0f;
     std::memcpy(&out, block + byte + 4 * i, sizeof(out));
-    return double{out};
+    return T{out};
   };
   const int64_t shares = value ? d / shape.value_group * shape.group + t : d;
   const double code = value ? code_value(shape, block + at.value_codes, t * shape.value_row() + d)
                             : code_value(shape, block, d * shape.group + t);
-  const double offset = shape.info().offsets ? number(value ? at.value_offsets : at.key_offsets, shares) : 0.0;
-  return code * number(value ? at.value_steps : at.key_steps, shares) + offset;
+  const T product = static_cast<T>(code) * number(value ? at.value_steps : at.key_steps, shares);
+  return shape.info().offsets ? product + number(value ? at.value_offsets : at.key_offsets, shares) : product;
+}
+
+// Whether kv_unpack gives those in float, to the bit.
+inline bool kv_unpacks(const KvProblem& p, const std::vector<uint8_t>& packed, ParallelFor parallel_for) {
+  const KvPage page{packed.data(), p.blocks, p.blocks * p.block_bytes()};
+  const int64_t exact = p.blocks * p.shape.group, tokens = p.tokens() - p.first;
+  const KvExact recent{p.view(p.keys, exact), p.view(p.values, exact), p.recent};
+  Numbers keys(static_cast<size_t>(p.heads * tokens * p.shape.head)), values(keys.size());
+  cpu::kv_unpack({.shape = p.shape,
+                  .batch = 1,
+                  .heads = p.heads,
+                  .pages = &page,
+                  .page_count = 1,
+                  .first = p.first,
+                  .exact = &recent,
+                  .exact_count = 1,
+                  .dtype = DType::F32,
+                  .keys = keys.data(),
+                  .values = values.data(),
+                  .parallel_for = parallel_for});
+  for (int64_t i = 0; i < p.heads * tokens * p.shape.head; ++i) {
+    const int64_t d = i % p.shape.head, t = i / p.shape.head % tokens, head = i / p.shape.head / tokens;
+    for (const bool value : {false, true}) {
+      const float got = (value ? values : keys)[static_cast<size_t>(i)];
+      const auto wanted = kv_number<float>(p, packed, head, p.first + t, d, value);
+      if (std::memcmp(&got, &wanted, sizeof(got)) != 0 && !(std::isnan(got) && std::isnan(wanted))) return false;
+    }
+  }
+  return true;
 }
 
 // The largest error of kv_attention, relative to the norm of an output's row.
@@ -102,7 +132,8 @@ inline double kv_error(const KvProblem& p, const std::vector<uint8_t>& packed, P
       double most = -1e300, total = 0.0;
       for (int64_t t = p.first; t < p.tokens(); ++t) {
         double score = 0.0;
-        for (int64_t d = 0; d < size; ++d) score += double{query[d]} * kv_number(p, packed, q / p.shared, t, d, false);
+        for (int64_t d = 0; d < size; ++d)
+          score += double{query[d]} * kv_number<double>(p, packed, q / p.shared, t, d, false);
         weights.push_back(score * double{0.3f});
         most = std::max(most, weights.back());
       }
@@ -110,7 +141,7 @@ inline double kv_error(const KvProblem& p, const std::vector<uint8_t>& packed, P
         const double weight = std::exp(weights[static_cast<size_t>(t - p.first)] - most);
         total += weight;
         for (int64_t d = 0; d < size; ++d)
-          sums[static_cast<size_t>(d)] += weight * kv_number(p, packed, q / p.shared, t, d, true);
+          sums[static_cast<size_t>(d)] += weight * kv_number<double>(p, packed, q / p.shared, t, d, true);
       }
       double error = 0.0, norm = 0.0;
       for (int64_t d = 0; d < size; ++d) {

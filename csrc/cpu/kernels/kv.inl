@@ -168,10 +168,40 @@ KvStep quantize(const KvQuantize& q) {
   return {step, offset};
 }
 
+// kLanes columns of row r, from column c on. A product and a sum, not fma: the bits of code * step + offset as anybody
+// computes them.
+template <int Source>
+BITFOLD_SIMD F decoded(const KvDecode& d, int64_t r, int64_t c) {
+  const F step = splat(d.steps[r] * Codes<Source>::kUnit);
+  const F x = mul(Codes<Source>::at(d.codes + r * d.code_stride, c), step);
+  return kKvFormats[Source].offsets ? add(x, splat(d.offsets[r])) : x;
+}
+
+template <int Source>
+void decode(const KvDecode& d) {
+  if (!d.transposed) {
+    for (int64_t r = 0; r < d.rows; ++r) {
+      for (int64_t c = 0; c < d.columns; c += kLanes) store(d.out + r * d.out_stride + c, decoded<Source>(d, r, c));
+    }
+    return;
+  }
+  for (int64_t r = 0; r < d.rows; r += kLanes) {
+    for (int64_t c = 0; c < d.columns; c += kLanes) {
+      F square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = r + i < d.rows ? decoded<Source>(d, r + i, c) : splat(0.0f);
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(d.out + (c + i) * d.out_stride + r, square[i]);
+    }
+  }
+}
+
 template <int Source>
 void fill(Kernels& kernels) {
   kernels.kv_product[Source] = product<Source>;
-  if constexpr (Source < kKvFormatCount) kernels.kv_quantize[Source] = quantize<Source>;
+  if constexpr (Source < kKvFormatCount) {
+    kernels.kv_quantize[Source] = quantize<Source>;
+    kernels.kv_decode[Source] = decode<Source>;
+  }
 }
 
 }  // namespace

@@ -99,20 +99,9 @@ def forward(
 
 def attend(query: Tensor, store: Store, visible: int, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale * query keys^T + mask) values over the last `visible` tokens of a store: see `forward`."""
-    blocks, (keys, values) = store.blocks, store.exact()
-    first = store.begin + store.tokens - visible
+    blocks = store.blocks
     return ops_kv.attention(
-        query,
-        store.pages,
-        store.packed,
-        first,
-        keys,
-        values,
-        blocks.format,
-        blocks.group,
-        blocks.value_group,
-        mask,
-        scale,
+        query, *store.latest(visible), blocks.format, blocks.group, blocks.value_group, mask, scale
     )
 
 

@@ -48,7 +48,7 @@ class BlockFormat:
 
     def pack(self, keys: Tensor, values: Tensor) -> Tensor:
         """Blocks, uint8 [batch, heads, blocks, nbytes], of keys and values [batch, heads, blocks * group, head]."""
-        if keys.device.type == "cpu" or (keys.is_cuda and _C.build_info()["cuda"]):
+        if self._native(keys):
             return ops_kv.pack(keys, values, self.format, self.group, self.value_group)
         return self.pack_anywhere(keys, values)
 
@@ -82,8 +82,29 @@ class BlockFormat:
             out[..., at : at + flat.shape[-1]] = flat
         return out
 
-    def unpack(self, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [batch, heads, tokens, head] in `dtype` of blocks [batch, heads, blocks, nbytes]."""
+    def unpack(
+        self, pages: list[Tensor], blocks: int, first: int, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [batch, heads, tokens, head], new tensors: those of the first `blocks` blocks of pages
+        [batch, heads, blocks, nbytes], from token `first` on, and after them those of `keys` and `values`, at least one
+        tensor each."""
+        if self._native(keys[0]):
+            return ops_kv.unpack(
+                pages, blocks, first, keys, values, self.format, self.group, self.value_group
+            )
+        old_keys, old_values, left = [], [], blocks
+        for page in pages:
+            part = self.unpack_anywhere(page[:, :, : max(left, 0)], keys[0].dtype)
+            old_keys.append(part[0])
+            old_values.append(part[1])
+            left -= page.shape[2]
+        return (
+            torch.cat([*old_keys, *keys], 2)[:, :, first:],
+            torch.cat([*old_values, *values], 2)[:, :, first:],
+        )
+
+    def unpack_anywhere(self, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same of blocks [batch, heads, blocks, nbytes] alone, in `dtype`, by torch's own ops."""
         law, (batch, heads, count, _) = self.law, blocks.shape
         groups, shape = self.head // self.value_group, (batch, heads, count * self.group, self.head)
 
@@ -103,6 +124,11 @@ class BlockFormat:
             keys = keys + floats(law["key_offsets"], self.head, 1)
             values = values + floats(law["value_offsets"], groups, self.group, 1).transpose(-2, -3)
         return keys.transpose(-1, -2).reshape(shape).to(dtype), values.reshape(shape).to(dtype)
+
+    @staticmethod
+    def _native(x: Tensor) -> bool:
+        """Whether there are kernels where a tensor is."""
+        return x.device.type == "cpu" or (x.is_cuda and bool(_C.build_info()["cuda"]))
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [..., n] uint8, steps and offsets [..., 1] of rows [..., n] that share them."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -88,19 +87,17 @@ class QuantizedLayer(CacheLayerMixin):
             store.append(key_states, value_states)
             if reads(self.config):
                 return Packed("keys", store, visible), Packed("values", store, visible)
-            keys, values = store.decode()
-            return keys[:, :, -visible:], values[:, :, -visible:]
+            return store.decode(visible)
         keys, values = key_states, value_states
-        if store.tokens > 0:
-            before = store.decode()
-            keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+        if visible > count:
+            keys, values = store.decode(visible - count, keys, values)
         if self.window is not None and count >= self.window and not self.record_past:
             store.clear()
             start = count - (self.window - 1)
             store.append_prompt(key_states[:, :, start:], value_states[:, :, start:])
         else:
             store.append_prompt(key_states, value_states)
-        return keys[:, :, -visible:], values[:, :, -visible:]
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Tokens that a call of `query_length` attends to, and the position of the first."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,17 @@ def nbytes_of(blocks: BlockFormat, tokens: int, itemsize: int, residual: int = D
     packed = max(0, tokens - residual) // blocks.group
     buffers = 2 * (residual + blocks.group + FEW) * blocks.head * itemsize
     return -(-packed // PAGE) * PAGE * blocks.nbytes + buffers
+
+
+class Latest(NamedTuple):
+    """Some of a Store's latest tokens: those of the first `packed` blocks in `pages` from token `first` on, then the
+    exact ones in `keys` and `values`."""
+
+    pages: list[Tensor]
+    packed: int
+    first: int
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass
@@ -84,12 +96,21 @@ class Store:
         """Keys and values of the recent tokens, views."""
         return self.keys[:, :, : self.recent], self.values[:, :, : self.recent]
 
-    def decode(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens in the model's dtype: new tensors."""
-        parts = [self.blocks.unpack(self._used(i), self.keys.dtype) for i in range(len(self.pages))]
-        keys = torch.cat([*(part[0] for part in parts), self.exact()[0]], 2)
-        values = torch.cat([*(part[1] for part in parts), self.exact()[1]], 2)
-        return keys[:, :, self.begin :], values[:, :, self.begin :]
+    def latest(self, count: int) -> Latest:
+        """Where the `count` latest tokens are."""
+        keys, values = self.exact()
+        if count <= self.recent:
+            start = self.recent - count
+            return Latest([], 0, 0, keys[:, :, start:], values[:, :, start:])
+        return Latest(self.pages, self.packed, self.begin + self.tokens - count, keys, values)
+
+    def decode(self, count: int | None = None, *then: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the `count` latest tokens (None: of all), and behind them those in `then`, keys and values
+        too: new tensors in the model's dtype."""
+        at = self.latest(self.tokens if count is None else count)
+        behind = [[x.to(self.keys.dtype)] for x in then] or [[], []]
+        keys, values = [at.keys, *behind[0]], [at.values, *behind[1]]
+        return self.blocks.unpack(at.pages, at.packed, at.first, keys, values)
 
     def forget(self, count: int) -> None:
         """Drop the `count` oldest tokens; a page goes when all of its tokens are dropped."""
@@ -114,7 +135,9 @@ class Store:
         self.recent = 0
         if rest > front:
             page, place = divmod(whole, PAGE)
-            keys, values = self.blocks.unpack(self.pages[page][:, :, place : place + 1], self.keys.dtype)
+            keys, values = self.blocks.unpack_anywhere(
+                self.pages[page][:, :, place : place + 1], self.keys.dtype
+            )
             self._put(keys[:, :, front:rest], values[:, :, front:rest])
         self.packed = whole if self.begin < whole * group else 0
         self.begin = self.begin if self.packed > 0 else 0
@@ -131,9 +154,6 @@ class Store:
         self.pages = [change(page) for page in self.pages]
 
     # ---- within ----
-
-    def _used(self, page: int) -> Tensor:
-        return self.pages[page][:, :, : self.packed - page * PAGE]
 
     def _pack(self) -> None:
         group = self.blocks.group
