@@ -51,37 +51,49 @@ export -f configure compile run_tests
 export build python site
 
 if [ -n "${WHEELS:-}" ]; then
-  step wheels 60 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+  step wheels 10 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
 fi
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv >"$out/gpu.csv" 2>&1
 
-if step configure 30 configure && step compile 180 compile; then
+# bench NAME SECONDS OPTIONS...: a step of its own, so that what fails leaves the others.
+bench() {
+  local name=$1 limit=$2
+  shift 2
+  if has typer && has rich; then
+    step "$name" "$limit" "$python" -m bitfold bench --device cuda "$@" --out "$out/$name.json"
+  else
+    skip "$name" "this Python has no typer and rich, which bitfold's command line needs"
+  fi
+}
+
+if step configure 20 configure && step compile 150 compile; then
   export BITFOLD_TEST_DEVICES=cuda  # of the tests that run on every device
   step tests_gpu 60 run_tests tests/cuda/test_gpu.py
-  step tests_conformance 80 run_tests tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
+  step tests_conformance 65 run_tests tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
+  step tests_inputs 60 run_tests tests/test_cuda_int8.py tests/test_linear_fp8.py tests/test_kv_ops.py tests/test_step_search.py -k cuda
   if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 40 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
+    step sanitizer 30 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
     if grep -q "Device not supported\|Unable to attach" "$out/sanitizer.log"; then
       skip sanitizer "compute-sanitizer can't attach to this GPU"
     fi
   else
     skip sanitizer "there is no compute-sanitizer"
   fi
-  if has typer && has rich; then
-    if [ $grid = full ]; then
-      step bench 1800 "$python" -m bitfold bench --device cuda --ops linear,encode,decode --shape 8192x28672 --shape 28672x8192 \
-        --shape 14336x4096 --shape 4096x4096 --batches 1,2,4,8,16,32,64,128,256,512,1024,4096 --dtypes bf16,fp16 \
-        --formats int4-g128,int4-g128-asym,nf4,nf4-dq,fp4,int8,fp8,int3-g64,q4_k,q6_k,q8_0 --seconds 1 --out "$out/bench.json"
-    else
-      step bench 100 "$python" -m bitfold bench --device cuda --ops linear,decode --shape 8192x28672 \
-        --batches 1,16,64,128,256,1024,4096 --dtypes bf16 --formats int4-g128,nf4,q4_k --seconds 0.5 --out "$out/bench.json"
-    fi
+  if [ $grid = full ]; then
+    bench bench 1800 --ops linear,encode,decode --shape 8192x28672 --shape 28672x8192 \
+      --shape 14336x4096 --shape 4096x4096 --batches 1,2,4,8,16,32,64,128,256,512,1024,4096 --dtypes bf16,fp16 \
+      --formats int4-g128,int4-g128-asym,nf4,nf4-dq,fp4,int8,fp8,int3-g64,q4_k,q6_k,q8_0 --seconds 1
+    bench bench_inputs 900 --ops int8,kv --shape 8192x28672 --shape 28672x8192 --shape 4096x4096 \
+      --batches 1,2,4,8,16,32,64,128,256,512,1024,4096 --tokens 1024,4096,16384,32768,131072 --dtypes bf16,fp16 --peers none --seconds 1
   else
-    skip bench "this Python has no typer and rich, which bitfold's command line needs"
+    bench bench 75 --ops linear,decode --shape 8192x28672 \
+      --batches 1,16,64,128,256,1024,4096 --dtypes bf16 --formats int4-g128,nf4,q4_k --seconds 0.5
+    bench bench_inputs 45 --ops int8,kv --shape 8192x28672 \
+      --batches 1,8,16,64,128,1024,4096 --tokens 4096,32768 --dtypes bf16 --peers none --seconds 0.3
   fi
   if [ -x "$build/bench/bench_gpu" ]; then
-    step kernels $([ $grid = full ] && echo 3000 || echo 50) \
+    step kernels $([ $grid = full ] && echo 3000 || echo 25) \
       "$build/bench/bench_gpu" --grid=$grid --benchmark_out="$out/kernels.json" --benchmark_out_format=json
   else
     skip kernels "google-benchmark or cuBLAS was not found"

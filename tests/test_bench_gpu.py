@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from bitfold.bench.bars import GPU_BARS, verdicts
-from bitfold.bench.run import run
+from bitfold.bench.run import Settings, run
+from bitfold.bench.validate import WrongResultError, check_attention
 from test_bench import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +54,44 @@ def test_bars_know_the_rows_of_a_run():
     assert found["4 bits at m=4096, over torch bf16"]["measured"] is None
 
 
+def test_bars_of_inputs_of_8_bits_and_of_the_cache():
+    def row(op: str, name: str, m: int, seconds: float) -> dict:
+        case = {"op": op, "n": 32, "k": 128, "m": m, "dtype": "bf16", "name": name}
+        return {**case, "ms": {"median": seconds}, "over_torch": 3 / seconds}
+
+    rows = [row("int8", "int8 llm-int8", m, 2 + m / 4096) for m in (1, 64, 4096)]
+    rows += [row("kv", "torch bf16", 32768, 9), row("kv", "torch bf16, heads as rows", 32768, 3)]
+    rows += [row("kv", "kv int8", 32768, 2), row("kv", "kv int8", 4096, 9)]
+    found = {verdict["bar"]: (verdict["measured"], verdict["met"]) for verdict in verdicts(rows, GPU_BARS)}
+    assert found["LLM.int8() over torch bf16"] == (1, True)
+    assert found["LLM.int8() at m=4096 over torch bf16"] == (1, False)
+    assert found["keys and values of 8 bits over 16 bits, 32768 tokens"] == (1.5, False)
+
+
+def test_inputs_of_8_bits_and_the_cache_have_rows_of_their_own():
+    settings = dataclasses.replace(TINY, ops=("int8", "kv"), tokens=(200,), dtypes=("bf16",), peers=())
+    report = run(settings)
+    found = {(row["op"], row["name"], row["m"]): row for row in report["rows"] if row["kind"] != "ceiling"}
+    kv = ("torch bf16", "torch bf16, heads as rows", "kv int8", "kv fp8", "kv int4")
+    assert set(found) == {
+        *(("int8", name, m) for name in ("torch bf16", "int8 llm-int8") for m in (1, 9)),
+        *(("kv", name, 200) for name in kv),
+    }
+    exact = 2 * 8 * 72 * 128 * 2  # two blocks of 64 tokens are packed, 72 are as they were
+    assert found["kv", "torch bf16", 200]["bytes"] == 2 * 8 * 200 * 128 * 2
+    assert exact < found["kv", "kv int4", 200]["bytes"] < found["kv", "kv int8", 200]["bytes"]
+    assert all(0 < row["error"] < 1e-2 for row in found.values())
+
+
+def test_attention_that_is_wrong_is_no_result():
+    query, keys, values = torch.ones(1, 2, 1, 4), torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 4)
+    right = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    right = right.transpose(1, 2)
+    assert check_attention("one", query, keys, values, right) < 1e-6
+    with pytest.raises(WrongResultError, match="one attends wrongly to 9 tokens in fp32"):
+        check_attention("one", query, keys, values, right + 0.01)
+
+
 def test_rows_tell_the_share_of_the_gain_of_fewer_bytes():
     report = run(dataclasses.replace(TINY, ops=("linear",), peers=()))
     for row in report["rows"]:
@@ -72,5 +114,94 @@ def test_report_of_a_run(tmp_path):
     assert result["bench"] is None
 
 
-def test_the_script_is_a_script():
-    subprocess.run(["bash", "-n", str(ROOT / "bench" / "gpu.sh")], check=True)
+# ---- bench/gpu.sh, with programs in the place of those that a machine with a GPU has ----
+
+STANDS_IN = {
+    "nvidia-smi": "echo 'name, driver_version'; echo 'NVIDIA H200, 580.1'",
+    "nvcc": "echo 'Build cuda_13.0'",
+    "cmake": 'if [ "$1" = --build ]; then touch build/gpu/_C.so; fi',
+    # Of `python -m pytest`, `-m bitfold` and `-c "import ..."`: what was asked is one line of a file.
+    "python": """
+if [ "$1" = -c ]; then exit 0; fi
+echo "$*" >>asked
+case "$*" in
+  *bench/gpu/report.py*) exec PYTHON "$@" ;;
+  "-m pytest"*test_linear.py*) echo "= 1 failed in 1s ="; exit 1 ;;
+  "-m pytest"*) echo "= 2 passed in 1s =" ;;
+  *"--ops linear"*) echo '{"bars": [{"bar": "fast", "measured": 2, "wanted": 1, "at": "here"}]}' >"${@: -1}" ;;
+  *"--ops int8,kv"*) echo '{"half a re' >"${@: -1}" ;;
+esac
+""",
+}
+
+
+@pytest.fixture
+def gpu_script(tmp_path):
+    """The script in a copy of what it needs of the project; gives a way to run it."""
+    for name in ("bench/gpu.sh", "bench/gpu/report.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "python" / "bitfold").mkdir(parents=True)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, body in STANDS_IN.items():
+        program = programs / name
+        program.write_text("#!/usr/bin/env bash\n" + body.replace("PYTHON", sys.executable) + "\n")
+        program.chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+
+    def run_script(*arguments: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PATH": path, "PYTHON": str(programs / "python"), "COMMIT": "abc"}
+        command = ["bash", "bench/gpu.sh", *arguments, "out"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run_script
+
+
+def test_the_script_goes_on_after_a_failure(gpu_script, tmp_path):
+    printed = gpu_script()
+    assert printed.returncode == 0, printed.stderr
+    result = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert result["gpu"]["name"] == "NVIDIA H200"
+    codes = {name: step["result"] for name, step in result["steps"].items()}
+    assert codes.pop("sanitizer") == "skipped: there is no compute-sanitizer"
+    assert codes.pop("kernels") == "skipped: google-benchmark or cuBLAS was not found"
+    assert codes.pop("tests_conformance") == "1"
+    assert codes == dict.fromkeys(
+        ("configure", "compile", "tests_gpu", "tests_inputs", "bench", "bench_inputs"), "0"
+    )
+    assert "fast: 2 (wanted 1) here" in printed.stdout
+    assert "bench_inputs: bench_inputs.json is no JSON" in printed.stdout
+    asked = (tmp_path / "asked").read_text()
+    named = set(re.findall(r"tests/[\w/]+\.py", asked))
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("grid", [(), ("--full",)])
+def test_the_script_s_benchmarks_are_ones_that_there_are(gpu_script, tmp_path, grid):
+    gpu_script(*grid)
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines() if " bench " in line]
+    assert len(asked) == 2
+    for words in asked:
+        options = dict(zip(words[3::2], words[4::2], strict=True))  # behind -m bitfold bench
+        assert options.pop("--device") == "cuda"
+        assert options.pop("--out").endswith(".json")
+        settings = Settings(
+            ops=tuple(options.pop("--ops").split(",")),
+            formats=tuple(options.pop("--formats", "int8").split(",")),
+            batches=tuple(map(int, options.pop("--batches").split(","))),
+            tokens=tuple(map(int, options.pop("--tokens", "1").split(","))),
+            dtypes=tuple(options.pop("--dtypes").split(",")),
+        )
+        assert settings.ops
+        assert set(options) <= {"--shape", "--seconds", "--peers"}
+
+
+def test_the_script_s_limits_add_up_to_nine_minutes():
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    quick = re.sub(r"if \[ \$grid = full \]; then\n.*?\n  else\n", "", script, flags=re.DOTALL)
+    quick = quick.replace("$([ $grid = full ] && echo 3000 || echo 25)", "25")
+    limits = [int(limit) for limit in re.findall(r"\b(?:step|bench) \w+ (\d+) ", quick)]
+    assert len(limits) == 10
+    assert sum(limits) <= 540

@@ -10,15 +10,18 @@ import torch
 from cases import refusal
 from torch import Tensor
 
+GPUS = [name for name in devices.NAMES if name != "cpu"]
+pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no GPU and no emulator")
+
 FORMATS = ("int8-channel", "int8-channel-asym-sbf16", "int8-tensor", "int8-tensor-asym-sfp32")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def emulated(request):
-    """torch.ops.bitfold_emulated, in a schedule of the test's own."""
-    devices.emulated().configure(**devices.schedule(request.node.nodeid))
-    return torch.ops.bitfold_emulated
+@pytest.fixture(params=GPUS)
+def gpu(request):
+    """The ops on a GPU, or on the emulator in a schedule of the test's own."""
+    with devices.use(request.param, request.node.nodeid):
+        yield devices.ops()
 
 
 def weight(n: int, k: int, format: str) -> list[Tensor]:
@@ -40,9 +43,9 @@ def copied(n: int, k: int) -> tuple[Tensor, Tensor]:
     return columns, torch.randn(n, len(columns), generator=torch.Generator().manual_seed(k)).bfloat16()
 
 
-def assert_same(emulated, x: Tensor, planes: list[Tensor], format: str, n: int, *more) -> Tensor:
+def assert_same(gpu, x: Tensor, planes: list[Tensor], format: str, n: int, *more) -> Tensor:
     arguments = (x, planes, format, n, x.shape[-1], *more)
-    y, expected = emulated.linear_int8(*arguments), torch.ops.bitfold.linear_int8(*arguments)
+    y, expected = gpu.linear_int8(*arguments), torch.ops.bitfold.linear_int8(*arguments)
     assert y.dtype == x.dtype
     assert y.shape == expected.shape
     assert torch.equal(y.isnan(), expected.isnan())
@@ -64,7 +67,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_bits(format, way, emulated):
+def test_bits(format, way, gpu):
     """One row and many, of few columns and many, whole pieces and none."""
     shapes = [
         (1, 7, 1),
@@ -79,23 +82,21 @@ def test_bits(format, way, emulated):
     for i, (m, n, k) in enumerate(shapes):
         dtype = DTYPES[i % 3]
         bias = torch.linspace(-1, 1, n).to(dtype) if i % 2 else None
-        assert_same(
-            emulated, activations(m, k, dtype), weight(n, k, format), format, n, bias, *WAYS[way](n, k)
-        )
+        assert_same(gpu, activations(m, k, dtype), weight(n, k, format), format, n, bias, *WAYS[way](n, k))
 
 
 @pytest.mark.parametrize("way", ["plain", "found", "by row and copied"])
-def test_a_row_that_is_no_number_stays_alone(way, emulated):
+def test_a_row_that_is_no_number_stays_alone(way, gpu):
     for m in (3, 20):
         n, k = 9, 80
         planes, x = weight(n, k, "int8-channel"), activations(m, k, torch.bfloat16)
         for bad in (float("nan"), float("inf"), -float("inf")):
             x[m // 2, 17] = bad
-            y = assert_same(emulated, x, planes, "int8-channel", n, None, *WAYS[way](n, k))
+            y = assert_same(gpu, x, planes, "int8-channel", n, None, *WAYS[way](n, k))
             assert y.isnan().any(dim=1).tolist() == [j == m // 2 for j in range(m)]
 
 
-def test_rows_of_nothing(emulated):
+def test_rows_of_nothing(gpu):
     """Zeros, and numbers so small that their step would be none."""
     for m in (4, 12):
         x = torch.zeros(m, 96)
@@ -103,7 +104,7 @@ def test_rows_of_nothing(emulated):
         x[2, 5] = 2.0**-100
         for way in ("plain", "found", "static"):
             assert_same(
-                emulated,
+                gpu,
                 x,
                 weight(7, 96, "int8-channel-asym"),
                 "int8-channel-asym",
@@ -113,7 +114,7 @@ def test_rows_of_nothing(emulated):
             )
 
 
-def test_strides_and_leading_dimensions(emulated):
+def test_strides_and_leading_dimensions(gpu):
     n, k = 10, 48
     planes, base = weight(n, k, "int8-channel"), activations(12, 2 * k, torch.float16)
     for x in (
@@ -124,25 +125,25 @@ def test_strides_and_leading_dimensions(emulated):
         base[0, :k],
         base.t()[:k].t(),
     ):
-        assert_same(emulated, x, planes, "int8-channel", n, None, 6.0)
-    assert_same(emulated, base[:1, :k].expand(11, k), planes, "int8-channel", n, None, 6.0)
+        assert_same(gpu, x, planes, "int8-channel", n, None, 6.0)
+    assert_same(gpu, base[:1, :k].expand(11, k), planes, "int8-channel", n, None, 6.0)
 
 
-def test_empty_sizes(emulated):
+def test_empty_sizes(gpu):
     for m, n, k in [(0, 5, 64), (3, 0, 64), (3, 5, 0), (11, 5, 0), (0, 0, 0)]:
         for threshold in (0.0, 6.0):
             bias = torch.ones(n)
             assert_same(
-                emulated, torch.ones(m, k), weight(n, k, "int8-channel"), "int8-channel", n, bias, threshold
+                gpu, torch.ones(m, k), weight(n, k, "int8-channel"), "int8-channel", n, bias, threshold
             )
 
 
-def test_more_columns_than_32_bits_add_up(emulated):
+def test_more_columns_than_32_bits_add_up(gpu):
     """Sums of 65536 columns become fp32 one after the other."""
     k = 2 * 65536 + 80
     for m in (2, 9):
         assert_same(
-            emulated,
+            gpu,
             activations(m, k, torch.bfloat16),
             weight(3, k, "int8-tensor-asym"),
             "int8-tensor-asym",
@@ -150,16 +151,30 @@ def test_more_columns_than_32_bits_add_up(emulated):
         )
 
 
-def test_what_is_refused(emulated):
+def test_what_is_refused(gpu):
     planes = weight(4, 32, "int8-channel")
     message = refusal(
-        lambda: emulated.linear_int8(torch.ones(1, 32).double(), planes, "int8-channel", 4, 32), "float64"
+        lambda: gpu.linear_int8(torch.ones(1, 32).double(), planes, "int8-channel", 4, 32), "float64"
     )
     assert "on a GPU" in message
-    for wrong in ([3, 2], [32], [-1], [5, 5]):
-        columns = torch.tensor(wrong, dtype=torch.int32)
-        copy = torch.ones(4, len(wrong)).half()
-        with pytest.raises(RuntimeError):  # the device's own
-            emulated.linear_int8(
-                torch.ones(1, 32), planes, "int8-channel", 4, 32, None, 0.0, False, None, columns, copy
-            )
+
+
+@pytest.mark.skipif("emulated" not in GPUS, reason="a GPU that has trapped runs nothing more")
+@pytest.mark.parametrize("wrong", [[3, 2], [32], [-1], [5, 5]])
+def test_lists_of_columns_that_are_none_are_trapped(wrong):
+    planes = weight(4, 32, "int8-channel")
+    columns = torch.tensor(wrong, dtype=torch.int32)
+    arguments = (
+        planes,
+        "int8-channel",
+        4,
+        32,
+        None,
+        0.0,
+        False,
+        None,
+        columns,
+        torch.ones(4, len(wrong)).half(),
+    )
+    with devices.use("emulated", str(wrong)), pytest.raises(RuntimeError):
+        devices.ops().linear_int8(torch.ones(1, 32), *arguments)

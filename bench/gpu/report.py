@@ -21,6 +21,7 @@ def main(out: Path) -> None:
         "steps": {name: {"result": code, "seconds": int(seconds)} for name, code, seconds in steps},
         "tests": {name: last(log(out / f"{name}.log")) for name, *_ in steps if name.startswith("tests")},
         "bench": load(out / "bench.json"),
+        "bench_inputs": load(out / "bench_inputs.json"),
         "kernels": load(out / "kernels.json"),
     }
     path = out / "gpu.json"
@@ -28,11 +29,11 @@ def main(out: Path) -> None:
     print(f"{result['gpu']} commit {result['commit']}")
     for name, line in result["tests"].items():
         print(f"{name}: {line}")
-    for name in ("bench", "kernels"):
+    for name in ("bench", "bench_inputs", "kernels"):
         if result[name] and "incomplete" in result[name]:
             print(f"{name}: {result[name]['incomplete']}")
-    if result["bench"]:
-        for bar in result["bench"].get("bars", ()):
+    for name in ("bench", "bench_inputs"):
+        for bar in (result[name] or {}).get("bars", ()):
             print(
                 f"{bar['bar']}: {bar['measured']} (wanted {bar['wanted']}) {bar.get('at') or bar.get('why')}"
             )

@@ -9,6 +9,10 @@ import sys
 import bitfold
 import pytest
 import torch
+from bitfold.kv.attention import attend
+from bitfold.kv.blocks import FORMATS as KV_FORMATS
+from bitfold.kv.blocks import BlockFormat, value_group_of
+from bitfold.kv.store import Store
 from bitfold.quantizers import gptq
 from cases import refusal
 
@@ -99,6 +103,51 @@ def test_a_graph_finds_other_outliers(format):
             graph.replay()
             expected = torch.ops.bitfold.linear_int8(x.cpu(), [plane.cpu() for plane in planes], *arguments)
             assert torch.equal(y.cpu(), expected), f"{format} m={m}, {columns} columns"
+
+
+def captured(call):
+    """call() in a graph, and its output there."""
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm), torch.no_grad():
+        call()
+    warm.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        out = call()
+    return graph, out
+
+
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_a_graph_captures_attention_to_packed_keys(format):
+    """Another query, and other keys in the same pages."""
+    law = BlockFormat(format, 64, 128, value_group_of(format, 128))
+    store = Store.like(law, 64, draw(1, 2, 1, 128))
+    store.append_prompt(draw(1, 2, 700, 128), draw(1, 2, 700, 128))
+    query = draw(1, 8, 1, 128)
+    graph, out = captured(lambda: attend(query, store, store.tokens, None, 0.1))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        query.copy_(draw(1, 8, 1, 128))
+        store.pages[0].copy_(store.pages[0].roll(1, 2))
+        graph.replay()
+        with torch.no_grad():
+            assert torch.equal(out, attend(query, store, store.tokens, None, 0.1))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="torch has no product of 8-bit floats for this GPU",
+)
+@pytest.mark.parametrize("format", ["fp8-e4m3-channel", "fp8-e4m3-tensor"])
+def test_a_graph_captures_products_of_8_bit_floats(format):
+    planes = list(quantized(format).planes.values())
+    for m in BATCHES:
+        x = draw(m, 1024)
+        graph, y = captured(lambda x=x: torch.ops.bitfold.linear_fp8(x, planes, format, 512, 1024))
+        for scale in (0.01, 30.0):
+            x.copy_(draw(m, 1024) * scale)
+            graph.replay()
+            assert torch.equal(y, torch.ops.bitfold.linear_fp8(x, planes, format, 512, 1024)), f"m={m}"
 
 
 @pytest.mark.parametrize("format", FORMATS)

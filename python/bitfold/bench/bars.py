@@ -212,6 +212,31 @@ GPU_BARS = (
         _gpu_linear(m, "over_torch", wanted, "over torch bf16")
         for m, wanted in ((64, 1.8), (128, 0.9), (256, 0.65), (1024, 0.75), (4096, 0.92))
     ),
+    Bar(
+        "LLM.int8() over torch bf16",
+        "int8",
+        ("int8 llm-int8",),
+        "over_torch",
+        1.0,
+        where=_at("bf16", 1, 1 << 30),
+    ),
+    Bar(
+        "LLM.int8() at m=4096 over torch bf16",
+        "int8",
+        ("int8 llm-int8",),
+        "over_torch",
+        1.4,
+        where=_at("bf16", 4096),
+    ),
+    Bar(
+        "keys and values of 8 bits over 16 bits, 32768 tokens",
+        "kv",
+        ("kv int8",),
+        "over",
+        1.6,
+        against={"kv int8": ("torch bf16", "torch bf16, heads as rows")},
+        where=_at("bf16", 32768),
+    ),
 )
 
 

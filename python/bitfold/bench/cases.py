@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. m: rows of the activations (linear), None for encode and decode."""
+    """One comparison. m: rows of the activations (linear, int8), None for encode and decode. Of kv: n query heads of k
+    numbers, and m tokens that they attend to."""
 
     op: str
     n: int
@@ -59,6 +60,17 @@ class Case:
 Rows = list[dict[str, Any]]
 
 
+class Contestant(Protocol):
+    """What every contestant of a case has: a name, what it is ("bitfold", "torch" or "peer"), and a format or None."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def format(self) -> str | None: ...
+
+
 def linear_cases(
     n: int,
     k: int,
@@ -67,10 +79,12 @@ def linear_cases(
     dtypes: list[str],
     reader: Ceiling,
     timing: Timing,
+    op: str = "linear",
+    draw: Callable[[int, int], Tensor] = torch.randn,
 ) -> Iterator[tuple[Case, Rows]]:
-    """Every batch and dtype on one weight [n, k]; rows of (contestants, ceiling) for each case."""
+    """Every batch and dtype on one weight [n, k]; rows of (contestants, ceiling) for each case. draw: an x [m, k]."""
     weight = torch.randn(n, k)
-    inputs = {(m, dtype): torch.randn(m, k).to(DTYPES[dtype]) for dtype in dtypes for m in batches}
+    inputs = {(m, dtype): draw(m, k).to(DTYPES[dtype]) for dtype in dtypes for m in batches}
     calls: dict[str, Callable[..., Any]] = {}
     multipliers, errors = [], {}
     for make in makers:
@@ -84,7 +98,7 @@ def linear_cases(
                 y = calls[multiplier.name](own)
                 errors[multiplier.name, m, dtype] = check_product(multiplier, own, y, exact, dtype)
     for (m, dtype), x in inputs.items():
-        case = Case("linear", n, k, m, dtype)
+        case = Case(op, n, k, m, dtype)
         here = [multiplier for multiplier in multipliers if dtype in multiplier.dtypes]
         runs = {
             multiplier.name: partial(calls[multiplier.name], multiplier.activations(x)) for multiplier in here
@@ -92,14 +106,14 @@ def linear_cases(
         spreads = timing.spreads({**runs, reader.name: reader.run})
         rows = []
         for multiplier in here:
-            row = _row(case, multiplier, spreads)
+            row = row_of(case, multiplier, spreads)
             row["error"] = errors[multiplier.name, m, dtype]
             row["bytes"] = multiplier.nbytes
             row["flop"] = 2 * m * n * k
             if multiplier.plan is not None:
                 row["plan"] = dataclasses.asdict(multiplier.plan(m, DTYPES[dtype]))
             rows.append(row)
-        complete = _with_ceilings(rows, spreads, [reader], f"torch {dtype}")
+        complete = with_ceilings(rows, spreads, [reader], f"torch {dtype}")
         for row, multiplier in zip(rows, here, strict=False):  # how much of the gain that fewer bytes allow
             row["of_fewer_bytes"] = row["over_torch"] * multiplier.nbytes / (n * k * DTYPES[dtype].itemsize)
         yield case, complete
@@ -128,12 +142,12 @@ def encode_cases(
         ceilings = [*copies(source), reader]
         runs |= {ceiling.name: ceiling.run for ceiling in ceilings}
         spreads = timing.spreads(runs, waits=True)
-        rows = [_row(case, coder, spreads) for coder in coders]
+        rows = [row_of(case, coder, spreads) for coder in coders]
         for row, coder in zip(rows, coders, strict=True):
             row["error"] = errors[coder.name]
             row["bytes"] = first.nbytes + coder.nbytes(packed[coder.name])
             row["weights_per_s_per_core"] = n * k / spreads[coder.name].median / timing.threads
-        yield case, _with_ceilings(rows, spreads, ceilings, None)
+        yield case, with_ceilings(rows, spreads, ceilings, None)
 
 
 def decode_cases(
@@ -159,12 +173,12 @@ def decode_cases(
         ceilings = [*copies(_ring(weight.to(DTYPES[dtype]), 2 * CALLS_PER_TURN)), reader]
         runs |= {ceiling.name: ceiling.run for ceiling in ceilings}
         spreads = timing.spreads(runs)
-        rows = [_row(case, coder, spreads) for coder in here]
+        rows = [row_of(case, coder, spreads) for coder in here]
         for row, coder in zip(rows, here, strict=True):
             row["error"] = errors[coder.name]
             row["bytes"] = coder.nbytes(packed[coder.name]) + n * k * DTYPES[dtype].itemsize
             row["weights_per_s_per_core"] = n * k / spreads[coder.name].median / timing.threads
-        yield case, _with_ceilings(rows, spreads, ceilings, None)
+        yield case, with_ceilings(rows, spreads, ceilings, None)
 
 
 def _encode_next(coder: Coder, source: Callable[[], Tensor]) -> object:
@@ -176,12 +190,12 @@ def _ring(matrix: Tensor, count: int) -> Callable[[], Tensor]:
     return itertools.cycle([matrix.clone() for _ in range(max(CALLS_PER_TURN, count))]).__next__
 
 
-def _row(case: Case, one: Multiplier | Coder, spreads: dict[str, Spread]) -> dict[str, Any]:
+def row_of(case: Case, one: Contestant, spreads: dict[str, Spread]) -> dict[str, Any]:
     facts = {"name": one.name, "kind": one.kind, "format": one.format, "ms": spreads[one.name].as_ms()}
     return {**dataclasses.asdict(case), **facts}
 
 
-def _with_ceilings(
+def with_ceilings(
     rows: Rows, spreads: dict[str, Spread], ceilings: list[Ceiling], baseline: str | None
 ) -> Rows:
     """The rows with GB/s, shares of the ceilings, the speed over `baseline` and bitfold's over the fastest peer of

@@ -108,6 +108,9 @@ def bitfold_multiplier(weight: Tensor, format: str, activations: str = "float") 
         module.prepare()
         return module
 
+    def plan(m: int, dtype: torch.dtype) -> LinearPlan:
+        return bitfold.plan_linear(format, m, *qtensor.shape, dtype, weight.device, activations=activations)
+
     return Multiplier(
         format if activations == "float" else f"{format} {activations}",
         "bitfold",
@@ -117,10 +120,17 @@ def bitfold_multiplier(weight: Tensor, format: str, activations: str = "float") 
         copy,
         BITFOLD_TOLERANCE if activations == "float" else INT8_TOLERANCE,
         format=parse(format).canonical,
-        plan=lambda m, dtype: bitfold.plan_linear(
-            format, m, *qtensor.shape, dtype, weight.device, activations=activations
-        ),
+        plan=plan if activations == "float" or parse(format).grid == "block" else None,
     )
+
+
+def with_outliers(m: int, k: int) -> Tensor:
+    """An x [m, k] as models have them: gaussian, and of 20 to 60 in half a percent of the columns, always the same."""
+    x = torch.randn(m, k).clamp(-5, 5)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(1), device="cpu")
+    columns = order[: max(1, round(0.005 * k))].to(x.device)
+    x[:, columns] = torch.randn(m, len(columns)).sign() * (20 + 40 * torch.rand(m, len(columns)))
+    return x
 
 
 def torch_multiplier(weight: Tensor, dtype: str) -> Multiplier:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfold.bench import ggml, gpu, llama
+from bitfold.bench.attention import kv_cases
 from bitfold.bench.bars import BARS, BLOCK_BARS, GPU_BARS, Bar, verdicts
 from bitfold.bench.cases import Case, Rows, Timing, decode_cases, encode_cases, linear_cases
 from bitfold.bench.ceilings import Ceiling, fastest_reader, rotation_bytes
@@ -21,6 +22,7 @@ from bitfold.bench.contestants import (
     bitfold_coder,
     bitfold_multiplier,
     torch_multiplier,
+    with_outliers,
 )
 from bitfold.bench.imports import import_rows
 from bitfold.bench.machine import machine, versions
@@ -29,6 +31,7 @@ from bitfold.formats import parse
 
 SCHEMA = 1
 OPS = ("linear", "encode", "decode", "importance", "import")
+MORE_OPS = ("int8", "kv")  # that a run has only where they are named
 FORMATS = (
     "int8",
     "int4-g128",
@@ -47,15 +50,16 @@ SEARCHLESS = ("q8_0", "mxfp4")  # of the block formats: nothing for importance t
 class Settings:
     """What a run measures. seconds: for each case, which takes `min_rounds` rounds at least.
 
-    peers: libraries of peers.LIBRARIES; rotation: bytes between two uses of a matrix, 0 for those of
-    `rotation_bytes`; device: "cpu" or "cuda", the current GPU. Raises ValueError for an unknown op, format, dtype, peer
-    or device, or a size below 1.
+    tokens: that kv attends to; peers: libraries of peers.LIBRARIES; rotation: bytes between two uses of a matrix, 0 for
+    those of `rotation_bytes`; device: "cpu" or "cuda", the current GPU. Raises ValueError for an unknown op, format,
+    dtype, peer or device, or a size below 1.
     """
 
     ops: tuple[str, ...] = OPS
     formats: tuple[str, ...] = FORMATS
     shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (11008, 4096))
     batches: tuple[int, ...] = (1, 8, 32, 128, 1024)
+    tokens: tuple[int, ...] = (4096, 32768)
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     peers: tuple[str, ...] = LIBRARIES
     threads: int = 0
@@ -66,7 +70,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, values, allowed in (
-            ("ops", self.ops, OPS),
+            ("ops", self.ops, (*OPS, *MORE_OPS)),
             ("dtypes", self.dtypes, tuple(DTYPES)),
             ("peers", self.peers, LIBRARIES),
             ("device", (self.device,), ("cpu", "cuda")),
@@ -78,6 +82,7 @@ class Settings:
             parse(format)
         for name, sizes, least in (
             ("batches", self.batches, 1),
+            ("tokens", self.tokens, 1),
             ("shapes", tuple(size for shape in self.shapes for size in shape), 1),
             ("min_rounds", (self.min_rounds,), 1),
             ("threads", (self.threads,), 0),
@@ -133,6 +138,10 @@ def run(settings: Settings, on_case: Progress = lambda case, rows: None) -> dict
                 for case, found in _cases(op, n, k, fitting, settings, reader, timing):
                     rows += found
                     on_case(case, found)
+        if "kv" in settings.ops:
+            for case, found in kv_cases(list(settings.tokens), list(settings.dtypes), reader, timing):
+                rows += found
+                on_case(case, found)
     if "import" in settings.ops:
         found = import_rows()
         rows += found
@@ -158,7 +167,7 @@ def _blocks(formats: tuple[str, ...]) -> list[str]:
 def _bars(settings: Settings) -> list[Bar]:
     """Those of the device, and of the formats that the run has: of GGUF's blocks, of the others, or of both."""
     if settings.device == "cuda":
-        return list(GPU_BARS)
+        return [bar for bar in GPU_BARS if bar.op in settings.ops]
     blocks = len(_blocks(settings.formats))
     return [*(BARS if blocks < len(settings.formats) else ()), *(BLOCK_BARS if blocks else ())]
 
@@ -194,6 +203,12 @@ def _cases(
             *(peer.linear for peer in peers if peer.linear is not None),
         ]
         return linear_cases(n, k, makers, list(settings.batches), dtypes, reader, timing)
+    if op == "int8":
+        makers = [
+            *(lambda w, d=dtype: torch_multiplier(w, d) for dtype in dtypes),
+            lambda w: bitfold_multiplier(w, "int8", "llm-int8"),
+        ]
+        return linear_cases(n, k, makers, list(settings.batches), dtypes, reader, timing, op, with_outliers)
     if op == "importance":
         searching = [format for format in _blocks(settings.formats) if format not in SEARCHLESS]
         coders = [bitfold_coder(format, important=True) for format in searching]

@@ -14,6 +14,8 @@ ROWS, COLUMNS = 4, 64  # of y that are compared: some rows in full, and some col
 ROUNDING = {2: 1.05, 3: 0.75, 4: 0.35, 5: 0.25, 6: 0.18, 8: 0.1, 16: 0.01}
 # Relative norm error of a decoded matrix: its rounding to the dtype, and what bf16 scales cost the peers.
 DECODING = {"bf16": 4e-3, "fp16": 1e-3, "fp32": 1e-6}
+# Of attention: keys and values that were decoded to the dtype first, and torch's weights in it.
+ATTENTION = {"bf16": 2e-2, "fp16": 3e-3, "fp32": 1e-5}
 
 
 class WrongResultError(RuntimeError):
@@ -93,6 +95,28 @@ def check_agreement(coders: list[Coder], packed: dict[str, Any]) -> None:
             raise WrongResultError(
                 f"{coder.name} and {other.name} decode the same bytes to other floats; they must be the same"
             )
+
+
+def check_attention(name: str, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> float:
+    """Relative norm error of out [1, 1, heads, head], the attention of query [1, heads, 1, head] to all of keys and
+    values [1, key-value heads, tokens, head], against float64.
+
+    Raises WrongResultError where it is more than the rounding of weights and sums to the dtype.
+    """
+    dtype = next(text for text, found in DTYPES.items() if found == query.dtype)
+    heads, head = query.shape[1], query.shape[3]
+    queries = query.double().reshape(keys.shape[1], -1, head)
+    each = [
+        torch.softmax(q @ k.double().T * head**-0.5, -1) @ v.double()
+        for q, k, v in zip(queries, keys[0], values[0], strict=True)
+    ]
+    error = _relative(out, torch.cat(each).reshape(1, 1, heads, head))
+    if not error <= ATTENTION[dtype]:
+        raise WrongResultError(
+            f"{name} attends wrongly to {keys.shape[2]} tokens in {dtype}: relative error {error:.2e}, "
+            f"it must be at most {ATTENTION[dtype]:.0e}"
+        )
+    return error
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:

@@ -12,7 +12,7 @@ import typer
 from bitfold.bench.cases import Case, Rows
 from bitfold.bench.machine import machine
 from bitfold.bench.peers import LIBRARIES
-from bitfold.bench.run import FORMATS, OPS, Settings, run
+from bitfold.bench.run import FORMATS, MORE_OPS, OPS, Settings, run
 from bitfold.bench.validate import WrongResultError
 from bitfold.cli.console import Json, err, out, print_json, say, table
 
@@ -21,12 +21,13 @@ QUIET = 0.5  # load average below which a machine has nothing else to do
 
 
 def bench(
-    ops: Annotated[str, typer.Option(help=f"Some of {', '.join(OPS)}.")] = ",".join(OPS),
+    ops: Annotated[str, typer.Option(help=f"Some of {', '.join((*OPS, *MORE_OPS))}.")] = ",".join(OPS),
     formats: Annotated[str, typer.Option(help="Formats, separated by commas.")] = ",".join(FORMATS),
     shape: Annotated[list[str] | None, typer.Option(help="NxK of the weight; may be repeated.")] = None,
     batches: Annotated[str, typer.Option(help="Rows of the activations.")] = ",".join(
         map(str, _DEFAULTS.batches)
     ),
+    tokens: Annotated[str, typer.Option(help="That kv attends to.")] = ",".join(map(str, _DEFAULTS.tokens)),
     dtypes: Annotated[str, typer.Option(help="Of activations: bf16, fp16, fp32.")] = ",".join(
         _DEFAULTS.dtypes
     ),
@@ -44,7 +45,8 @@ def bench(
         ops=_names(ops),
         formats=_names(formats),
         shapes=tuple(_shape(text) for text in shape) if shape else _DEFAULTS.shapes,
-        batches=tuple(_number(text) for text in _names(batches)),
+        batches=tuple(_number("batches", text) for text in _names(batches)),
+        tokens=tuple(_number("tokens", text) for text in _names(tokens)),
         dtypes=_names(dtypes),
         peers=() if peers == "none" else _names(peers),
         threads=threads,
@@ -82,9 +84,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _number(text: str) -> int:
+def _number(option: str, text: str) -> int:
     if not text.isdecimal():
-        raise ValueError(f"--batches names {text!r}; it must name whole numbers")
+        raise ValueError(f"--{option} names {text!r}; it must name whole numbers")
     return int(text)
 
 
