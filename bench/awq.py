@@ -16,7 +16,6 @@ the machine too, the second is what can be compared.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import bitfold
 import torch
 from bitfold.calibration.workers import Workers
 from bitfold.quantizers import awq
-from peer import Peer, save, summary, time_lines, timed
+from peer import Peer, command_line, save, summary, time_lines, timed
 from torch import Tensor
 
 FORMAT, GROUP = "int4-g128", 128
@@ -176,21 +175,14 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns")
+    parser = command_line(__doc__, "autoawq", 1, "of the scale search")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument(
         "--clip-rows", type=int, default=512, help="rows that are clipped, a multiple of 64 for AutoAWQ"
     )
-    parser.add_argument("--runs", type=int, default=1, help="of the scale search")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and inputs"
     )
-    parser.add_argument("--peer", help="a Python that has autoawq")
-    parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .txt")
     options = parser.parse_args()
     sizes = (options.size, options.size, options.tokens, options.clip_rows, options.runs, options.threads)
     reports = [measure(*sizes, dtype, options.peer) for dtype in options.dtypes]

@@ -14,7 +14,6 @@ the machine too, the second is what can be compared. Threads that wait for each 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import bitfold
 import torch
 from bitfold.quantizers import gptq
-from peer import Peer, save, summary, time_lines, timed
+from peer import Peer, command_line, save, summary, time_lines, timed
 from torch import Tensor
 
 FORMAT, GROUP = "int4-g128", 128
@@ -162,14 +161,7 @@ def options_table(n: int, k: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peer", help="a Python that has llmcompressor")
-    parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .txt")
+    parser = command_line(__doc__, "llmcompressor", 5)
     parser.add_argument("--orders", action="store_true", help="only the errors of all orders, no times")
     options = parser.parse_args()
     if options.orders:

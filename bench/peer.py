@@ -3,6 +3,7 @@ told of the times of both."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -46,6 +47,20 @@ class Peer:
         self.child.stdin.close()
         if self.child.wait() != 0:
             raise SystemExit(f"{self.name} failed")
+
+
+def command_line(about: str, library: str, runs: int, of: str = "") -> argparse.ArgumentParser:
+    """What a benchmark of one matrix beside a peer is told.
+
+    about: the script's docstring; library: the peer's; runs: by default; of: what, where that must be said.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns")
+    parser.add_argument("--runs", type=int, default=runs, help=of or None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer", help=f"a Python that has {library}")
+    parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .txt")
+    return parser
 
 
 def timed(function: Callable[[], Result]) -> tuple[float, float, Result]:

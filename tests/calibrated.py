@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from bitfold import layout, recipes
@@ -18,10 +20,12 @@ from bitfold.calibration.activations import Activations
 from bitfold.calibration.blocks import BlockModel
 from bitfold.calibration.collect import BlockRun
 from bitfold.calibration.workers import Workers
+from bitfold.quantize import QuantizationSummary
 from bitfold.recipes import Recipe
 from tiny_architectures import relative_difference
 
 OPTIONS = {"samples": 6, "sequence_length": 32}
+BUNDLES = {"samples": 7, "sequence_length": 512}  # four rows are a bundle: each of two processes gets one
 RECIPE = "gptq-int4-g32"
 
 
@@ -99,6 +103,31 @@ def prepared(
         layers,
         {key for key, value in run.module.state_dict().items() if not torch.equal(value, before[key])},
     )
+
+
+def quantize_by_two_processes(source: Path, target: Path, recipe: str, text: Path, *more: str) -> str:
+    """What torchrun and the command line make of BUNDLES rows; returns what they print."""
+    command = ["quantize", source, target, "--recipe", recipe, "--calibration", text, *more]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in BUNDLES.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "-m", "bitfold", *command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_nearly_the_same(one: Path, other: Path, summary: QuantizationSummary) -> None:
+    """Two checkpoints of one calibration that summed in another order. summary: of the first."""
+    first, second = tiny.tensors_of(one), tiny.tensors_of(other)
+    assert first.keys() == second.keys()
+    codes = [name for name in first if name.endswith(".codes")]
+    same = sum(int((first[name] == second[name]).sum()) for name in codes)
+    assert same / sum(first[name].numel() for name in codes) > 0.999
+    report = json.loads((other / "bitfold_report.json").read_text())
+    for module, entry in zip(summary.modules, report["modules"], strict=True):
+        assert module.name == entry["name"]
+        assert entry["calibration"]["output_error"] == pytest.approx(
+            module.calibration.output_error, rel=5e-3
+        )
 
 
 KILLED = """

@@ -4,8 +4,6 @@ the whole model, and numpy in float64."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import bitfold
@@ -26,7 +24,16 @@ from bitfold.nn import QuantLinear
 from bitfold.quantizers.transforms import SmoothOptions
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError
-from calibrated import OPTIONS, block_run, contents, outputs, prepared, quantize_with_kills
+from calibrated import (
+    BUNDLES,
+    OPTIONS,
+    block_run,
+    contents,
+    outputs,
+    prepared,
+    quantize_by_two_processes,
+    quantize_with_kills,
+)
 from command import call, call_json
 from tiny import one_thread  # noqa: F401
 
@@ -399,13 +406,8 @@ def test_other_activations_are_another_recipe(source, text, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["llm-int8", "smoothquant-w8a8-static"])
 def test_two_processes_make_the_bytes_of_one(recipe, source, text, tmp_path):
-    """Rows of 512 tokens: four of them are a bundle, and each process gets one."""
-    command = ["quantize", source, tmp_path / "two", "--recipe", recipe, "--calibration", text]
-    options = ["--samples", "7", "--sequence-length", "512", "--activations", "disk"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "-m", "bitfold", *command, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    quantize_calibrated(source, tmp_path / "one", recipe, text, samples=7, sequence_length=512)
+    quantize_by_two_processes(source, tmp_path / "two", recipe, text, "--activations", "disk")
+    quantize_calibrated(source, tmp_path / "one", recipe, text, **BUNDLES)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

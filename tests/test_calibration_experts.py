@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import bitfold
@@ -18,7 +16,16 @@ from bitfold.calibration.workers import Workers
 from bitfold.experts import QuantExperts, routed, stack_name
 from bitfold.quantizers.awq import AwqOptions
 from bitfold.recipes import Recipe, Rule
-from calibrated import OPTIONS, block_run, contents, prepared, quantize_with_kills
+from calibrated import (
+    BUNDLES,
+    OPTIONS,
+    block_run,
+    check_nearly_the_same,
+    contents,
+    prepared,
+    quantize_by_two_processes,
+    quantize_with_kills,
+)
 from mixtures import EXPERTS, KINDS
 from tiny import one_thread  # noqa: F401
 from tiny_architectures import relative_difference
@@ -207,23 +214,9 @@ def test_killed_at_any_time_it_goes_on_to_the_same_bytes(mixtral, recipe, text, 
 
 
 def test_two_processes_make_what_one_makes(mixtral, recipe, text, tmp_path):
-    """Rows of 512 tokens: four of them are a bundle, and each process gets one."""
-    command = ["quantize", mixtral, tmp_path / "two", "--recipe", recipe, "--calibration", text]
-    options = ["--samples", "7", "--sequence-length", "512"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "-m", "bitfold", *command, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one = quantize_calibrated(mixtral, tmp_path / "one", recipe, text, samples=7, sequence_length=512)
-    first, second = tiny.tensors_of(tmp_path / "one"), tiny.tensors_of(tmp_path / "two")
-    codes = [name for name in first if name.endswith(".codes")]
-    same = sum(int((first[name] == second[name]).sum()) for name in codes)
-    assert same / sum(first[name].numel() for name in codes) > 0.999
-    report = json.loads((tmp_path / "two" / "bitfold_report.json").read_text())
-    for module, other in zip(one.modules, report["modules"], strict=True):
-        assert module.name == other["name"]
-        assert other["calibration"]["output_error"] == pytest.approx(
-            module.calibration.output_error, rel=5e-3
-        )
+    quantize_by_two_processes(mixtral, tmp_path / "two", recipe, text)
+    one = quantize_calibrated(mixtral, tmp_path / "one", recipe, text, **BUNDLES)
+    check_nearly_the_same(tmp_path / "one", tmp_path / "two", one)
 
 
 # ---- experts that nothing reaches ----

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import bitfold
@@ -20,7 +18,15 @@ from bitfold.evaluate import compare_all, cut, kl_gap
 from bitfold.quantizers import gptq
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError
-from calibrated import OPTIONS, RECIPE, contents, quantize_with_kills
+from calibrated import (
+    BUNDLES,
+    OPTIONS,
+    RECIPE,
+    check_nearly_the_same,
+    contents,
+    quantize_by_two_processes,
+    quantize_with_kills,
+)
 from command import call, call_json
 from tiny import one_thread  # noqa: F401
 from torch import nn
@@ -385,25 +391,10 @@ def test_the_command_quantizes_and_eval_warns_of_the_same_text(source, text, who
 
 @pytest.mark.parametrize("recipe", [RECIPE, "awq-int4-g32"])
 def test_two_processes_make_what_one_makes(recipe, source, text, tmp_path):
-    """Rows of 512 tokens: four of them are a bundle, and each process gets one."""
-    command = ["quantize", source, tmp_path / "two", "--recipe", recipe, "--calibration", text]
-    options = ["--samples", "7", "--sequence-length", "512", "--activations", "disk"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "-m", "bitfold", *command, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters quantized") == 1
-    one = quantize_calibrated(source, tmp_path / "one", recipe, text, samples=7, sequence_length=512)
-    first, second = tiny.tensors_of(tmp_path / "one"), tiny.tensors_of(tmp_path / "two")
-    assert first.keys() == second.keys()
-    codes = [name for name in first if name.endswith(".codes")]
-    same = sum(int((first[name] == second[name]).sum()) for name in codes)
-    assert same / sum(first[name].numel() for name in codes) > 0.999
-    report = json.loads((tmp_path / "two" / "bitfold_report.json").read_text())
-    for module, other in zip(one.modules, report["modules"], strict=True):
-        assert module.name == other["name"]
-        assert other["calibration"]["output_error"] == pytest.approx(
-            module.calibration.output_error, rel=5e-3
-        )
+    printed = quantize_by_two_processes(source, tmp_path / "two", recipe, text, "--activations", "disk")
+    assert printed.count("parameters quantized") == 1
+    one = quantize_calibrated(source, tmp_path / "one", recipe, text, **BUNDLES)
+    check_nearly_the_same(tmp_path / "one", tmp_path / "two", one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 

@@ -46,16 +46,17 @@ def test_a_norm_is_not_divided_to_zero_or_infinity(dtype, offset, scale):
         transforms.divide_norm(weight, torch.tensor([1.0, scale, 1.0]), offset)
 
 
-def test_rows_and_columns_against_numpy():
+@pytest.mark.parametrize(("n", "k"), [(10, 6), (3000, 700)], ids=["small", "several strips"])
+def test_rows_and_columns_against_numpy(n, k):
     torch.manual_seed(0)
-    weight, bias = torch.randn(10, 6), torch.randn(10)
-    rows, columns = scales_of(4, 1), scales_of(6, 2)
+    weight, bias, last = torch.randn(n, k), torch.randn(n), slice(6, n)
+    rows, columns = scales_of(n - 6, 1), scales_of(k, 2)
     expected = weight.double().numpy().copy()
     expected[6:] /= rows.numpy()[:, None]
-    np.testing.assert_allclose(transforms.divide_rows(weight, rows, slice(6, 10)), expected, rtol=1e-7)
+    np.testing.assert_allclose(transforms.divide_rows(weight, rows, last), expected, rtol=1e-7)
     expected = bias.double().numpy().copy()
     expected[6:] /= rows.numpy()
-    np.testing.assert_allclose(transforms.divide_rows(bias, rows, slice(6, 10)), expected, rtol=1e-7)
+    np.testing.assert_allclose(transforms.divide_rows(bias, rows, last), expected, rtol=1e-7)
     scaled = transforms.multiply_columns(weight, columns)
     np.testing.assert_allclose(scaled, weight.double().numpy() * columns.numpy(), rtol=1e-7)
 

@@ -109,6 +109,17 @@ class CacheShape:
         return 2 * tokens * self.heads * self.head_dim
 
 
+def longest_context(config: Any) -> int | None:
+    """Tokens that a model was made for, None where its configuration, as transformers reads it, doesn't tell."""
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def context_up_to(config: Any, most: int) -> int:
+    """Tokens that a model was made for, at most so many."""
+    return min(longest_context(config) or most, most)
+
+
 def cache_shape(config: Any) -> CacheShape:
     """The KV cache of a model, from its configuration as transformers reads it.
 

@@ -72,20 +72,13 @@ def run_of(source: Source, context: int | None = None, batch: int = 1, kv_format
     dtype = hf.config_dtype(source.config)
     if kv_format is not None and kv_format not in KV_FORMATS:
         raise ValueError(f"kv_format is {kv_format!r}; it must be one of {', '.join(KV_FORMATS)}")
-    longest = longest_context(source)
     return Run(
-        context=context or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
+        context=context or hf.context_up_to(source.model_config, DEFAULT_CONTEXT),
         batch=batch,
         kv_format=kv_format or _KV_OF_DTYPE.get(dtype, "fp32"),
         threads=torch.get_num_threads(),
         dtype=dtype,
     )
-
-
-def longest_context(source: Source) -> int | None:
-    """Tokens that the model was made for, None where its configuration doesn't tell."""
-    length = getattr(source.model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 # No kernel repacks weights (QuantModule.prepare builds nothing).
@@ -204,6 +197,6 @@ def run_notes(source: Source, run: Run) -> Iterable[str]:
         hf.cache_shape(source.model_config)
     except ValueError as error:
         yield f"the KV cache is left out: {error}"
-    longest = longest_context(source)
+    longest = hf.longest_context(source.model_config)
     if longest is not None and run.context > longest:
         yield f"a context of {run.context} tokens is more than the model was made for, {longest}"

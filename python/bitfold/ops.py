@@ -167,9 +167,18 @@ def _linear_grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
     ctx.save_for_backward(*planes)
 
 
-def bias_gradient(grad: Tensor) -> Tensor:
-    """Of a product whose output has the gradient [..., n]."""
-    return grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+def product_gradients(
+    ctx: Any, grad: Tensor, planes: list[Tensor], of_x: Callable[[], Tensor]
+) -> tuple[Any, ...]:
+    """Those of an op whose arguments begin x, planes, format, n, k, bias, and whose output has the gradient `grad`
+    [..., n]; of_x: makes that of x, where it is asked for."""
+    needed = ctx.needs_input_grad
+    of_bias = None
+    if len(needed) > 5 and needed[5]:
+        of_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+    found = (of_x() if needed[0] else None, [None] * len(planes), None, None, None, of_bias)
+    # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
+    return (*found, *[None] * len(needed))[: len(needed)]
 
 
 def _register_gradients(namespace: str) -> None:
@@ -177,14 +186,10 @@ def _register_gradients(namespace: str) -> None:
 
     def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # Rounding x to 8 bits has the gradient 0 or none: what it rounds is taken for what it gives (straight through).
-        planes, needed = list(ctx.saved_tensors), ctx.needs_input_grad
-        grad_x = grad_bias = None
-        if needed[0]:
-            grad_x = ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k, ctx.layout)
-        if len(needed) > 5 and needed[5]:
-            grad_bias = bias_gradient(grad)
-        # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
-        return (grad_x, [None] * len(planes), None, None, None, grad_bias, None, None)[: len(needed)]
+        planes = list(ctx.saved_tensors)
+        return product_gradients(
+            ctx, grad, planes, lambda: ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k, ctx.layout)
+        )
 
     def linear_grad_x_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         planes = list(ctx.saved_tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitfold.activations import Activations
-from bitfold.ops import bias_gradient, check_device, past_autograd, refuse_backward, register_autocast
+from bitfold.ops import check_device, past_autograd, product_gradients, refuse_backward, register_autocast
 
 # ---- shapes ----
 
@@ -44,14 +44,10 @@ def _register_gradients(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        planes, needed = list(ctx.saved_tensors), ctx.needs_input_grad
-        grad_x = grad_bias = None
-        if needed[0]:
-            grad_x = ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k)
-        if len(needed) > 5 and needed[5]:
-            grad_bias = bias_gradient(grad)
-        # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
-        return (grad_x, [None] * len(planes), None, None, None, grad_bias, None)[: len(needed)]
+        planes = list(ctx.saved_tensors)
+        return product_gradients(
+            ctx, grad, planes, lambda: ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k)
+        )
 
     torch.library.register_autograd(f"{namespace}::linear_fp8", backward, setup_context=_context)
     torch.library.register_autograd(f"{namespace}::round_fp8", refuse_backward("round_fp8"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitfold.activations import Activations
-from bitfold.ops import bias_gradient, check_device, past_autograd, register_autocast
+from bitfold.ops import check_device, past_autograd, product_gradients, register_autocast
 
 
 def _shape(
@@ -43,21 +43,18 @@ def _register_gradient(namespace: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         planes, copied = list(ctx.saved_tensors[: ctx.planes]), ctx.saved_tensors[ctx.planes :]
-        needed = ctx.needs_input_grad
-        grad_x = grad_bias = None
-        if needed[0]:
-            grad_x = ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k)
-            if copied:
-                # Columns with a copy are multiplied with that: an [n, c] weight in a cast format.
-                columns, copy = copied
-                cast = "fp16" if copy.dtype == torch.float16 else "bf16"
-                exact = ops.linear_grad_x(grad, [copy], cast, ctx.n, copy.shape[1])
-                grad_x = grad_x.index_copy(-1, columns.long(), exact)
-        if len(needed) > 5 and needed[5]:
-            grad_bias = bias_gradient(grad)
-        none = [None] * 5
-        # The dispatcher drops trailing arguments that equal their defaults: one gradient for each that is left.
-        return (grad_x, [None] * len(planes), None, None, None, grad_bias, *none)[: len(needed)]
+
+        def of_x() -> Tensor:
+            plain = ops.linear_grad_x(grad, planes, ctx.format, ctx.n, ctx.k)
+            if not copied:
+                return plain
+            # Columns with a copy are multiplied with that: an [n, c] weight in a cast format.
+            columns, copy = copied
+            cast = "fp16" if copy.dtype == torch.float16 else "bf16"
+            exact = ops.linear_grad_x(grad, [copy], cast, ctx.n, copy.shape[1])
+            return plain.index_copy(-1, columns.long(), exact)
+
+        return product_gradients(ctx, grad, planes, of_x)
 
     torch.library.register_autograd(f"{namespace}::linear_int8", backward, setup_context=_context)
 

@@ -210,7 +210,7 @@ def caches_of(source: Source, target: Target) -> dict[str, int]:
             f"context is {target.context}, and the target is in bits per weight, which a KV cache has no part in: it "
             "must be a size"
         )
-    longest = memory.longest_context(source)
+    longest = hf.longest_context(source.model_config)
     if longest is not None and target.context > longest:
         raise ValueError(
             f"context is {target.context}, it must be at most {longest}, the positions that the model has"

@@ -35,7 +35,7 @@ from bitfold.calibration.ranges import kept_for
 from bitfold.calibration.workers import Workers
 from bitfold.experts import DOWN, GATE_UP, QuantStack, stack_name
 from bitfold.formats import parse
-from bitfold.layout import Source, Step
+from bitfold.layout import Step
 from bitfold.nn import KEPT_PARTS
 from bitfold.pipeline import Origin, check_finite, give_back_memory
 from bitfold.qtensor import QTensor
@@ -130,7 +130,7 @@ def quantize_calibrated(
         calibration,
         hf.load_tokenizer(source),
         samples=samples,
-        sequence_length=sequence_length or _context(model),
+        sequence_length=sequence_length or hf.context_up_to(model.model_config, data.SEQUENCE_LENGTH),
         seed=seed,
     )
     folder = Path(work_dir) if work_dir is not None else target.parent / f".{target.name}.calibration"
@@ -182,11 +182,6 @@ def _refuse_outside(
                 f"recipe {recipe.name!r} gives {step.module} the activations '{wanted}', but it is outside of the "
                 f"decoder blocks, where nothing is calibrated; they must be 'float' or '{wanted.having()}'"
             )
-
-
-def _context(model: Source) -> int:
-    limit = getattr(model.model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(limit or data.SEQUENCE_LENGTH, data.SEQUENCE_LENGTH)
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,15 @@ def prepare(run: BlockRun, names: Sequence[str]) -> None:
             wanted.append((fold, layers, fold.largest(_largest_inputs(run, layers))))
     # A layer's rows are divided before its own columns are looked at.
     for fold, layers, largest in sorted(wanted, key=lambda item: not isinstance(item[0].source, nn.Linear)):
-        weights = [fold.largest(run.linear(name).weight.float().abs().amax(0))[None] for name in layers]
+        weights = [fold.largest(_largest_weights(run.linear(name).weight))[None] for name in layers]
         scales = smooth_scales(largest, weights, options(run, layers[0]).alpha)
         scaling.apply_scales(run, fold, scales)
     run.forget()
+
+
+def _largest_weights(weight: Tensor) -> Tensor:
+    """Of each column of a weight [n, k] the largest absolute value: [k], without a copy of the weight."""
+    return torch.maximum(weight.amax(0), -weight.amin(0))
 
 
 def _largest_inputs(run: BlockRun, layers: Sequence[str]) -> Tensor:

@@ -25,14 +25,14 @@ from bitfold.cli.console import (
     table,
 )
 from bitfold.cli.eval import read_text
-from bitfold.evaluate import Protocol, cut
+from bitfold.evaluate import Protocol
 from bitfold.layout import Source
 from bitfold.outliers.columns import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Inputs
 from bitfold.outliers.keep import Resolved, resolve
 from bitfold.outliers.measure import LAYER_SHARE, TOKEN_SHARE, Outliers, measure
 from bitfold.outliers.ways import WAYS
 from bitfold.rules import Recipe
-from bitfold.sensitivity.ground import CONTEXT, TOKENS
+from bitfold.sensitivity.ground import CONTEXT, TOKENS, windows_of
 from bitfold.text import joined, natural
 
 _WHICH = 4  # columns named in a row of a table
@@ -76,14 +76,7 @@ def outliers(
     if not words.strip():
         raise ValueError(f"the text {text} is empty")
     source = layout.read_source(model)
-    longest = getattr(source.model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    windows = cut(
-        words,
-        hf.load_tokenizer(model),
-        context=context or min(longest or CONTEXT, CONTEXT),
-        dtype=kind,
-        max_tokens=tokens or None,
-    )
+    windows = windows_of(source, hf.load_tokenizer(model), words, tokens, context, kind)
     with progress("measuring") as update:
         found = measure(
             source,

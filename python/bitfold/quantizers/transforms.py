@@ -13,11 +13,20 @@ A whole residual stream may be rotated, x Q with Q Q^T = 1, where only norms wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_STRIP = 1 << 20  # numbers of a matrix that are held in float64 at a time
+
+
+def _strips(n: int, k: int) -> Iterator[slice]:
+    """The rows of a matrix [n, k], some at a time."""
+    rows = max(1, _STRIP // max(1, k))
+    for start in range(0, n, rows):
+        yield slice(start, min(start + rows, n))
 
 
 def check_scales(scales: Tensor, channels: int) -> Tensor:
@@ -62,9 +71,11 @@ def divide_rows(tensor: Tensor, scales: Tensor, rows: slice = slice(None)) -> Te
     Raises ValueError where scales are not positive and finite, one for each of the rows.
     """
     divided = tensor.clone()
-    part = tensor[rows].to(torch.float64)
+    part = divided[rows]
     scales = check_scales(scales, len(part))
-    divided[rows] = (part / (scales[:, None] if tensor.dim() == 2 else scales)).to(tensor.dtype)
+    for some in _strips(len(part), part[0].numel() if len(part) else 1):
+        by = scales[some, None] if tensor.dim() == 2 else scales[some]
+        part[some] = part[some].to(torch.float64) / by
     return divided
 
 
@@ -73,7 +84,12 @@ def multiply_columns(weight: Tensor, scales: Tensor) -> Tensor:
 
     Raises ValueError where scales are not positive and finite.
     """
-    return (weight.to(torch.float64) * check_scales(scales, weight.shape[1])).to(weight.dtype)
+    n, k = weight.shape
+    scales = check_scales(scales, k)
+    multiplied = torch.empty_like(weight)
+    for some in _strips(n, k):
+        multiplied[some] = weight[some].to(torch.float64) * scales
+    return multiplied
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bitfold import _C, hf, layout
 from bitfold.calibration import data, job, overlap
 from bitfold.calibration.blocks import BlockModel
 from bitfold.calibration.workers import Workers
-from bitfold.evaluate import Estimate, cut, ratio
+from bitfold.evaluate import Estimate, Windows, cut, ratio
 from bitfold.layout import Source
 from bitfold.rules import Assignment
 from bitfold.sensitivity.candidates import Candidate, parts_of
@@ -65,14 +65,7 @@ def prepare(
     kept = {name: Assignment(None, None, "") for name in source.infos}
     blocks = BlockModel(source, layout.steps(source, kept), dtype, torch.device(device))
     tokenizer = hf.load_tokenizer(path)
-    longest = getattr(source.model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    windows = cut(
-        texts.text,
-        tokenizer,
-        context=texts.context or min(longest or CONTEXT, CONTEXT),
-        dtype=dtype,
-        max_tokens=texts.tokens or None,
-    )
+    windows = windows_of(source, tokenizer, texts.text, texts.tokens, texts.context, dtype)
     calibration = calibration_of(source, tokenizer, texts)
     with Workers() as workers:
         probe = Probe(blocks, windows, workers)
@@ -81,16 +74,23 @@ def prepare(
         yield Ground(source, blocks, probe, windows, calibration, workers, parts, unquantized)
 
 
+def windows_of(
+    source: Source, tokenizer: Any, text: str, tokens: int, context: int, dtype: torch.dtype
+) -> Windows:
+    """A text as a model is measured on it. tokens: 0: all; context: 0: the model's, at most CONTEXT."""
+    context = context or hf.context_up_to(source.model_config, CONTEXT)
+    return cut(text, tokenizer, context=context, dtype=dtype, max_tokens=tokens or None)
+
+
 def calibration_of(source: Source, tokenizer: Any, texts: Texts) -> data.Calibration | None:
     """The rows to calibrate on, those that `bitfold.quantize_calibrated` takes; None where no text is given."""
     if not texts.calibration:
         return None
-    longest = getattr(source.model_config.get_text_config(decoder=True), "max_position_embeddings", None)
     return data.read(
         texts.calibration,
         tokenizer,
         samples=texts.samples,
-        sequence_length=texts.sequence_length or min(longest or data.SEQUENCE_LENGTH, data.SEQUENCE_LENGTH),
+        sequence_length=texts.sequence_length or hf.context_up_to(source.model_config, data.SEQUENCE_LENGTH),
         seed=texts.seed,
     )
 
