@@ -78,3 +78,16 @@ def test_bad_ids():
     for ids in (torch.tensor([0.0]), torch.tensor([True]), torch.tensor([0], dtype=torch.uint8)):
         refusal(lambda ids=ids: bitfold.embedding(ids, qtensor), "ids")
     refusal(lambda: bitfold.embedding(torch.tensor([0]), qtensor, torch.int32), "dtype")
+
+
+def test_more_memory_than_there_can_be():
+    """2^49 bytes, which no address space has. torch says why from 2.13 on."""
+    ids, qtensor = torch.zeros(2**24, dtype=torch.int64), bitfold.encode(torch.ones(2, 2**22), "int4")
+    asked = r"no memory of the CPU for a float64 tensor of shape \[16777216, 4194304\]"
+    reason = (
+        r".*can't allocate memory" if torch.__version__ >= torch.torch_version.TorchVersion("2.13") else ""
+    )
+    with pytest.raises(RuntimeError, match=asked + reason) as found:
+        bitfold.embedding(ids, qtensor, torch.float64)
+    assert "API call failed" not in str(found.value)
+    assert torch.equal(bitfold.embedding(ids[:1], qtensor), qtensor.decode()[:1])

@@ -3,6 +3,9 @@
 #include <cstdint>
 #include <stdexcept>
 
+// In torch's header only for those who build for torch 2.13 and nothing older.
+extern "C" [[gnu::weak]] const char* torch_exception_get_what_without_backtrace();
+
 namespace bitfold::border {
 
 void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
@@ -28,6 +31,12 @@ void check_size(const Format& format, int64_t n, int64_t k) {
     fail("k is " + std::to_string(k) + "; for " + to_string(format) + " it must be a multiple of " +
          std::to_string(format.group));
   }
+}
+
+// Why the last call of torch's stable interface failed, in torch's words; before 2.13 it keeps them to itself.
+std::string torch_reason() {
+  if (&torch_exception_get_what_without_backtrace == nullptr) return "";
+  return std::string(": ") + torch_exception_get_what_without_backtrace();
 }
 
 // Kernels for GPUs load 16 bytes at once.
@@ -80,12 +89,12 @@ Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, Sc
 Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   try {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
-  } catch (const std::exception& error) {  // of which torch's stable interface tells no more than that it failed
+  } catch (const std::exception&) {  // whose text is where in torch's header the call was
     throw std::runtime_error(
         "torch has no memory " +
         (like.is_cuda() ? "on cuda:" + std::to_string(like.get_device_index()) : std::string("of the CPU")) +
         " for a " + dtype_name(type) + " tensor of shape " +
-        shape_text(shape.data(), static_cast<int64_t>(shape.size())) + ": " + error.what());
+        shape_text(shape.data(), static_cast<int64_t>(shape.size())) + torch_reason());
   }
 }
 
