@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests python tests/cuda/compile.py <folder of CUDA's bin> <build folder> <architectures>
 
-Ends in an error where there is a kernel or a minute too many, or a kernel lacks the instructions that it is made for.
+Ends in an error where there is a kernel or a minute too many, a kernel lacks the instructions that it is made for, or
+ptxas had to wait where the kernel doesn't.
 The module, beside bitfold's Python, is left in <build folder>/site, for test_module.py.
 """
 
@@ -33,10 +34,12 @@ sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuild
 """
 
 
-def run(*command: object) -> None:
+def run(*command: object) -> str:
+    """What the command printed."""
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(result.stdout[-8000:] + result.stderr[-8000:])
+    return result.stdout + result.stderr
 
 
 def configure(nvcc: Path, folder: Path, architectures: str) -> None:
@@ -54,13 +57,13 @@ def configure(nvcc: Path, folder: Path, architectures: str) -> None:
     run(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder, *defines)
 
 
-def compile_kernels(folder: Path) -> tuple[Path, float, float]:
-    """The library, and the seconds that it took: on the clock, and of all processors."""
+def compile_kernels(folder: Path) -> tuple[Path, float, float, str]:
+    """The library, the seconds that it took, on the clock and of all processors, and what the compilers said."""
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    run(tool("cmake"), "--build", folder, "--target", "bitfold_cuda")
+    said = run(tool("cmake"), "--build", folder, "--target", "bitfold_cuda")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return folder / "libbitfold_cuda.a", time.monotonic() - start, cpu
+    return folder / "libbitfold_cuda.a", time.monotonic() - start, cpu, said
 
 
 def link_module(folder: Path) -> None:
@@ -77,7 +80,7 @@ def link_module(folder: Path) -> None:
 
 def main(toolkit: Path, folder: Path, architectures: str) -> None:
     configure(toolkit / "nvcc", folder, architectures)
-    library, seconds, cpu = compile_kernels(folder)
+    library, seconds, cpu, said = compile_kernels(folder)
     kernels = machine_code.read(toolkit, library)
     for kernel in kernels:
         print(f"{kernel.registers:4} registers {kernel.stack:6} bytes of stack  {kernel.name}")
@@ -87,7 +90,7 @@ def main(toolkit: Path, folder: Path, architectures: str) -> None:
         f"{len(kernels)} kernels for each of {architectures}; compiled in {seconds / 60:.1f} minutes, {minutes:.1f} "
         f"of CPU time for one (ccache may have known some)"
     )
-    wrong = machine_code.faults(kernels)
+    wrong = machine_code.faults(kernels) + machine_code.complaints(said)
     if len(kernels) > MOST_KERNELS:
         wrong.append(f"{len(kernels)} kernels, and at most {MOST_KERNELS} are allowed")
     if minutes > MOST_MINUTES:

@@ -167,6 +167,12 @@ EXPECTED = [
 ]  # fmt: skip
 
 
+def complaints(said: str) -> list[str]:
+    """What ptxas says of wgmma that it couldn't compile as it was written (waits put in, products one after another),
+    and of setmaxnreg that it left out: remarks C7500 to C7599, which are no warnings."""
+    return re.findall(r"^ptxas info\s*: (\(C75\d\d\) .*)$", said, re.MULTILINE)
+
+
 # ---- how many ----
 
 # Instructions that the integer unit runs; the others go to the units of floating point, memory or branches.
