@@ -1,6 +1,9 @@
-// How attention to the packed KV cache is cut, and what its kernels are told.
+// How attention to the packed KV cache is cut, what its two kernels are told, and their launchers.
 #pragma once
 
+#include <bit>
+
+#include "cuda/cuda.hpp"
 #include "cuda/kv_blocks.hpp"
 #include "cuda/matrix.hpp"
 
@@ -38,5 +41,17 @@ struct KvJob {
   int run_count;
   KvRun runs[kKvPages];
 };
+
+struct KvMerge {
+  const float* parts;
+  int64_t chunks, batch, heads, shared, rows, queries, head;
+  void* out;
+  DType dtype;
+};
+
+inline constexpr float kKvLowest = std::bit_cast<float>(0xff7fffffu);  // the largest score of no tokens
+
+void kv_chunks(const KvJob& job, int64_t batch, Stream stream);
+void kv_merge(const KvMerge& merge, Stream stream);
 
 }  // namespace bitfold::cuda

@@ -2,6 +2,8 @@
 // of codes.
 #pragma once
 
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "cuda/device.hpp"
@@ -18,6 +20,12 @@ struct KvRun {
   int64_t begin;
   int64_t head_stride;  // bytes
 };
+
+inline unsigned kv_grid(const char* op, int64_t blocks) {
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string(op) + ": there are more queries and tokens than a launch has blocks");
+  return static_cast<unsigned>(blocks);
+}
 
 // Calls fn(runs, how many, first and last block) for each launch over the packed blocks from `first_block` on.
 template <class Fn>

@@ -4,8 +4,6 @@
 // cross over in shared memory, as bytes: a thread then has two channels, whose steps stay in its registers, and a warp
 // writes whole lines of a token. Values lie as they are wanted: a thread decodes eight channels of a token.
 // Exact tokens behind them are copied by a kernel of their own.
-#include <stdexcept>
-
 #include "cuda/kv.hpp"
 #include "cuda/kv_blocks.hpp"
 #include "cuda/matrix.hpp"
@@ -206,6 +204,11 @@ BITFOLD_DEVICE void unpack_values(const Job& job, const Tile& tile) {
 }
 
 template <KvFormat Format>
+BITFOLD_DEVICE void unpack(const Job& job, const Tile& tile) {
+  if (blockIdx.x % 2 == 0) unpack_keys<Format>(job, tile);
+  else unpack_values<Format>(job, tile);
+}
+
 __global__ void __launch_bounds__(kThreads) kv_unpack_kernel(Job job) {
   const auto tiles = static_cast<unsigned>(job.tiles), blocks = static_cast<unsigned>(job.blocks);
   const unsigned item = blockIdx.x / 2 / tiles, tile_number = blockIdx.x / 2 % tiles;
@@ -215,8 +218,11 @@ __global__ void __launch_bounds__(kThreads) kv_unpack_kernel(Job job) {
                   static_cast<int>(tile_number % across) * kTile,
                   static_cast<int>(larger<int64_t>(0, job.first - token)),
                   (head * job.tokens + token - job.first) * job.shape.head};
-  if (blockIdx.x % 2 == 0) unpack_keys<Format>(job, tile);
-  else unpack_values<Format>(job, tile);
+  switch (job.shape.format) {
+    case KvFormat::Int8: return unpack<KvFormat::Int8>(job, tile);
+    case KvFormat::Fp8: return unpack<KvFormat::Fp8>(job, tile);
+    default: return unpack<KvFormat::Int4>(job, tile);
+  }
 }
 
 // ---- exact tokens ----
@@ -261,22 +267,13 @@ __global__ void __launch_bounds__(kThreads) kv_copy_kernel(Copy c, unsigned item
 
 // ---- the host's side ----
 
-unsigned grid_of(int64_t blocks) {
-  if (blocks > INT32_MAX) throw std::runtime_error("kv_unpack: there are more tokens than a launch has blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 void start(const Job& job, int64_t heads, Stream stream) {
-  const Launch how{.grid = dim3(grid_of(2 * heads * job.blocks * job.tiles)),
-                   .block = dim3(kThreads),
-                   .shared_bytes = kTile * kPitch,
-                   .name = "kv_unpack",
-                   .stream = stream};
-  switch (job.shape.format) {
-    case KvFormat::Int8: return launch(how, kv_unpack_kernel<KvFormat::Int8>, job);
-    case KvFormat::Fp8: return launch(how, kv_unpack_kernel<KvFormat::Fp8>, job);
-    default: return launch(how, kv_unpack_kernel<KvFormat::Int4>, job);
-  }
+  launch({.grid = dim3(kv_grid("kv_unpack", 2 * heads * job.blocks * job.tiles)),
+          .block = dim3(kThreads),
+          .shared_bytes = kTile * kPitch,
+          .name = "kv_unpack",
+          .stream = stream},
+         kv_unpack_kernel, job);
 }
 
 // Behind the `before` tokens that the output has already, of `tokens` altogether.
@@ -300,7 +297,7 @@ void copy(const KvUnpackArgs& args, const KvExact& exact, int64_t before, int64_
          .width = 0};
   c.width = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 2;
   const int64_t items = args.batch * args.heads * exact.tokens;
-  launch({.grid = dim3(grid_of(2 * bitfold::ceil_div(items, kWarps))),
+  launch({.grid = dim3(kv_grid("kv_unpack", 2 * bitfold::ceil_div(items, kWarps))),
           .block = dim3(kThreads),
           .shared_bytes = 0,
           .name = "kv_copy",

@@ -44,7 +44,7 @@ CASES = {
     r"kv_pack\.cu": ("kv_pack",),
     r"kv_unpack\.cu": ("kv_unpack",),
     r"kv_blocks\.hpp": ("kv_attention", "kv_unpack"),
-    r"kv_attention\..*": ("kv_attention",),
+    r"kv_(attention|chunk|merge)\..*": ("kv_attention",),
 }
 
 # What is dropped without notice, and why: the file, the text and which of those in the file.
@@ -255,14 +255,14 @@ WRONG = [
     ("kv_pack.cu", "i < job.at.bytes", "i < end"),
     ("kv_pack.cu", "head % job.heads * strides[1]", "head * strides[1]"),
     # kv_attention: which page, token, mask and query, and what an earlier block's sums become
-    ("kv_attention.cu", "job_.runs[run_ + 1].begin <= block", "job_.runs[run_ + 1].begin < block"),
-    ("kv_attention.cu", "t < hidden", "t <= hidden"),
-    ("kv_attention.cu", "expf(most_ - most)", "1.0f"),
-    ("kv_attention.cu", "job_.blocks_end * job_.shape.group - job_.first + token", "token"),
-    ("kv_attention.cu", "r < job_.queries", "true"),
-    ("kv_attention.cu", "chunk_ - job_.packed_chunks", "0 * chunk_"),
-    ("kv_attention.cu", "sums_[q][i] += constant_[q]", "sums_[q][i] += 0.0f"),
-    ("kv_attention.cu", "r % job_.rows * job_.mask_strides[2]", "0"),
+    ("kv_chunk.cu", "job_.runs[run_ + 1].begin <= block", "job_.runs[run_ + 1].begin < block"),
+    ("kv_chunk.cu", "t < hidden", "t <= hidden"),
+    ("kv_chunk.cu", "expf(most_ - most)", "1.0f"),
+    ("kv_chunk.cu", "job_.blocks_end * job_.shape.group - job_.first + token", "token"),
+    ("kv_chunk.cu", "r < job_.queries", "true"),
+    ("kv_chunk.cu", "chunk_ - job_.packed_chunks", "0 * chunk_"),
+    ("kv_chunk.cu", "sums_[q][i] += constant_[q]", "sums_[q][i] += 0.0f"),
+    ("kv_chunk.cu", "r % job_.rows * job_.mask_strides[2]", "0"),
     ("kv_blocks.hpp", "word >> 4 & 0x0f0f0f0fu", "word & 0xf0f0f0fu"),
     # kv_unpack: which page, token, channel and step, and ends
     ("kv_unpack.cu", "job.runs[middle].begin <= block", "job.runs[middle].begin < block"),

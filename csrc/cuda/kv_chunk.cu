@@ -1,0 +1,433 @@
+// Attention of few queries to a chunk of the packed KV cache.
+//
+// The tokens of a key-value head are cut into chunks, by their number alone. A block of threads has a chunk and up to
+// four of the queries that share the head, and takes the chunk's packed blocks one after the other:
+//
+//     fold     the steps of the keys go into the queries, their offsets into one number for each query
+//     score    a thread multiplies eight tokens of every channel that is its own; sums of threads meet in shared memory
+//     weigh    a warp for each query: mask, the largest score so far, weights
+//     sum      a thread adds up eight channels of every token that is its own, in registers
+//
+// Codes are read where they lie, each once for all queries of the tile; those that come next are on their way while a
+// phase before them is at work. Sums of an earlier block shrink where a larger score is found. A chunk leaves its
+// largest score, its sum of weights and its sums of values.
+#include "cuda/kv_attention.hpp"
+
+namespace bitfold::cuda {
+namespace {
+
+constexpr int kAhead = 4;  // words of a thread on their way together
+constexpr float kHidden = std::bit_cast<float>(0xff800000u);
+
+// Shared memory, in floats: the queries times the scale and then also times steps, [head][tile]; sums of threads,
+// [thread of a column][tile][column]; weights, [token][tile]; offsets, [warp][tile]; what sums shrink by, [tile].
+class Room {
+ public:
+  BITFOLD_DEVICE Room(int head, int tokens, int tile)
+      : folded_(head * tile),
+        sums_(2 * folded_),
+        weights_(sums_ + kKvSlots * tile),
+        constants_(weights_ + tokens * tile),
+        shrink_(constants_ + kKvWarps * tile) {}
+
+  BITFOLD_DEVICE float* query() const { return at(0); }
+  BITFOLD_DEVICE float* folded() const { return at(folded_); }
+  BITFOLD_DEVICE float* sums() const { return at(sums_); }
+  BITFOLD_DEVICE float* weights() const { return at(weights_); }
+  BITFOLD_DEVICE float* constants() const { return at(constants_); }
+  BITFOLD_DEVICE float* shrink() const { return at(shrink_); }
+
+ private:
+  BITFOLD_DEVICE static float* at(int place) { return &shared<float>() + place; }
+
+  int folded_, sums_, weights_, constants_, shrink_;
+};
+BITFOLD_HOST_DEVICE constexpr int64_t tokens_at_once(const KvShape& shape) { return larger(shape.group, kKvExact); }
+int64_t room_bytes(const KvShape& shape, int tile) {
+  return 4 * tile * (2 * shape.head + kKvSlots + tokens_at_once(shape) + kKvWarps + 1);
+}
+
+// Which words of a matrix of codes are a thread's: `word` of the rows `lane`, `lane` + `lanes`, ...
+struct Share {
+  int lanes, lane, word;
+  bool any;
+
+  BITFOLD_DEVICE explicit Share(int words)
+      : lanes(kKvThreads / words),
+        lane(static_cast<int>(threadIdx.x) / words),
+        word(static_cast<int>(threadIdx.x) % words),
+        any(lane < lanes) {}
+};
+
+template <KvFormat Format, int Tile>
+class Attention {
+ public:
+  BITFOLD_DEVICE explicit Attention(const KvJob& job)
+      : job_(job),
+        room_(static_cast<int>(job.shape.head), static_cast<int>(tokens_at_once(job.shape)), Tile),
+        key_share_(static_cast<int>(job.shape.group / kKvWord)),
+        value_share_(static_cast<int>(smaller(bitfold::ceil_div(job.shape.head, kKvWord), kKvWide / kKvWord))) {
+    const auto tiles = static_cast<unsigned>(job.tiles), beside = tiles * static_cast<unsigned>(job.slices);
+    const auto chunks = static_cast<unsigned>(job.launch_chunks);
+    first_query_ = static_cast<int>(blockIdx.x % tiles) * Tile;
+    slice_ = static_cast<int>(blockIdx.x % beside / tiles * kKvWide);
+    chunk_ = static_cast<int>(blockIdx.x / beside % chunks);
+    head_ = static_cast<int>(blockIdx.x / beside / chunks);
+    channel_ = slice_ + value_share_.word * kKvWord;
+    value_lane_ = value_share_.any && channel_ < job.shape.head ? value_share_.lane : group();
+    group_ = job.value_groups == 1 ? 0 : channel_ / static_cast<int>(job.shape.value_group);
+    for (int q = 0; q < Tile; ++q) {
+      constant_[q] = 0.0f;
+      for (int i = 0; i < kKvWord; ++i) sums_[q][i] = 0.0f;
+    }
+  }
+
+  BITFOLD_DEVICE void run() {
+    read_query();
+    ptx::sync_block();
+    if (chunk_ < job_.packed_chunks) {
+      const int64_t begin = job_.block_begin + chunk_ * job_.chunk_blocks;
+      const int64_t end = smaller(begin + job_.chunk_blocks, job_.block_end);
+      const uint8_t* block = block_at(begin);
+      load_keys(block, 0);
+      for (int64_t b = begin; b < end; ++b) {
+        const uint8_t* next = b + 1 < end ? block_at(b + 1) : nullptr;
+        attend(b, block, next);
+        block = next;
+      }
+    } else {
+      const int64_t begin = (chunk_ - job_.packed_chunks) * kKvChunk;
+      const int64_t end = smaller(begin + kKvChunk, job_.recent);
+      for (int64_t t = begin; t < end; t += kKvExact) attend_exactly(t, static_cast<int>(smaller(kKvExact, end - t)));
+    }
+    write();
+  }
+
+ private:
+  BITFOLD_DEVICE int head() const { return static_cast<int>(job_.shape.head); }
+  BITFOLD_DEVICE int group() const { return static_cast<int>(job_.shape.group); }
+
+  BITFOLD_DEVICE const uint8_t* block_at(int64_t block) {
+    while (run_ + 1 < job_.run_count && job_.runs[run_ + 1].begin <= block) ++run_;
+    const KvRun& run = job_.runs[run_];
+    return run.data + head_ * run.head_stride + (block - run.begin) * job_.at.bytes;
+  }
+  BITFOLD_DEVICE static float float_at(const uint8_t* block, int64_t byte) {
+    return ptx::uint_as_float(ptx::load4(block + byte));
+  }
+  BITFOLD_DEVICE int64_t number(const int64_t (&strides)[3], int64_t token) const {
+    return head_ / job_.heads * strides[0] + head_ % job_.heads * strides[1] + token * strides[2];
+  }
+
+  BITFOLD_DEVICE void read_query() {
+    const int64_t head = job_.shape.head;
+    for (int q = 0; q < Tile; ++q) {
+      const int64_t r = first_query_ + q, query_head = head_ % job_.heads * job_.shared + r / job_.rows;
+      const int64_t from = head_ / job_.heads * job_.query_strides[0] + query_head * job_.query_strides[1] +
+                           r % job_.rows * job_.query_strides[2];
+      for (int64_t d = threadIdx.x; d < head; d += kKvThreads)
+        room_.query()[d * Tile + q] = r < job_.queries ? read_float(job_.query, from + d) * job_.scale : 0.0f;
+    }
+  }
+
+  // ---- a packed block ----
+
+  // A thread's next words, of rows from `row` of its own on.
+  BITFOLD_DEVICE void load_keys(const uint8_t* block, int row) {
+    if (!key_share_.any) return;
+    const int row_bytes = group() * kBits / 8;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int d = row + key_share_.lane + i * key_share_.lanes;
+      if (d < head()) words_[i] = load_word<Format>(block + d * row_bytes + key_share_.word * kBits);
+    }
+  }
+  BITFOLD_DEVICE void load_values(const uint8_t* block, int row) {
+    const int row_bytes = static_cast<int>(job_.value_row) * kBits / 8;
+    const uint8_t* codes = block + job_.at.value_codes + channel_ * kBits / 8;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int t = row + value_lane_ + i * value_share_.lanes;
+      if (t < group()) words_[i] = load_word<Format>(codes + t * row_bytes);
+    }
+  }
+
+  BITFOLD_DEVICE void attend(int64_t number, const uint8_t* block, const uint8_t* next) {
+    fold(block);
+    ptx::sync_block();
+    score(block);
+    load_values(block, 0);
+    ptx::sync_block();
+    const int64_t token = number * job_.shape.group;
+    const int hidden = static_cast<int>(larger<int64_t>(0, job_.first - token));
+    weigh(group(), key_share_.lanes, kOffsets ? kKvWarps : 0, hidden, token - job_.first);
+    ptx::sync_block();
+    sum(block, hidden);
+    if (next != nullptr) load_keys(next, 0);
+  }
+
+  BITFOLD_DEVICE void fold(const uint8_t* block) {
+    float constants[Tile] = {};
+    for (int64_t d = threadIdx.x; d < job_.shape.head; d += kKvThreads) {
+      const float step = float_at(block, job_.at.key_steps + 4 * d);
+      const float offset = kOffsets ? float_at(block, job_.at.key_offsets + 4 * d) : 0.0f;
+#pragma unroll
+      for (int q = 0; q < Tile; ++q) {
+        const float x = room_.query()[d * Tile + q];
+        room_.folded()[d * Tile + q] = x * step;
+        constants[q] = ptx::fma(x, offset, constants[q]);
+      }
+    }
+    if constexpr (kOffsets) {
+#pragma unroll
+      for (int q = 0; q < Tile; ++q) {
+        const float of_warp = sum_of_warp(constants[q]);
+        if (ptx::lane_id() == 0) room_.constants()[ptx::warp_id() * Tile + q] = of_warp;
+      }
+    }
+  }
+
+  BITFOLD_DEVICE void score(const uint8_t* block) {
+    if (!key_share_.any) return;
+    float sums[Tile][kKvWord] = {};
+    for (int row = 0; row < head(); row += kAhead * key_share_.lanes) {
+      if (row > 0) load_keys(block, row);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int d = row + key_share_.lane + i * key_share_.lanes;
+        if (d < head()) add_word(words_[i], room_.folded() + d * Tile, sums);
+      }
+    }
+    float* to = room_.sums() + key_share_.lane * Tile * group() + key_share_.word * kKvWord;
+#pragma unroll
+    for (int q = 0; q < Tile; ++q) put(sums[q], to + q * group());
+  }
+
+  BITFOLD_DEVICE static void add_word(KvWord<Format> word, const float* factors, float (&sums)[Tile][kKvWord]) {
+    float numbers[kKvWord], factor[Tile];
+    floats_of_word<Format>(word, numbers);
+    get(factors, factor);
+#pragma unroll
+    for (int q = 0; q < Tile; ++q) {
+#pragma unroll
+      for (int i = 0; i < kKvWord; ++i) sums[q][i] = ptx::fma(factor[q], numbers[i], sums[q][i]);
+    }
+  }
+
+  // Tokens that are hidden don't count, whatever they hold.
+  BITFOLD_DEVICE void sum(const uint8_t* block, int hidden) {
+    shrink();
+    const int64_t steps = job_.at.value_steps + int64_t{4} * group_ * group();
+    const int64_t offsets = job_.at.value_offsets + int64_t{4} * group_ * group();
+    for (int row = 0; row < group(); row += kAhead * value_share_.lanes) {
+      if (row > 0) load_values(block, row);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int t = row + value_lane_ + i * value_share_.lanes;
+        if (t >= hidden && t < group()) {
+          const float step = float_at(block, steps + 4 * t);
+          const float offset = kOffsets ? float_at(block, offsets + 4 * t) : 0.0f;
+          float weights[Tile];
+          get(room_.weights() + t * Tile, weights);
+#pragma unroll
+          for (int q = 0; q < Tile; ++q) {
+            if (kOffsets) constant_[q] = ptx::fma(weights[q], offset, constant_[q]);
+            weights[q] *= step;
+          }
+          add_word(words_[i], weights, sums_);
+        }
+      }
+    }
+  }
+
+  // ---- exact tokens ----
+
+  BITFOLD_DEVICE void attend_exactly(int64_t token, int count) {
+    const int64_t head = job_.shape.head;
+    for (int t = ptx::warp_id(); t < count; t += kKvWarps) {
+      float sums[Tile] = {}, numbers[kKvWord];
+      for (int64_t d = ptx::lane_id() * kKvWord; d < head; d += kWarp * kKvWord) {
+        const int present = static_cast<int>(smaller<int64_t>(kKvWord, head - d));
+        read_floats(job_.keys, number(job_.key_strides, token + t) + d, 1, present, numbers);
+#pragma unroll
+        for (int i = 0; i < kKvWord; ++i) {
+          if (i < present) {
+#pragma unroll
+            for (int q = 0; q < Tile; ++q) sums[q] = ptx::fma(room_.query()[(d + i) * Tile + q], numbers[i], sums[q]);
+          }
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < Tile; ++q) {
+        const float of_warp = sum_of_warp(sums[q]);
+        if (ptx::lane_id() == 0) room_.sums()[q * count + t] = of_warp;
+      }
+    }
+    ptx::sync_block();
+    weigh(count, 1, 0, 0, job_.blocks_end * job_.shape.group - job_.first + token);
+    ptx::sync_block();
+    shrink();
+    if (!value_share_.any || channel_ >= head) return;
+    const int present = static_cast<int>(smaller<int64_t>(kKvWord, head - channel_));
+    for (int t = value_share_.lane; t < count; t += value_share_.lanes) {
+      float numbers[kKvWord], weights[Tile];
+      read_floats(job_.values, number(job_.value_strides, token + t) + channel_, 1, present, numbers);
+      get(room_.weights() + t * Tile, weights);
+#pragma unroll
+      for (int q = 0; q < Tile; ++q) {
+#pragma unroll
+        for (int i = 0; i < kKvWord; ++i) sums_[q][i] = ptx::fma(weights[q], numbers[i], sums_[q][i]);
+      }
+    }
+  }
+
+  // ---- softmax ----
+
+  // Scores of `count` tokens, sums of `lanes` threads and `constants` warps, become weights; the first `hidden` of them
+  // don't count. `key` is the place of the first among the tokens that count. A warp has a query.
+  BITFOLD_DEVICE void weigh(int count, int lanes, int constants, int hidden, int64_t key) {
+    const int q = ptx::warp_id();
+    if (q >= Tile) return;
+    float constant = 0.0f;
+    for (int w = 0; w < constants; ++w) constant += room_.constants()[w * Tile + q];
+    float most = most_;
+    for (int t = ptx::lane_id(); t < count; t += kWarp) {
+      float score = constant;
+      for (int l = 0; l < lanes; ++l) score += room_.sums()[(l * Tile + q) * count + t];
+      score = t < hidden ? kHidden : score + bias(first_query_ + q, key + t);
+      room_.weights()[t * Tile + q] = score;
+      most = score > most ? score : most;
+    }
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      const float other = ptx::shuffle_xor(most, mask);
+      most = other > most ? other : most;
+    }
+    float sum = 0.0f;
+    for (int t = ptx::lane_id(); t < count; t += kWarp) {
+      const float weight = expf(room_.weights()[t * Tile + q] - most);
+      room_.weights()[t * Tile + q] = weight;
+      sum += weight;
+    }
+    const float shrunk = expf(most_ - most);
+    sum_ = ptx::fma(sum_, shrunk, sum_of_warp(sum));
+    most_ = most;
+    if (ptx::lane_id() == 0) room_.shrink()[q] = shrunk;
+  }
+
+  BITFOLD_DEVICE float bias(int64_t r, int64_t key) const {
+    if (job_.mask == KvMask::None || r >= job_.queries) return 0.0f;
+    const int64_t query_head = head_ % job_.heads * job_.shared + r / job_.rows;
+    const int64_t at = head_ / job_.heads * job_.mask_strides[0] + query_head * job_.mask_strides[1] +
+                       r % job_.rows * job_.mask_strides[2] + key * job_.mask_strides[3];
+    if (job_.mask == KvMask::Float) return read_float(job_.bias, at);
+    return static_cast<const uint8_t*>(job_.bias.data)[at] != 0 ? 0.0f : kHidden;
+  }
+
+  BITFOLD_DEVICE void shrink() {
+    float shrunk[Tile];
+    get(room_.shrink(), shrunk);
+#pragma unroll
+    for (int q = 0; q < Tile; ++q) {
+      constant_[q] *= shrunk[q];
+#pragma unroll
+      for (int i = 0; i < kKvWord; ++i) sums_[q][i] *= shrunk[q];
+    }
+  }
+
+  // ---- results ----
+
+  // Sums of the threads that share channels meet in their order.
+  BITFOLD_DEVICE void write() {
+    const int64_t head = job_.shape.head;
+    const int width = static_cast<int>(smaller(bitfold::ceil_div(head, kKvWord) * kKvWord, kKvWide));
+    if (value_share_.any) {
+      float* to = room_.sums() + value_share_.lane * Tile * width + value_share_.word * kKvWord;
+#pragma unroll
+      for (int q = 0; q < Tile; ++q) {
+#pragma unroll
+        for (int i = 0; i < kKvWord; ++i) sums_[q][i] += constant_[q];
+        put(sums_[q], to + q * width);
+      }
+    }
+    ptx::sync_block();
+    const auto part = [&](int q) {
+      return job_.parts +
+             ((head_ * job_.chunks + job_.chunk_begin + chunk_) * job_.queries + first_query_ + q) * (head + 2);
+    };
+    const int64_t present = smaller<int64_t>(width, head - slice_);
+    for (int q = 0; q < Tile && first_query_ + q < job_.queries; ++q) {
+      for (int64_t c = threadIdx.x; c < present; c += kKvThreads) {
+        float sum = 0.0f;
+        for (int l = 0; l < value_share_.lanes; ++l) sum += room_.sums()[(l * Tile + q) * width + c];
+        part(q)[2 + slice_ + c] = sum;
+      }
+    }
+    const int q = ptx::warp_id();
+    if (q < Tile && first_query_ + q < job_.queries && slice_ == 0 && ptx::lane_id() == 0) {
+      part(q)[0] = most_;
+      part(q)[1] = sum_;
+    }
+  }
+
+  // ---- numbers ----
+
+  BITFOLD_DEVICE static float sum_of_warp(float x) {
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) x += ptx::shuffle_xor(x, mask);
+    return x;
+  }
+  template <int Count>
+  BITFOLD_DEVICE static void get(const float* from, float (&to)[Count]) {
+    if constexpr (Count == 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from);
+      to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+    } else {
+      for (int i = 0; i < Count; ++i) to[i] = from[i];
+    }
+  }
+  BITFOLD_DEVICE static void put(const float (&from)[kKvWord], float* to) {
+    auto* fours = reinterpret_cast<float4*>(to);
+    fours[0] = {from[0], from[1], from[2], from[3]};
+    fours[1] = {from[4], from[5], from[6], from[7]};
+  }
+
+  static constexpr int kBits = kKvFormats[static_cast<int>(Format)].bits;  // and bytes of a word
+  static constexpr bool kOffsets = kKvFormats[static_cast<int>(Format)].offsets;
+
+  const KvJob& job_;
+  const Room room_;
+  const Share key_share_, value_share_;
+  int first_query_, slice_, chunk_, head_;  // head_: of all batches
+  int channel_, group_;                     // this thread's of the values
+  int value_lane_;                          // its first token; where it has none, as many as there are
+  int run_ = 0;
+  KvWord<Format> words_[kAhead];  // of keys, then of values
+  float sums_[Tile][kKvWord], constant_[Tile];
+  float most_ = kKvLowest, sum_ = 0.0f;  // of the query of this warp
+};
+
+template <KvFormat Format>
+__global__ void __launch_bounds__(kKvThreads, 3) kv_attention_kernel(KvJob job) {
+  switch (job.tile) {
+    case 1: return Attention<Format, 1>(job).run();
+    case 2: return Attention<Format, 2>(job).run();
+    default: return Attention<Format, 4>(job).run();
+  }
+}
+
+}  // namespace
+
+void kv_chunks(const KvJob& job, int64_t batch, Stream stream) {
+  const Launch how{
+      .grid = dim3(kv_grid("kv_attention", batch * job.heads * job.launch_chunks * job.tiles * job.slices)),
+      .block = dim3(kKvThreads),
+      .shared_bytes = room_bytes(job.shape, job.tile),
+      .name = "kv_attention",
+      .stream = stream};
+  switch (job.shape.format) {
+    case KvFormat::Int8: return launch(how, kv_attention_kernel<KvFormat::Int8>, job);
+    case KvFormat::Fp8: return launch(how, kv_attention_kernel<KvFormat::Fp8>, job);
+    default: return launch(how, kv_attention_kernel<KvFormat::Int4>, job);
+  }
+}
+
+}  // namespace bitfold::cuda
