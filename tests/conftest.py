@@ -65,3 +65,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import calibrated
 
     return calibrated.write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, in transformers' wrapping."""
+    import tiny  # needs transformers
+
+    return tiny.tokenizer()

@@ -36,6 +36,20 @@ TINY = Settings(
     rotation=1 << 20,
 )
 TIMING = Timing(threads=1, seconds=0, min_rounds=1)
+ONE_PRODUCT = [
+    "--ops",
+    "linear",
+    "--formats",
+    "nf4",
+    "--shape",
+    "32x128",
+    "--batches",
+    "1",
+    "--threads",
+    "1",
+    "--seconds",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +140,7 @@ def test_absent_peers_are_named(monkeypatch, capsys, tmp_path, small_rotation):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     out = tmp_path / "out.json"
-    options = [
-        "--ops",
-        "linear",
-        "--formats",
-        "nf4",
-        "--shape",
-        "32x128",
-        "--batches",
-        "1",
-        "--dtypes",
-        "bf16",
-    ]
-    options += ["--threads", "1", "--seconds", "0", "--peers", "bitsandbytes", "--out", str(out)]
+    options = [*ONE_PRODUCT, "--dtypes", "bf16", "--peers", "bitsandbytes", "--out", str(out)]
     assert command(["bench", *options]) == 0
     printed = capsys.readouterr().out
     assert "absent: bitsandbytes, not installed" in printed
@@ -228,19 +230,7 @@ def test_a_wrong_encoder_is_an_error(reader):
 def test_a_wrong_result_ends_the_command(monkeypatch, capsys, small_rotation):
     forward = bitfold.QuantLinear.forward
     monkeypatch.setattr(bitfold.QuantLinear, "forward", lambda self, x: forward(self, x) + 1)
-    options = [
-        "--ops",
-        "linear",
-        "--formats",
-        "nf4",
-        "--shape",
-        "32x128",
-        "--batches",
-        "1",
-        "--peers",
-        "none",
-    ]
-    assert command(["bench", *options, "--threads", "1", "--seconds", "0"]) == 2
+    assert command(["bench", *ONE_PRODUCT, "--peers", "none"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]  # a busy machine is remarked on before
     assert error.startswith("error: nf4 at 32x128 m=1 bf16 is wrong")
 

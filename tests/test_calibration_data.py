@@ -14,11 +14,6 @@ from bitfold.shards import CheckpointError
 LENGTH = 16
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def read(source, tokenizer, **changes):
     return data.read(source, tokenizer, **{"samples": 6, "sequence_length": LENGTH, **changes})
 

@@ -41,11 +41,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return top - np.log(np.exp(top).sum(-1, keepdims=True))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 @given(
     tokens=st.integers(8, 90),
     context=st.integers(2, 40),

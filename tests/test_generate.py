@@ -19,11 +19,6 @@ def model():
     return model
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def test_left_padded_batch_equals_single(model, tokenizer):
     tokenizer.padding_side = "left"
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)

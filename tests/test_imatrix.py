@@ -66,11 +66,6 @@ def assert_measured(imatrix: Imatrix, wanted: Inputs, names: set[str], tolerance
             np.testing.assert_allclose(entry.sums[expert].numpy(), sums, rtol=tolerance, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 # ---- chunks ----
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +9,6 @@ from typing import Annotated
 import typer
 
 from bitfold import hf, layout, recipes
-from bitfold.budget import Entry, plan_checkpoint
 from bitfold.calibration.data import SAMPLES
 from bitfold.calibration.processes import is_first
 from bitfold.calibration.run import quantize_calibrated
@@ -20,27 +16,22 @@ from bitfold.cli.allocate import Options as Budget
 from bitfold.cli.allocate import choose
 from bitfold.cli.console import (
     Json,
-    out,
-    paragraph,
     parse_device,
     parse_dtype,
-    print_json,
     progress,
     quiet_transformers,
-    table,
 )
 from bitfold.cli.outliers import resolve_on, show_resolved
 from bitfold.cli.quantize_gguf import DEFAULT_MIX, Options, quantize_to_gguf
+from bitfold.cli.quantize_shown import show_plan, show_result
 from bitfold.cli.sensitivity import Include, Samples, Seed, SequenceLength
-from bitfold.experts import stack_name
 from bitfold.gguf import mixes
 from bitfold.outliers.keep import Resolved
-from bitfold.pipeline import Origin, quantize_checkpoint, report
+from bitfold.pipeline import Origin, quantize_checkpoint
 from bitfold.presets import RECIPES
-from bitfold.quantize import CalibrationSummary, ModuleSummary, QuantizationSummary
+from bitfold.quantize import QuantizationSummary
 from bitfold.rules import Recipe
 from bitfold.sensitivity.ground import CONTEXT, TOKENS, Texts, calibration_of
-from bitfold.text import natural, size
 from bitfold.writer import SHARD_BYTES, check_target
 
 DEFAULT_RECIPE = "int4-g128"
@@ -259,14 +250,14 @@ def quantize(
         wanted, origin = resolved.recipe, resolved.origin
         calibrates = resolved.recipe.gains
     if dry_run:
-        _dry_run(model, wanted, json, origin)
+        show_plan(model, wanted, json, origin)
         return
     assert output is not None
     shard_bytes = int(shard_size * 1e9)
     if calibrates:
         summary = _calibrate(model, output, wanted, calibrated, force, shard_bytes, origin)
         if is_first():
-            _show_result(summary, output, json, origin)
+            show_result(summary, output, json, origin)
         return
     with progress("quantizing") as update:
         summary = quantize_checkpoint(
@@ -279,7 +270,7 @@ def quantize(
             origin=origin,
             progress=update,
         )
-    _show_result(summary, output, json, origin)
+    show_result(summary, output, json, origin)
 
 
 @dataclass(frozen=True)
@@ -372,117 +363,3 @@ def _means_gguf(model: Path, output: Path | None, recipe: str) -> bool:
             f"{output}.gguf"
         )
     return False
-
-
-def _dry_run(model: Path, recipe: str | Recipe, json: bool, origin: Origin | None) -> None:
-    """Everything up to the first weight: config.json alone is enough, unless formats are to be chosen."""
-    plan = plan_checkpoint(model, recipe)
-    if json:
-        modules = [{**vars(entry), "parameters": entry.parameters} for entry in plan.entries]
-        whole = {"recipe": plan.recipe, "bytes": plan.nbytes, "notes": plan.notes, "modules": modules}
-        print_json({**whole, **(origin.described if origin else {})})
-        return
-    shown = table("tensor", "layers", "shape", "format", "size")
-    for name, entries in _alike(entry for entry in plan.entries if entry.tensor_class != "rest").items():
-        shape = " x ".join(map(str, entries[0].shape))
-        nbytes = sum(entry.nbytes for entry in entries)
-        shown.add_row(name, f"{len(entries)}", shape, entries[0].format, size(nbytes))
-    out.print(shown)
-    reasons = Counter((entry.format, entry.reason) for entry in plan.entries)
-    for (format, reason), count in reasons.items():
-        tensors = f"{count} tensor{'s' if count > 1 else ''}"
-        out.print(paragraph(f"- {tensors} in {format}: {reason}", indent="  "), markup=False)
-    weights = sum(entry.parameters for entry in plan.entries if entry.quantized)
-    out.print(
-        paragraph(
-            f"Recipe {plan.recipe} would quantize {weights / plan.parameters:.1%} of {plan.parameters:,} parameters "
-            f"and write {plan.nbytes:,} bytes of tensor data, {plan.bits_per_weight:.3f} bits per weight. Nothing "
-            "was written."
-        )
-    )
-
-
-def _alike(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """Entries that differ in the number of their layer alone, by the name with `*` in its place."""
-    groups: dict[tuple[str, str, tuple[int, ...]], list[Entry]] = {}
-    for entry in entries:
-        pattern = ".".join("*" if part.isdigit() else part for part in entry.name.split("."))
-        groups.setdefault((pattern, entry.format, entry.shape), []).append(entry)
-    patterns = Counter(pattern for pattern, *_ in groups)
-    named: dict[str, list[Entry]] = {}
-    for (pattern, *_), group in groups.items():
-        # A pattern that stands for two formats says nothing: its layers are named one by one.
-        if len(group) == 1 or patterns[pattern] > 1:
-            named.update({entry.name: [entry] for entry in group})
-        else:
-            named[pattern] = group
-    return dict(sorted(named.items(), key=lambda item: natural(item[0])))
-
-
-def _show_result(
-    summary: QuantizationSummary, output: Path, json: bool, origin: Origin | None = None
-) -> None:
-    if json:
-        print_json({"output": output, **report(summary), **(origin.described if origin else {})})
-    else:
-        _show(summary, output)
-
-
-def _show(summary: QuantizationSummary, output: Path) -> None:
-    calibrations = [module.calibration for module in summary.modules if module.calibration is not None]
-    known = {title: show for title, show in _FOUND.items() if show(calibrations)}
-    layers = table("layer", "format", "shape", "size", "bits/weight", "error", *known)
-    modules = sorted(summary.modules, key=lambda module: natural(module.name))
-    stacks: dict[str, list[ModuleSummary]] = {}
-    for module in modules:
-        stacks.setdefault(stack_name(module.name), []).append(module)
-    for name, stack in stacks.items():
-        first, nbytes = stack[0], sum(module.bytes_after for module in stack)
-        found = [module.calibration for module in stack if module.calibration is not None]
-        layers.add_row(
-            name,
-            first.format,
-            " x ".join(map(str, [len(stack), *first.shape] if name != first.name else first.shape)),
-            size(nbytes),
-            f"{8 * nbytes / (len(stack) * math.prod(first.shape)):.3f}",
-            f"{max(module.relative_rmse for module in stack):.3%}",
-            *(show(found) for show in known.values()),
-        )
-    out.print(layers)
-    out.print("(error: norm of the change of the weights over norm of the weights)")
-    if len(stacks) < len(modules):
-        out.print("(of experts: the largest error of one of them)")
-    if "output error" in known:
-        out.print(
-            paragraph(
-                "(output error: norm of the change of the layer's output on the calibration text over norm of the "
-                "output; of rounding: with every weight rounded to nearest)"
-            )
-        )
-    if "input step" in known:
-        out.print("(input step: one for all inputs of the layer, which are rounded to multiples of it)")
-    if "16-bit columns" in known:
-        out.print("(16-bit columns: usual outlier columns, whose weights are kept in 16 bits too)")
-    for module in modules:
-        if module.calibration is not None and module.calibration.note:
-            out.print(paragraph(f"- {module.name}: {module.calibration.note}", indent="  "), markup=False)
-    out.print()
-    out.print(
-        f"{output}: recipe {summary.recipe}, {size(summary.bytes_before)} -> {size(summary.bytes_after)}, "
-        f"{summary.share:.1%} of {summary.parameters:,} parameters quantized"
-    )
-
-
-def _largest(numbers: Iterable[float | None], form: str) -> str:
-    """The largest of those that are known."""
-    known = [number for number in numbers if number is not None]
-    return format(max(known), form) if known else ""
-
-
-_FOUND: dict[str, Callable[[Iterable[CalibrationSummary]], str]] = {
-    "output error": lambda found: _largest((one.output_error for one in found), ".3%"),
-    "of rounding": lambda found: _largest((one.rounding_error for one in found), ".3%"),
-    "input step": lambda found: _largest((one.x_scale for one in found), ".4g"),
-    "16-bit columns": lambda found: _largest((one.outliers for one in found), ""),
-}
-"""What calibration found of layers, by the title of its column: "" where it isn't known."""
