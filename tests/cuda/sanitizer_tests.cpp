@@ -280,6 +280,13 @@ __global__ void overrun_load(int* in) { in[0] = static_cast<int>(ptx::load16(in 
 __global__ void overrun_store(int* out) { ptx::store_streaming8(out + kInts, {}); }
 __global__ void overrun_atomic(int* out) { ptx::atomic_add(out + kInts, 1); }
 __global__ void overrun_copy(int* in) { ptx::cp_async<16>(&shared<Shared>().ring[0][0], in + 256, 12); }
+__global__ void overrun_bulk_copy(int* in) {
+  auto& s = shared<Shared>();
+  open_barriers(s, 1);
+  ptx::barrier_expect(&s.full[0], 16);
+  ptx::copy_bulk(s.ring[0], in + 256, 16, &s.full[0]);
+  ptx::barrier_wait(&s.full[0], 0);
+}
 __global__ void overrun_shared(int* out) {
   out[0] = hidden(reinterpret_cast<int*>(&shared<Shared>()))[sizeof(Shared) / 4];
 }
@@ -330,6 +337,7 @@ const std::map<std::string, std::function<void(int*)>> kKernels = {
     KERNEL(overrun_store, 1, 1),
     KERNEL(overrun_atomic, 1, 1),
     KERNEL(overrun_copy, 1, 1),
+    KERNEL(overrun_bulk_copy, 1, 1),
     KERNEL(overrun_shared, 1, 1),
     KERNEL(overrun_stack, 1, 1),
     KERNEL(quiet_edges, 1, 1),
