@@ -46,8 +46,11 @@ compile() {
   echo 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]' >"$site/sitecustomize.py"
   cmake --build "$build" && cp -r python/bitfold "$site/" && cp "$build"/_C*.so "$site/bitfold/"
 }
+run_instructions() {
+  nvcc -std=c++20 --expt-relaxed-constexpr -arch=sm_90a -Icsrc tests/cuda/gpu_instructions.cu -o "$build/gpu_instructions" && "$build/gpu_instructions"
+}
 run_tests() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
-export -f configure compile run_tests
+export -f configure compile run_instructions run_tests
 export build python site
 
 if [ -n "${WHEELS:-}" ]; then
@@ -67,13 +70,20 @@ bench() {
   fi
 }
 
-if step configure 20 configure && step compile 150 compile; then
+# What the emulator knows of Hopper's instructions from their documents alone; it needs nothing that is built.
+if nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -qx 9.0; then
+  step tests_instructions 20 run_instructions
+else
+  skip tests_instructions "the GPU is no Hopper"
+fi
+
+if step configure 20 configure && step compile 130 compile; then
   export BITFOLD_TEST_DEVICES=cuda  # of the tests that run on every device
-  step tests_gpu 60 run_tests tests/cuda/test_gpu.py
+  step tests_gpu 55 run_tests tests/cuda/test_gpu.py
   step tests_conformance 65 run_tests tests/test_linear.py tests/test_encode_decode.py tests/test_embedding.py -k cuda -x
   step tests_inputs 60 run_tests tests/test_cuda_int8.py tests/test_linear_fp8.py tests/test_kv_ops.py tests/test_step_search.py -k cuda
   if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 30 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
+    step sanitizer 25 compute-sanitizer --error-exitcode 9 "$python" bench/gpu/small.py
     if grep -q "Device not supported\|Unable to attach" "$out/sanitizer.log"; then
       skip sanitizer "compute-sanitizer can't attach to this GPU"
     fi
@@ -93,7 +103,7 @@ if step configure 20 configure && step compile 150 compile; then
       --batches 1,8,16,64,128,1024,4096 --tokens 4096,32768 --dtypes bf16 --peers none --seconds 0.3
   fi
   if [ -x "$build/bench/bench_gpu" ]; then
-    step kernels $([ $grid = full ] && echo 3000 || echo 25) \
+    step kernels $([ $grid = full ] && echo 3000 || echo 35) \
       "$build/bench/bench_gpu" --grid=$grid --benchmark_out="$out/kernels.json" --benchmark_out_format=json
   else
     skip kernels "google-benchmark or cuBLAS was not found"

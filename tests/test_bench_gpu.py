@@ -117,8 +117,19 @@ def test_report_of_a_run(tmp_path):
 # ---- bench/gpu.sh, with programs in the place of those that a machine with a GPU has ----
 
 STANDS_IN = {
-    "nvidia-smi": "echo 'name, driver_version'; echo 'NVIDIA H200, 580.1'",
-    "nvcc": "echo 'Build cuda_13.0'",
+    "nvidia-smi": """
+case "$*" in
+  *compute_cap*) echo 9.0 ;;
+  *) echo 'name, driver_version'; echo 'NVIDIA H200, 580.1' ;;
+esac
+""",
+    # Of instructions, whose program it leaves at the place behind -o, and for its version.
+    "nvcc": """
+if [ "$1" = --version ]; then echo 'Build cuda_13.0'; exit 0; fi
+[ -f tests/cuda/gpu_instructions.cu ] || exit 1
+printf '#!/bin/sh\\necho all right\\n' >"${@: -1}"
+chmod +x "${@: -1}"
+""",
     "cmake": 'if [ "$1" = --build ]; then touch build/gpu/_C.so; fi',
     # Of `python -m pytest`, `-m bitfold` and `-c "import ..."`: what was asked is one line of a file.
     "python": """
@@ -138,7 +149,7 @@ esac
 @pytest.fixture
 def gpu_script(tmp_path):
     """The script in a copy of what it needs of the project; gives a way to run it."""
-    for name in ("bench/gpu.sh", "bench/gpu/report.py"):
+    for name in ("bench/gpu.sh", "bench/gpu/report.py", "tests/cuda/gpu_instructions.cu"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "python" / "bitfold").mkdir(parents=True)
@@ -168,8 +179,10 @@ def test_the_script_goes_on_after_a_failure(gpu_script, tmp_path):
     assert codes.pop("kernels") == "skipped: google-benchmark or cuBLAS was not found"
     assert codes.pop("tests_conformance") == "1"
     assert codes == dict.fromkeys(
-        ("configure", "compile", "tests_gpu", "tests_inputs", "bench", "bench_inputs"), "0"
+        ("tests_instructions", "configure", "compile", "tests_gpu", "tests_inputs", "bench", "bench_inputs"),
+        "0",
     )
+    assert "tests_instructions: all right" in printed.stdout
     assert "fast: 2 (wanted 1) here" in printed.stdout
     assert "bench_inputs: bench_inputs.json is no JSON" in printed.stdout
     asked = (tmp_path / "asked").read_text()
@@ -201,7 +214,7 @@ def test_the_script_s_benchmarks_are_ones_that_there_are(gpu_script, tmp_path, g
 def test_the_script_s_limits_add_up_to_nine_minutes():
     script = (ROOT / "bench" / "gpu.sh").read_text()
     quick = re.sub(r"if \[ \$grid = full \]; then\n.*?\n  else\n", "", script, flags=re.DOTALL)
-    quick = quick.replace("$([ $grid = full ] && echo 3000 || echo 25)", "25")
+    quick = quick.replace("$([ $grid = full ] && echo 3000 || echo 35)", "35")
     limits = [int(limit) for limit in re.findall(r"\b(?:step|bench) \w+ (\d+) ", quick)]
-    assert len(limits) == 10
+    assert len(limits) == 11
     assert sum(limits) <= 540

@@ -18,7 +18,8 @@
 //     them, unless that was a wgmma of the same shape that uses them as sums.
 //   "wgmma.wait_group": until then neither the sums nor A's registers may be touched.
 //     Where a kernel does so all the same ptxas puts waits in, or products one after another, and says so (C7510,
-//     C7517, C7519; C7508 of registers_up in a kernel without __launch_bounds__): `make cuda` takes that for an error.
+//     C7517, C7519; C7508 of registers_up in a kernel whose __launch_bounds__ lacks a number): `make cuda` takes that
+//     for an error.
 //   "Async proxy": B is read by the async proxy (fence_async()); when the end of a product has been waited for, what it
 //     read may be overwritten.
 #pragma once
