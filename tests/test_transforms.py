@@ -8,6 +8,7 @@ import torch
 from bitfold.quantizers import transforms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def scales_of(channels: int, seed: int, spread: float = 3.0) -> torch.Tensor:
@@ -59,6 +60,27 @@ def test_rows_and_columns_against_numpy(n, k):
     np.testing.assert_allclose(transforms.divide_rows(bias, rows, last), expected, rtol=1e-7)
     scaled = transforms.multiply_columns(weight, columns)
     np.testing.assert_allclose(scaled, weight.double().numpy() * columns.numpy(), rtol=1e-7)
+
+
+class Widest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor in float64 has that an op makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_no_matrix_is_in_float64_as_a_whole():
+    """A decoder block is held in float32 while it is scaled: a matrix in float64 would be twice as large."""
+    weight = torch.randn(3000, 700)
+    with Widest() as widest:
+        transforms.divide_rows(weight, scales_of(3000, 1))
+        transforms.multiply_columns(weight, scales_of(700, 2))
+    assert 0 < widest.numbers <= weight.numel() / 2
 
 
 @settings(deadline=None, max_examples=30)

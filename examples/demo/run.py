@@ -68,7 +68,7 @@ def main() -> None:
         "--tokens",
         type=int,
         default=8192,
-        help="tokens of heldout.txt to measure on; 0: all, with those that gptq recipes are calibrated on",
+        help="tokens of heldout.txt to measure on; 0: all, with those that some recipes are calibrated on",
     )
     parser.add_argument(
         "--keep", type=Path, help="folder for the quantized models (default: a temporary one)"
