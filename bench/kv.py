@@ -8,12 +8,16 @@ too, for update copies the whole past. transformers' own QuantizedCache takes pa
 installed. Before that every output is held against float64: of the exact keys and values, which says what the format
 costs, and bitfold's of the decoded ones, which says what the kernel does.
 
+For other attention functions bitfold's cache decodes its tokens in every call: that is timed alone too, beside a copy
+of the same tensors, and beside torch's own ops, which give the same bits.
+
 All take turns; ratios are medians of the turns' ratios, so that what slows the machine down slows both.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +28,8 @@ from typing import Any
 import bitfold
 import torch
 from bitfold.kv import attention
-from bitfold.kv.blocks import FORMATS
+from bitfold.kv.blocks import FORMATS, BlockFormat, value_group_of
+from bitfold.kv.store import Store
 from peer import save
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
@@ -191,6 +196,57 @@ def measure(
     return report, "\n".join(lines)
 
 
+def decode_anywhere(store: Store) -> tuple[Tensor, Tensor]:
+    """What store.decode() gives, by torch's own ops."""
+    parts, left = [], store.packed
+    for page in store.pages:
+        parts.append(store.blocks.unpack_anywhere(page[:, :, :left], store.keys.dtype))
+        left -= page.shape[2]
+    parts.append(store.exact())
+    return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+
+
+def copied(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.clone() for tensor in tensors)
+
+
+def measure_decoding(tokens: int, heads: int, head: int, rounds: int) -> tuple[dict[str, Any], str]:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, heads, tokens, head, generator=generator).bfloat16() for _ in range(2))
+    report: dict[str, Any] = {}
+    lines = [
+        f"decoding {tokens} tokens, {heads} key-value heads of {head}, to bf16, {rounds} turns",
+        f"{'':22}{'kv_unpack':>11}{'a copy':>11}{'its share':>11}{'torch':>14}",
+    ]
+    for format in FORMATS:
+        store = Store.like(BlockFormat(format, 64, head, value_group_of(format, head)), 64, keys)
+        store.append_prompt(keys, values)
+        decoded = store.decode()
+        assert all(map(torch.equal, decoded, decode_anywhere(store)))
+        ways = {
+            "kv_unpack": store.decode,
+            "copy": functools.partial(copied, *decoded),
+            "torch": functools.partial(decode_anywhere, store),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(rounds):
+            for name, decode in ways.items():
+                if name == "torch" and turn >= 3:
+                    continue
+                begin = time.perf_counter()
+                made = decode()
+                seconds[name].append(time.perf_counter() - begin)
+                del made
+        share = statistics.median(b / a for a, b in zip(seconds["kv_unpack"], seconds["copy"], strict=True))
+        median = {name: statistics.median(each) for name, each in seconds.items()}
+        report[format] = {"seconds": median, "share_of_a_copy": share, "turns": seconds}
+        lines.append(
+            f"{'bitfold ' + format:22}{median['kv_unpack'] * 1e3:8.2f} ms{median['copy'] * 1e3:8.2f} ms"
+            f"{share:11.2f}{median['torch'] * 1e3:11.1f} ms"
+        )
+    return report, "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
@@ -204,6 +260,9 @@ def main() -> None:
     with torch.no_grad():
         for tokens in options.tokens:
             reports[str(tokens)], text = measure(tokens, 8, 4, 128, options.rounds, options.peers)
+            texts.append(text)
+        for tokens in options.tokens:
+            reports[f"decoding {tokens}"], text = measure_decoding(tokens, 8, 128, options.rounds)
             texts.append(text)
     longest = reports[str(max(options.tokens))]
     speed = longest["bitfold int8"]["attention_speed"]

@@ -168,27 +168,39 @@ KvStep quantize(const KvQuantize& q) {
   return {step, offset};
 }
 
-// kLanes columns of row r, from column c on. A product and a sum, not fma: the bits of code * step + offset as anybody
+// A row of codes and what its codes become. A product and a sum, not fma: the bits of code * step + offset as anybody
 // computes them.
 template <int Source>
-BITFOLD_SIMD F decoded(const KvDecode& d, int64_t r, int64_t c) {
-  const F step = splat(d.steps[r] * Codes<Source>::kUnit);
-  const F x = mul(Codes<Source>::at(d.codes + r * d.code_stride, c), step);
-  return kKvFormats[Source].offsets ? add(x, splat(d.offsets[r])) : x;
-}
+struct DecodedRow {
+  BITFOLD_SIMD DecodedRow(const KvDecode& d, int64_t r)
+      : codes(d.codes + r * d.code_stride),
+        step(splat(d.steps[r] * Codes<Source>::kUnit)),
+        offset(splat(kOffsets ? d.offsets[r] : 0.0f)) {}
+
+  BITFOLD_SIMD F at(int64_t c) const {
+    const F x = mul(Codes<Source>::at(codes, c), step);
+    return kOffsets ? add(x, offset) : x;
+  }
+
+  static constexpr bool kOffsets = kKvFormats[Source].offsets;
+  const uint8_t* codes;
+  F step, offset;
+};
 
 template <int Source>
-void decode(const KvDecode& d) {
+void decode(const KvDecode& given) {
+  const KvDecode d = given;  // which no store can change
   if (!d.transposed) {
     for (int64_t r = 0; r < d.rows; ++r) {
-      for (int64_t c = 0; c < d.columns; c += kLanes) store(d.out + r * d.out_stride + c, decoded<Source>(d, r, c));
+      const DecodedRow<Source> row(d, r);
+      for (int64_t c = 0; c < d.columns; c += kLanes) store(d.out + r * d.out_stride + c, row.at(c));
     }
     return;
   }
   for (int64_t r = 0; r < d.rows; r += kLanes) {
     for (int64_t c = 0; c < d.columns; c += kLanes) {
       F square[kLanes];
-      for (int i = 0; i < kLanes; ++i) square[i] = r + i < d.rows ? decoded<Source>(d, r + i, c) : splat(0.0f);
+      for (int i = 0; i < kLanes; ++i) square[i] = r + i < d.rows ? DecodedRow<Source>(d, r + i).at(c) : splat(0.0f);
       transpose(square);
       for (int i = 0; i < kLanes; ++i) store(d.out + (c + i) * d.out_stride + r, square[i]);
     }
