@@ -62,6 +62,20 @@ class Contestant:
         return out
 
 
+def peer_caches() -> dict[str, Callable[[Any], Any]]:
+    """transformers' own caches in fewer bits, of a model's configuration: those whose backends are installed."""
+    backends: list[tuple[str, dict[str, int]]] = [("fp8", {})]
+    if is_optimum_quanto_available():
+        backends.append(("quanto", {"nbits": 4}))
+    if is_hqq_available():
+        backends += [("hqq", {"nbits": bits, "axis_key": 1, "axis_value": 1}) for bits in (8, 4)]
+    found = {}
+    for backend, options in backends:
+        name = f"transformers {backend}" + (f" {options['nbits']} bits" if options else "")
+        found[name] = functools.partial(QuantizedCache, backend, **options)
+    return found
+
+
 def contestants(config: Any, with_peers: bool) -> list[Contestant]:
     found = [Contestant("16 bits", DynamicCache(config=config), sdpa_attention_forward)]
     for format in FORMATS:
@@ -72,19 +86,10 @@ def contestants(config: Any, with_peers: bool) -> list[Contestant]:
     found.append(
         Contestant("bitfold int8, decoded", bitfold.QuantizedCache(plain, "int8"), sdpa_attention_forward)
     )
-    if not with_peers:
-        return found
-    peers: list[tuple[str, dict[str, int]]] = [("fp8", {})]
-    if is_optimum_quanto_available():
-        peers.append(("quanto", {"nbits": 4}))
-    if is_hqq_available():
-        peers += [
-            ("hqq", {"nbits": 8, "axis_key": 1, "axis_value": 1}),
-            ("hqq", {"nbits": 4, "axis_key": 1, "axis_value": 1}),
+    if with_peers:
+        found += [
+            Contestant(name, make(config), sdpa_attention_forward) for name, make in peer_caches().items()
         ]
-    for backend, options in peers:
-        name = " ".join(["transformers", backend, *(f"{options[k]} bits" for k in options if k == "nbits")])
-        found.append(Contestant(name, QuantizedCache(backend, config, **options), sdpa_attention_forward))
     return found
 
 
