@@ -303,6 +303,23 @@ def test_the_product_on_a_gpu(name, format, rng):
                 assert_close(y.reshape(-1, 48), rows, w, bias, scale, f"{format} {shape}")
 
 
+@pytest.mark.skipif("emulated" not in devices.NAMES, reason="BITFOLD_TEST_DEVICES names no emulator")
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning")
+def test_a_failure_of_torchs_product_is_told_in_its_words(rng):
+    """Which torch gives away from 2.13 on."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("this product is broken")
+
+    with devices.use("emulated", "broken"), torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_scaled_mm", broken, "CPU")
+        qtensor, _ = make(rng, "fp8-e4m3-channel", 48, 64)
+        with pytest.raises(RuntimeError, match=r"^torch's aten::_scaled_mm failed") as found:
+            run(torch.ones(2, 64, dtype=torch.bfloat16), qtensor)
+    told = torch.__version__ >= torch.torch_version.TorchVersion("2.13")
+    assert ("this product is broken" in str(found.value)) == told
+
+
 @pytest.mark.parametrize("name", [name for name in devices.NAMES if name != "cpu"])
 def test_a_gpu_refuses_what_torch_has_no_product_for(name, rng):
     with devices.use(name, name):

@@ -10,6 +10,11 @@ namespace bitfold::border {
 
 void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
+std::string torch_reason() {
+  if (&torch_exception_get_what_without_backtrace == nullptr) return "";
+  return std::string(": ") + torch_exception_get_what_without_backtrace();
+}
+
 namespace {
 
 std::string shape_text(const int64_t* sizes, int64_t dims) {
@@ -31,12 +36,6 @@ void check_size(const Format& format, int64_t n, int64_t k) {
     fail("k is " + std::to_string(k) + "; for " + to_string(format) + " it must be a multiple of " +
          std::to_string(format.group));
   }
-}
-
-// Why the last call of torch's stable interface failed, in torch's words; before 2.13 it keeps them to itself.
-std::string torch_reason() {
-  if (&torch_exception_get_what_without_backtrace == nullptr) return "";
-  return std::string(": ") + torch_exception_get_what_without_backtrace();
 }
 
 // Kernels for GPUs load 16 bytes at once.

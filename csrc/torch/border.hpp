@@ -19,6 +19,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 [[noreturn]] void fail(const std::string& sentence);
+// Behind a colon why the last call of torch's stable interface failed, in torch's words; before torch 2.13, which keeps
+// them to itself, nothing.
+std::string torch_reason();
 
 std::string shape_text(const Tensor& tensor);
 ScalarType scalar_type(DType dtype);

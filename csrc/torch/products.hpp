@@ -2,6 +2,8 @@
 #pragma once
 
 #include <array>
+#include <stdexcept>
+#include <string>
 
 #include "torch/border.hpp"
 
@@ -14,7 +16,9 @@ inline Tensor empty_rows(const Tensor& x, int64_t columns) {
 template <class... Arguments>
 Tensor call_torch(const char* op, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  if (torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+    throw std::runtime_error(std::string("torch's ") + op + " failed" + torch_reason());
+  }
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
