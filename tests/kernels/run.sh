@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # The kernels of every instruction set against the scalar ones, those that this machine lacks through an emulator:
 # AVX-512 through SIMDe (Debian's libsimde-dev; EMULATE=1 does so on a machine that has AVX-512 too), NEON through QEMU
-# (g++-aarch64-linux-gnu, qemu-user). What is not installed is left out, and said.
+# (g++-aarch64-linux-gnu, qemu-user). What is not installed is left out, and said. Arguments: the parts to compare
+# (plain activations gptq kv blocks; agreement.cpp), all where there are none; blocks take by far the longest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=build/kernels
 failed=0
+parts=("$@")
 
 build() {  # folder, then arguments for CMake
   local folder=$out/$1
@@ -17,7 +19,7 @@ build() {  # folder, then arguments for CMake
 compare() {  # instruction set, what to call it, then the command
   local isa=$1 name=$2
   shift 2
-  BITFOLD_ISA=$isa "$@" >"$out/$name.txt" || { echo "$name: failed"; failed=1; return; }
+  BITFOLD_ISA=$isa "$@" ${parts[@]+"${parts[@]}"} >"$out/$name.txt" || { echo "$name: failed"; failed=1; return; }
   [ -e "$out/reference.txt" ] || cp "$out/$name.txt" "$out/reference.txt"
   if cmp -s "$out/reference.txt" "$out/$name.txt"; then
     echo "$name agrees"
