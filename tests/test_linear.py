@@ -95,6 +95,23 @@ def test_accuracy(format, dtype, rng):
             )
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("group", ["channel", "g32", "g96", "g544", "g768"])
+@pytest.mark.parametrize("family", ["fp8-e4m3", "fp8-e5m2"])
+def test_pieces_of_groups_and_ends_of_rows(family, group, rng):
+    """Groups that are half a chunk of lanes, more than a piece, or no even part of one; rows that end anywhere in
+    them. A row of x has its bits in any batch that is multiplied in registers, and tiles of few rows those of many."""
+    for n, k in ((5, 31), (37, 65), (9, 544), (6, 800), (3, 2081)):
+        qtensor, w = make(rng, f"{family}-{group}", n, k)
+        x = draw(rng, 21, k, dtype=torch.float32)
+        for m in (1, 2, 3, 5, 8, 9, 10, 11, 13, 16, 21):
+            y = bitfold.linear(x[:m], qtensor)
+            assert_close(y, x[:m], w, None, f"{family}-{group} m={m} n={n} k={k}")
+            wanted = bitfold.linear(x[:1] if m <= 8 else x, qtensor)
+            shared = min(m, len(wanted))
+            assert torch.equal(y[:shared], wanted[:shared]), (m, n, k)
+
+
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_accuracy_of_long_sums(dtype, rng):

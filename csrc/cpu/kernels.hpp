@@ -61,12 +61,13 @@ constexpr int64_t fused_scratch(int64_t k) { return 2 * kFusedBlock * (k / 4 + 6
 // Vectors are at most 16 lanes, and two are under way: what tiles and padded rows are a multiple of.
 inline constexpr int64_t kAlign = 32;
 
-// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns, for kTileRows rows of the weight and tile_x rows of x;
-// both are interleaved, a vector of each row in turn.
+// sums[j * sum_stride + i] += w[i] . x[j] over `depth` columns, for kTileRows rows of the weight and the first x_rows
+// of tile_x rows of x; both are interleaved, a vector of each row in turn.
 template <class T>
 struct TileArgs {
   const T* w;
   const T* x;
+  int x_rows;
   int64_t depth;
   float* sums;
   int64_t sum_stride;

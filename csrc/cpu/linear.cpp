@@ -15,6 +15,9 @@ namespace {
 constexpr int64_t kBatchRows = 512;
 // Rows of the weight that are decoded at a time, in pieces of kTileColumns: 384 KB, for the second cache.
 constexpr int64_t kStripRows = 96;
+// So many rows of x come from the second cache faster than decoded tiles go there and come back: a tile is multiplied
+// with all of them at once, while it is in the first.
+constexpr int64_t kFewRows = 32;
 static_assert(kStripRows % kTileRows == 0 && kTileColumns % kAlign == 0);
 
 void linear_fused(const LinearArgs& args) {
@@ -99,6 +102,8 @@ void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
   for (int64_t first = 0; first < args.x.rows; first += kBatchRows) {
     const int64_t m = std::min(kBatchRows, args.x.rows - first), padded = round_up(m, block);
     arrange_panel(kernels, args, first, m, block, panel.data());
+    const bool few = m <= kFewRows;
+    const int64_t at_once = few ? kTileRows : strip;  // rows of the weight
     share(args.parallel_for, w.n, strip, [&](const auto& next) {
       Buffer<T> tiles(strip * kTileColumns);
       Buffer<float> decoded(kTileRows * kTileColumns), sums(padded * strip), scratch(fused_scratch(kTileColumns));
@@ -108,25 +113,29 @@ void linear_tiled(const LinearArgs& args, void (*tile)(const TileArgs<T>&)) {
         for (int64_t column = 0; column < w.k; column += kTileColumns) {
           const int64_t end_column = std::min(w.k, column + kTileColumns),
                         depth = std::min(kTileColumns, stride - column);
-          for (int64_t i = 0; i < rows; i += kTileRows) {
-            T* to = tiles.data() + i * kTileColumns;
-            if constexpr (std::is_same_v<T, float>) {
-              decode_tile(kernels, w, row + i, column, end_column, to, scratch.data());
-            } else {
-              decode_tile(kernels, w, row + i, column, end_column, decoded.data(), scratch.data());
-              place(kernels, decoded.data(), depth, kTileRows, to);
+          for (int64_t top = 0; top < rows; top += at_once) {
+            const int64_t bottom = std::min(top + at_once, rows);
+            for (int64_t i = top; i < bottom; i += kTileRows) {
+              T* to = tiles.data() + (i - top) * kTileColumns;
+              if constexpr (std::is_same_v<T, float>) {
+                decode_tile(kernels, w, row + i, column, end_column, to, scratch.data());
+              } else {
+                decode_tile(kernels, w, row + i, column, end_column, decoded.data(), scratch.data());
+                place(kernels, decoded.data(), depth, kTileRows, to);
+              }
             }
-          }
-          // All of x is too large for the second cache: with each tile a part of the rows that come next is asked for.
-          const int64_t part = ceil_div(depth * block, ceil_div(rows, kTileRows));
-          for (int64_t j = 0; j < padded; j += block) {
-            const T* ahead =
-                panel.data() + (j + block < padded ? (j + block) * stride + column * block : end_column % w.k * block);
-            for (int64_t i = 0; i < rows; i += kTileRows) {
-              ask_for(ahead, part * static_cast<int64_t>(sizeof(T)));
-              ahead += part;
-              tile({tiles.data() + i * kTileColumns, panel.data() + j * stride + column * block, depth,
-                    sums.data() + j * strip + i, strip});
+            // All of a large x is too much for the second cache: with each tile a part of the rows that come next is
+            // asked for.
+            const int64_t part = few ? 0 : ceil_div(depth * block, ceil_div(rows, kTileRows));
+            for (int64_t j = 0; j < padded; j += block) {
+              const T* ahead = panel.data() +
+                               (j + block < padded ? (j + block) * stride + column * block : end_column % w.k * block);
+              for (int64_t i = top; i < bottom; i += kTileRows) {
+                ask_for(ahead, part * static_cast<int64_t>(sizeof(T)));
+                ahead += part;
+                tile({tiles.data() + (i - top) * kTileColumns, panel.data() + j * stride + column * block,
+                      static_cast<int>(std::min(block, m - j)), depth, sums.data() + j * strip + i, strip});
+              }
             }
           }
         }

@@ -5,24 +5,28 @@
 namespace bitfold::cpu {
 namespace {
 
+template <int X = kTileX>  // rows of x, at most
 void tile(const TileArgs<float>& a) {
+  if constexpr (X > 1) {
+    if (a.x_rows < X) return tile<X - 1>(a);
+  }
   const float* w = a.w;
   const float* x = a.x;
-  F sums[kTileX][kTileRows];
+  F sums[X][kTileRows];
   for (auto& row : sums) {
     for (F& sum : row) sum = splat(0.0f);
   }
   for (int64_t c = 0; c < a.depth; c += kLanes) {
-    F x_lanes[kTileX];
-    for (int j = 0; j < kTileX; ++j) x_lanes[j] = hold(load(x + j * kLanes));
+    F x_lanes[X];
+    for (int j = 0; j < X; ++j) x_lanes[j] = hold(load(x + j * kLanes));
     for (int i = 0; i < kTileRows; ++i) {
       const F w_lanes = hold(load(w + i * kLanes));
-      for (int j = 0; j < kTileX; ++j) sums[j][i] = fma(w_lanes, x_lanes[j], sums[j][i]);
+      for (int j = 0; j < X; ++j) sums[j][i] = fma(w_lanes, x_lanes[j], sums[j][i]);
     }
     x += kTileX * kLanes;
     w += kTileRows * kLanes;
   }
-  for (int j = 0; j < kTileX; ++j) add_reduced(sums[j], a.sums + j * a.sum_stride);
+  for (int j = 0; j < X; ++j) add_reduced(sums[j], a.sums + j * a.sum_stride);
 }
 
 void axpy(const AxpyArgs& a) {
@@ -45,7 +49,7 @@ void axpy(const AxpyArgs& a) {
 void BITFOLD_ISA(tiled)(Kernels& kernels) {
   kernels.lanes = kLanes;
   kernels.tile_x = kTileX;
-  kernels.tile = tile;
+  kernels.tile = tile<>;
   kernels.axpy = axpy;
 }
 

@@ -17,31 +17,35 @@ void round_bf16(const float* from, int64_t columns, int rows, uint16_t* to) {
   }
 }
 
+template <int X = kTileX>  // rows of x, at most
 void tile_bf16(const TileArgs<uint16_t>& a) {
+  if constexpr (X > 1) {
+    if (a.x_rows < X) return tile_bf16<X - 1>(a);
+  }
   const uint16_t* w = a.w;
   const uint16_t* x = a.x;
-  F sums[kTileX][kTileRows];
+  F sums[X][kTileRows];
   for (auto& row : sums) {
     for (F& sum : row) sum = splat(0.0f);
   }
   for (int64_t c = 0; c < a.depth; c += 2 * kLanes) {
-    Pairs x_pairs[kTileX];
-    for (int j = 0; j < kTileX; ++j) x_pairs[j] = hold(load_pairs(x + j * 2 * kLanes));
+    Pairs x_pairs[X];
+    for (int j = 0; j < X; ++j) x_pairs[j] = hold(load_pairs(x + j * 2 * kLanes));
     for (int i = 0; i < kTileRows; ++i) {
       const Pairs w_pairs = hold(load_pairs(w + i * 2 * kLanes));
-      for (int j = 0; j < kTileX; ++j) sums[j][i] = dot(sums[j][i], w_pairs, x_pairs[j]);
+      for (int j = 0; j < X; ++j) sums[j][i] = dot(sums[j][i], w_pairs, x_pairs[j]);
     }
     x += kTileX * 2 * kLanes;
     w += kTileRows * 2 * kLanes;
   }
-  for (int j = 0; j < kTileX; ++j) add_reduced(sums[j], a.sums + j * a.sum_stride);
+  for (int j = 0; j < X; ++j) add_reduced(sums[j], a.sums + j * a.sum_stride);
 }
 
 }  // namespace
 
 void BITFOLD_ISA(tiled_bf16)(Kernels& kernels) {
   kernels.round_bf16 = round_bf16;
-  kernels.tile_bf16 = tile_bf16;
+  kernels.tile_bf16 = tile_bf16<>;
 }
 
 }  // namespace bitfold::cpu

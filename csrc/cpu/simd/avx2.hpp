@@ -44,7 +44,6 @@ BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
 }
 BITFOLD_SIMD __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
-BITFOLD_SIMD F load_e5m2(const uint8_t* p) { return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(load8(p)), 8)); }
 BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into the highest bit, and taken off the next
   const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(load8(p)), 7);
   return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(static_cast<int16_t>(0xbfff))));
@@ -266,6 +265,18 @@ BITFOLD_SIMD F low_halves(I a) {
   const __m256i low = _mm256_and_si256(a.v, _mm256_set1_epi32(0xffff));
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
   return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+template <int Count>
+BITFOLD_SIMD I shift_words_left(I a) {
+  return {_mm256_slli_epi16(a.v, Count)};
+}
+template <int Count>
+BITFOLD_SIMD I shift_words_right_signed(I a) {
+  return {_mm256_srai_epi16(a.v, Count)};
+}
+template <int Part>
+BITFOLD_SIMD F halves_of(I a) {
+  return _mm256_cvtph_ps(_mm256_extracti128_si256(a.v, Part));
 }
 // Pairs of products of bytes saturate at 16 bits: two of 127 x 127 fit, two of 255 x 127 don't.
 template <bool Wide>

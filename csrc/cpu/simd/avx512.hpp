@@ -53,9 +53,6 @@ BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
 }
 BITFOLD_SIMD __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-BITFOLD_SIMD F load_e5m2(const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(load16(p)), 8));
-}
 BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into the highest bit, and taken off the next
   const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load16(p)), 7);
   return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbfff))));
@@ -299,6 +296,18 @@ BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
   v[3] = as_int(unpack_doubles_high(b, d));
 }
 BITFOLD_SIMD F low_halves(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v)); }
+template <int Count>
+BITFOLD_SIMD I shift_words_left(I a) {
+  return {_mm512_slli_epi16(a.v, Count)};
+}
+template <int Count>
+BITFOLD_SIMD I shift_words_right_signed(I a) {
+  return {_mm512_srai_epi16(a.v, Count)};
+}
+template <int Part>
+BITFOLD_SIMD F halves_of(I a) {
+  return _mm512_cvtph_ps(Part == 0 ? _mm512_castsi512_si256(a.v) : _mm512_extracti64x4_epi64(a.v, 1));
+}
 #ifdef __AVX512VNNI__
 template <bool Wide>
 BITFOLD_SIMD I dot_bytes(I sum, I w, I x) {

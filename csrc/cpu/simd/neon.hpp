@@ -50,7 +50,6 @@ BITFOLD_SIMD F halves_to_float(uint16x8_t bits) {
   return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
 }
 BITFOLD_SIMD F load_half(const uint16_t* p) { return halves_to_float(vld1q_u16(p)); }
-BITFOLD_SIMD F load_e5m2(const uint8_t* p) { return halves_to_float(vshll_n_u8(vld1_u8(p), 8)); }
 BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {  // the sign is extended into the highest bit, and taken off the next
   const int16x8_t shifted = vshlq_n_s16(vmovl_s8(vreinterpret_s8_u8(vld1_u8(p))), 7);
   return halves_to_float(vandq_u16(vreinterpretq_u16_s16(shifted), vdupq_n_u16(0xbfff)));
@@ -297,6 +296,20 @@ BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
 BITFOLD_SIMD F low_halves(I a) {
   return halves_to_float(
       vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.low)), vmovn_u32(vreinterpretq_u32_s32(a.high))));
+}
+template <int Count>
+BITFOLD_SIMD I shift_words_left(I a) {
+  return {vreinterpretq_s32_s16(vshlq_n_s16(vreinterpretq_s16_s32(a.low), Count)),
+          vreinterpretq_s32_s16(vshlq_n_s16(vreinterpretq_s16_s32(a.high), Count))};
+}
+template <int Count>
+BITFOLD_SIMD I shift_words_right_signed(I a) {
+  return {vreinterpretq_s32_s16(vshrq_n_s16(vreinterpretq_s16_s32(a.low), Count)),
+          vreinterpretq_s32_s16(vshrq_n_s16(vreinterpretq_s16_s32(a.high), Count))};
+}
+template <int Part>
+BITFOLD_SIMD F halves_of(I a) {
+  return halves_to_float(vreinterpretq_u16_s32(Part == 0 ? a.low : a.high));
 }
 BITFOLD_SIMD int32x4_t dot_sixteen(int32x4_t sum, int32x4_t w, int32x4_t x) {
   const uint8x16_t codes = as_bytes(w);

@@ -63,11 +63,7 @@ BITFOLD_SIMD F load_half(const uint16_t* p) {
 BITFOLD_SIMD F load_bf16(const uint16_t* p) {
   return each<F>([&](int i) { return bf16_to_float(p[i]); });
 }
-// Minifloats as halves: e5m2 is the upper byte of one; e4m3 moved into its place is 256 times too small, and its NaN
-// comes out as a number.
-BITFOLD_SIMD F load_e5m2(const uint8_t* p) {
-  return each<F>([&](int i) { return half_to_float(static_cast<uint16_t>(p[i] << 8)); });
-}
+// Minifloats of e4m3 as halves that are 256 times too small; NaN comes out as a number.
 BITFOLD_SIMD F load_e4m3_small(const uint8_t* p) {
   return each<F>([&](int i) { return half_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7)); });
 }
@@ -355,6 +351,31 @@ BITFOLD_SIMD void transpose_quarters(I (&v)[4]) {
 BITFOLD_SIMD F low_halves(I a) {
   return each<F>([&](int i) { return half_to_float(static_cast<uint16_t>(a.v[i])); });
 }
+// ---- an I as 2 * kLanes words of 16 bits, in the order of memory ----
+
+BITFOLD_SIMD I each_word(I a, uint16_t (*fn)(uint16_t)) {
+  uint16_t words[2 * kLanes];
+  std::memcpy(words, a.v, sizeof(words));
+  for (uint16_t& word : words) word = fn(word);
+  std::memcpy(a.v, words, sizeof(words));
+  return a;
+}
+template <int Count>
+BITFOLD_SIMD I shift_words_left(I a) {
+  return each_word(a, [](uint16_t word) { return static_cast<uint16_t>(word << Count); });
+}
+template <int Count>
+BITFOLD_SIMD I shift_words_right_signed(I a) {
+  return each_word(a, [](uint16_t word) { return static_cast<uint16_t>(static_cast<int16_t>(word) >> Count); });
+}
+// The first kLanes words as halves, or the others.
+template <int Part>
+BITFOLD_SIMD F halves_of(I a) {
+  uint16_t words[2 * kLanes];
+  std::memcpy(words, a.v, sizeof(words));
+  return load_half(words + Part * kLanes);
+}
+
 // sum + the products of each lane's four unsigned bytes of w and four signed ones of x. Without Wide, the bytes of w
 // are below 128, and the products are cheaper on some sets.
 template <bool Wide>
