@@ -121,7 +121,7 @@ def logits_of(model: Any, windows: Windows) -> list[Tensor]:
     ]
 
 
-def open_bench(work: Path) -> Bench:
+def open_bench(work: Path, judged_tokens: int = TOKENS["judged"]) -> Bench:
     work.mkdir(parents=True, exist_ok=True)
     text = TEXT.read_text(encoding="utf-8")
     first, second = int(JUDGED * len(text)), int(CHOSEN * len(text))
@@ -133,7 +133,7 @@ def open_bench(work: Path) -> Bench:
         tokenizer,
         context=default_context(base),
         dtype=torch.float32,
-        max_tokens=TOKENS["judged"],
+        max_tokens=judged_tokens,
     )
     rows = work / "rows.json"
     known = json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else {}
