@@ -85,6 +85,32 @@ def test_bits(format, way, gpu):
         assert_same(gpu, activations(m, k, dtype), weight(n, k, format), format, n, bias, *WAYS[way](n, k))
 
 
+@pytest.mark.parametrize("way", ["plain", "found", "found and copied"])
+def test_columns_cut_over_blocks(way):
+    """The last of several blocks adds the sums of all: the CPU's bits whatever it is, and whatever lay in memory."""
+    m, n, k = 40, 70, 2064
+    planes, x = weight(n, k, "int8-channel-asym-sbf16"), activations(m, k, torch.bfloat16)
+    emulator = devices.emulated()
+    with devices.use("emulated"):
+        for multiprocessors in (1, 2, 132):  # 2, 4 and 5 blocks for a tile; of 11 rows 1, 2 and 5
+            for seed, (order, delivery) in enumerate(
+                (("sequential", "late"), ("priority", "early"), ("priority", "random"))
+            ):
+                emulator.configure(
+                    multiprocessors=multiprocessors, seed=seed, order=order, delivery=delivery, poison=0xFF
+                )
+                for rows in (m, 11):
+                    assert_same(
+                        torch.ops.bitfold_emulated,
+                        x[:rows],
+                        planes,
+                        "int8-channel-asym-sbf16",
+                        n,
+                        None,
+                        *WAYS[way](n, k),
+                    )
+
+
 @pytest.mark.parametrize("way", ["plain", "found", "by row and copied"])
 def test_a_row_that_is_no_number_stays_alone(way, gpu):
     for m in (3, 20):

@@ -101,20 +101,21 @@ template <int Row>
 BITFOLD_DEVICE void decode_whole_runs(const DecodeRuns& d, const Codebook& book) {
   const int64_t total = d.rows * d.row_runs;
   const int64_t first = blockIdx.x * kTileRuns + static_cast<int64_t>(threadIdx.x);
+  const auto left = static_cast<int>(smaller(total - first, kTileRuns));
   LoadedRun loaded[kRunsPerThread];
-  Place places[kRunsPerThread];
+  int64_t places[kRunsPerThread];  // in out
 #pragma unroll
   for (int step = 0; step < kRunsPerThread; ++step) {
-    const Run run = run_of(d, smaller<int64_t>(first + step * kThreads, total - 1));
-    places[step] = run.place;
+    const Run run = run_of(d, step * kThreads < left ? first + step * kThreads : total - 1);
+    places[step] = run.place.row * d.columns + run.column();
     loaded[step] = load_run<Row>(d.w, run.row, run.column());
   }
 #pragma unroll
   for (int step = 0; step < kRunsPerThread; ++step) {
-    if (first + step * kThreads >= total) return;
+    if (step * kThreads >= left) return;
     float values[kRun];
     finish_run<Row>(d.w, loaded[step], book.values, values);
-    store_run(d, places[step].row * d.columns + places[step].run * kRun, kRun, values);
+    store_run(d, places[step], kRun, values);
   }
 }
 

@@ -12,6 +12,15 @@ namespace bitfold::cuda {
 
 inline constexpr int kInt8Piece = 64;  // columns: 16 bytes for each of the four lanes that share a row
 
+// How int8_tile is cut.
+struct Int8Tiles {
+  int64_t count;
+  int64_t sums;  // of a tile
+  int splits;    // of k, over blocks
+};
+// A pure function of the shape and the GPU; none where int8_rows multiplies.
+Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu);
+
 struct Int8Op {
   const uint8_t* codes;  // [n, k], 128 more than the int8
   const void* scales;    // [n], or one
@@ -43,13 +52,18 @@ struct Int8Op {
   float* steps;            // [m]
   int32_t* sums;           // [m, parts]: of the codes of kPartColumns columns
   int parts;
+
+  // Of int8_tile, where it cuts k over blocks.
+  Int8Tiles tiles;
+  int32_t* partial;    // [tile, split, sum of a tile]: as the tile's threads have them
+  uint32_t* arrivals;  // of splits, for each tile; int8_round makes them zero
 };
 
 // The launchers, in the order in which linear_int8.cpp calls them.
 void int8_mark(const Int8Op& op, Stream stream);
 void int8_round(const Int8Op& op, Stream stream);
 void int8_rows(const Int8Op& op, Stream stream);  // anything, and fast for at most kInt8Tokens rows of x
-void int8_tile(const Int8Op& op, Stream stream);  // one part of columns, a multiple of 16
+void int8_tile(const Int8Op& op, Stream stream);  // where int8_tiles says that there are any
 inline constexpr int64_t kInt8Tokens = 8;
 
 BITFOLD_DEVICE float int8_x(const Int8Op& op, int64_t row, int64_t column) {
@@ -69,11 +83,20 @@ BITFOLD_DEVICE Int8Row int8_row(const Int8Op& op, int64_t row) {
   return {read_float({op.scales, op.scale_dtype, 1, 1, 1, 1}, at), op.zeros != nullptr ? op.zeros[at] : 128};
 }
 
+// What a part of a row of x is made of.
+struct alignas(8) Int8Token {
+  float step;
+  int sum;  // of its codes
+};
+BITFOLD_DEVICE Int8Token int8_token(const Int8Op& op, int64_t token, int part) {
+  return {op.steps[token], op.sums[token * op.parts + part]};
+}
+
 // A part's sum as a number: what mma summed is of codes less 128, and the row's zero point is what they are less by.
-BITFOLD_DEVICE float int8_part(const Int8Op& op, int sum, const Int8Row& row, int64_t token, int part) {
-  const auto rest = static_cast<uint32_t>(128 - row.zero) * static_cast<uint32_t>(op.sums[token * op.parts + part]);
+BITFOLD_DEVICE float int8_part(int sum, const Int8Row& row, const Int8Token& token) {
+  const auto rest = static_cast<uint32_t>(128 - row.zero) * static_cast<uint32_t>(token.sum);
   const auto whole = static_cast<int>(static_cast<uint32_t>(sum) + rest);
-  return ptx::mul(static_cast<float>(whole), ptx::mul(op.steps[token], row.scale));
+  return ptx::mul(static_cast<float>(whole), ptx::mul(token.step, row.scale));
 }
 
 // An outlier's number in a row of x: with thresholds by row it may be none there.

@@ -181,6 +181,9 @@ BITFOLD_DEVICE void list_outliers(const Int8Op& op, RoundMemory& memory) {
 __global__ void __launch_bounds__(kThreads) int8_round_kernel(const Int8Op op) {
   auto& memory = shared<RoundMemory>();
   if (threadIdx.x == 0) memory = {};
+  if (blockIdx.x == 0 && op.tiles.splits > 1) {
+    for (auto i = static_cast<int>(threadIdx.x); i < op.tiles.count; i += kThreads) op.arrivals[i] = 0;
+  }
   ptx::sync_block();
   if (blockIdx.x < op.x.rows) round_row(op, memory, blockIdx.x);
   else list_outliers(op, memory);

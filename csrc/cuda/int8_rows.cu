@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
         for (int warp = 0; warp < kWarps; ++warp) {
           sum += reinterpret_cast<const int*>(&memory.partial[warp][r / 16][lane])[place];
         }
-        y = ptx::add(y, int8_part(op, sum, w, token, part));
+        y = ptx::add(y, int8_part(sum, w, int8_token(op, token, part)));
       }
       ptx::sync_block();
     }

@@ -4,8 +4,11 @@
 // W is the A operand of mma.m16n8k32, x the B operand. Both have a row's 64 columns in 64 bytes, of which a lane's 16
 // are its operands of two steps (int8_rows.cu); eight lanes that read together have 128 bytes in one piece, and so all
 // banks. One loop over columns, no scales in it: the sums are whole numbers. Outliers come to them at the end, from a
-// table of their columns of W and x as fp32 in the memory of the stages: chains of fused multiply-adds, as the
-// definition says.
+// table of their columns of W and x as fp32 in the memory of the stages: a chain of products and additions for each
+// number, as the definition says.
+//
+// Where there are fewer tiles than a GPU has room for, k is cut over blocks: each writes its whole sums to memory, and
+// the last to come adds all of them up and has the rest to do.
 #include "cuda/int8.hpp"
 
 namespace bitfold::cuda {
@@ -13,6 +16,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarp * kWarps;
+constexpr int kBlocks = 2;  // of a multiprocessor
 
 // RowWarps warps beside one another in rows, the others in tokens; each has Tiles times 16 rows and Groups times 8
 // tokens.
@@ -21,8 +25,11 @@ struct Shape {
   static constexpr int kRowWarps = RowWarps_, kTiles = Tiles_, kGroups = Groups_, kStages = Stages_;
   static constexpr int kRows = kRowWarps * kTiles * 16;
   static constexpr int kTokens = kWarps / kRowWarps * kGroups * 8;
-  static constexpr int kPieces = (kRows + kTokens) * 4;  // of 16 bytes, in a stage
-  static constexpr int kTurns = ceil_div(kPieces, kThreads);
+  static constexpr int kTileSums = kRows * kTokens;
+  // Of a stage: of its lines of 64 bytes a block copies kLines at a time, those of W in the first turns.
+  static constexpr int kLinesOfAll = kRows + kTokens, kLines = kThreads / 4;
+  static constexpr int kTurns = ceil_div(kLinesOfAll, kLines), kRowTurns = kRows / kLines;
+  static_assert(kRows % kLines == 0);
 };
 using Few = Shape<4, 1, 2, 8>;   // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
 using Many = Shape<4, 2, 8, 4>;  // 128 rows, 128 tokens
@@ -33,10 +40,21 @@ struct Table {  // of as many columns as stages leave room for
   float w[kColumns][S::kRows];
   float x[kColumns][S::kTokens];
 };
+// Where the lines that a thread copies begin, in bytes from the tile's first row or token on: for all pieces, and in
+// shared memory because sums take the registers.
 template <class S>
-union Memory {
-  uint4 stage[S::kStages][S::kRows + S::kTokens][4];  // W's rows, then tokens
-  Table<S> table;
+struct alignas(8 * S::kTurns / 2) Lines {
+  uint32_t bytes[S::kTurns];
+};
+template <class S>
+struct Memory {
+  union {
+    uint4 stage[S::kStages][S::kLinesOfAll][4];  // W's rows, then tokens
+    Int8Token tokens[S::kTokens];
+    Table<S> table;
+  };
+  Lines<S> lines[kThreads];
+  int last_row, last_token;
 };
 
 template <class S>
@@ -44,70 +62,83 @@ class Tile {
   static constexpr int kTableColumns = Table<S>::kColumns;
 
  public:
-  BITFOLD_DEVICE Tile(const Int8Op& op, Memory<S>& memory, int64_t row, int64_t token)
+  BITFOLD_DEVICE Tile(const Int8Op& op, Memory<S>& memory, unsigned row_tile, unsigned token_tile)
       : op_(op),
         memory_(memory),
-        row0_(row),
-        token0_(token),
-        warp_row_(ptx::warp_id() % S::kRowWarps * (16 * S::kTiles)),
-        warp_token_(ptx::warp_id() / S::kRowWarps * (8 * S::kGroups)),
-        last_row_(static_cast<int>(smaller<int64_t>(op.n - row, S::kRows)) - 1),
-        last_token_(static_cast<int>(smaller<int64_t>(op.x.rows - token, S::kTokens)) - 1) {}
+        row_tile_(row_tile),
+        token_tile_(token_tile),
+        last_row_(static_cast<int>(smaller<int64_t>(op.n - row0(), S::kRows)) - 1),
+        last_token_(static_cast<int>(smaller<int64_t>(op.x.rows - token0(), S::kTokens)) - 1) {}
 
   BITFOLD_DEVICE void run() {
+    // What is wanted afterwards waits in shared memory: the loop has registers for sums alone.
+    if (threadIdx.x == 0) memory_.last_row = last_row_, memory_.last_token = last_token_;
     multiply_all();
+    last_row_ = memory_.last_row, last_token_ = memory_.last_token;
+    if (op_.tiles.splits > 1 && !add_splits()) return;
     scale();
     add_outliers();
     store();
   }
 
  private:
+  // Little is kept beside the sums of many tokens.
+  BITFOLD_DEVICE int64_t row0() const { return int64_t{row_tile_} * S::kRows; }
+  BITFOLD_DEVICE int64_t token0() const { return int64_t{token_tile_} * S::kTokens; }
+  BITFOLD_DEVICE static int warp_row() { return ptx::warp_id() % S::kRowWarps * (16 * S::kTiles); }
+  BITFOLD_DEVICE static int warp_token() { return ptx::warp_id() / S::kRowWarps * (8 * S::kGroups); }
+
   // ---- whole sums ----
 
-  // A thread's lines of a stage are the same in all of them, those of W in the first turns. Offsets are from the tile's
-  // first row or token on.
-  static constexpr int kLines = kThreads / 4;  // of a turn
-  static constexpr int kRowTurns = S::kRows / kLines;
-  static_assert(S::kRows % kLines == 0);
+  // A thread has the same lines of all stages, kLines apart, and of each the same 16 bytes. Of a line beyond the tile's
+  // last it has the last.
+  static constexpr int kLines = S::kLines, kRowTurns = S::kRowTurns;
   static_assert((S::kRows + S::kTokens) * kPartColumns < int64_t{1} << 32);
 
   BITFOLD_DEVICE static int line_of(int turn) { return turn * kLines + static_cast<int>(threadIdx.x) / 4; }
   BITFOLD_DEVICE static int of_line() { return static_cast<int>(threadIdx.x) % 4; }
-  BITFOLD_DEVICE void fetch(int piece, int stage) {
-    const uint8_t* w = op_.codes + row0_ * op_.k + piece * kInt8Piece;
-    const auto* x = reinterpret_cast<const uint8_t*>(op_.x_codes) + token0_ * op_.stride + piece * kInt8Piece;
-    const int column = 16 * of_line();
-    const bool there = piece * kInt8Piece + column < op_.k;  // x's codes have zeros behind k
-    const auto k = static_cast<uint32_t>(op_.k), stride = static_cast<uint32_t>(op_.stride);
+  BITFOLD_DEVICE void find_lines() {
+    auto& bytes = memory_.lines[threadIdx.x].bytes;
 #pragma unroll
     for (int turn = 0; turn < S::kTurns; ++turn) {
-      const int line = line_of(turn);
-      if (S::kPieces % kThreads != 0 && line >= S::kRows + S::kTokens) break;
-      uint4* to = &memory_.stage[stage][line][of_line()];
-      if (turn < kRowTurns) {
-        const auto row = static_cast<uint32_t>(smaller(line, last_row_));
-        ptx::cp_async<16>(to, w + (there ? row * k + static_cast<uint32_t>(column) : 0u), there ? 16 : 0);
-      } else {
-        const auto token = static_cast<uint32_t>(smaller(line - S::kRows, last_token_));
-        ptx::cp_async<16>(to, x + (token * stride + static_cast<uint32_t>(column)));
-      }
+      bytes[turn] = turn < kRowTurns
+                        ? static_cast<uint32_t>(smaller(line_of(turn), last_row_) * op_.k)
+                        : static_cast<uint32_t>(smaller(line_of(turn) - S::kRows, last_token_) * op_.stride);
+    }
+  }
+  BITFOLD_DEVICE void fetch(int piece, int stage) {
+    const Lines<S> lines = memory_.lines[threadIdx.x];
+    const int64_t column = int64_t{piece} * kInt8Piece + 16 * of_line();
+    const bool there = column < op_.k;  // x's codes have zeros behind k
+    const uint8_t* w = op_.codes + row0() * op_.k + (there ? column : 0);
+    const auto* x = reinterpret_cast<const uint8_t*>(op_.x_codes) + token0() * op_.stride + column;
+#pragma unroll
+    for (int turn = 0; turn < S::kTurns; ++turn) {
+      if (S::kLinesOfAll % kLines != 0 && line_of(turn) >= S::kLinesOfAll) break;
+      uint4* to = &memory_.stage[stage][line_of(turn)][of_line()];
+      if (turn < kRowTurns) ptx::cp_async<16>(to, w + lines.bytes[turn], there ? 16 : 0);
+      else ptx::cp_async<16>(to, x + lines.bytes[turn]);
     }
   }
 
   BITFOLD_DEVICE void multiply_all() {
-    const auto pieces = static_cast<int>(op_.stride / kInt8Piece);
-#pragma unroll
+    const auto pieces = static_cast<unsigned>(op_.stride / kInt8Piece),
+               splits = static_cast<unsigned>(op_.tiles.splits);
+    const auto first = static_cast<int>(pieces * blockIdx.y / splits);
+    const auto end = static_cast<int>(pieces * (blockIdx.y + 1) / splits);
+    find_lines();
+#pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) {
-      if (i < pieces) fetch(i, i);
+      if (first + i < end) fetch(first + i, i);
       ptx::cp_async_commit();
     }
     int stage = 0;
 #pragma unroll 1
-    for (int piece = 0; piece < pieces; ++piece) {
+    for (int piece = first; piece < end; ++piece) {
       ptx::cp_async_wait<S::kStages - 2>();
       ptx::sync_block();  // all have their copies, and have read the stage that is filled next
       const int ahead = piece + S::kStages - 1;
-      if (ahead < pieces) fetch(ahead, stage == 0 ? S::kStages - 1 : stage - 1);
+      if (ahead < end) fetch(ahead, stage == 0 ? S::kStages - 1 : stage - 1);
       ptx::cp_async_commit();
       multiply(stage);
       stage = stage + 1 == S::kStages ? 0 : stage + 1;
@@ -119,8 +150,8 @@ class Tile {
     uint32_t a[S::kTiles][2][4];
 #pragma unroll
     for (int r = 0; r < S::kTiles; ++r) {
-      const uint4 low = memory_.stage[stage][warp_row_ + 16 * r + g][t];
-      const uint4 high = memory_.stage[stage][warp_row_ + 16 * r + g + 8][t];
+      const uint4 low = memory_.stage[stage][warp_row() + 16 * r + g][t];
+      const uint4 high = memory_.stage[stage][warp_row() + 16 * r + g + 8][t];
       a[r][0][0] = int8_codes(low.x), a[r][0][1] = int8_codes(high.x);
       a[r][0][2] = int8_codes(low.y), a[r][0][3] = int8_codes(high.y);
       a[r][1][0] = int8_codes(low.z), a[r][1][1] = int8_codes(high.z);
@@ -128,7 +159,7 @@ class Tile {
     }
 #pragma unroll
     for (int j = 0; j < S::kGroups; ++j) {
-      const uint4 x = memory_.stage[stage][S::kRows + warp_token_ + 8 * j + g][t];
+      const uint4 x = memory_.stage[stage][S::kRows + warp_token() + 8 * j + g][t];
       const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
@@ -138,13 +169,54 @@ class Tile {
     }
   }
 
+  // ---- sums of several blocks ----
+
+  // Where a split has this thread's four.
+  BITFOLD_DEVICE int4* split_sums(unsigned split, int r, int j) const {
+    const int64_t first = (int64_t{blockIdx.x} * op_.tiles.splits + split) * S::kTileSums;
+    return reinterpret_cast<int4*>(op_.partial + first) + (j * S::kTiles + r) * kThreads + threadIdx.x;
+  }
+  // Leaves the sums of all blocks to the last of them, and says which that is.
+  BITFOLD_DEVICE bool add_splits() {
+    const auto splits = static_cast<unsigned>(op_.tiles.splits);
+#pragma unroll
+    for (int j = 0; j < S::kGroups; ++j) {
+#pragma unroll
+      for (int r = 0; r < S::kTiles; ++r) {
+        int (&four)[4] = sums_[r][j];
+        *split_sums(blockIdx.y, r, j) = int4{four[0], four[1], four[2], four[3]};
+        four[0] = four[1] = four[2] = four[3] = 0;
+      }
+    }
+    ptx::fence();
+    ptx::sync_block();  // all sums are written before the block counts, and nobody looks at the stages any more
+    auto& arrived = *reinterpret_cast<uint32_t*>(&memory_);
+    if (threadIdx.x == 0) arrived = ptx::atomic_add(op_.arrivals + blockIdx.x, 1u);
+    ptx::sync_block();
+    if (arrived != splits - 1) return false;
+    ptx::fence();
+#pragma unroll 1
+    for (unsigned s = 0; s < splits; ++s) {
+#pragma unroll
+      for (int j = 0; j < S::kGroups; ++j) {
+#pragma unroll
+        for (int r = 0; r < S::kTiles; ++r) {
+          const float4 four = ptx::load_written16(split_sums(s, r, j));
+          sums_[r][j][0] += ptx::float_as_int(four.x), sums_[r][j][1] += ptx::float_as_int(four.y);
+          sums_[r][j][2] += ptx::float_as_int(four.z), sums_[r][j][3] += ptx::float_as_int(four.w);
+        }
+      }
+    }
+    return true;
+  }
+
   // ---- numbers: from here on sums_ has the bits of fp32 ----
 
   // Of a sum's place: row g + 8 (i / 2), token 2 t + i % 2.
-  BITFOLD_DEVICE int row_of(int r, int i) const { return warp_row_ + 16 * r + ptx::lane_id() / 4 + 8 * (i / 2); }
-  BITFOLD_DEVICE int token_of(int j, int i) const { return warp_token_ + 8 * j + ptx::lane_id() % 4 * 2 + i % 2; }
-  BITFOLD_DEVICE int64_t real_row(int row) const { return row0_ + smaller(row, last_row_); }
-  BITFOLD_DEVICE int64_t real_token(int token) const { return token0_ + smaller(token, last_token_); }
+  BITFOLD_DEVICE int row_of(int r, int i) const { return warp_row() + 16 * r + ptx::lane_id() / 4 + 8 * (i / 2); }
+  BITFOLD_DEVICE int token_of(int j, int i) const { return warp_token() + 8 * j + ptx::lane_id() % 4 * 2 + i % 2; }
+  BITFOLD_DEVICE int64_t real_row(int row) const { return row0() + smaller(row, last_row_); }
+  BITFOLD_DEVICE int64_t real_token(int token) const { return token0() + smaller(token, last_token_); }
 
   template <class Body>
   BITFOLD_DEVICE void each(const Body& body) {
@@ -164,9 +236,13 @@ class Tile {
 #pragma unroll
       for (int h = 0; h < 2; ++h) rows_[r][h] = int8_row(op_, real_row(row_of(r, 2 * h)));
     }
+    ptx::sync_block();  // nobody looks at the stages any more
+    for (auto token = static_cast<int>(threadIdx.x); token < S::kTokens; token += kThreads) {
+      memory_.tokens[token] = int8_token(op_, real_token(token), 0);
+    }
+    ptx::sync_block();
     each([&](int r, int j, int i, int& sum) {
-      const float part = int8_part(op_, sum, rows_[r][i / 2], real_token(token_of(j, i)), 0);
-      sum = ptx::float_as_int(ptx::add(0.0f, part));
+      sum = ptx::float_as_int(ptx::add(0.0f, int8_part(sum, rows_[r][i / 2], memory_.tokens[token_of(j, i)])));
     });
   }
 
@@ -237,32 +313,50 @@ class Tile {
       const int row = row_of(r, i), token = token_of(j, i);
       if (row > last_row_ || token > last_token_) return;
       float y = ptx::int_as_float(sum);
-      if (op_.bias != nullptr) y = ptx::add(y, read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row0_ + row));
-      write_number(op_.y, op_.x.dtype, (token0_ + token) * op_.n + row0_ + row, y);
+      if (op_.bias != nullptr) y = ptx::add(y, read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row0() + row));
+      write_number(op_.y, op_.x.dtype, (token0() + token) * op_.n + row0() + row, y);
     });
   }
 
   const Int8Op& op_;
   Memory<S>& memory_;
-  const int64_t row0_, token0_;
-  const int warp_row_, warp_token_;
-  const int last_row_, last_token_;  // of the tile
+  const unsigned row_tile_, token_tile_;
+  int last_row_, last_token_;  // of the tile
   int sums_[S::kTiles][S::kGroups][4] = {};
   Int8Row rows_[S::kTiles][2];
 };
 
+// Blocks wait for one another in waves. Beside its own pieces each costs about as much as six of them until the first
+// have arrived, and where k is cut, six more to hand over sums, and one for each split to the block that adds them.
+int choose_splits(int64_t tiles, int64_t pieces, int64_t slots) {
+  constexpr int64_t kMost = 16, kBegin = 6, kHand = 6, kFewest = 4;  // kFewest: pieces of a block
+  int best = 1;
+  int64_t least = 0;
+  for (int64_t splits = 1; splits <= smaller(kMost, larger<int64_t>(pieces / kFewest, 1)); ++splits) {
+    const int64_t waves = ceil_div(tiles * splits, slots);
+    const int64_t cost = waves * (ceil_div(pieces, splits) + kBegin) + (splits > 1 ? kHand + splits : 0);
+    if (splits == 1 || cost < least) least = cost, best = static_cast<int>(splits);
+  }
+  return best;
+}
+
 // Blocks that share rows of W come one after the other.
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) int8_tile_kernel(const Int8Op op) {
+__global__ void __launch_bounds__(kThreads, kBlocks) int8_tile_kernel(const Int8Op op) {
   auto& memory = shared<Memory<S>>();
-  const int64_t token_tiles = ceil_div<int64_t>(op.x.rows, S::kTokens);
-  Tile<S>(op, memory, blockIdx.x / token_tiles * S::kRows, blockIdx.x % token_tiles * S::kTokens).run();
+  const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, S::kTokens));
+  Tile<S>(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
+}
+
+template <class S>
+Int8Tiles tiles_of(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  const int64_t count = ceil_div<int64_t>(n, S::kRows) * ceil_div<int64_t>(m, S::kTokens);
+  return {count, S::kTileSums, choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), kBlocks * gpu.multiprocessors)};
 }
 
 template <class S>
 void launch_tiles(const Int8Op& op, Stream stream) {
-  const int64_t tiles = ceil_div<int64_t>(op.n, S::kRows) * ceil_div<int64_t>(op.x.rows, S::kTokens);
-  launch({.grid = static_cast<unsigned>(tiles),
+  launch({.grid = dim3(static_cast<unsigned>(op.tiles.count), static_cast<unsigned>(op.tiles.splits)),
           .block = kThreads,
           .shared_bytes = sizeof(Memory<S>),
           .name = "int8_tile",
@@ -270,10 +364,17 @@ void launch_tiles(const Int8Op& op, Stream stream) {
          int8_tile_kernel<S>, op);
 }
 
+bool is_few(int64_t m) { return m <= Few::kTokens; }
+
 }  // namespace
 
+Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, 0, 1};
+  return is_few(m) ? tiles_of<Few>(m, n, k, gpu) : tiles_of<Many>(m, n, k, gpu);
+}
+
 void int8_tile(const Int8Op& op, Stream stream) {
-  return op.x.rows <= Few::kTokens ? launch_tiles<Few>(op, stream) : launch_tiles<Many>(op, stream);
+  return is_few(op.x.rows) ? launch_tiles<Few>(op, stream) : launch_tiles<Many>(op, stream);
 }
 
 }  // namespace bitfold::cuda

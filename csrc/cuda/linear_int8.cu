@@ -27,9 +27,14 @@ class Layout8 {
     codes = take(m * stride);
     steps = take(m * 4);
     sums = take(m * parts * 4);
+    tiles = int8_tiles(m, args.w.n, k, gpu());
+    const bool split = tiles.splits > 1;
+    partial = take(split ? tiles.count * tiles.splits * tiles.sums * 4 : 0);
+    arrivals = take(split ? tiles.count * 4 : 0);
   }
   int64_t words, flag_parts, stride, parts;
-  int64_t reached, copied, outliers, outlier_count, codes, steps, sums;
+  int64_t reached, copied, outliers, outlier_count, codes, steps, sums, partial, arrivals;
+  Int8Tiles tiles;
   int64_t bytes = 0;
 
  private:
@@ -81,10 +86,13 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .steps = reinterpret_cast<float*>(base + at.steps),
       .sums = reinterpret_cast<int32_t*>(base + at.sums),
       .parts = static_cast<int>(at.parts),
+      .tiles = at.tiles,
+      .partial = reinterpret_cast<int32_t*>(base + at.partial),
+      .arrivals = reinterpret_cast<uint32_t*>(base + at.arrivals),
   };
   if ((finds || args.copies > 0) && args.w.k > 0) int8_mark(op, stream);
   int8_round(op, stream);
-  if (op.x.rows > kInt8Tokens && op.parts == 1 && op.k % 16 == 0) int8_tile(op, stream);
+  if (op.tiles.count > 0) int8_tile(op, stream);
   else int8_rows(op, stream);
 }
 

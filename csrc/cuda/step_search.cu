@@ -108,8 +108,8 @@ BITFOLD_DEVICE void choose(const StepSearchArgs& args, const Spot& spot, int row
 
 __global__ void __launch_bounds__(kThreads) search_steps_kernel(const StepSearchArgs args) {
   Room& room = shared<Room>();
-  const int64_t groups = bitfold::ceil_div(args.weight.columns, args.group);
-  const Spot spot{int64_t{blockIdx.x} % groups, int64_t{blockIdx.x} / groups * kRows};
+  const auto groups = static_cast<uint32_t>(bitfold::ceil_div(args.weight.columns, args.group));  // at most all blocks
+  const Spot spot{blockIdx.x % groups, int64_t{blockIdx.x / groups} * kRows};
   const auto thread = static_cast<int>(threadIdx.x);
   const bool has_row = thread < kRows && spot.first_row + thread < args.weight.rows;
   if (thread < kRows) room.start[thread] = has_row ? args.start[spot.at(args, thread)] : 0.0f;

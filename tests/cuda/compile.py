@@ -83,7 +83,10 @@ def main(toolkit: Path, folder: Path, architectures: str) -> None:
     library, seconds, cpu, said = compile_kernels(folder)
     kernels = machine_code.read(toolkit, library)
     for kernel in kernels:
-        print(f"{kernel.registers:4} registers {kernel.stack:6} bytes of stack  {kernel.name}")
+        print(
+            f"{kernel.registers:4} registers {kernel.stack:6} bytes of stack {kernel.bytes_of('STL'):5} stored "
+            f"{kernel.bytes_of('LDL'):5} loaded  {kernel.name}"
+        )
     machine_code.print_loops(kernels)
     minutes = cpu / 60 / len(architectures.split(";"))
     print(

@@ -125,6 +125,10 @@ INT8 = [
             ("int8-tensor-asym-sfp32", 12, 66, 1040, "fp32", "per_row", False),
         )
     ),
+    *(  # k over several blocks
+        Case("linear_int8", "int8-channel-asym", n, k, m, "bf16", outliers="found", multiprocessors=132)
+        for m, n, k in ((9, 75, 1040), (40, 30, 592))
+    ),
 ]
 FLOOR = [
     *(linear(format, 3, 7, columns(format), "fp32", bias=True) for format in (*PLANES, *block_formats())),

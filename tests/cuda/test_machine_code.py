@@ -1,8 +1,49 @@
-"""What is read in the compilers' words."""
+"""What machine_code.py says of kernels whose code is wrong, and reads in the compilers' words."""
 
 from __future__ import annotations
 
 import machine_code
+import pytest
+from machine_code import Instruction, Kernel
+
+
+def kernel(name: str, *code: str, stack: int = 0) -> Kernel:
+    instructions = [Instruction(16 * i, *f"{line} ".split(" ", 1)) for i, line in enumerate(code)]
+    return Kernel(name, registers=64, stack=stack, code=instructions)
+
+
+ROWS = ("HMMA.16816.F32 R0", "LDGSTS.E.BYPASS.128 [R1]")
+
+
+@pytest.mark.parametrize(
+    ("code", "stack"),
+    [(ROWS, 8), ((*ROWS, "STL [R1], R2"), 0), ((*ROWS, "LDL.LU.64 R2, [R1]"), 0)],
+)
+@pytest.mark.parametrize("name", ["linear_rows_kernel<ChunkFragments<10>, 1>", "linear_tile_kernel<5, 32>"])
+def test_a_fast_kernel_that_spills_is_a_fault(name, code, stack):
+    rows = kernel("linear_rows_kernel<ChunkFragments<11>, 1>", *ROWS)
+    assert machine_code.faults([rows, kernel(name, *ROWS)]) == []
+    (fault,) = machine_code.faults([rows, kernel(name, *code, stack=stack)])
+    assert fault == f"{name}: it has a stack: registers are spilled"
+
+
+@pytest.mark.parametrize("name", machine_code.FAST)
+def test_every_fast_kernel_is_asked(name):
+    faults = machine_code.faults([kernel(f"{name}_kernel<1>", stack=16)])
+    assert f"{name}_kernel<1>: it has a stack: registers are spilled" in faults
+
+
+def test_a_search_that_encodes_may_have_a_stack():
+    faults = machine_code.faults([kernel("encode_each_block<16, Q3K>", stack=1232)])
+    assert faults == ["there is no kernel for few rows"]
+
+
+def test_bytes_of_the_stack():
+    code = kernel(
+        "k", "STL [R1], R2", "STL.64 [R1], R2", "LDL.LU.128 R4, [R1]", "LDL.U8 R4, [R1]", "LDS.128 R4"
+    )
+    assert code.bytes_of("STL") == 12
+    assert code.bytes_of("LDL") == 17
 
 
 def test_complaints_about_wgmma_are_found():
