@@ -28,31 +28,29 @@ struct NibblesK : LargeBlocks<Row, Align> {
   static constexpr int column(int unit, int step, int t, int half) {
     return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half / 2 + 2 * (half % 2);
   }
-  // Eight scales and eight minima, a byte each.
+  // The block's first 16 bytes, taken apart where they are wanted: registers are dear.
   struct Head {
-    float d, dmin;
-    uint32_t scales[2], mins[2];
+    uint32_t steps;    // d, dmin
+    uint32_t a, b, c;  // eight scales and eight minima, six bits each
   };
   BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
-    const uint32_t halves = word_at<Align>(chunk);
-    const uint32_t a = word_at<Align>(chunk + 4), b = word_at<Align>(chunk + 8), c = word_at<Align>(chunk + 12);
-    const float2 steps = ptx::halves_to_floats(halves);
-    return {steps.x,
-            steps.y,
-            {a & 0x3f3f3f3f, under(a >> 2, 0x30303030, c & 0x0f0f0f0f)},
-            {b & 0x3f3f3f3f, under(b >> 2, 0x30303030, c >> 4 & 0x0f0f0f0f)}};
+    return {word_at<Align>(chunk), word_at<Align>(chunk + 4), word_at<Align>(chunk + 8), word_at<Align>(chunk + 12)};
   }
   // Of the unit's two sub-blocks, times 16 for the first, whose codes lie four bits lower.
   BITFOLD_DEVICE static void scales(const Head& head, int unit, uint32_t (&s)[2]) {
-    const uint32_t two = ptx::prmt(head.scales[0], head.scales[1], static_cast<uint32_t>(0x10 + 0x22 * unit));
+    const uint32_t first = head.a & 0x3f3f3f3f, last = under(head.a >> 2, 0x30303030, head.c & 0x0f0f0f0f);
+    const uint32_t two = ptx::prmt(first, last, static_cast<uint32_t>(0x10 + 0x22 * unit));
     s[0] = byte_to_halves<4>(two, 0, 0);
     s[1] = byte_to_halves<0>(two, 1, 0);
   }
-  BITFOLD_DEVICE static float scale(const Head& head) { return head.d * (0x1p20f * kDown); }
+  BITFOLD_DEVICE static float scale(const Head& head) {
+    return ptx::half_to_float(static_cast<uint16_t>(head.steps)) * (0x1p20f * kDown);
+  }
   BITFOLD_DEVICE static float mins(const Lane& lane, const Head& head, uint32_t (&a)[2]) {
     const auto at = static_cast<uint32_t>(2 * lane.t);
-    a[0] = a[1] = ptx::prmt(head.mins[0], head.mins[1], at | (at + 1) << 8) & 0x003f003f;
-    return head.dmin * (-0x1p24f * 32.0f * kDown);
+    const uint32_t first = head.b & 0x3f3f3f3f, last = under(head.b >> 2, 0x30303030, head.c >> 4 & 0x0f0f0f0f);
+    a[0] = a[1] = ptx::prmt(first, last, at | (at + 1) << 8) & 0x003f003f;
+    return ptx::half_to_float(static_cast<uint16_t>(head.steps >> 16)) * (-0x1p24f * 32.0f * kDown);
   }
 };
 

@@ -29,8 +29,12 @@ struct PlaneChunk {
   BITFOLD_DEVICE static Head head(const uint8_t*) { return {}; }
 
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<kSpan>& out) {
+    operands(lane, unit, lane.scales[2 * unit], lane.scales[2 * unit + 1], out);
+  }
+  // The same with scales from elsewhere: of the unit's first 32 columns, and of the others.
+  BITFOLD_DEVICE static void operands(const Lane& lane, int unit, const ScaleZero& first, const ScaleZero& second,
+                                      Operands<kSpan>& out) {
     const uint8_t* bytes = lane.bytes + unit * (kUnit * kBits / 8);
-    const ScaleZero first = lane.scales[2 * unit], second = lane.scales[2 * unit + 1];
     out.scales[0] = first.scale;
     if constexpr (!kNarrow) out.scales[1] = second.scale;
     uint32_t words[4];
@@ -123,6 +127,10 @@ struct Chunk<kNf4> : PlaneChunk<kNf4> {
     for (int i = thread; i < 256 * kWarp; i += threads) pairs[i] = codebook_pair(row, static_cast<uint32_t>(i / kWarp));
   }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
+    operands(lane, unit, lane.scales[2 * unit], lane.scales[2 * unit + 1], out);
+  }
+  BITFOLD_DEVICE static void operands(const Lane& lane, int unit, const ScaleZero& first, const ScaleZero& second,
+                                      Operands<2>& out) {
     uint32_t words[4];
     load(lane.bytes + unit * (kUnit / 2), lane.t, words);
     const auto mine = static_cast<uint32_t>(8 * ptx::lane_id());
@@ -135,8 +143,8 @@ struct Chunk<kNf4> : PlaneChunk<kNf4> {
         out.halves[s][r] = *reinterpret_cast<const uint32_t*>(lane.tables + place);
       }
     }
-    out.scales[0] = lane.scales[2 * unit].scale;
-    out.scales[1] = lane.scales[2 * unit + 1].scale;
+    out.scales[0] = first.scale;
+    out.scales[1] = second.scale;
   }
 };
 

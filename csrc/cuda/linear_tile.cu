@@ -45,14 +45,16 @@ class Tile : TileCopies<Row, Tokens> {
   using Copies::x_;
   static constexpr int kParts = kUnits / kXUnits;  // stages of x of a chunk
   static constexpr bool kPlanes = C::kPlanes;
-  static constexpr int kSpans = C::kColumns / 32;  // scales of a row of planes
+  // Scales of a row of planes in a unit: one for 32 columns, of narrow codes for all 64.
+  static constexpr int kScales = kUnitSteps / C::kSpan;
 
  public:
   BITFOLD_DEVICE explicit Tile(const TileParameter& p)
       : Copies(p),
         lane_(ptx::lane_id()),
         row_warp_(ptx::warp_id() % kRowWarps),
-        column_warp_(ptx::warp_id() / kRowWarps) {}
+        column_warp_(ptx::warp_id() / kRowWarps),
+        scales_unit_(first_ * kUnits + ptx::warp_id() / kRowWarps) {}
 
   BITFOLD_DEVICE void run() {
     if constexpr (C::kTables > 0) {
@@ -69,7 +71,7 @@ class Tile : TileCopies<Row, Tokens> {
 #pragma unroll 1
         for (int q = column_warp_; q < kXUnits; q += kColumnWarps) {
           const int unit = part * kXUnits + q;
-          const uint8_t* x = this->x_stage(x_) + q * kXUnit;
+          const uint8_t* x = this->x_stage(x_) + q * this->x_unit();
           if constexpr (kPlanes && C::kSpan < kUnitSteps) {
             if (p_.whole_units) multiply<kUnitSteps>(unit, x);
             else multiply<C::kSpan>(unit, x);
@@ -82,7 +84,6 @@ class Tile : TileCopies<Row, Tokens> {
       if constexpr (C::kMins > 0) {
         if (chunk % kColumnWarps == column_warp_) subtract_mins();
       }
-      if constexpr (kPlanes) store_scales(chunk + 1);
       w_.next(p_.shape.w_stages);
     }
     TileSums<Tokens>(p_, memory_, group0_).finish(sums_);
@@ -92,10 +93,8 @@ class Tile : TileCopies<Row, Tokens> {
   BITFOLD_DEVICE void start() {
     this->start_copies();
     if constexpr (kPlanes) {
-      if constexpr (kKeepsPlaces)
-        scale_row_ = C::scale_row(p_.planes, this->real_row(static_cast<int>(threadIdx.x) / 2));
-      load_scales(first_);
-      store_scales(first_);
+      if constexpr (kKeepsPlaces) scale_row_ = find_scale_row();
+      load_scales();
     }
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
@@ -107,35 +106,50 @@ class Tile : TileCopies<Row, Tokens> {
     }
   }
 
-  // ---- scales of planes: made floats once for each row and 32 columns, while the chunk before is multiplied ----
+  // ---- scales of planes: those of the warp's next unit are on their way while this one is multiplied ----
 
-  // A thread has half of a row's, 64 or 128 columns.
-  static constexpr int kScales = kSpans / 2;
-  static_assert(kTileThreads == 2 * kTileRows);
-  BITFOLD_DEVICE ScaleZero* scales_of(int chunk) const {
-    return reinterpret_cast<ScaleZero*>(memory_ + at_.scales) + (chunk - first_) % 2 * (kTileRows * kSpans);
+  // A lane has those of one of the warp's 32 rows: 8 t + g, which is row 8 i + g of tile r where t = 2 r + i.
+  BITFOLD_DEVICE auto find_scale_row() const {
+    return C::scale_row(p_.planes, this->real_row(row_warp_ * (kTiles * 16) + 8 * (lane_ % 4) + lane_ / 4));
   }
-  // Of the row whose scales this thread loads; sums of many tokens leave no registers to keep it.
+  // Sums of many tokens leave no registers to keep it.
   BITFOLD_DEVICE auto scale_row() const {
     if constexpr (kKeepsPlaces) return scale_row_;
-    else return C::scale_row(p_.planes, this->real_row(static_cast<int>(threadIdx.x) / 2));
+    else return find_scale_row();
   }
-  BITFOLD_DEVICE void load_scales(int chunk) {
-    if (chunk >= last_) return;
-    const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + threadIdx.x % 2 * kScales;
+  BITFOLD_DEVICE void load_scales() {
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
     const auto row = scale_row();
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
-      if (i > 0 && p_.wide_groups) loaded_[i] = loaded_[0];
-      else loaded_[i] = C::load_scale(p_.planes, row, p_.planes.pieces.divide(smaller(first + i, end)));
+      if (i > 0 && p_.whole_units) break;
+      const uint32_t piece = smaller(static_cast<uint32_t>(2 * scales_unit_ + i), end);
+      loaded_[i] = C::load_scale(p_.planes, row, p_.planes.pieces.divide(piece));
     }
+    scales_unit_ += kColumnWarps;
   }
-  BITFOLD_DEVICE void store_scales(int chunk) const {
-    if (chunk >= last_) return;
-    ScaleZero* to = scales_of(chunk) + static_cast<int>(threadIdx.x) * kScales;
+  // This unit's of the rows that the lane multiplies; asks for those of the warp's next unit.
+  template <int Count>
+  BITFOLD_DEVICE void take_scales(ScaleZero (&scales)[kTiles][2][Count]) {
+    ScaleZero mine[Count];
 #pragma unroll
-    for (int i = 0; i < kScales; ++i) to[i] = C::scale_zero(p_.planes, loaded_[i]);
+    for (int s = 0; s < Count; ++s) mine[s] = C::scale_zero(p_.planes, loaded_[s]);
+    load_scales();
+#pragma unroll
+    for (int row = 0; row < 2 * kTiles; ++row) {
+#pragma unroll
+      for (int s = 0; s < Count; ++s) {
+        scales[row / 2][row % 2][s] = {ptx::shuffle(mine[s].scale, lane_ / 4 * 4 + row), mine[s].zero};
+      }
+    }
+    if (p_.planes.zeros == nullptr) return;  // all rows have the same
+#pragma unroll
+    for (int row = 0; row < 2 * kTiles; ++row) {
+#pragma unroll
+      for (int s = 0; s < Count; ++s) {
+        scales[row / 2][row % 2][s].zero = ptx::shuffle(mine[s].zero, lane_ / 4 * 4 + row);
+      }
+    }
   }
 
   // ---- products ----
@@ -144,7 +158,7 @@ class Tile : TileCopies<Row, Tokens> {
     const int row = 16 * tile + 8 * i;
     Lane lane{};
     lane.bytes = rows_ + row * kStride<C>;
-    lane.scales = kPlanes ? scales_ + row * kSpans : nullptr;
+    lane.scales = nullptr;  // those of planes are in registers
     lane.tables = memory_ + at_.tables;
     lane.t = lane_ % 4;
     return lane;
@@ -153,10 +167,6 @@ class Tile : TileCopies<Row, Tokens> {
     const int first_row = row_warp_ * (kTiles * 16) + lane_ / 4;
     // Rows have an even number of bytes, so that all of a lane's, eight apart, begin at the same place of a piece.
     rows_ = this->w_stage(w_) + first_row * kStride<C> + this->skew(row0_ + first_row, chunk);
-    if constexpr (kPlanes) {
-      scales_ = scales_of(chunk) + first_row * kSpans;
-      load_scales(chunk + 1);
-    }
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
@@ -172,12 +182,18 @@ class Tile : TileCopies<Row, Tokens> {
     constexpr int kSpansOfUnit = kUnitSteps / Span;
     uint32_t a[kTiles][kUnitSteps][4];
     float scale[kTiles][kSpansOfUnit][2];
+    ScaleZero scales[kTiles][2][kSpansOfUnit];
+    if constexpr (kPlanes) take_scales(scales);
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         Operands<C::kSpan> row;
-        C::unit(lane(r, i), heads_[r][i], unit, row);
+        if constexpr (kPlanes) {
+          C::operands(lane(r, i), unit, scales[r][i][0], scales[r][i][kSpansOfUnit - 1], row);
+        } else {
+          C::unit(lane(r, i), heads_[r][i], unit, row);
+        }
 #pragma unroll
         for (int s = 0; s < kUnitSteps; ++s) {
           a[r][s][kLow0 + i] = row.halves[s][0];
@@ -255,10 +271,11 @@ class Tile : TileCopies<Row, Tokens> {
   const int lane_, row_warp_, column_warp_;
   // Of the chunk at hand: the lane's first row.
   const uint8_t* rows_;
-  const ScaleZero* scales_;
   typename C::Head heads_[kTiles][2];
   float sums_[kTiles][kGroups][4];
+  // Of planes: scales of the warp's next unit, and which comes after it.
   LoadedScaleZero loaded_[kScales];
+  int scales_unit_;
   typename ScaleRowOf<C>::Type scale_row_;
 };
 

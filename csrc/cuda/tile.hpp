@@ -48,12 +48,11 @@ BITFOLD_HOST_DEVICE constexpr int tile_x_units(int tokens, int units) {
 
 // Where a block's shared memory has what; bytes.
 struct TilePlaces {
-  int tables, scales, sums, x, w, end;
+  int tables, sums, x, w, end;
 };
 BITFOLD_HOST_DEVICE constexpr TilePlaces tile_places(ChunkSize size, int tokens, int x_stages, int w_stages) {
   TilePlaces at{};
-  at.scales = at.tables + size.tables;
-  at.sums = at.scales + 2 * kTileRows * size.row_scales;
+  at.sums = at.tables + size.tables;
   at.x = at.sums + w_stages * (tokens / 8) * size.sums;
   at.w = at.x + x_stages * tile_x_units(tokens, size.columns / kUnit) * (tokens / 8) * kUnitBytes;
   at.end = at.w + w_stages * kTileRows * size.stride;

@@ -44,7 +44,8 @@ class TileCopies {
   static constexpr int kXUnit = kGroups * kUnitBytes;
   // The sums of many tokens leave the copies few registers.
   static constexpr bool kKeepsPlaces = Tokens == kFewTokens;
-  static constexpr int kUnrolled = kKeepsPlaces ? 2 : 1;
+  static constexpr int kTurns = (kTileRows * kPieces<C> + kTileThreads - 1) / kTileThreads;  // of copying a chunk of W
+  static constexpr int kUnrolled = kKeepsPlaces ? kTurns : 1;
 
   BITFOLD_DEVICE explicit TileCopies(const TileParameter& p)
       : p_(p),
@@ -57,7 +58,7 @@ class TileCopies {
         last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)),
         next_chunk_(first_),
         next_unit_(first_ * kUnits) {
-    if constexpr (kKeepsPlaces) w_from_ = w_place(), x_from_ = x_place();
+    if constexpr (kKeepsPlaces) w_from_ = w_place();
   }
 
   BITFOLD_DEVICE uint8_t* w_stage(Ring ring) const { return memory_ + at_.w + ring.slot * (kTileRows * kStride<C>); }
@@ -103,13 +104,16 @@ class TileCopies {
         const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
         ptx::cp_async<16>(to, from - within + 16 * piece);
       }
-      piece += kPieceStep;
       from += kRowStep * p_.row_bytes;
-      to += kRowStep * kStride<C> + 16 * kPieceStep;
-      if (piece >= kPieces<C>) {
-        piece -= kPieces<C>;
-        from += p_.row_bytes;
-        to += kStride<C> - 16 * kPieces<C>;
+      to += kRowStep * kStride<C>;
+      if constexpr (kPieceStep > 0) {
+        piece += kPieceStep;
+        to += 16 * kPieceStep;
+        if (piece >= kPieces<C>) {
+          piece -= kPieces<C>;
+          from += p_.row_bytes;
+          to += kStride<C> - 16 * kPieces<C>;
+        }
       }
     }
   }
@@ -134,26 +138,35 @@ class TileCopies {
     }
   }
 
-  // The next units of x: a unit's pieces of all groups, kTileThreads at a time.
+  // Bytes of a unit of x in shared memory, where those of all groups lie together.
+  BITFOLD_DEVICE int x_unit() const { return groups_ * kUnitBytes; }
+  // The next units of x, kTileThreads pieces at a time: one run of memory where the block has all tokens.
   BITFOLD_DEVICE void copy_x() {
-    constexpr int kTurns = kXUnit / 16 / kTileThreads;
-    static_assert(kTurns * kTileThreads * 16 == kXUnit);
     if (next_unit_ >= last_ * kUnits) return;
-    const uint8_t* from = kKeepsPlaces ? x_from_ : x_place();
-    const int there = groups_ * (kUnitBytes / 16) - static_cast<int>(threadIdx.x);
+    const uint8_t* from = x_place();
     uint8_t* to = x_stage(next_x_) + 16 * static_cast<int>(threadIdx.x);
-#pragma unroll
-    for (int unit = 0; unit < kXUnits; ++unit) {
-#pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        if (turn * kTileThreads >= there) break;
-        ptx::cp_async<16>(to + unit * kXUnit + turn * kTileThreads * 16, from + turn * kTileThreads * 16);
+    if (groups_ == p_.groups) {
+      copy_run<kXUnits * kXUnit>(to, from, kXUnits * x_unit());
+    } else {
+#pragma unroll 1
+      for (int unit = 0; unit < kXUnits; ++unit) {
+        copy_run<kXUnit>(to + unit * x_unit(), from + unit * p_.groups * kUnitBytes, x_unit());
       }
-      from += p_.groups * kUnitBytes;
     }
-    if constexpr (kKeepsPlaces) x_from_ = from;
     next_x_.next(p_.shape.x_stages);
     next_unit_ += kXUnits;
+  }
+  // This thread's pieces of so many bytes, at most Most.
+  template <int Most>
+  BITFOLD_DEVICE static void copy_run(uint8_t* to, const uint8_t* from, int bytes) {
+    constexpr int kTurn = 16 * kTileThreads;
+    static_assert(Most % kTurn == 0);
+    const int there = bytes - 16 * static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int at = 0; at < Most; at += kTurn) {
+      if (at >= there) break;
+      ptx::cp_async<16>(to + at, from + at);
+    }
   }
 
   // Stages 0 ... x_stages - 2 of x are a group of copies each, and those of W are distributed over them.
@@ -198,9 +211,11 @@ class TileCopies {
     return p_.codes + (row0_ + row) * p_.row_bytes + int64_t{next_chunk_} * C::kBytes;
   }
   BITFOLD_DEVICE const uint8_t* x_place() const {
-    return p_.x + (int64_t{next_unit_} * p_.groups + group0_) * kUnitBytes + 16 * static_cast<int>(threadIdx.x);
+    const auto group =
+        static_cast<uint32_t>(next_unit_) * static_cast<uint32_t>(p_.groups) + static_cast<uint32_t>(group0_);
+    return p_.x + (uint64_t{group} * kUnitBytes + 16 * threadIdx.x);
   }
-  const uint8_t *w_from_, *x_from_;
+  const uint8_t* w_from_;
 };
 
 }  // namespace bitfold::cuda
