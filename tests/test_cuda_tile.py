@@ -1,4 +1,5 @@
-"""The kernel for 9 to 128 rows of x (csrc/cuda/linear_tile.cu), which GGUF's blocks take for fewer rows too.
+"""The kernel for 9 to 128 rows of x (csrc/cuda/linear_tile.cu); on GPUs with wgmma 33 of them are another's
+(test_cuda_wgmma.py), so the emulator is one without.
 
 Beyond what test_linear.py asks of every device: every code in every place, exact sums, the same bits whatever the
 schedule, k cut over blocks of threads, and GPUs with less shared memory.
@@ -41,9 +42,14 @@ BLOCKS = block_formats()
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
+WITHOUT_WGMMA = {"capability": 80}
+
+
 @pytest.fixture(params=GPUS)
 def gpu(request):
     with devices.use(request.param, request.node.nodeid):
+        if request.param == "emulated":
+            devices.emulated().configure(**devices.schedule(request.node.nodeid), **WITHOUT_WGMMA)
         yield request.param
 
 
@@ -147,7 +153,7 @@ def test_bits_depend_on_no_schedule(format, m, rng):
         for multiprocessors in (1, 132):
             results = []
             for schedule in schedules():
-                devices.emulated().configure(multiprocessors=multiprocessors, **schedule)
+                devices.emulated().configure(multiprocessors=multiprocessors, **schedule, **WITHOUT_WGMMA)
                 results.append(bitfold.linear(x, qtensor))
             assert_near(results[0], x, w)
             for result in results[1:]:
@@ -163,7 +169,7 @@ def test_less_shared_memory(format, m, rng):
     qtensor, w = make(rng, format, n, k)
     x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.float16)
     with devices.use("emulated"):
-        devices.emulated().configure(shared_bytes=99 * 1024, order="priority")
+        devices.emulated().configure(shared_bytes=99 * 1024, order="priority", **WITHOUT_WGMMA)
         assert_near(bitfold.linear(x, qtensor), x, w)
 
 

@@ -27,4 +27,11 @@ static_assert(covers("80-real", 80) && covers("80-real", 89) && !covers("80-real
 static_assert(covers("80-real 90a-real", 90) && !covers("90a-real", 89) && !covers("90a-real", 100));
 static_assert(covers("90a-real 90-virtual", 120) && !covers("90a-virtual", 100) && covers("75", 86) && !covers("", 90));
 
+// Whether a GPU of this capability runs code with wgmma: machine code for Hopper's own instructions, 9.0a, which it
+// takes before any other.
+constexpr bool has_wgmma(std::string_view architectures, int capability) {
+  return capability == 90 && architectures.find("90a") != std::string_view::npos;
+}
+static_assert(has_wgmma("80-real 90a-real", 90) && !has_wgmma("80-real 90-real", 90) && !has_wgmma("90a-real", 100));
+
 }  // namespace bitfold::cuda

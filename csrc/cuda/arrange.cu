@@ -3,15 +3,16 @@
 // bf16 becomes fp16 times a power of two for each token, so that its largest lies in [2^14, 2^15): all that is within
 // 2^-31 of it stays exact. fp16 stays as it is. What lies beyond k, and tokens that aren't there, are zero.
 //
-// A block has a range of chunks of a token. It looks for the largest in the whole row, eight numbers a load and many
-// loads on their way, brings its range to shared memory as it is and takes it from there in the order that is wanted.
+// A block has a range of chunks of a token: all of them where there are tokens enough. It brings its range to shared
+// memory as it is, eight numbers a load and many loads on their way, and takes it from there in the order that is
+// wanted. The largest it looks for in the whole row: the others' ranges are in the second cache by then.
 #include "cuda/tile.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostColumns = 8192;  // of a block: 16 KB
+constexpr int kMostColumns = 8192, kMostOfARow = 32768;  // of a block: 16 KB, and 64 KB where it has the whole row
 
 struct Args {
   const uint16_t* x;
@@ -20,6 +21,7 @@ struct Args {
   bool bf16;
   bool aligned;  // rows are contiguous, on 16-byte boundaries
   Order order;
+  bool wgmma;  // in whose order (wgmma.hpp)
   int chunks, groups;
   int chunks_each;  // of a block
   uint8_t* out;
@@ -51,20 +53,27 @@ BITFOLD_DEVICE uint16_t element(const Args& args, int64_t token, int64_t column)
   return ptx::load2(args.x + token * args.row_stride + column * args.column_stride);
 }
 
-// The token's exponent: its largest magnitude is looked for in the whole row.
-BITFOLD_DEVICE int find_exponent(const Args& args, Memory& memory, int64_t token) {
+BITFOLD_DEVICE uint32_t peak_of(const uint4& eight) {
+  return larger(larger(peak_of(eight.x), peak_of(eight.y)), larger(peak_of(eight.z), peak_of(eight.w)));
+}
+
+// The token's exponent: its largest magnitude is looked for in the whole row, which `row` is where the block has it.
+BITFOLD_DEVICE int find_exponent(const Args& args, Memory& memory, int64_t token, const uint16_t* row) {
   uint32_t peak = 0;
   const auto thread = static_cast<int>(threadIdx.x);
-  const int64_t eights = args.aligned ? args.k / 8 : 0;
-  const uint16_t* row = args.x + token * args.row_stride;
+  if (gridDim.y == 1) {
+    const int eights = args.chunks * args.order.columns / 8;
+    for (int i = thread; i < eights; i += kThreads)
+      peak = larger(peak, peak_of(reinterpret_cast<const uint4*>(row)[i]));
+  } else {
+    const int64_t eights = args.aligned ? args.k / 8 : 0;
+    const uint16_t* x = args.x + token * args.row_stride;
 #pragma unroll 8
-  for (int64_t i = thread; i < eights; i += kThreads) {
-    const uint4 eight = ptx::load16(row + 8 * i);
-    peak = larger(peak, larger(larger(peak_of(eight.x), peak_of(eight.y)), larger(peak_of(eight.z), peak_of(eight.w))));
-  }
+    for (int64_t i = thread; i < eights; i += kThreads) peak = larger(peak, peak_of(ptx::load16(x + 8 * i)));
 #pragma unroll 8
-  for (int64_t c = 8 * eights + thread; c < args.k; c += kThreads) {
-    peak = larger(peak, element(args, token, c) & 0x7fffu);
+    for (int64_t c = 8 * eights + thread; c < args.k; c += kThreads) {
+      peak = larger(peak, element(args, token, c) & 0x7fffu);
+    }
   }
   for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
   if (ptx::lane_id() == 0) memory.peaks[ptx::warp_id()] = peak;
@@ -96,9 +105,9 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const Args args) {
   const int chunks = smaller(args.chunks_each, args.chunks - first), columns = args.order.columns;
   memory.column[thread] = args.order.column[thread];
   copy_columns(args, token, int64_t{first} * columns, chunks * columns, row_of_block);
-  const int exponent = args.bf16 && token < args.m ? find_exponent(args, memory, token) : 0;
-  const float scale = power_of_two(exponent);
   ptx::sync_block();  // columns are there
+  const int exponent = args.bf16 && token < args.m ? find_exponent(args, memory, token, row_of_block) : 0;
+  const float scale = power_of_two(exponent);
   if (blockIdx.y == 0 && thread == 0) args.factors[token] = power_of_two(14 - exponent);
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = thread; i < args.arrivals_count; i += kThreads) args.arrivals[i] = 0;
@@ -109,25 +118,35 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const Args args) {
     return ptx::floats_to_halves(numbers.x * scale, numbers.y * scale);
   };
 
+  // Two halves of b_r, in the order of the format.
+  const auto pair_of = [&](const uint16_t* begin, int step, int t, int r) {
+    const uint8_t* two = memory.column + step * 16 + t * 4 + 2 * r;
+    return converted(begin[two[0]] | static_cast<uint32_t>(begin[two[1]]) << 16);
+  };
   const int64_t group = token / 8;
   const int row = static_cast<int>(token % 8), units = columns / kUnit;
-  // A lane's 16 bytes: b0, b1 of an even step and of the next.
-  const int quads = columns / 8;
-  for (int i = thread; i < chunks * quads; i += kThreads) {
-    const int chunk = i / quads, pair = i % quads / 4, t = i % 4;
+  // Pieces of 16 bytes: b0, b1 of an even step and of the next for a lane; or a step's b0 or b1 for four.
+  const int pieces = columns / 8;
+  for (int i = thread; i < chunks * pieces; i += kThreads) {
+    const int chunk = i / pieces, two = i % pieces / 4, t = i % 4;
     const uint16_t* begin = row_of_block + chunk * columns;
+    const int64_t unit = int64_t{first + chunk} * units + two / 2;
+    uint8_t* to = args.out + (unit * args.groups + (args.wgmma ? group / 8 * 8 : group)) * kUnitBytes;
     uint32_t words[4];
+    if (args.wgmma) {
+      const int step = 2 * two + t / 2, r = t % 2;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint8_t* two = memory.column + (2 * pair + w / 2) * 16 + t * 4 + w % 2 * 2;
-      words[w] = converted(begin[two[0]] | static_cast<uint32_t>(begin[two[1]]) << 16);
+      for (int w = 0; w < 4; ++w) words[w] = pair_of(begin, step, w, r);
+      to += (step % kUnitSteps * 2 + r) * (kQuarter * 16) + token % kQuarter * 16;
+    } else {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[w] = pair_of(begin, 2 * two + w / 2, t, w % 2);
+      to += (two % 2 * kWarp + 4 * row + t) * 16;
     }
-    const int64_t unit = int64_t{first + chunk} * units + pair / 2;
-    auto* to = reinterpret_cast<uint4*>(args.out + (unit * args.groups + group) * kUnitBytes);
-    to[pair % 2 * kWarp + 4 * row + t] = {words[0], words[1], words[2], words[3]};
+    *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
   }
 
-  // Sums over sub-blocks, a 32nd of them, as a half and the rest: [chunk][group][lane] as the step for minima wants it.
+  // Sums over sub-blocks, a 32nd of them, as a half and the rest: as the step for minima wants it.
   const int mins = args.order.mins;
   for (int i = thread; i < chunks * mins; i += kThreads) {
     const int chunk = i / mins, sub = i % mins, width = columns / mins;
@@ -140,12 +159,17 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const Args args) {
     sum *= 1.0f / 32.0f;
     const uint16_t high = ptx::float_to_half(sum);
     const uint16_t low = ptx::float_to_half(sum - ptx::half_to_float(high));
-    auto* to = reinterpret_cast<uint16_t*>(args.sums) +
-               (int64_t{first + chunk} * args.groups + group) * (kWarp * mins / 2) +
-               (4 * row + sub % 8 / 2) * (mins / 2);
-    const int place = sub / 8 * 2 + sub % 2;
-    to[place] = high;
-    to[mins / 4 + place] = low;
+    auto* to = reinterpret_cast<uint16_t*>(args.sums) + int64_t{first + chunk} * args.groups * (kWarp * mins / 2);
+    int to_low;        // halves from one to the other
+    if (args.wgmma) {  // [quarter][high or low][8 sub-blocks][token][sub-block]
+      to += group / 8 * (kQuarter * 2 * mins) + (sub / 8 * kQuarter + token % kQuarter) * 8 + sub % 8;
+      to_low = kQuarter * mins;
+    } else {  // [group][lane]
+      to += group * (kWarp * mins / 2) + (4 * row + sub % 8 / 2) * (mins / 2) + sub / 8 * 2 + sub % 2;
+      to_low = mins / 4;
+    }
+    to[0] = high;
+    to[to_low] = low;
   }
 }
 
@@ -153,6 +177,7 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const Args args) {
 // is for.
 int chunks_of_a_block(const Order& order, int64_t tokens, int64_t chunks) {
   const int64_t parts = larger<int64_t>(2 * gpu().multiprocessors / tokens, 1);
+  if (parts == 1 && chunks * order.columns <= kMostOfARow) return static_cast<int>(larger<int64_t>(chunks, 1));
   return static_cast<int>(larger<int64_t>(smaller<int64_t>(ceil_div(chunks, parts), kMostColumns / order.columns), 1));
 }
 
@@ -170,6 +195,7 @@ void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stre
       .aligned = x.column_stride == 1 && (x.row_stride % 8 == 0 || x.rows == 1) &&
                  reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
       .order = order,
+      .wgmma = p.shape.wgmma,
       .chunks = p.chunks,
       .groups = p.groups,
       .chunks_each = each,

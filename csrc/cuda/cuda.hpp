@@ -13,6 +13,7 @@ struct Gpu {
   int capability;  // 90 for 9.0
   int multiprocessors;
   int64_t shared_bytes;  // that a block may ask for
+  bool wgmma;            // the GPU has it, and this build code for it
 };
 // The current device.
 Gpu gpu();

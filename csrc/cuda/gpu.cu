@@ -1,4 +1,5 @@
 // The current device.
+#include "cuda/architectures.hpp"
 #include "cuda/cuda.hpp"
 #include "cuda/device.hpp"
 
@@ -7,6 +8,7 @@ namespace bitfold::cuda {
 Gpu gpu() {
   Gpu gpu;
   describe_device(gpu.capability, gpu.multiprocessors, gpu.shared_bytes);
+  gpu.wgmma = has_wgmma(BITFOLD_CUDA_ARCHITECTURES, gpu.capability);
   return gpu;
 }
 

@@ -11,7 +11,7 @@ void linear_floor(const LinearArgs& args, Stream stream);
 // m <= kRows.
 void linear_rows(const LinearArgs& args, Stream stream);
 
-// kRows < m <= kTile.
+// Regimes Tile and Wgmma.
 int64_t linear_tile_workspace(const LinearArgs& args);
 void linear_tile(const LinearArgs& args, void* workspace, Stream stream);
 

@@ -10,21 +10,24 @@ namespace {
 // The floor also takes what has no columns, where y is the bias.
 Regime regime(const LinearArgs& args) {
   if (args.w.k == 0) return Regime::Floor;
-  return plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype).regime;
+  return plan_linear(args.w.format, args.w.layout, args.x.rows, args.w.n, args.x.dtype, gpu().wgmma).regime;
 }
 bool empty(const LinearArgs& args) { return args.x.rows == 0 || args.w.n == 0; }
 
 }  // namespace
 
 int64_t linear_workspace(const LinearArgs& args) {
-  return !empty(args) && regime(args) == Regime::Tile ? linear_tile_workspace(args) : 0;
+  if (empty(args)) return 0;
+  const Regime chosen = regime(args);
+  return chosen == Regime::Tile || chosen == Regime::Wgmma ? linear_tile_workspace(args) : 0;
 }
 
 void linear(const LinearArgs& args, void* workspace, Stream stream) {
   if (empty(args)) return;
   switch (regime(args)) {
     case Regime::Rows: return linear_rows(args, stream);
-    case Regime::Tile: return linear_tile(args, workspace, stream);
+    case Regime::Tile:
+    case Regime::Wgmma: return linear_tile(args, workspace, stream);
     case Regime::Floor: return linear_floor(args, stream);
     case Regime::Matmul: throw std::logic_error("torch multiplies here: the border decodes");
   }

@@ -1,4 +1,5 @@
-// y = x W^T + b for 9 to 128 tokens: W is read once, and every weight of it decoded once in each block of threads.
+// y = x W^T + b for 9 to 128 tokens (more are linear_wgmma.hpp's, where there is wgmma): W is read once, and every
+// weight of it decoded once in each block of threads.
 //
 // W is the A operand, 16 rows at a time, and x is B, 8 tokens at a time, so that a weight meets all tokens of the block
 // while it is in registers. Packed bytes come to shared memory as they lie in memory, chunk by chunk, several chunks
@@ -7,6 +8,7 @@
 // Everything is added in an order that the shape alone determines.
 #include "cuda/chunk_blocks_large.hpp"
 #include "cuda/chunk_planes.hpp"
+#include "cuda/linear_wgmma.hpp"
 #include "cuda/tile_copies.hpp"
 #include "cuda/tile_sums.hpp"
 
@@ -86,7 +88,7 @@ class Tile : TileCopies<Row, Tokens> {
       }
       w_.next(p_.shape.w_stages);
     }
-    TileSums<Tokens>(p_, memory_, group0_).finish(sums_);
+    TileSums<Tokens>(p_, memory_, group0_).finish([&](float* out) { put_sums(out); });
   }
 
  private:
@@ -268,6 +270,30 @@ class Tile : TileCopies<Row, Tokens> {
     }
   }
 
+  // The warps that share rows add theirs up in turn. Who this is, is asked again: nothing is kept for it.
+  BITFOLD_DEVICE void put_sums(float* out) const {
+    for (int turn = 0; turn < kColumnWarps; ++turn) {
+      if (turn == ptx::warp_id() / kRowWarps) put_mine(out, turn > 0);
+      ptx::sync_block();
+    }
+  }
+  BITFOLD_DEVICE void put_mine(float* out, bool add) const {
+    const int lane = ptx::lane_id(), row_warp = ptx::warp_id() % kRowWarps;
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 8 * j + lane % 4 * 2 + i % 2;
+          const int row = 16 * (row_warp * kTiles + r) + lane / 4 + 8 * (i / 2);
+          float& place = out[token * kOutStride + row];
+          place = add ? ptx::add(place, sums_[r][j][i]) : sums_[r][j][i];
+        }
+      }
+    }
+  }
+
   const int lane_, row_warp_, column_warp_;
   // Of the chunk at hand: the lane's first row.
   const uint8_t* rows_;
@@ -279,21 +305,15 @@ class Tile : TileCopies<Row, Tokens> {
   typename ScaleRowOf<C>::Type scale_row_;
 };
 
-template <int Row, int Tokens>
-__global__ void __launch_bounds__(kTileThreads, Tokens == kFewTokens ? 2 : 1)
-    linear_tile_kernel(const TileParameter p) {
-  Tile<Row, Tokens>(p).run();
+template <int Row>
+__global__ void __launch_bounds__(kTileThreads, 2) linear_tile_kernel(const TileParameter p) {
+  Tile<Row, kFewTokens>(p).run();
 }
-
-template <int Row, int Tokens>
-void launch_tile(const TileParameter& p, Stream stream) {
-  launch({.grid = {static_cast<unsigned>(p.shape.row_blocks), static_cast<unsigned>(p.shape.splits),
-                   static_cast<unsigned>(p.shape.token_blocks)},
-          .block = kTileThreads,
-          .shared_bytes = p.shape.shared_bytes,
-          .name = "linear_tile",
-          .stream = stream},
-         linear_tile_kernel<Row, Tokens>, p);
+// More tokens: one kernel, with the code that a GPU is best at.
+template <int Row>
+__global__ void __launch_bounds__(kWgmma ? kWgmmaThreads : kTileThreads, 1) linear_many_kernel(const TileParameter p) {
+  if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row>(p);
+  else Tile<Row, kManyTokens>(p).run();
 }
 
 }  // namespace
@@ -320,8 +340,14 @@ PlaneMatrix tile_planes<BITFOLD_PART>(const Weight& w) {
 }
 template <>
 void tile_launch<BITFOLD_PART>(const TileParameter& p, Stream stream) {
-  if (p.shape.tokens == kFewTokens) return launch_tile<BITFOLD_PART, kFewTokens>(p, stream);
-  return launch_tile<BITFOLD_PART, kManyTokens>(p, stream);
+  const bool few = p.shape.tokens == kFewTokens;
+  launch({.grid = {static_cast<unsigned>(p.shape.row_blocks), static_cast<unsigned>(p.shape.splits),
+                   static_cast<unsigned>(p.shape.token_blocks)},
+          .block = p.shape.wgmma ? kWgmmaThreads : kTileThreads,
+          .shared_bytes = p.shape.shared_bytes,
+          .name = few ? "linear_tile" : "linear_many",
+          .stream = stream},
+         few ? linear_tile_kernel<BITFOLD_PART> : linear_many_kernel<BITFOLD_PART>, p);
 }
 
 }  // namespace bitfold::cuda

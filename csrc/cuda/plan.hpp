@@ -7,25 +7,42 @@
 
 namespace bitfold::cuda {
 
-enum class Regime : uint8_t { Rows, Tile, Matmul, Floor };
+enum class Regime : uint8_t { Rows, Tile, Wgmma, Matmul, Floor };
 
 struct LinearPlan {
   Regime regime;
   const char* reason;
 };
 
-// The largest batches of the two kernels that decode in registers.
+// The largest batches of the two kernels that decode in registers; with wgmma the second's is smaller.
 inline constexpr int64_t kRows = 8;
-inline constexpr int64_t kTile = 128;
+inline constexpr int64_t kTile = 128, kTileBesideWgmma = 32;
 
-// Columns that share a scale in the kernel for up to kTile rows: two of its steps, or four where codes are narrow.
+// Columns that share a scale in the kernels for more than kRows rows: two of its steps, or four where codes are narrow.
 constexpr int64_t tile_group_multiple(const Format& format) { return format.bits() < 4 ? 64 : 32; }
 constexpr bool tile_supports(const Format& format) {
   return format.group < 1 || format.group % tile_group_multiple(format) == 0 || format.is_block();
 }
 
-// x is taken as the numbers that it holds; products of 8-bit whole numbers are the CPU's alone.
-constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, DType activations) {
+// Whether more rows than kTileBesideWgmma are better multiplied by wgmma with weights decoded in registers, or decoded
+// once and multiplied by torch. Clocks of a multiprocessor, of 1.8 GHz, for 64 columns of 128 rows of W and 64 of x:
+// torch's product takes 365 of them (256 of wgmma, 0.7 of whose rate cuBLAS has), and so does bitfold's, but Q6_K's,
+// whose sums are scaled every 16 columns: its 900 instructions for 128 rows of x take four schedulers 450. Beside them,
+// of the 18 bytes that a multiprocessor gets of memory in a clock: torch's product needs weights of 16 bits written,
+// bitfold's x in another order, read and written.
+constexpr bool wgmma_wins(const Format& format, int64_t m, int64_t n) {
+  constexpr int64_t kProduct = 365, kProductQ6K = 450, kBytesPerClock = 18;
+  if (m <= kTile) return true;
+  const int64_t more = format.row == kQ6K ? kProductQ6K - kProduct : 0;
+  const int64_t decoding = 128 * 64 * (16 + format.bits()) / 8 / kBytesPerClock;
+  const int64_t arranging = 64 * 64 * 4 * 128 / kBytesPerClock / (n > 0 ? n : 1);
+  return (m + 63) / 64 * (more + arranging) <= decoding;
+}
+
+// x is taken as the numbers that it holds; products of 8-bit whole numbers are the CPU's alone. wgmma: whether the GPU
+// has it, and code for it.
+constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, int64_t n, DType activations,
+                                 bool wgmma) {
   if (activations == DType::F64) return {Regime::Floor, "float64 is computed in float64"};
   if (activations == DType::F32) return {Regime::Floor, "tensor cores would round float32 activations"};
   if (layout == Layout::Flat) return {Regime::Floor, "blocks straddle rows"};
@@ -33,20 +50,22 @@ constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m,
   if (m <= kRows) return {Regime::Rows, "a batch of at most 8 rows is bound by reading the weight"};
   if (!tile_supports(format))
     return {Regime::Matmul, "the group is no multiple of 32 columns (of codes below 4 bits: 64)"};
+  if (wgmma && m > kTileBesideWgmma && wgmma_wins(format, m, n))
+    return {Regime::Wgmma, "a batch of more than 32 rows is multiplied by wgmma, with weights decoded in registers"};
   if (m <= kTile) return {Regime::Tile, "a batch of at most 128 rows shares each weight decoded in registers"};
   return {Regime::Matmul, "a larger batch is bound by multiplying: decoded once, then torch's product"};
 }
 
 // dx = dy W. There is no kernel that multiplies by tensor cores here.
 constexpr LinearPlan plan_grad_x(const Format& format, Layout layout, int64_t m, DType gradient) {
-  const LinearPlan forward = plan_linear(format, layout, m, gradient);
+  const LinearPlan forward = plan_linear(format, layout, m, 0, gradient, false);
   if (forward.regime == Regime::Floor || forward.regime == Regime::Matmul) return forward;
   if (m <= kRows) return {Regime::Floor, "a batch of at most 8 rows is less work than a decoded weight"};
   return {Regime::Matmul, "a larger batch shares the decoded weight: decoded once, then torch's product"};
 }
 
 constexpr const char* to_string(Regime regime) {
-  constexpr const char* kNames[] = {"rows", "tile", "matmul", "floor"};
+  constexpr const char* kNames[] = {"rows", "tile", "wgmma", "matmul", "floor"};
   return kNames[static_cast<int>(regime)];
 }
 

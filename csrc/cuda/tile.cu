@@ -1,15 +1,20 @@
-// Products with 9 to 128 tokens: how the kernel is cut, where its workspace has what, and which unit has the format.
+// Products with more than 8 tokens: how the kernels are cut, where a workspace has what, which unit has the format.
 #include <array>
 #include <stdexcept>
 #include <utility>
 
 #include "cuda/kernels.hpp"
+#include "cuda/plan.hpp"
 #include "cuda/tile.hpp"
+#include "cuda/wgmma.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
 // ---- the shape ----
+
+constexpr int64_t kReserved = 1024;  // bytes of shared memory of each block, by CUDA
+constexpr int64_t kMostSplits = 16;
 
 // Stages as many as fit, at most four; of x first. Those of W go at least as far ahead.
 bool fit_stages(ChunkSize size, int64_t room, TileShape* shape) {
@@ -28,10 +33,10 @@ bool fit_stages(ChunkSize size, int64_t room, TileShape* shape) {
 
 // Blocks wait for one another in waves, and each costs about two chunks beside its own.
 int choose_splits(int64_t blocks, int64_t chunks, int64_t slots) {
-  constexpr int64_t kMost = 16, kOverhead = 2;
+  constexpr int64_t kOverhead = 2;
   int best = 1;
   int64_t least = 0;
-  for (int64_t splits = 1; splits <= smaller(kMost, larger<int64_t>(chunks / 2, 1)); ++splits) {
+  for (int64_t splits = 1; splits <= smaller(kMostSplits, larger<int64_t>(chunks / 2, 1)); ++splits) {
     const int64_t waves = ceil_div(blocks * splits, slots);
     const int64_t cost = waves * (ceil_div(chunks, splits) + kOverhead + (splits > 1 ? 1 : 0));
     if (splits == 1 || cost < least) least = cost, best = static_cast<int>(splits);
@@ -42,7 +47,6 @@ int choose_splits(int64_t blocks, int64_t chunks, int64_t slots) {
 }  // namespace
 
 TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  constexpr int64_t kReserved = 1024;  // of each block, by CUDA
   const int64_t half = (gpu.shared_bytes + kReserved) / 2 - kReserved;
   TileShape shape{};
   int per_multiprocessor = 1;
@@ -64,6 +68,64 @@ TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu&
   shape.splits = choose_splits(int64_t{shape.row_blocks} * shape.token_blocks, ceil_div<int64_t>(k, size.columns),
                                int64_t{gpu.multiprocessors} * per_multiprocessor);
   return shape;
+}
+
+// ---- the shape with wgmma ----
+
+namespace {
+
+// Clocks of a unit: a warpgroup's products take 32 for each step and quarter, in which the other one's can't run. It
+// decodes, and waits for what it multiplied, in about 270 more.
+constexpr int64_t wgmma_clocks(int64_t quarters) {
+  constexpr int64_t kProducts = 32 * kUnitSteps, kBeside = 270;
+  return larger(2 * kProducts * quarters, kProducts * quarters + kBeside);
+}
+
+bool fit_wgmma(ChunkSize size, int64_t room, TileShape* shape) {
+  // Of x, of W: x for some units, and W for a chunk more than what is multiplied.
+  constexpr int kStages[][2] = {{8, 4}, {8, 3}, {6, 3}, {4, 4}, {4, 3}, {4, 2}, {3, 3}, {3, 2}, {2, 2}};
+  static_assert(kStages[0][0] <= kWgmmaStages && kStages[0][1] <= kWgmmaStages);
+  for (const auto& [x, w] : kStages) {
+    const WgmmaPlaces at = wgmma_places(size, shape->tokens, x, w);
+    shape->x_stages = x;
+    shape->w_stages = w;
+    shape->shared_bytes = larger<int64_t>(at.end, at.out + int64_t{4} * shape->tokens * kOutStride);
+    if (shape->shared_bytes <= room) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+TileShape wgmma_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  // What a block costs beside its units, in clocks: its start and its end; and adding up the sums of others.
+  constexpr int64_t kBegin = 3000, kEnd = 1000, kAddUp = 1500;
+  const int64_t quarters = bitfold::ceil_div(m, int64_t{kQuarter}), units = ceil_div<int64_t>(k, kUnit);
+  const int64_t chunks = ceil_div<int64_t>(k, size.columns);
+  TileShape best{};
+  int64_t least = 0;
+  for (const int each : {4, 2, 1}) {
+    if (each > size.quarters) continue;
+    TileShape shape{};
+    shape.wgmma = true;
+    shape.tokens = each * kQuarter;
+    if (!fit_wgmma(size, gpu.shared_bytes, &shape)) continue;
+    shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, kTileRows));
+    shape.token_blocks = static_cast<int>(ceil_div<int64_t>(quarters, each));
+    const int64_t most = smaller<int64_t>(each, quarters);
+    for (int64_t splits = 1; splits <= smaller(kMostSplits, larger<int64_t>(chunks / 2, 1)); ++splits) {
+      const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks * splits;
+      const int64_t waves = ceil_div<int64_t>(blocks, gpu.multiprocessors);
+      const int64_t cost = waves * (ceil_div(units, splits) * wgmma_clocks(most) + kBegin + most * kEnd +
+                                    (splits > 1 ? most * kAddUp : 0));
+      if (least != 0 && cost >= least) continue;
+      least = cost;
+      shape.splits = static_cast<int>(splits);
+      best = shape;
+    }
+  }
+  if (least == 0) throw std::runtime_error("linear_wgmma: this GPU has too little shared memory");
+  return best;
 }
 
 namespace {
@@ -99,7 +161,7 @@ struct Workspace {
 };
 Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_t k) {
   const auto aligned = [](int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; };
-  const int64_t groups = tile_groups(m), chunks = ceil_div<int64_t>(k, size.columns);
+  const int64_t groups = tile_groups(shape, m), chunks = ceil_div<int64_t>(k, size.columns);
   const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks;
   const bool split = shape.splits > 1;
   Workspace at{};
@@ -111,12 +173,18 @@ Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_
   return at;
 }
 
+TileShape shape_of(ChunkSize size, const LinearArgs& args) {
+  const Gpu device = gpu();
+  const auto shape = device.wgmma && args.x.rows > kTileBesideWgmma ? wgmma_shape : tile_shape;
+  return shape(size, args.x.rows, args.w.n, args.w.k, device);
+}
+
 }  // namespace
 
 int64_t linear_tile_workspace(const LinearArgs& args) {
   if (args.w.n == 0) return 0;
   const ChunkSize size = unit_of(args.w.format.row).chunk();
-  const TileShape shape = tile_shape(size, args.x.rows, args.w.n, args.w.k, gpu());
+  const TileShape shape = shape_of(size, args);
   return workspace_of(size, shape, args.x.rows, args.w.k).end;
 }
 
@@ -124,7 +192,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
   if (args.w.n == 0) return;
   const Unit& unit = unit_of(args.w.format.row);
   const ChunkSize size = unit.chunk();
-  const TileShape shape = tile_shape(size, args.x.rows, args.w.n, args.w.k, gpu());
+  const TileShape shape = shape_of(size, args);
   const Workspace at = workspace_of(size, shape, args.x.rows, args.w.k);
   auto* base = static_cast<uint8_t*>(workspace);
   const TileParameter parameter{
@@ -141,7 +209,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .sums = base + at.sums,
       .factors = reinterpret_cast<const float*>(base + at.factors),
       .m = args.x.rows,
-      .groups = static_cast<int>(tile_groups(args.x.rows)),
+      .groups = static_cast<int>(tile_groups(shape, args.x.rows)),
       .bias = args.bias,
       .y = args.y,
       .dtype = args.x.dtype,

@@ -22,6 +22,13 @@ inline constexpr int kFewTokens = 32, kManyTokens = 128;
 // Bytes of x in order: 8 tokens, one unit.
 inline constexpr int kUnitBytes = 2 * kWarp * 16;
 
+// The kernel with wgmma (wgmma.hpp) has tokens by quarters: one is the B of a product, and 8 KB of a unit.
+inline constexpr int kQuarter = 64;
+// Scales of every step leave no registers for more than two.
+template <class C>
+inline constexpr int kMostQuartersOf = C::kSpan == 1 ? 2 : 4;
+inline constexpr int kQuarterBytes = kQuarter / 8 * kUnitBytes;
+
 // What the shape depends on of a format.
 struct ChunkSize {
   int columns;
@@ -29,12 +36,14 @@ struct ChunkSize {
   int sums;        // bytes of sums of x for 8 tokens of a chunk
   int row_scales;  // bytes of scales for a row of a chunk
   int tables;      // bytes that all warps look up
+  int quarters;    // of a block with wgmma, at most
 
   constexpr int units() const { return columns / kUnit; }
 };
 
 struct TileShape {
-  int tokens;              // of a block: kFewTokens or kManyTokens
+  bool wgmma;              // the kernel of wgmma.hpp
+  int tokens;              // of a block: kFewTokens or kManyTokens; with wgmma whole quarters
   int x_stages, w_stages;  // that wait in shared memory
   int splits;              // of k, over blocks
   int row_blocks, token_blocks;
@@ -62,9 +71,13 @@ BITFOLD_HOST_DEVICE constexpr TilePlaces tile_places(ChunkSize size, int tokens,
 inline constexpr int kOutStride = kTileRows + 4;
 
 TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu);
+TileShape wgmma_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu);
 
-// Of 8 tokens each, in whole pairs.
-constexpr int64_t tile_groups(int64_t m) { return 2 * bitfold::ceil_div(m, int64_t{16}); }
+// Of 8 tokens each, in whole pairs; with wgmma in whole quarters.
+constexpr int64_t tile_groups(const TileShape& shape, int64_t m) {
+  const int64_t tokens = shape.wgmma ? kQuarter : 16;
+  return tokens / 8 * bitfold::ceil_div(m, tokens);
+}
 
 // Columns of a chunk in the order of its operands: entry ((unit * 4 + step) * 4 + t) * 4 + half.
 struct Order {
@@ -95,7 +108,7 @@ struct TileParameter {
   bool wide_groups;  // whether 128 columns share a scale
   bool whole_units;  // whether 64 do
 
-  const uint8_t* x;      // [unit][group][2][lane] 16 bytes
+  const uint8_t* x;      // [unit][group][2][lane] 16 bytes, or as wgmma.hpp says
   const uint8_t* sums;   // [chunk][group][lane] hi and lo of sums
   const float* factors;  // of tokens: what their sums are multiplied with, times 2^-14
   int64_t m;

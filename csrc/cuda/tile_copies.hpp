@@ -20,7 +20,7 @@ inline constexpr int kSumBytes = kWarp * C::kMins;
 template <class C>
 BITFOLD_HOST_DEVICE constexpr ChunkSize chunk_size() {
   const int row_scales = C::kPlanes ? C::kColumns / 32 * static_cast<int>(sizeof(ScaleZero)) : 0;
-  return {C::kColumns, kStride<C>, kSumBytes<C>, row_scales, C::kTables};
+  return {C::kColumns, kStride<C>, kSumBytes<C>, row_scales, C::kTables, kMostQuartersOf<C>};
 }
 
 struct alignas(1024) Bytes {

@@ -1,53 +1,53 @@
-// The tile kernel's way out (linear_tile.cu): the warps' sums meet in shared memory, those of several ranges of k in
-// memory, and become y.
+// The way out of kernels with tiles (linear_tile.cu, linear_wgmma.hpp): sums that have met in shared memory, those of
+// several ranges of k in memory, become y.
 #pragma once
 
 #include "cuda/tile.hpp"
 
 namespace bitfold::cuda {
 
+inline constexpr int kSumsBarrier = 1;
+
+// Of the first kTileThreads threads of the block, which have its sums. Tokens: of the block, or 0 where the shape says.
 template <int Tokens>
 class TileSums {
-  static constexpr int kGroups = Tokens / 8;
-
  public:
-  // memory: all of the block's, which nobody looks at any more; first_group: of 8 tokens.
+  // memory: the block's, but what others may still look at; first_group: of 8 tokens.
   BITFOLD_DEVICE TileSums(const TileParameter& p, uint8_t* memory, int first_group)
       : p_(p), memory_(memory), row0_(int64_t{blockIdx.x} * kTileRows), group0_(first_group) {}
 
-  BITFOLD_DEVICE void finish(const float (&warp_sums)[kTiles][kGroups][4]) const {
+  // put(out) writes the block's sums to out[token * kOutStride + row] and comes back when all are there.
+  template <class Put>
+  BITFOLD_DEVICE void finish(const Put& put_sums) const {
     auto* out = reinterpret_cast<float*>(memory_);
-    ptx::sync_block();  // all copies have arrived, and all stages were looked at
-    for (int turn = 0; turn < kColumnWarps; ++turn) {
-      if (turn == ptx::warp_id() / kRowWarps) put_sums(out, warp_sums, turn > 0);
-      ptx::sync_block();
-    }
+    sync();  // all copies have arrived, and all stages were looked at
+    put_sums(out);
     constexpr int kQuads = kTileRows / 4;
-    const int count = static_cast<int>(smaller<int64_t>(Tokens, p_.m - int64_t{group0_} * 8)) * kQuads;
+    const int count = static_cast<int>(smaller<int64_t>(tokens(), p_.m - int64_t{group0_} * 8)) * kQuads;
     const auto sums = [&](int i) { return reinterpret_cast<const float4*>(out + i / kQuads * kOutStride)[i % kQuads]; };
     if (p_.shape.splits == 1) {
       for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads)
         put(sums(i), i / kQuads, i % kQuads * 4);
       return;
     }
-    constexpr int kSize = Tokens * kTileRows;
+    const int size = tokens() * kTileRows;
     const auto block = static_cast<int>(blockIdx.z * gridDim.x + blockIdx.x);
-    float* partial = p_.partial + int64_t{block} * p_.shape.splits * kSize;
+    float* partial = p_.partial + int64_t{block} * p_.shape.splits * size;
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
-      reinterpret_cast<float4*>(partial + int64_t{blockIdx.y} * kSize)[i] = sums(i);
+      reinterpret_cast<float4*>(partial + int64_t{blockIdx.y} * size)[i] = sums(i);
     }
     ptx::fence();
-    ptx::sync_block();  // all sums are written before the block counts, and nobody looks at `out` any more
+    sync();  // all sums are written before the block counts, and nobody looks at `out` any more
     auto& arrived = *reinterpret_cast<uint32_t*>(memory_);
     if (threadIdx.x == 0) arrived = ptx::atomic_add(p_.arrivals + block, 1u);
-    ptx::sync_block();
+    sync();
     if (arrived != static_cast<uint32_t>(p_.shape.splits) - 1) return;
     ptx::fence();
     // The last to come adds all of them, in their order.
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
       float4 sum = ptx::load_written16(partial + i * 4);
       for (int s = 1; s < p_.shape.splits; ++s) {
-        const float4 more = ptx::load_written16(partial + int64_t{s} * kSize + i * 4);
+        const float4 more = ptx::load_written16(partial + int64_t{s} * size + i * 4);
         sum.x = ptx::add(sum.x, more.x), sum.y = ptx::add(sum.y, more.y);
         sum.z = ptx::add(sum.z, more.z), sum.w = ptx::add(sum.w, more.w);
       }
@@ -56,21 +56,14 @@ class TileSums {
   }
 
  private:
-  BITFOLD_DEVICE static void put_sums(float* out, const float (&sums)[kTiles][kGroups][4], bool add) {
-    const int lane = ptx::lane_id(), row_warp = ptx::warp_id() % kRowWarps;
-#pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = 8 * j + lane % 4 * 2 + i % 2;
-          const int row = 16 * (row_warp * kTiles + r) + lane / 4 + 8 * (i / 2);
-          float& place = out[token * kOutStride + row];
-          place = add ? ptx::add(place, sums[r][j][i]) : sums[r][j][i];
-        }
-      }
-    }
+  BITFOLD_DEVICE int tokens() const {
+    if constexpr (Tokens > 0) return Tokens;
+    else return p_.shape.tokens;
+  }
+  // Those who have sums: the whole block, or all of it but the warpgroup that copies.
+  BITFOLD_DEVICE static void sync() {
+    if constexpr (Tokens > 0) ptx::sync_block();
+    else ptx::bar_sync(kSumsBarrier, kTileThreads);
   }
 
   // Four rows of W and one token.

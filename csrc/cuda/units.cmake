@@ -40,6 +40,9 @@ target_link_libraries(bitfold_cuda_emulated PUBLIC bitfold_formats bitfold_cuda_
 foreach(unit IN LISTS BITFOLD_CUDA_UNITS BITFOLD_CUDA_EXACT_UNITS)
   if(unit MATCHES "^(${BITFOLD_EMULATED_UNITS})$")
     cuda_unit(${unit} cpp source)
+    if(unit STREQUAL gpu)
+      set_source_files_properties(${source} PROPERTIES COMPILE_DEFINITIONS BITFOLD_CUDA_ARCHITECTURES="90a")
+    endif()
     target_sources(bitfold_cuda_emulated PRIVATE ${source})
   endif()
 endforeach()
@@ -47,6 +50,7 @@ endforeach()
 if(BITFOLD_HAVE_CUDA)
   add_library(bitfold_cuda STATIC ${BITFOLD_CUDA_HOST})
   target_link_libraries(bitfold_cuda PUBLIC bitfold_formats)
+  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
   # The functions of csrc/formats are constexpr, which makes them the device's too; -lineinfo costs nothing at run time and
   # tells profilers and sanitizers the line.
   target_compile_options(bitfold_cuda PRIVATE
@@ -54,6 +58,9 @@ if(BITFOLD_HAVE_CUDA)
     "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${BITFOLD_WERROR}>>:-Werror=all-warnings>")
   foreach(unit IN LISTS BITFOLD_CUDA_UNITS BITFOLD_CUDA_EXACT_UNITS)
     cuda_unit(${unit} cu source)
+    if(unit STREQUAL gpu)
+      set_source_files_properties(${source} PROPERTIES COMPILE_DEFINITIONS BITFOLD_CUDA_ARCHITECTURES="${architectures}")
+    endif()
     target_sources(bitfold_cuda PRIVATE ${source})
     if(unit IN_LIST BITFOLD_CUDA_EXACT_UNITS)
       # 1675: csrc/search has pragmas that only the C++ compilers know.

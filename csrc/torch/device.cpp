@@ -173,6 +173,12 @@ int Device::capability() const {
   return capability;
 }
 
+bool Device::wgmma() const {
+  bool wgmma = false;
+  on(gpu_, [&] { wgmma = cuda::gpu().wgmma; }, [] {});
+  return wgmma;
+}
+
 // What only the CPU has: the border has said so already where `gpu_` holds.
 void Device::linear_fp8(LinearFp8Args args) const {
   args.linear.parallel_for = parallel_for;

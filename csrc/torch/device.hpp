@@ -41,6 +41,7 @@ class Device {
   void linear_fp8(LinearFp8Args args) const;  // the CPU's
   void round_fp8(RoundFp8Args args) const;
   int capability() const;  // 90 for a GPU of 9.0; the emulator has none and does all that is asked of it
+  bool wgmma() const;      // whether the GPU and this build have it
   int64_t block_shape(const Format& format, int64_t* levels) const;  // columns with a step of their own
   void block_grid(cpu::BlockGridArgs args) const;
   void put_block_codes(cpu::BlockCodesArgs args) const;

@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.hpp"
 #include "cpu/plan.hpp"
+#include "cuda/architectures.hpp"
 #include "cuda/plan.hpp"
 #include "formats/format.hpp"
 #include "formats/kv.hpp"
@@ -85,11 +86,11 @@ py::dict format_info(const std::string& text) {
 }
 
 // On a GPU: tensor cores multiply halves, bf16 activations among them scaled by row.
-py::dict linear_plan_on_gpu(const Format& format, Layout layout, int64_t m, const std::string& dtype,
-                            Activations kind) {
+py::dict linear_plan_on_gpu(const Format& format, Layout layout, int64_t m, int64_t n, const std::string& dtype,
+                            Activations kind, bool wgmma) {
   if (kind != Activations::Float)
     throw std::invalid_argument("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
-  const cuda::LinearPlan plan = cuda::plan_linear(format, layout, m, parse_dtype(dtype));
+  const cuda::LinearPlan plan = cuda::plan_linear(format, layout, m, n, parse_dtype(dtype), wgmma);
   py::dict info;
   info["regime"] = cuda::to_string(plan.regime);
   info["reason"] = plan.reason;
@@ -101,11 +102,18 @@ py::dict linear_plan_on_gpu(const Format& format, Layout layout, int64_t m, cons
 }
 
 py::dict linear_plan(const std::string& format, const std::string& layout, int64_t m, int64_t n, int64_t k,
-                     const std::string& dtype, const std::string& activations, bool gpu) {
+                     const std::string& dtype, const std::string& activations, int capability) {
   if (m < 0 || n < 0 || k < 0) throw std::invalid_argument("m, n and k must not be negative");
   const Format parsed = parse_format(format);
   const Activations kind = parse_activations(activations, parsed);
-  if (gpu) return linear_plan_on_gpu(parsed, parse_layout(layout), m, dtype, kind);
+  if (capability > 0) {
+#ifdef BITFOLD_HAVE_CUDA
+    const bool wgmma = cuda::has_wgmma(BITFOLD_CUDA_ARCHITECTURES, capability);
+#else
+    const bool wgmma = capability == 90;
+#endif
+    return linear_plan_on_gpu(parsed, parse_layout(layout), m, n, dtype, kind, wgmma);
+  }
   const cpu::LinearPlan plan = cpu::plan_linear(parsed, parse_layout(layout), m, parse_dtype(dtype), kind);
   py::dict info;
   info["regime"] = cpu::to_string(plan.regime);
@@ -170,8 +178,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("parse_format", &format_info, py::arg("text"),
              "A format string, parsed: its parameters and the laws of its planes.");
   module.def("plan_linear", &linear_plan, py::arg("format"), py::arg("layout"), py::arg("m"), py::arg("n"),
-             py::arg("k"), py::arg("dtype"), py::arg("activations"), py::arg("gpu"),
-             "Which kernel multiplies m rows of activations.");
+             py::arg("k"), py::arg("dtype"), py::arg("activations"), py::arg("capability"),
+             "Which kernel multiplies m rows of activations; capability: a GPU's, 90 for 9.0, or 0 for the CPU.");
   module.def("kv_formats", &kv_formats, "The formats of the KV cache.");
   module.def("kv_block", &kv_block, py::arg("format"), py::arg("group"), py::arg("head"), py::arg("value_group"),
              "Where the parts of a block of the KV cache begin (csrc/formats/kv.hpp).");

@@ -317,7 +317,8 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& planes, const std::str
   const std::optional<Tensor> dense_bias = read_bias(device, bias, x, n);
   if (device.gpu() && kind != Activations::Float)
     fail("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
-  if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, rows.dtype).regime == cuda::Regime::Matmul) {
+  if (device.gpu() && cuda::plan_linear(w.format, w.layout, rows.rows, w.n, rows.dtype, device.wgmma()).regime ==
+                          cuda::Regime::Matmul) {
     // As a matrix: of a vector or of many dimensions torch rounds the product before it adds the bias.
     const Tensor matrix = torch::stable::reshape(x, {rows.rows, k});
     const Tensor y = torch_product("aten::linear", torch::stable::contiguous(matrix),

@@ -332,7 +332,7 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
 class LinearPlan:
     """What `linear` runs: a function of format, layout, sizes, dtype and device (plan.hpp of csrc/cpu and csrc/cuda).
 
-    regime: "fused", "tiled" or "floor", on a GPU "rows", "tile", "matmul" or "floor"; reason: why that one;
+    regime: "fused", "tiled" or "floor", on a GPU "rows", "tile", "wgmma", "matmul" or "floor"; reason: why that one;
     operands: the dtype that activations and decoded weights have when they are multiplied ("bfloat16" and "float16"
     round the weights, "float32" and "float64" don't; "int8" and "int16" round the activations, block by block); isa:
     the instruction set that runs it, or "cuda".
@@ -342,6 +342,12 @@ class LinearPlan:
     reason: str
     operands: str
     isa: str
+
+
+def _capability(device: torch.device | str) -> int:
+    """Of a CUDA device, 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
 
 
 def plan_linear(
@@ -355,7 +361,7 @@ def plan_linear(
     activations: str = "float",
 ) -> LinearPlan:
     """The kernel for an [m, k] x of `dtype` and an [n, k] matrix in `format`; runs nothing, and needs no GPU for a
-    plan on "cuda".
+    plan on "cuda": where there is none, it is that of an H100.
 
     Raises ValueError for a device that has no kernels, and activations that the format can't be multiplied with there:
     "int8" is GGUF's blocks' alone here, for linear_int8 has no plans to choose from.
@@ -372,6 +378,6 @@ def plan_linear(
             k,
             str(dtype).removeprefix("torch."),
             activations,
-            kind == "cuda",
+            _capability(device) if kind == "cuda" else 0,
         )
     )

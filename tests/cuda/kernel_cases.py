@@ -37,6 +37,7 @@ class Case:
     outliers: str = ""  # linear_int8: some of "found", "per_row", "copied", "static"
     round: bool = True  # gptq_columns: to the format's grid
     multiprocessors: int = 2
+    capability: int = 90  # of the GPU
 
     def __str__(self) -> str:
         shape = f"{self.m}x{self.n}x{self.k}" if self.m else f"{self.n}x{self.k}"
@@ -45,6 +46,7 @@ class Case:
         words += ["infinite"] if self.infinite else []
         words += self.outliers.split()
         words += [] if self.round else ["free"]
+        words += [] if self.capability == 90 else [f"sm{self.capability}"]
         return "-".join([*words, *(["flat"] if self.layout == "flat" else [])])
 
 
@@ -94,10 +96,10 @@ ROWS = [
     linear("int4-g32", 5, 33, 544),  # pieces of 32 columns
     linear("nf4-b64-dq", 1, 17, 192),
 ]  # fmt: skip
-TILE = [  # the largest first: ThreadSanitizer gets the last of each format
-    linear("int4-g128", 80, 140, 1024, "bf16", multiprocessors=132),
-    linear("q4_k", 128, 130, 1024, multiprocessors=1),
-    *(linear(format, m, 75, 512, dtype) for format in (*PLANES, *block_formats())
+TILE = [  # the largest first: ThreadSanitizer gets the last of each format; without wgmma
+    linear("int4-g128", 80, 140, 1024, "bf16", multiprocessors=132, capability=80),
+    linear("q4_k", 128, 130, 1024, multiprocessors=1, capability=80),
+    *(linear(format, m, 75, 512, dtype, capability=80) for format in (*PLANES, *block_formats())
       for m, dtype in ((9, "bf16"), (40, "fp16"))),
     *(linear(format, 3, 33, 288 if columns_of_a_block(format) == 32 else 256, "bf16", bias=True)
       for format in block_formats()),
@@ -107,6 +109,20 @@ TILE = [  # the largest first: ThreadSanitizer gets the last of each format
       for format in ("int4-g128-asym", "q4_k", "q6_k")),
     linear("nf4-b64-dq", 16, 17, 192),
     linear("int4-g32", 9, 128, 288),  # whole rows that end within a chunk
+]  # fmt: skip
+WGMMA = [  # the largest first, as above
+    linear("int4-g128", 300, 520, 256, "bf16", multiprocessors=1),  # blocks of 256 tokens and of 44
+    linear("q4_k", 190, 400, 256, multiprocessors=1),  # three quarters
+    linear("nf4-b64", 130, 330, 128, "bf16", bias=True, multiprocessors=1),
+    linear("nf4-b64", 40, 75, 1280, "bf16", multiprocessors=1),  # more chunks than stages
+    *(linear(format, 70, 140, 1024, "bf16", multiprocessors=132)  # k over several blocks
+      for format in ("int4-g128-asym", "q4_k", "q6_k", "q2_k")),
+    *(linear(format, m, 75, 512, dtype) for format in (*PLANES, *block_formats())
+      for m, dtype in ((65, "bf16"), (40, "fp16"))),
+    *(linear(format, 33, 33, 296, "bf16", bias=True)
+      for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
+    *(linear(format, 66, 150, 288, "fp16", bias=True) for format in ("q4_0", "q8_0", "mxfp4")),
+    linear("int4-g32", 40, 128, 288),  # whole rows that end within a chunk
 ]  # fmt: skip
 INT8 = [
     *(
@@ -207,6 +223,7 @@ KV_ATTENTION = [
 KERNELS = {
     "linear_rows": ROWS,
     "linear_tile": TILE,
+    "linear_wgmma": WGMMA,
     "linear_int8": INT8,
     "linear_floor": FLOOR,
     "linear_grad_x": GRAD,
@@ -358,7 +375,7 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
         "n": case.n,
         "k": case.k,
     }
-    values |= {"dtype": case.dtype, "multiprocessors": case.multiprocessors}
+    values |= {"dtype": case.dtype, "multiprocessors": case.multiprocessors, "capability": case.capability}
     dtype = DTYPES[case.dtype]
 
     def normal(*shape: int) -> torch.Tensor:

@@ -426,6 +426,7 @@ void check(const char* path, int schedules) {
   for (int i = 0; i < schedules; ++i) {
     cuda::emulator::config() = cuda::emulator::schedule(i);
     cuda::emulator::config().multiprocessors = static_cast<int>(file.number("multiprocessors"));
+    cuda::emulator::config().capability = static_cast<int>(file.number("capability"));
     Outputs outputs = run(file);
     compare(file, outputs);
     if (i == 0) {

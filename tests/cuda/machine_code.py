@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def is_tile(kernel: Kernel) -> bool:
     return kernel.name.startswith("linear_tile_kernel")
 
 
+def is_many(kernel: Kernel) -> bool:
+    return kernel.name.startswith("linear_many_kernel")
+
+
+def is_wgmma(kernel: Kernel) -> bool:
+    """Of the two codes for many rows that which is Hopper's: it has no products of single warps."""
+    return is_many(kernel) and not kernel.has("HMMA")
+
+
 def copied(kernel: Kernel) -> str:
     """How many bits of packed bytes an asynchronous copy takes to shared memory; none where codes are read one by one.
     A piece of int3 is 24 bytes."""
@@ -132,7 +142,7 @@ def copied(kernel: Kernel) -> str:
         return ""
     if is_rows(kernel) and "PlaneFragments<6," in kernel.name:
         return "64"
-    return "128" if is_rows(kernel) or is_tile(kernel) else ""
+    return "128" if is_rows(kernel) or is_tile(kernel) or is_many(kernel) else ""
 
 
 def is_gptq(kernel: Kernel) -> bool:
@@ -147,7 +157,7 @@ def is_int8(kernel: Kernel) -> bool:
 FAST = (
     "linear_rows",
     "linear_tile",
-    "linear_wgmma",
+    "linear_many",
     "arrange",
     "int8_",
     "decode",
@@ -158,7 +168,7 @@ FAST = (
 
 
 # Bytes of stack of those that keep a register or two there all the same, outside of their inner loops.
-SPILLED = {"linear_tile_kernel<5, 32>": 8, "linear_tile_kernel<11, 32>": 8}
+SPILLED = {"linear_tile_kernel<5>": 8, "linear_tile_kernel<11>": 8}
 
 
 def spills(kernel: Kernel) -> bool:
@@ -174,10 +184,25 @@ def products_of_a_load(kernel: Kernel) -> float:
     return counts["FFMA"] / counts["LDS"]
 
 
+def waits_for_all(loop: list[Instruction]) -> int:
+    """How often a loop waits for all products of a warpgroup: once, but where the compiler couldn't tell their
+    registers from others' and waits for each."""
+    return sum(i.code.startswith("WARPGROUP.DEPBAR") and i.operands.endswith("0x0") for i in loop)
+
+
 # A property of a kernel, and what is to be said where it doesn't hold.
 EXPECTED = [
     (lambda k: not k.name.startswith(FAST) or not spills(k), "it has a stack: registers are spilled"),
-    (lambda k: not (is_rows(k) or is_tile(k)) or k.has("HMMA", "16816", "F32"), "no products of halves with fp32 sums"),
+    (lambda k: not (is_rows(k) or is_tile(k) or (is_many(k) and not is_wgmma(k))) or k.has("HMMA", "16816", "F32"),
+     "no products of halves with fp32 sums"),
+    (lambda k: not is_wgmma(k) or k.has("HGMMA", "64x64x16", "F32"), "no products of warpgroups with fp32 sums"),
+    (lambda k: not is_wgmma(k) or all(re.match(r"R\d+, R\d+, gdesc", i.operands) for i in k.code if i.name == "HGMMA"),
+     "products of warpgroups don't take W from registers"),
+    (lambda k: not is_wgmma(k) or all(waits_for_all(loop) <= 1 for loop in k.inner_loops("HGMMA")),
+     "products of warpgroups are waited for one by one"),
+    (lambda k: not is_wgmma(k) or k.has("UBLKCP"), "no bulk copies"),
+    # kAtStart of wgmma.hpp: with others a block's warpgroups would wait for registers that aren't there.
+    (lambda k: not is_wgmma(k) or (k.registers == 168 and k.has("USETMAXREG")), "it doesn't begin with 168 registers"),
     (lambda k: not copied(k) or k.has("LDGSTS", copied(k)), "no asynchronous copies of 16 bytes (int3: 8)"),
     (lambda k: not k.name.startswith("linear_rows_kernel<PlaneFragments<5,") or k.has("LOP3", "LUT"),
      "codes aren't taken apart by LOP3"),
@@ -189,7 +214,8 @@ EXPECTED = [
      "loads from shared memory serve fewer than three products"),
     (lambda k: not is_int8(k) or k.has("IMMA", "16832", "S8"), "no products of bytes"),
     (lambda k: not is_int8(k) or k.has("LDGSTS", "128"), "no asynchronous copies of 16 bytes"),
-    (lambda k: not (is_rows(k) or is_tile(k)) or not k.has("ATOMG", "ADD", "F32"), "sums are added by atomics"),
+    (lambda k: not (is_rows(k) or is_tile(k) or is_many(k)) or not k.has("ATOMG", "ADD", "F32"),
+     "sums are added by atomics"),
 ]  # fmt: skip
 
 
@@ -226,6 +252,9 @@ LOOPS = [
     ("ChunkFragments<10>, 1", "Any", "q4_0", 4.5, 0),
     ("ChunkFragments<19>, 1", "Any", "q6_k", 6.5625, 0),
 ]
+# Kernels for more rows with wgmma: their rows of the format table, and the steps of 16 columns that share a scale.
+WGMMAS = [(5, 4, "int4-g128"), (5, 2, "int4-g32"), (8, 4, "nf4-b64"), (10, 2, "q4_0"), (17, 4, "q4_k"),
+          (21, 2, "iq4_xs"), (19, 1, "q6_k")]  # fmt: skip
 TILES = {5: "int4-g128", 8: "nf4-b64", 10: "q4_0", 17: "q4_k", 21: "iq4_xs", 19: "q6_k"}
 
 
@@ -288,11 +317,34 @@ def print_loops(kernels: list[Kernel]) -> None:
     )
     rows = []
     for row, format in TILES.items():
-        (kernel,) = (k for k in kernels if k.name == f"linear_tile_kernel<{row}, 32>")
+        (kernel,) = (k for k in kernels if k.name == f"linear_tile_kernel<{row}>")
         code = max(kernel.inner_loops("HMMA"), key=lambda loop: count(loop)["HMMA"])
         parts = [count(code)[name] for name in ("HMMA", "FFMA", "LDS")]
         rows.append((format, len(code), *parts, len(code) - sum(parts)))
     print_table("format, instructions, mma, FFMA, loads from shared memory, everything else", rows)
+    print_table("format, rows of x, instructions, HGMMA, FFMA, loads from shared memory, everything else, "
+                "clocks of products, clocks of instructions", list(wgmma_rows(kernels)))  # fmt: skip
+
+
+def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
+    """Of a unit of 64 columns, for 64, 128 and 256 rows of x; clocks of a multiprocessor's two warpgroups."""
+    for row, span, format in WGMMAS:
+        found = [k for k in kernels if k.name == f"linear_many_kernel<{row}>" and is_wgmma(k)]
+        for loop in reversed([loop for k in found for loop in k.inner_loops("HGMMA")]):
+            counts = count(loop)
+            quarters, rest = divmod(counts["HGMMA"], 4)
+            if quarters == 3 or rest or counts["FFMA"] != 32 * quarters * 4 // span or len(loop) > 500:
+                continue  # a loop around others, or of other scales
+            parts = [counts[name] for name in ("HGMMA", "FFMA", "LDS")]
+            yield (
+                format,
+                64 * quarters,
+                len(loop),
+                *parts,
+                len(loop) - sum(parts),
+                256 * quarters,
+                2 * len(loop),
+            )
 
 
 if __name__ == "__main__":

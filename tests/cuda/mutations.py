@@ -32,7 +32,9 @@ class Mutation(NamedTuple):
 
 # Which cases run a file's code; the first that matches.
 CASES = {
-    r"linear_tile\.cu|tile_.*\.hpp|arrange\.cu|chunk.*\.hpp": ("linear_tile",),
+    r"linear_tile\.cu|tile_copies\.hpp|chunk.*\.hpp": ("linear_tile",),
+    r"arrange\.cu|tile_sums\.hpp": ("linear_tile", "linear_wgmma"),
+    r"linear_wgmma\.hpp|wgmma.*\.hpp": ("linear_wgmma",),
     r"linear_rows\.cu|tokens\.hpp|fragments.*\.hpp": ("linear_rows",),
     r"linear_floor\.cu": ("linear_floor", "linear_grad_x"),
     r"int8_.*\.cu|int8\.hpp": ("linear_int8",),
@@ -55,15 +57,10 @@ UNSEEN = {
         4,
     ): "a block of threads comes back for more after 2^20 others alone",
     (
-        "tile_sums.hpp",
-        "ptx::sync_block();",
-        3,
-    ): "only a block beside it sees sums too early; here they take turns",
-    (
-        "int8_tile.cu",
-        "ptx::sync_block();",
-        2,
-    ): "only a block beside it sees sums too early; here they take turns",
+        "linear_wgmma.hpp",
+        "ptx::sync_warp();",
+        1,
+    ): "the warp's products come after all that its lanes look at, and are its lanes' together",
 }
 
 DROPPED = [
@@ -146,11 +143,11 @@ WRONG = [
     ("tile_copies.hpp", "row0_ + kTileRows <= p_.n", "row0_ <= p_.n"),
     ("tile_copies.hpp", "smaller(within + length - at, 16)", "16"),
     ("tile_copies.hpp", "smaller<int64_t>(row0_ + row, p_.n - 1)", "row0_ + row"),
-    ("tile_sums.hpp", "turn > 0", "turn > 1"),
+    ("linear_tile.cu", "turn > 0", "turn > 1"),
     ("linear_tile.cu", "part * kXUnits + q", "part * kXUnits"),
     ("linear_tile.cu", "chunk % kColumnWarps == column_warp_", "column_warp_ == 0 || chunk > 0"),
     ("linear_tile.cu", "scale[i / 2]", "scale[i % 2]"),
-    ("tile_sums.hpp", "lane % 4 * 2 + i % 2", "lane % 4 * 2 + i / 2"),
+    ("linear_tile.cu", "lane % 4 * 2 + i % 2", "lane % 4 * 2 + i / 2"),
     ("tile_sums.hpp", "static_cast<uint32_t>(p_.shape.splits) - 1", "0"),
     ("tile_sums.hpp", "row + i >= p_.n", "row + i > p_.n"),
     (
@@ -161,6 +158,35 @@ WRONG = [
     ("arrange.cu", "14 - (field - 127)", "16 - (field - 127)"),
     ("arrange.cu", "sub % 8 / 2", "sub % 8 / 4"),
     ("chunk_planes.hpp", "s < 2 || kNarrow ? first.zero : second.zero", "first.zero"),
+    # linear_wgmma: stages and their phases, quarters, steps, spans and whose sums
+    ("wgmma_copies.hpp", "parity ^= 1", "parity"),
+    (
+        "wgmma_copies.hpp",
+        "static_cast<int>(blockIdx.z) * (p.shape.tokens / kQuarter)",
+        "static_cast<int>(blockIdx.z)",
+    ),
+    ("wgmma_copies.hpp", "p.groups / 8 - quarter0_", "p.shape.tokens / kQuarter"),
+    ("wgmma_copies.hpp", "chunk + 1 < p_.chunks", "true"),
+    ("wgmma_copies.hpp", "row0_ + kTileRows <= p_.n", "row0_ <= p_.n"),
+    ("wgmma_copies.hpp", "smaller(within + length - at, 16)", "16"),
+    ("wgmma_copies.hpp", "smaller<int64_t>(row0_ + row, p_.n - 1)", "row0_ + row"),
+    ("wgmma_copies.hpp", "i > 0 && p_.wide_groups", "i > 0"),
+    ("wgmma_copies.hpp", "thread_ * kSpans + begin", "thread_ * kSpans"),
+    ("wgmma_copies.hpp", "smaller(first + i, end)", "first + i"),
+    ("wgmma_copies.hpp", "unit * (p_.groups / 8) + quarter0_", "unit * (p_.groups / 8)"),
+    ("wgmma_copies.hpp", "chunk * p_.groups + quarter0_ * 8", "chunk * p_.groups"),
+    ("wgmma_copies.hpp", "quarters_ * 8 * kSumBytes<C>", "8 * kSumBytes<C>"),
+    ("linear_wgmma.hpp", "j / Quarters * Span + i", "i"),
+    ("linear_wgmma.hpp", "j % Quarters * kQuarterBytes", "0"),
+    ("linear_wgmma.hpp", "scale[(j - 1) / Quarters]", "scale[0]"),
+    ("linear_wgmma.hpp", "scale[i / 2 % 2]", "scale[i % 2]"),
+    ("linear_wgmma.hpp", "q * 8 * kSumBytes<C>", "0"),
+    ("linear_wgmma.hpp", "kQuarter / 8 * kCoreBytes", "kCoreBytes"),
+    ("linear_wgmma.hpp", "row_ + 8 * (i / 2 % 2)", "row_ + 8 * (i % 2)"),
+    ("linear_wgmma.hpp", "quarter0_ * (kQuarter / 8)", "0"),
+    ("arrange.cu", "group / 8 * 8", "0"),
+    ("arrange.cu", "step % kUnitSteps * 2 + r", "step % kUnitSteps * 2"),
+    ("arrange.cu", "kQuarter * mins", "kQuarter * mins / 2"),
     # int8: strips, lists, parts, pieces, and whose outlier
     ("int8_round.cu", "column < op.k && reaches(op, int8_x(op, row, column))", "column < op.k"),
     ("int8_round.cu", "begin + op.flag_rows", "begin + op.flag_rows - 1"),

@@ -20,8 +20,15 @@ def tile_has(format: str) -> bool:
     return group <= 0 or group % (64 if format.startswith(("int2", "int3")) else 32) == 0
 
 
+@pytest.fixture
+def capability(monkeypatch):
+    """capability(80): plans are those of such a GPU."""
+    return lambda number: monkeypatch.setattr(bitfold.qtensor, "_capability", lambda device: number)
+
+
 @pytest.mark.parametrize("format", some_formats() + block_formats())
-def test_regimes(format):
+def test_regimes_without_wgmma(format, capability):
+    capability(80)
     for dtype in HALVES:
         regimes = [plan(format, m, 64, 256, dtype).regime for m in (0, 1, 8, 9, 128, 129, 4096)]
         if format in ("fp16", "bf16"):
@@ -29,6 +36,29 @@ def test_regimes(format):
         else:
             tile = "tile" if tile_has(format) else "matmul"
             assert regimes == ["rows", "rows", "rows", tile, tile, "matmul", "matmul"]
+
+
+@pytest.mark.parametrize("format", some_formats() + block_formats())
+def test_regimes_with_wgmma(format, capability):
+    """More than 128 rows are its own where W has so many that bringing x into order is less than decoding W."""
+    capability(90)
+    for dtype in HALVES:
+        regimes = [plan(format, m, 8192, 256, dtype).regime for m in (8, 32, 33, 128, 129, 512, 4096, 16384)]
+        few = [plan(format, m, 1024, 256, dtype).regime for m in (33, 128, 512, 4096)]
+        if format in ("fp16", "bf16"):
+            assert set(regimes + few) == {"matmul"}
+        elif not tile_has(format):
+            assert regimes == ["rows"] + 7 * ["matmul"]
+        elif format == "q6_k":
+            assert regimes == ["rows", "tile", "wgmma", "wgmma", "wgmma", "wgmma", "matmul", "matmul"]
+            assert few == ["wgmma", "wgmma", "matmul", "matmul"]
+        else:
+            assert regimes == ["rows", "tile"] + 5 * ["wgmma"] + ["matmul"]
+            assert few == ["wgmma", "wgmma", "wgmma", "matmul"]
+
+
+@pytest.mark.parametrize("format", some_formats() + block_formats())
+def test_the_floor(format):
     for dtype in (torch.float32, torch.float64):
         for m in (1, 9, 4096):
             assert plan(format, m, 64, 256, dtype).regime == "floor"
@@ -39,6 +69,7 @@ def test_what_a_plan_says():
     for m, dtype, operands in (
         (1, torch.bfloat16, "float16"),
         (9, torch.float16, "float16"),
+        (40, torch.bfloat16, "float16"),
         (999, torch.bfloat16, "bfloat16"),
     ):
         found = plan("int4", m, 64, 256, dtype)

@@ -78,11 +78,11 @@ def test_meta_tensors_and_plans_need_no_gpu():
 planes = [plane.to("meta") for plane in bitfold.encode(torch.ones(8, 64), "nf4").planes.values()]
 y = torch.ops.bitfold.linear(torch.empty(3, 64, device="meta"), planes, "nf4", 8, 64)
 print(tuple(y.shape), end=";")
-print([bitfold.plan_linear("int4-g128", m, 8, 256, torch.bfloat16, device="cuda").regime for m in (1, 64, 512)])
+print([bitfold.plan_linear("int4-g128", m, 8, 256, torch.bfloat16, device="cuda").regime for m in (1, 32, 64, 512)])
 """
     ).split(";")
     assert shape == "(3, 8)"
-    assert json.loads(regimes.replace("'", '"')) == ["rows", "tile", "matmul"]
+    assert json.loads(regimes.replace("'", '"')) == ["rows", "tile", "wgmma", "matmul"]
 
 
 def test_a_stream_that_torch_does_not_tell_is_an_error():

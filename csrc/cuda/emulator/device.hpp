@@ -41,6 +41,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+// Both ways of a kernel that has two are compiled, and the host chooses.
+inline constexpr bool kWgmma = true;
+BITFOLD_DEVICE bool wgmma_where(bool chosen) { return chosen; }
+
 // The block's dynamic shared memory as T, aligned to 1024 bytes and full of Config::poison at the start.
 template <class T>
 BITFOLD_DEVICE T& shared(const emulator::Where& where = emulator::Where::current()) {

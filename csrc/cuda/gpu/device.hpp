@@ -11,6 +11,18 @@
 
 namespace bitfold::cuda {
 
+// Whether this code is a GPU's with wgmma. A kernel that has another body for other GPUs asks wgmma_where(chosen),
+// which is a constant here, so that only one of them is compiled; `chosen` is what the host knows of the GPU.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool kWgmma = true;
+#else
+inline constexpr bool kWgmma = false;
+#endif
+BITFOLD_DEVICE constexpr bool wgmma_where(bool chosen) {
+  static_cast<void>(chosen);
+  return kWgmma;
+}
+
 // The block's dynamic shared memory as T, aligned to 1024 bytes; it holds nothing defined at the start.
 template <class T>
 BITFOLD_DEVICE T& shared() {

@@ -1,0 +1,183 @@
+"""The kernel for more than 32 rows of x on GPUs with wgmma (csrc/cuda/linear_wgmma.hpp).
+
+Beyond what test_linear.py asks of every device: every code in every place, exact sums, the same bits whatever the
+schedule, blocks of one to four quarters of 64 rows, k cut over blocks of threads, and little shared memory. More
+than 128 rows need a W of so many rows that the plan takes this kernel (test_cuda_plan.py).
+"""
+
+from __future__ import annotations
+
+import bitfold
+import devices
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, random_planes, to_qtensor
+from test_cuda_tile import (
+    BLOCKS,
+    GPUS,
+    PLANES,
+    assert_near,
+    assert_same,
+    make,
+    rounded,
+    schedules,
+    whole,
+)
+
+pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no GPU and no emulator")
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request):
+    with devices.use(request.param, request.node.nodeid):
+        yield request.param
+
+
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_every_weight_is_where_its_column_is(gpu, format, rng):
+    """x of ones and zeros picks columns of W: exact but for rounding (twice where a type has minima, or a table)."""
+    n, k = 70, whole(format, 320)
+    qtensor, w = make(rng, format, n, k)
+    for first in range(0, k, 128):
+        x = torch.eye(k, dtype=torch.float16)[first : first + 128]
+        expected = rounded(w.T[first : first + 128], torch.float16)
+        y = bitfold.linear(x, qtensor)
+        if format in BLOCKS or format.startswith(("nf4", "fp4")):
+            torch.testing.assert_close(y, expected, rtol=2.0**-10, atol=2.0**-20)
+        else:
+            assert_same(y, expected)
+
+
+@pytest.mark.parametrize("format", [format for format in PLANES if format.startswith("int")])
+def test_sums_of_small_whole_numbers_are_exact(gpu, format, rng):
+    n, k = 450, 416
+    qtensor, w = make(rng, format, n, k, scales=np.array([0.125, 0.25, 0.5, 1.0, -1.0]))
+    for m, dtype in ((33, torch.bfloat16), (64, torch.float16), (65, torch.float16), (200, torch.bfloat16)):
+        x = torch.from_numpy(rng.integers(-3, 4, (m, k))).to(dtype)
+        bias = torch.from_numpy(rng.integers(-9, 10, n)).to(dtype)
+        exact = x.double().numpy() @ w.astype(np.float64).T + bias.double().numpy()
+        assert_same(bitfold.linear(x, qtensor, bias), rounded(exact, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_accuracy(gpu, format, dtype, rng):
+    """Ragged rows, columns and tokens, k that ends within a chunk or in one short of the pipeline."""
+    for m, n, k in (
+        (33, 1, 33),
+        (64, 130, 288),
+        (65, 128, 1056),
+        (128, 40, 96),
+        (137, 330, 288),
+        (260, 550, 128),
+    ):
+        qtensor, w = make(rng, format, n, whole(format, k))
+        x = torch.from_numpy(rng.standard_normal((m, w.shape[1]))).to(DTYPES[dtype])
+        bias = torch.from_numpy(rng.standard_normal(n)).to(DTYPES[dtype]) if m % 2 else None
+        assert_near(bitfold.linear(x, qtensor, bias), x, w, bias)
+
+
+@pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's multiprocessors can't be chosen")
+@pytest.mark.parametrize("format", ["int4-g128", "int4-g32-asym", "q5_k"])
+def test_blocks_of_every_size(format, rng):
+    """One multiprocessor takes blocks as large as there are: of one to four quarters, and what is left of the last."""
+    n, k = 640, 256
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((330, k))).to(torch.bfloat16)
+    with devices.use("emulated"):
+        devices.emulated().configure(multiprocessors=1, order="priority")
+        together = bitfold.linear(x, qtensor)
+        assert_near(together, x, w)
+        for m in (40, 100, 129, 192, 200, 257, 330):
+            assert_same(bitfold.linear(x[:m], qtensor), together[:m])
+
+
+@pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's schedule can't be chosen")
+@pytest.mark.parametrize("m", [40, 100])
+@pytest.mark.parametrize(
+    "format", ["int4-g128-asym", "nf4-b64-dq", "int8-g32", "q2_k", "q4_k", "q6_k", "mxfp4"]
+)
+def test_bits_depend_on_no_schedule(format, m, rng):
+    """Blocks, warps and lanes in any order, copies late or early; k over several blocks on many multiprocessors."""
+    n, k = 140, 1024
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
+    with devices.use("emulated"):
+        for multiprocessors in (1, 132):
+            results = []
+            for schedule in schedules():
+                devices.emulated().configure(multiprocessors=multiprocessors, **schedule)
+                results.append(bitfold.linear(x, qtensor))
+            assert_near(results[0], x, w)
+            for result in results[1:]:
+                assert_same(result, results[0])
+
+
+@pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's shared memory can't be chosen")
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_less_shared_memory(format, rng):
+    """As if a block had 99 KB: fewer stages, and fewer tokens where they don't fit."""
+    n, k, m = 140, whole(format, 768), 120
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.float16)
+    with devices.use("emulated"):
+        devices.emulated().configure(shared_bytes=99 * 1024, order="priority", multiprocessors=1)
+        assert_near(bitfold.linear(x, qtensor), x, w)
+
+
+@pytest.mark.parametrize("format", ["int4-g64", "q4_k", "q5_1", "mxfp4"])
+def test_bf16_beyond_the_range_of_fp16(gpu, format, rng):
+    """Each row has a power of two of its own; an infinity, a NaN and zeros stay what they are, and in their rows."""
+    n, k = 24, 256
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((70, k))).to(torch.bfloat16)
+    sizes = torch.tensor([1e30, 1e-30, 1.0, 3e-38, 1e34, 1e-20, 1e10, 2.0, 0.0])
+    x[:9] = (x[:9].float() * sizes[:, None]).to(torch.bfloat16)
+    x[9, 100], x[68, 200] = float("inf"), float("nan")
+    y = bitfold.linear(x, qtensor)
+    exact = x[:9].double().numpy() @ w.astype(np.float64).T
+    error = np.linalg.norm(y[:9].double().numpy() - exact, axis=1)
+    assert (error <= 4e-3 * np.linalg.norm(exact, axis=1) + 2.0**-134 * np.sqrt(n)).all()
+    assert not torch.isfinite(y[9]).any()
+    assert torch.isnan(y[68]).all()
+    assert_near(y[10:68], x[10:68], w)
+    assert_near(y[69:], x[69:], w)
+
+
+@pytest.mark.parametrize("format", ["int4-g128", "nf4-b64", "int8-channel-sfp32"])
+def test_huge_and_tiny_scales(gpu, format, rng):
+    """Scales at the ends of fp16 (of fp32), beside one another: nothing overflows or vanishes before the result."""
+    n, k, m = 40, 256, 35
+    ends = [2.0**15, 6e-8] if "sfp32" not in format else [1e30, 1e-30]
+    qtensor, w = make(rng, format, n, k, scales=np.array(ends))
+    x = torch.from_numpy(rng.standard_normal((m, k)) * 2.0**-4).to(torch.bfloat16)
+    y = bitfold.linear(x, qtensor)
+    exact = x.double().numpy() @ w.astype(np.float64).T
+    size = np.sqrt((x.double().numpy() ** 2) @ (w.astype(np.float64) ** 2).T)
+    assert (np.abs(y.double().numpy() - exact) <= 2.0**-7 * np.maximum(size, np.abs(exact))).all()
+
+
+@pytest.mark.parametrize("format", ["int4-g64", "int3-g64", "q6_k", "mxfp4"])
+def test_views_of_x(gpu, format, rng):
+    """x transposed, stepped over and from an odd place has the bits of a contiguous one."""
+    n, m, k = 19, 41, 256
+    qtensor, _ = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.float16)
+    expected = bitfold.linear(x, qtensor)
+    shifted = torch.zeros(m * k + 1, dtype=x.dtype)[1:].view(m, k).copy_(x)
+    stepped = torch.zeros(2 * m, 3 * k, dtype=x.dtype)[::2, ::3].copy_(x)
+    for view in (x.t().contiguous().t(), shifted, stepped):
+        assert_same(bitfold.linear(view, qtensor), expected)
+
+
+@pytest.mark.parametrize("format", ["fp8-e4m3-channel", "fp8-e5m2-channel"])
+def test_what_is_no_number_stays_in_its_row(gpu, format, rng):
+    """The last row but one ends in a NaN, which lies where the copies of the row before it end."""
+    n, k = 20, 40
+    planes = random_planes(rng, format, n, k)
+    codes = rng.integers(0, 0x78, (n, k)).astype(np.uint8)
+    codes[5, 0], codes[9, k - 1] = 0x7F, 0xFF
+    qtensor = to_qtensor(planes | {"codes": codes}, format, n, k)
+    y = bitfold.linear(torch.ones(34, k, dtype=torch.bfloat16), qtensor)
+    assert torch.equal(torch.isnan(y).any(0).nonzero().flatten(), torch.tensor([5, 9]))
