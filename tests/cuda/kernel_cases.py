@@ -122,7 +122,7 @@ WGMMA = [  # the largest first, as above
     *(linear(format, 33, 33, 296, "bf16", bias=True)
       for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
     *(linear(format, 66, 150, 288, "fp16", bias=True) for format in ("q4_0", "q8_0", "mxfp4")),
-    linear("int4-g32", 40, 128, 288),  # whole rows that end within a chunk
+    linear("int4-g32", 70, 128, 288, multiprocessors=1),  # ends within a chunk; scales of 32 columns, two quarters
 ]  # fmt: skip
 INT8 = [
     *(
