@@ -386,7 +386,9 @@ def test_threads_and_a_stop_change_no_byte(recipe, source, text, made, tmp_path,
     assert contents(tmp_path / "q") == contents(made(recipe))
 
 
-@pytest.mark.parametrize("recipe", ["llm-int8", "smoothquant-w8a8-static"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("llm-int8", marks=pytest.mark.slow), "smoothquant-w8a8-static"]
+)
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(recipe, source, text, made, tmp_path):
     quantize_with_kills(source, tmp_path / "q", recipe, text, "ram")
     assert contents(tmp_path / "q") == contents(made(recipe))
