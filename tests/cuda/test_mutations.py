@@ -41,7 +41,7 @@ def test_without_a_mistake_all_cases_pass(name: str, run):
 
 def numbered():
     for number, mutation in enumerate(MUTATIONS, 1):
-        marks = [pytest.mark.xfail(reason=mutation.unseen)] if mutation.unseen else []
+        marks = [pytest.mark.xfail(reason=mutation.unseen, strict=True)] if mutation.unseen else []
         yield pytest.param(number, id=str(mutation), marks=marks)
 
 
