@@ -91,10 +91,9 @@ def assert_near(y: torch.Tensor, x: torch.Tensor, w: np.ndarray, bias: torch.Ten
     assert error <= TOLERANCE[y.dtype] * max(np.linalg.norm(exact), np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
-def test_every_weight_is_where_its_column_is(gpu, format, rng):
+def assert_columns_in_place(rng: np.random.Generator, format: str, n: int) -> None:
     """x of ones and zeros picks columns of W: exact but for rounding (twice where a type has minima, or a table)."""
-    n, k = 21, whole(format, 320)
+    k = whole(format, 320)
     qtensor, w = make(rng, format, n, k)
     for first in range(0, k, 128):
         x = torch.eye(k, dtype=torch.float16)[first : first + 128]
@@ -106,15 +105,26 @@ def test_every_weight_is_where_its_column_is(gpu, format, rng):
             assert_same(y, expected)
 
 
-@pytest.mark.parametrize("format", [format for format in PLANES if format.startswith("int")])
-def test_sums_of_small_whole_numbers_are_exact(gpu, format, rng):
-    n, k = 150, 416
+def assert_whole_sums_exact(rng: np.random.Generator, format: str, n: int, batches: tuple) -> None:
+    """Sums of small whole numbers, for batches of (rows of x, its dtype)."""
+    k = 416
     qtensor, w = make(rng, format, n, k, scales=np.array([0.125, 0.25, 0.5, 1.0, -1.0]))
-    for m, dtype in ((9, torch.float16), (17, torch.bfloat16), (33, torch.float16), (80, torch.bfloat16)):
+    for m, dtype in batches:
         x = torch.from_numpy(rng.integers(-3, 4, (m, k))).to(dtype)
         bias = torch.from_numpy(rng.integers(-9, 10, n)).to(dtype)
         exact = x.double().numpy() @ w.astype(np.float64).T + bias.double().numpy()
         assert_same(bitfold.linear(x, qtensor, bias), rounded(exact, dtype))
+
+
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_every_weight_is_where_its_column_is(gpu, format, rng):
+    assert_columns_in_place(rng, format, 21)
+
+
+@pytest.mark.parametrize("format", [format for format in PLANES if format.startswith("int")])
+def test_sums_of_small_whole_numbers_are_exact(gpu, format, rng):
+    half, bf16 = torch.float16, torch.bfloat16
+    assert_whole_sums_exact(rng, format, 150, ((9, half), (17, bf16), (33, half), (80, bf16)))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

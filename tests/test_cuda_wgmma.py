@@ -17,10 +17,11 @@ from test_cuda_tile import (
     BLOCKS,
     GPUS,
     PLANES,
+    assert_columns_in_place,
     assert_near,
     assert_same,
+    assert_whole_sums_exact,
     make,
-    rounded,
     schedules,
     whole,
 )
@@ -36,28 +37,13 @@ def gpu(request):
 
 @pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
 def test_every_weight_is_where_its_column_is(gpu, format, rng):
-    """x of ones and zeros picks columns of W: exact but for rounding (twice where a type has minima, or a table)."""
-    n, k = 70, whole(format, 320)
-    qtensor, w = make(rng, format, n, k)
-    for first in range(0, k, 128):
-        x = torch.eye(k, dtype=torch.float16)[first : first + 128]
-        expected = rounded(w.T[first : first + 128], torch.float16)
-        y = bitfold.linear(x, qtensor)
-        if format in BLOCKS or format.startswith(("nf4", "fp4")):
-            torch.testing.assert_close(y, expected, rtol=2.0**-10, atol=2.0**-20)
-        else:
-            assert_same(y, expected)
+    assert_columns_in_place(rng, format, 70)
 
 
 @pytest.mark.parametrize("format", [format for format in PLANES if format.startswith("int")])
 def test_sums_of_small_whole_numbers_are_exact(gpu, format, rng):
-    n, k = 450, 416
-    qtensor, w = make(rng, format, n, k, scales=np.array([0.125, 0.25, 0.5, 1.0, -1.0]))
-    for m, dtype in ((33, torch.bfloat16), (64, torch.float16), (65, torch.float16), (200, torch.bfloat16)):
-        x = torch.from_numpy(rng.integers(-3, 4, (m, k))).to(dtype)
-        bias = torch.from_numpy(rng.integers(-9, 10, n)).to(dtype)
-        exact = x.double().numpy() @ w.astype(np.float64).T + bias.double().numpy()
-        assert_same(bitfold.linear(x, qtensor, bias), rounded(exact, dtype))
+    half, bf16 = torch.float16, torch.bfloat16
+    assert_whole_sums_exact(rng, format, 450, ((33, bf16), (64, half), (65, half), (200, bf16)))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
