@@ -6,7 +6,16 @@ import bitfold
 import oracle
 import pytest
 import torch
-from cases import DTYPES, assert_same_bits, oracle_planes, refusal, some_formats, to_qtensor, weights
+from cases import (
+    DTYPES,
+    assert_same_bits,
+    block_formats,
+    oracle_planes,
+    refusal,
+    some_formats,
+    to_qtensor,
+    weights,
+)
 
 
 @pytest.mark.usefixtures("device")
@@ -40,11 +49,23 @@ def test_rows_are_decoded_rows(format, rng):
 
 
 @pytest.mark.usefixtures("device")
-def test_flat_layout(rng):
+@pytest.mark.parametrize("format", [*some_formats(), *block_formats()])
+def test_many_rows(format, rng):
+    """More than a GPU's block of threads decodes, each row of it in whole bytes."""
+    n, k = 7, 768
+    qtensor = bitfold.encode(torch.from_numpy(weights(rng, n, k)), format)
+    ids = torch.from_numpy(rng.integers(0, n, 25))
+    for dtype in DTYPES.values():
+        assert torch.equal(bitfold.embedding(ids, qtensor, dtype), qtensor.decode(dtype)[ids])
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("k", [35, 1032])
+def test_flat_layout(k, rng):
     for format in ("nf4-b32", "fp4-b64-dq"):
-        planes = oracle.encode(weights(rng, 1, 9 * 35), format)
-        qtensor = to_qtensor(planes, format, 9, 35, "flat")
-        ids = torch.tensor([8, 0, 5, 5])
+        planes = oracle.encode(weights(rng, 1, 9 * k), format)
+        qtensor = to_qtensor(planes, format, 9, k, "flat")
+        ids = torch.tensor([8, 0, 5, 5, 1, 2, 7, 6, 4, 3])
         assert torch.equal(bitfold.embedding(ids, qtensor), qtensor.decode()[ids])
 
 

@@ -2,10 +2,10 @@
 //
 // Bound by memory: a thread takes runs of eight columns, so that a warp reads and writes whole sectors and a thread
 // stores 16 bytes at once, and four of them, far apart, whose loads are in flight together. A matrix whose rows are
-// whole groups and bytes is one long row to it, so that nothing has to be divided.
+// whole groups and bytes is one long row to it: a thread's runs lie at constant distances.
 #include "cuda/cuda.hpp"
 #include "cuda/format_switch.hpp"
-#include "cuda/runs.hpp"
+#include "cuda/whole_runs.hpp"
 
 namespace bitfold::cuda {
 namespace {
@@ -13,6 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRunsPerThread = 4;
 constexpr int64_t kTileRuns = kThreads * kRunsPerThread;  // of a block
+constexpr int64_t kMostQuickRuns = (int64_t{1} << 31) - kTileRuns;
 
 struct DecodeRuns {
   WeightRuns w;
@@ -20,8 +21,10 @@ struct DecodeRuns {
   int64_t matrix_rows;  // ids are below it
   DType dtype;
   void* out;
-  int64_t rows, columns;  // of out
-  int64_t row_runs;       // runs of a row of out; the last may be shorter
+  int64_t rows, columns;     // of out
+  int64_t row_runs;          // runs of a row of out; the last may be shorter
+  bool quick;                // whole runs, few enough for 32 bits
+  Divider by_row, by_group;  // of a run: where they are quick
 };
 
 struct Place {
@@ -35,50 +38,136 @@ BITFOLD_DEVICE Place place_of(const DecodeRuns& d, int64_t i) {
   return {row, static_cast<uint32_t>(i) - row * static_cast<uint32_t>(d.row_runs)};
 }
 
-// `count` values to out[at, at + count). All of a run that starts at a multiple of 16 bytes go at once.
-BITFOLD_DEVICE void store_run(const DecodeRuns& d, int64_t at, int count, const float (&v)[kRun]) {
-  const bool vector = count == kRun && at % kRun == 0;
-  switch (d.dtype) {
-    case DType::F16:
-    case DType::BF16: {
-      uint32_t pairs[kRun / 2];
+// All of a run to `out`, which is on a boundary of 16 bytes.
+template <DType To>
+BITFOLD_DEVICE void store_whole_run(void* out, const float (&v)[kRun]) {
+  if constexpr (To == DType::F16 || To == DType::BF16) {
+    uint32_t pairs[kRun / 2];
 #pragma unroll
-      for (int j = 0; j < kRun; j += 2) {
-        pairs[j / 2] =
-            d.dtype == DType::F16 ? ptx::floats_to_halves(v[j], v[j + 1]) : ptx::floats_to_bf16s(v[j], v[j + 1]);
-      }
-      auto* out = static_cast<uint16_t*>(d.out) + at;
-      if (vector) {
-        *reinterpret_cast<uint4*>(out) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-        return;
-      }
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        if (j < count) out[j] = static_cast<uint16_t>(pairs[j / 2] >> 16 * (j % 2));
-      }
-      return;
+    for (int j = 0; j < kRun; j += 2) {
+      pairs[j / 2] = To == DType::F16 ? ptx::floats_to_halves(v[j], v[j + 1]) : ptx::floats_to_bf16s(v[j], v[j + 1]);
     }
-    case DType::F32: {
-      auto* out = static_cast<float*>(d.out) + at;
-      if (vector) {
-        reinterpret_cast<float4*>(out)[0] = {v[0], v[1], v[2], v[3]};
-        reinterpret_cast<float4*>(out)[1] = {v[4], v[5], v[6], v[7]};
-        return;
-      }
+    *static_cast<uint4*>(out) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  } else if constexpr (To == DType::F32) {
+    static_cast<float4*>(out)[0] = {v[0], v[1], v[2], v[3]};
+    static_cast<float4*>(out)[1] = {v[4], v[5], v[6], v[7]};
+  } else {
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        if (j < count) out[j] = v[j];
-      }
-      return;
-    }
-    default: {
-      auto* out = static_cast<double*>(d.out) + at;
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        if (j < count) out[j] = static_cast<double>(v[j]);
-      }
-    }
+    for (int j = 0; j < kRun; ++j) static_cast<double*>(out)[j] = static_cast<double>(v[j]);
   }
+}
+
+// f.operator()<dtype>().
+template <class F>
+BITFOLD_DEVICE void switch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::F16: return f.template operator()<DType::F16>();
+    case DType::BF16: return f.template operator()<DType::BF16>();
+    case DType::F32: return f.template operator()<DType::F32>();
+    default: return f.template operator()<DType::F64>();
+  }
+}
+
+// ---- whole runs: all of a thread's are on their way before the first is looked at ----
+
+// Run `run` of row `row` of a matrix that is read row by row.
+template <int Row>
+BITFOLD_DEVICE RunPlace place_of_run(const DecodeRuns& d, uint32_t row, uint32_t run) {
+  if (d.w.w.layout == Layout::Flat) {
+    run += row * static_cast<uint32_t>(d.row_runs);
+    row = 0;
+  }
+  constexpr bool kBlocks = kFormats[Row].grid == Grid::Block;
+  const uint32_t group = kBlocks ? run % kRunsOfCodes<Row> : d.by_group(run);
+  const auto scale_row = static_cast<uint32_t>(bitfold::scale_row(d.w.w.format, row));
+  return {.codes = static_cast<const uint8_t*>(d.w.w.codes) +
+                   static_cast<uint64_t>(row) * static_cast<uint32_t>(d.w.row_bytes) +
+                   static_cast<uint64_t>(run / kRunsOfCodes<Row>) * kCodeBytes<Row>,
+          .row = row,
+          .group = group,
+          .scale = scale_row * static_cast<uint32_t>(d.w.groups) + group};
+}
+
+// The places of a thread's runs, from run `first` of out on; those beyond the end are the last once more.
+template <int Row>
+BITFOLD_DEVICE void find_places(const DecodeRuns& d, uint32_t first, uint32_t total,
+                                RunPlace (&places)[kRunsPerThread]) {
+  uint32_t rows[kRunsPerThread], runs[kRunsPerThread];
+#pragma unroll
+  for (int step = 0; step < kRunsPerThread; ++step) {
+    const uint32_t i = smaller(first + static_cast<uint32_t>(step * kThreads), total - 1);
+    rows[step] = d.by_row(i);
+    runs[step] = i - rows[step] * static_cast<uint32_t>(d.row_runs);
+  }
+  if (d.ids != nullptr) {
+    int64_t ids[kRunsPerThread];
+    bool there = true;
+#pragma unroll
+    for (int step = 0; step < kRunsPerThread; ++step) ids[step] = d.ids[rows[step]];
+#pragma unroll
+    for (int step = 0; step < kRunsPerThread; ++step) {
+      there &= ids[step] >= 0 && ids[step] < d.matrix_rows;
+      rows[step] = static_cast<uint32_t>(ids[step]);
+    }
+    if (!there) ptx::trap();
+  }
+#pragma unroll
+  for (int step = 0; step < kRunsPerThread; ++step) places[step] = place_of_run<Row>(d, rows[step], runs[step]);
+}
+
+template <int Row>
+BITFOLD_DEVICE void decode_whole_runs(const DecodeRuns& d, const Codebook& book) {
+  const auto total = static_cast<uint32_t>(d.rows * d.row_runs);
+  const uint32_t tile = blockIdx.x * static_cast<uint32_t>(kTileRuns), first = tile + threadIdx.x;
+  RunPlace places[kRunsPerThread];
+  WholeRuns<Row, kRunsPerThread> runs;
+  if (d.rows == 1 && d.ids == nullptr && tile + kTileRuns <= total) {
+    static_assert(kThreads % kRunsOfCodes<Row> == 0);
+    constexpr int kApart = kThreads / kRunsOfCodes<Row> * kCodeBytes<Row>;
+    const auto* codes =
+        static_cast<const uint8_t*>(d.w.w.codes) + static_cast<uint64_t>(first / kRunsOfCodes<Row>) * kCodeBytes<Row>;
+#pragma unroll
+    for (int step = 0; step < kRunsPerThread; ++step) {
+      const uint32_t group = kFormats[Row].grid == Grid::Block
+                                 ? threadIdx.x % kRunsOfCodes<Row>
+                                 : d.by_group(first + static_cast<uint32_t>(step * kThreads));
+      places[step] = {.codes = codes + step * kApart, .row = 0, .group = group, .scale = group};
+    }
+    runs.load(d.w, places);
+  } else {
+    find_places<Row>(d, first, total, places);
+    runs.load(d.w, places);
+  }
+  switch_dtype(d.dtype, [&]<DType To>() {
+    constexpr int kBytes = kRun * static_cast<int>(dtype_bits(To)) / 8;
+    char* out = static_cast<char*>(d.out) + static_cast<uint64_t>(first) * kBytes;
+#pragma unroll
+    for (int step = 0; step < kRunsPerThread; ++step) {
+      if (first + static_cast<uint32_t>(step * kThreads) >= total) return;
+      float values[kRun];
+      runs.values(step, book.values, values);
+      store_whole_run<To>(out + step * kThreads * kBytes, values);
+    }
+  });
+}
+
+// ---- any runs ----
+
+// `count` values to out[at, at + count).
+BITFOLD_DEVICE void store_run(const DecodeRuns& d, int64_t at, int count, const float (&v)[kRun]) {
+  switch_dtype(d.dtype, [&]<DType To>() {
+    constexpr int kBytes = static_cast<int>(dtype_bits(To)) / 8;
+    char* out = static_cast<char*>(d.out) + at * kBytes;
+    if (count == kRun && at % kRun == 0) return store_whole_run<To>(out, v);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      if (j >= count) return;
+      if constexpr (To == DType::F16) reinterpret_cast<uint16_t*>(out)[j] = ptx::float_to_half(v[j]);
+      else if constexpr (To == DType::BF16) reinterpret_cast<uint16_t*>(out)[j] = ptx::float_to_bf16(v[j]);
+      else if constexpr (To == DType::F32) reinterpret_cast<float*>(out)[j] = v[j];
+      else reinterpret_cast<double*>(out)[j] = static_cast<double>(v[j]);
+    }
+  });
 }
 
 // A run of out, and where its weights are.
@@ -95,37 +184,10 @@ BITFOLD_DEVICE Run run_of(const DecodeRuns& d, int64_t i) {
   return {place, row};
 }
 
-// A thread's runs of a tile: all of them are on their way before the first is looked at, so those beyond the end are
-// the last once more, which isn't stored.
-template <int Row>
-BITFOLD_DEVICE void decode_whole_runs(const DecodeRuns& d, const Codebook& book) {
-  const int64_t total = d.rows * d.row_runs;
-  const int64_t first = blockIdx.x * kTileRuns + static_cast<int64_t>(threadIdx.x);
-  const auto left = static_cast<int>(smaller(total - first, kTileRuns));
-  LoadedRun loaded[kRunsPerThread];
-  int64_t places[kRunsPerThread];  // in out
-#pragma unroll
-  for (int step = 0; step < kRunsPerThread; ++step) {
-    const Run run = run_of(d, step * kThreads < left ? first + step * kThreads : total - 1);
-    places[step] = run.place.row * d.columns + run.column();
-    loaded[step] = load_run<Row>(d.w, run.row, run.column());
-  }
-#pragma unroll
-  for (int step = 0; step < kRunsPerThread; ++step) {
-    if (step * kThreads >= left) return;
-    float values[kRun];
-    finish_run<Row>(d.w, loaded[step], book.values, values);
-    store_run(d, places[step], kRun, values);
-  }
-}
-
 template <int Row>
 BITFOLD_DEVICE void decode_runs(const DecodeRuns& d, const Codebook& book) {
-  if constexpr (kLoadedAhead<Row>) {
-    if (d.w.whole) return decode_whole_runs<Row>(d, book);
-  }
+  if (d.quick) return decode_whole_runs<Row>(d, book);
   const int64_t total = d.rows * d.row_runs;
-#pragma unroll(kLoadedAhead<Row> ? 1 : kRunsPerThread)
   for (int step = 0; step < kRunsPerThread; ++step) {
     const int64_t i = blockIdx.x * kTileRuns + step * kThreads + static_cast<int64_t>(threadIdx.x);
     if (i >= total) return;
@@ -171,14 +233,23 @@ void decode(const DecodeArgs& args, Stream stream) {
   // A flat matrix that is decoded whole is one long row, and so is one whose rows end as their groups and bytes do.
   const bool one_row = args.ids == nullptr && (w.layout == Layout::Flat || rows_are_one(w));
   const int64_t rows = one_row ? 1 : args.rows, columns = one_row ? args.rows * w.k : w.k;
-  const DecodeRuns d{.w = runs_of(w, columns),
+  const int64_t row_runs = ceil_div(columns, int64_t{kRun});
+  const WeightRuns runs = runs_of(w, columns);
+  const bool quick = runs.whole && row_runs > 1 &&
+                     larger(rows * row_runs, w.n * ceil_div(w.k, int64_t{kRun})) < kMostQuickRuns &&
+                     runs.row_bytes <= UINT32_MAX;
+  const bool by_group = w.format.group > 0 && !w.format.is_block();
+  const DecodeRuns d{.w = runs,
                      .ids = args.ids,
                      .matrix_rows = w.n,
                      .dtype = args.dtype,
                      .out = args.out,
                      .rows = rows,
                      .columns = columns,
-                     .row_runs = ceil_div(columns, int64_t{kRun})};
+                     .row_runs = row_runs,
+                     .quick = quick,
+                     .by_row = quick ? divider_of(row_runs) : kAlwaysZero,
+                     .by_group = quick && by_group ? divider_of(w.format.group / kRun) : kAlwaysZero};
   launch_one_of<CastRows, PlaneRows, SmallBlockRows, LargeBlockRows>(d, stream);
 }
 

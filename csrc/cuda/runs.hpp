@@ -33,7 +33,19 @@ BITFOLD_DEVICE uint2 load_bytes(const uint8_t* p) {
   return {words[0], words[1]};
 }
 
-BITFOLD_DEVICE uint32_t byte_of(uint2 bytes, int j) { return (j < 4 ? bytes.x : bytes.y) >> 8 * (j % 4) & 0xffu; }
+// ---- whole numbers: 2^23 + code is exact ----
+
+// A code of at most 23 bits, less another number.
+BITFOLD_DEVICE float whole_number(uint32_t code, int zero) {
+  return ptx::uint_as_float(0x4b000000u | code) - (0x1p23f + static_cast<float>(zero));
+}
+// The same of byte j of a word.
+BITFOLD_DEVICE float whole_byte(uint32_t word, int j, int zero) {
+  return ptx::uint_as_float(ptx::prmt(word, 0x4b000000u, 0x7440u + static_cast<uint32_t>(j))) -
+         (0x1p23f + static_cast<float>(zero));
+}
+
+// ---- bits of eight bytes ----
 
 BITFOLD_DEVICE uint2 shift_right(uint2 bytes, int shift, uint32_t mask) {
   return {bytes.x >> shift & mask, bytes.y >> shift & mask};
@@ -93,10 +105,6 @@ BITFOLD_DEVICE float scale_at(const Weight& w, int64_t i) {
   }
 }
 
-// A whole number of at most 23 bits, less another: 2^23 + code is exact.
-BITFOLD_DEVICE float whole_number(uint32_t code, int zero) {
-  return ptx::uint_as_float(0x4b000000u | code) - (0x1p23f + static_cast<float>(zero));
-}
 template <int Row>
 BITFOLD_DEVICE float run_number(uint32_t code, int zero, const float* codebook) {
   if constexpr (kHasCodebook<Row>) return codebook[code];
@@ -173,43 +181,58 @@ struct RunOfBlock {
     }
   }
 
-  // What the codes are multiplied by.
-  BITFOLD_DEVICE static float step(const B& b, int r) {
-    if constexpr (Row == kMxfp4) return mxfp4_step(ptx::load1(&b.e));
-    else if constexpr (Row == kQ2K) return half(b.d) * static_cast<float>(ptx::load1(b.scales + (r >> 1)) & 15);
-    else if constexpr (Row == kQ3K) return half(b.d) * static_cast<float>(q3k_scale(b.scales, r >> 1) - 32);
-    else if constexpr (Row == kQ4K || Row == kQ5K)
-      return half(b.d) * static_cast<float>(scale_and_min(b.scales, r >> 2).scale);
-    else if constexpr (Row == kQ6K) return half(b.d) * static_cast<float>(b.scales[r >> 1]);
-    else if constexpr (Row == kIq4Xs) return half(b.d) * static_cast<float>(iq4xs_scale(b, r >> 2) - 32);
-    else return half(b.d);
-  }
-
   static constexpr bool kHasMin = Row == kQ4_1 || Row == kQ5_1 || Row == kQ2K || Row == kQ4K || Row == kQ5K;
-  // What is added to the product.
-  BITFOLD_DEVICE static float min(const B& b, int r) {
-    if constexpr (Row == kQ2K) return -(half(b.dmin) * static_cast<float>(ptx::load1(b.scales + (r >> 1)) >> 4));
-    else if constexpr (Row == kQ4K || Row == kQ5K)
-      return -(half(b.dmin) * static_cast<float>(scale_and_min(b.scales, r >> 2).min));
-    else return half(b.m);
+  struct Factors {
+    float step;    // what the codes are multiplied by
+    float offset;  // what is added to the product, where there are minima
+  };
+  BITFOLD_DEVICE static Factors factors(const B& b, int r) {
+    if constexpr (Row == kQ2K) {
+      const uint32_t both = ptx::load1(b.scales + (r >> 1));
+      return {half(b.d) * static_cast<float>(both & 15), -(half(b.dmin) * static_cast<float>(both >> 4))};
+    } else if constexpr (Row == kQ4K || Row == kQ5K) {
+      // d, dmin and the twelve bytes of scale_and_min, four sub-blocks at a time.
+      const uint4 head = ptx::load16(&b);
+      const bool high = r >= 16;
+      const uint32_t scales = high ? (head.w & 0x0f0f0f0fu) | (head.y >> 2 & 0x30303030u) : head.y & 0x3f3f3f3fu;
+      const uint32_t mins = high ? (head.w >> 4 & 0x0f0f0f0fu) | (head.z >> 2 & 0x30303030u) : head.z & 0x3f3f3f3fu;
+      const float2 d = ptx::halves_to_floats(head.x);
+      const int j = r >> 2 & 3;
+      return {d.x * whole_byte(scales, j, 0), -(d.y * whole_byte(mins, j, 0))};
+    } else if constexpr (Row == kQ4_1 || Row == kQ5_1) {
+      const float2 both = ptx::halves_to_floats(ptx::load4(&b));
+      return {both.x, both.y};
+    } else if constexpr (Row == kMxfp4) {
+      return {mxfp4_step(ptx::load1(&b.e)), 0.0f};
+    } else if constexpr (Row == kQ3K) {
+      return {half(b.d) * static_cast<float>(q3k_scale(b.scales, r >> 1) - 32), 0.0f};
+    } else if constexpr (Row == kQ6K) {
+      return {half(b.d) * static_cast<float>(b.scales[r >> 1]), 0.0f};
+    } else if constexpr (Row == kIq4Xs) {
+      return {half(b.d) * static_cast<float>(iq4xs_scale(b, r >> 2) - 32), 0.0f};
+    } else {
+      return {half(b.d), 0.0f};
+    }
   }
 
-  BITFOLD_DEVICE static float number(uint32_t code, const float* codebook) {
+  // Everything of a run that lies in memory, and its values.
+  struct Loaded {
+    uint2 codes;
+    Factors factors;
+  };
+  BITFOLD_DEVICE static Loaded load(const B& b, int r) { return {codes(b, r), factors(b, r)}; }
+
+  BITFOLD_DEVICE static float number(uint32_t word, int j, const float* codebook) {
     constexpr int kMiddle = Row == kQ4_0 ? 8 : Row == kQ5_0 ? 16 : Row == kQ3K ? 4 : Row == kQ6K ? 32 : 0;
-    if constexpr (kHasCodebook<Row>) return codebook[code];
-    else if constexpr (Row == kQ8_0) return static_cast<float>(static_cast<int8_t>(code));
-    else return whole_number(code, kMiddle);
+    if constexpr (kHasCodebook<Row>) return codebook[ptx::prmt(word, 0, 0x4440u + static_cast<uint32_t>(j))];
+    else if constexpr (Row == kQ8_0) return whole_byte(word ^ 0x80808080u, j, 128);
+    else return whole_byte(word, j, kMiddle);
   }
-
-  BITFOLD_DEVICE static void values(const B& b, int r, const float* codebook, float (&out)[kRun]) {
-    const uint2 bytes = codes(b, r);
-    const float factor = step(b, r);
+  BITFOLD_DEVICE static void values(const Loaded& run, const float* codebook, float (&out)[kRun]) {
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) out[j] = number(byte_of(bytes, j), codebook) * factor;
-    if constexpr (kHasMin) {
-      const float offset = min(b, r);
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) out[j] += offset;
+    for (int j = 0; j < kRun; ++j) {
+      out[j] = number(j < 4 ? run.codes.x : run.codes.y, j % 4, codebook) * run.factors.step;
+      if constexpr (kHasMin) out[j] += run.factors.offset;
     }
   }
 };
@@ -219,10 +242,11 @@ struct RunOfBlock {
 // A matrix that is read in runs of its rows.
 struct WeightRuns {
   Weight w;
-  int64_t row_bytes;  // of the plane of codes
-  int64_t groups;     // of a row of the planes
-  int group_shift;    // log2 of the group, where it is a power of 2, else -1
-  bool whole;         // every run has eight columns of one group and starts at a byte
+  int64_t row_bytes;       // of the plane of codes
+  int64_t zero_row_bytes;  // of the plane of zero points; none where all rows have the same
+  int64_t groups;          // of a row of the planes
+  int group_shift;         // log2 of the group, where it is a power of 2, else -1
+  bool whole;              // every run has eight columns of one group and starts at a byte
 };
 
 // The group of column i of a row of the planes.
@@ -237,66 +261,7 @@ template <int Row>
 BITFOLD_DEVICE int zero_at(const WeightRuns& d, int64_t row, int64_t group) {
   constexpr int kBits = kFormats[Row].bits;
   if (d.w.format.zero == Zero::None) return 1 << (kBits - 1);
-  const int64_t start = d.w.format.group == kPerTensor ? 0 : row * ceil_div<int64_t>(d.groups * kBits, 8);
-  return static_cast<int>(read_code(d.w.zeros + start, group, kBits, false));
-}
-
-// ---- a whole run of a format with planes, in two parts: what is loaded, and what is made of it ----
-
-template <int Row>
-inline constexpr bool kLoadedAhead = kFormats[Row].grid != Grid::Block && kFormats[Row].grid != Grid::Cast;
-
-struct LoadedRun {
-  uint2 codes;
-  uint32_t scale;  // its bits, or a nested one's code
-  uint32_t zero;
-  int64_t nested;  // place of the scale that multiplies a nested one
-};
-
-template <int Row>
-BITFOLD_DEVICE LoadedRun load_run(const WeightRuns& d, int64_t row, int64_t column) {
-  constexpr FormatRow kRow = kFormats[Row];
-  const bool flat = d.w.layout == Layout::Flat;
-  const int64_t begin = flat ? row * d.w.k + column : column;
-  row = flat ? 0 : row;
-  LoadedRun run{};
-  run.codes = load_bytes<kRow.bits, lowest_bit(kRow.bits)>(static_cast<const uint8_t*>(d.w.codes) + row * d.row_bytes +
-                                                           begin / kRun * kRow.bits);
-  const int64_t group = group_of(d, begin), at = scale_row(d.w.format, row) * d.groups + group;
-  if constexpr (kRow.grid == Grid::Integer) run.zero = static_cast<uint32_t>(zero_at<Row>(d, row, group));
-  if (d.w.format.scale == Scale::F32) {
-    run.scale = ptx::load4(static_cast<const float*>(d.w.scales) + at);
-  } else if (kRow.nested && d.w.format.scale == Scale::Nested) {
-    run.scale = ptx::load1(static_cast<const uint8_t*>(d.w.scales) + at);
-    run.nested = at / kNestedGroup;
-  } else {
-    run.scale = ptx::load2(static_cast<const uint16_t*>(d.w.scales) + at);
-  }
-  return run;
-}
-
-template <int Row>
-BITFOLD_DEVICE void finish_run(const WeightRuns& d, const LoadedRun& run, const float* codebook,
-                               float (&values)[kRun]) {
-  constexpr FormatRow kRow = kFormats[Row];
-  float scale;
-  if (d.w.format.scale == Scale::F32) {
-    scale = ptx::uint_as_float(run.scale);
-  } else if (kRow.nested && d.w.format.scale == Scale::Nested) {
-    const float product = kDynamicMap[run.scale] * ptx::uint_as_float(ptx::load4(d.w.nested_scales + run.nested));
-    scale = product + ptx::uint_as_float(ptx::load4(d.w.nested_offset));
-  } else {
-    const auto half = static_cast<uint16_t>(run.scale);
-    scale = d.w.format.scale == Scale::BF16 ? ptx::bf16_to_float(half) : ptx::half_to_float(half);
-  }
-#pragma unroll
-  for (int j = 0; j < kRun; ++j) {
-    const int bit = kRow.bits * (kRow.high_first ? j ^ 1 : j);
-    uint32_t code = bit < 32 ? run.codes.x >> bit : run.codes.y >> (bit - 32);
-    if (bit < 32 && bit + kRow.bits > 32) code = ptx::funnel_right(run.codes.x, run.codes.y, bit);
-    code &= (1u << kRow.bits) - 1u;
-    values[j] = run_number<Row>(code, static_cast<int>(run.zero), codebook) * scale;
-  }
+  return static_cast<int>(read_code(d.w.zeros + row * d.zero_row_bytes, group, kBits, false));
 }
 
 // Columns [column, column + count) of the matrix's row `row`; column is a multiple of 8.
@@ -312,7 +277,8 @@ BITFOLD_DEVICE void decode_run(const WeightRuns& d, int64_t row, int64_t column,
     constexpr int kBlockRuns = static_cast<int>(kRow.group) / kRun;
     const int64_t run = begin / kRun;
     const auto* block = reinterpret_cast<const Block<Row>*>(codes) + run / kBlockRuns;
-    RunOfBlock<Row>::values(*block, static_cast<int>(run % kBlockRuns), codebook, values);
+    const auto loaded = RunOfBlock<Row>::load(*block, static_cast<int>(run % kBlockRuns));
+    RunOfBlock<Row>::values(loaded, codebook, values);
   } else if (d.whole) {
     const int64_t group = group_of(d, begin);
     const int zero = kRow.grid == Grid::Integer ? zero_at<Row>(d, row, group) : 0;
@@ -362,10 +328,12 @@ inline bool rows_are_one(const Weight& w) {
 // Of rows of `columns` columns: those of the matrix, unless all of it is read as one row.
 inline WeightRuns runs_of(const Weight& w, int64_t columns) {
   const int64_t plane_bits = w.plane_columns() * w.format.bits();
+  const int64_t groups = groups_in_row(w.format, w.plane_columns());
   return {.w = w,
           .row_bytes = w.format.is_block() ? w.k / w.format.group * w.format.info().block_bytes
                                            : ceil_div(plane_bits, int64_t{8}),
-          .groups = groups_in_row(w.format, w.plane_columns()),
+          .zero_row_bytes = w.format.group == kPerTensor ? 0 : ceil_div(groups * w.format.bits(), int64_t{8}),
+          .groups = groups,
           .group_shift = log2_or_minus_one(w.format.group),
           .whole = (w.format.group < 1 || w.format.group % kRun == 0) && columns % kRun == 0};
 }

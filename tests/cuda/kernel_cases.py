@@ -157,6 +157,9 @@ DECODE = [
     *(Case("decode", format, 7, columns(format), m, dtype) for format in (*PLANES, *block_formats(), "fp16", "bf16")
       for m, dtype in ((0, "fp32"), (4, "fp16"), (9, "bf16"))),
     *(Case("decode", format, 6, 256, 0, "bf16") for format in PLANES),  # whole runs of eight
+    *(Case("decode", format, 5, 4352, m, "bf16") for format in ("nf4-b64-dq", "int4-g128-asym") for m in (0, 3)),
+    *(Case("decode", format, 5, 1792, 0, "fp16") for format in ("int8-channel", "q4_k", "q4_0")),
+    Case("decode", "int3-g64-asym", 6, 256, 0, "bf16"),
     *(Case("decode", format, 5, 35, 0, "fp32", layout="flat") for format in ("nf4-b64-dq", "fp4-b33")),
 ]  # fmt: skip
 ENCODE = [
@@ -238,7 +241,8 @@ KERNELS = {
 }
 
 # What runs in every test run: of units with one format each, these formats, and everything that is encoded, since most
-# formats have a search of their own, or rounded by GPTQ, whose kernels are two. The others are slow tests.
+# formats have a search of their own, decoded, in one unit, or rounded by GPTQ, whose kernels are two. The others are
+# slow tests.
 QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K|Ragged)"
 QUICK_FAMILIES = ("int4", "nf4", "q4_k")
 
@@ -248,7 +252,16 @@ def quick(cases: list[Case]) -> list[Case]:
         case
         for case in cases
         if case.op
-        in ("encode", "gptq_columns", "search_steps", "linear_int8", "kv_pack", "kv_unpack", "kv_attention")
+        in (
+            "encode",
+            "decode",
+            "gptq_columns",
+            "search_steps",
+            "linear_int8",
+            "kv_pack",
+            "kv_unpack",
+            "kv_attention",
+        )
         or case.format.split("-")[0] in QUICK_FAMILIES
     ]
 
