@@ -211,6 +211,21 @@ def test_bf16_beyond_the_range_of_fp16(gpu, format, rng):
     assert_near(y[11:], x[11:], w)
 
 
+@pytest.mark.parametrize("m", [12, 40])
+@pytest.mark.parametrize("first", [0, 1], ids=["aligned", "not aligned"])
+def test_the_largest_number_is_found_wherever_it_lies(gpu, m, first, rng):
+    """It would overflow if the row's others chose the power of two."""
+    n, k = 24, 6112
+    qtensor, w = make(rng, "int4-g32", n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k + 1))).to(torch.bfloat16)[:, first : first + k]
+    places = [0, 1, 7, 8, 2046, 2049, 4095, k // 2, k - 9, k - 2, k - 1]
+    for row, place in enumerate(places):
+        x[row, place] = 1e9 if row % 3 else -1e9
+    y = bitfold.linear(x, qtensor)
+    for row in range(m):
+        assert_near(y[row : row + 1], x[row : row + 1], w)
+
+
 @pytest.mark.parametrize("format", ["int4-g64", "int3-g64", "q6_k", "mxfp4"])
 def test_views_of_x(gpu, format, rng):
     """x transposed, stepped over and from an odd place has the bits of a contiguous one."""

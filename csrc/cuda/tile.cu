@@ -157,7 +157,7 @@ const Unit& unit_of(int row) {
 // ---- the workspace ----
 
 struct Workspace {
-  int64_t x, sums, factors, partial, arrivals, end;
+  int64_t x, sums, factors, peaks, partial, arrivals, end;
 };
 Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_t k) {
   const auto aligned = [](int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; };
@@ -167,7 +167,8 @@ Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_
   Workspace at{};
   at.sums = aligned(at.x + chunks * size.units() * groups * kUnitBytes);
   at.factors = aligned(at.sums + chunks * groups * size.sums);
-  at.partial = aligned(at.factors + groups * 8 * 4);
+  at.peaks = aligned(at.factors + groups * 8 * 4);
+  at.partial = aligned(at.peaks + m * kMostPeaks * 4);
   at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * kTileRows * 4 : 0));
   at.end = aligned(at.arrivals + (split ? blocks * 4 : 0));
   return at;
@@ -215,6 +216,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .dtype = args.x.dtype,
       .partial = reinterpret_cast<float*>(base + at.partial),
       .arrivals = reinterpret_cast<uint32_t*>(base + at.arrivals),
+      .peaks = reinterpret_cast<uint32_t*>(base + at.peaks),
       .shape = shape,
   };
   arrange(args.x, unit.order(), parameter, stream);

@@ -119,6 +119,7 @@ struct TileParameter {
   DType dtype;
   float* partial;      // [block][split][token][row]
   uint32_t* arrivals;  // of splits, for each block; zero
+  uint32_t* peaks;     // kMostPeaks of each token, for arrange alone
 
   TileShape shape;
 };
@@ -140,6 +141,7 @@ template <int Row>
 void tile_launch(const TileParameter& p, Stream stream);
 
 // arrange.cu: x to its order, its sums and factors, and no arrivals.
+inline constexpr int kMostPeaks = 16;  // of a token
 void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stream stream);
 
 }  // namespace bitfold::cuda
