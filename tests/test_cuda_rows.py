@@ -25,6 +25,7 @@ CASES = [
     ("int8-g17-asym", 83),
     ("int4-g128", 256),
     ("int4-g128-asym", 384),
+    ("int4-g128-asym", 768),
     ("int4-channel-asym-sbf16", 192),
     ("int4-g64-asym", 128),
     ("int4-g32-asym", 96),
@@ -40,6 +41,8 @@ CASES = [
     ("nf4-b128", 256),
     ("nf4-b64-dq", 192),
     ("nf4-b64", 64),
+    ("nf4-b64", 512),
+    ("fp4-b64-dq", 768),
     ("nf4-b32-sfp16", 96),
     ("nf4-b33-dq", 83),
     ("fp4-b64", 128),
@@ -135,12 +138,20 @@ def schedules():
 
 @pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's schedule can't be chosen")
 @pytest.mark.parametrize(
-    ("format", "k"), [("int4-g128", 2304), ("int3-g64-asym", 1216), ("nf4-b64-dq", 1088), ("int8-g17", 83)]
+    ("format", "k"),
+    [
+        ("int4-g128", 2304),
+        ("int3-g64-asym", 1216),
+        ("nf4-b64", 2304),
+        ("nf4-b64-dq", 1088),
+        ("q4_k", 2304),
+        ("int8-g17", 83),
+    ],
 )
 def test_bits_depend_on_no_schedule_and_no_gpu(format, k, rng):
-    """Blocks, warps and lanes in any order, more or fewer multiprocessors: and so tiles of 16 or 32 rows."""
+    """Blocks, warps and lanes in any order, copies that come late, more or fewer multiprocessors."""
     n, m = 70, 5
-    qtensor, _ = make(rng, format, n, k)
+    qtensor = bitfold.encode(torch.from_numpy(weights(rng, n, k)), format)
     x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
     with devices.use("emulated"):
         results = []
@@ -159,6 +170,17 @@ def test_a_row_has_the_same_bits_in_any_batch(gpu, format, k, dtype, rng):
     together = bitfold.linear(x, qtensor)
     for m in range(1, 8):
         assert_same(bitfold.linear(x[m:], qtensor), together[m:])
+
+
+@pytest.mark.parametrize("format", ["int4-g128", "nf4-b64", "q4_k", "int8-channel"])
+def test_whole_tiles_and_slices_of_them_have_the_same_bits(gpu, format, rng):
+    """Of a long row all of x fits into shared memory, and of eight it doesn't."""
+    n, k = 40, 256 * 53
+    qtensor = bitfold.encode(torch.from_numpy(weights(rng, n, k)), format)
+    x = torch.from_numpy(rng.standard_normal((8, k))).to(torch.float16)
+    together = bitfold.linear(x, qtensor)
+    for m in (1, 2):
+        assert_same(bitfold.linear(x[:m], qtensor), together[:m])
 
 
 @pytest.mark.parametrize("m", [1, 8])

@@ -37,23 +37,23 @@
 //     static void fill(const Matrix& w, Tables& tables, int thread, int threads);  // by all threads; a barrier follows
 //     static Manner manner(const Matrix& w);
 //
-//     // What goes ahead. Rows [row, row + 16 R), each 16 in a room of their own; past n, the last again.
-//     template <int R> struct Copies {
-//       Copies(const Matrix& w, int64_t row);
-//       template <Manner> void fetch(const Matrix& w, int piece, std::byte* room) const;  // by all lanes
+//     // What goes ahead. Rows [row, row + 16); past n, the last again.
+//     struct Copies {
+//       Copies(const Matrix& w, int64_t row, int piece);
+//       template <Manner> void fetch(const Matrix& w, std::byte* room);  // the next piece, by all lanes
 //     };
 //     // What follows.
 //     Source(const Matrix& w, int64_t row, const Tables& tables);
 //     struct Slot {};  // a lane's registers of a piece
-//     template <Manner> void open(Slot& slot, int piece, const std::byte* room) const;  // all lanes' copies are there
+//     template <Manner> void open(Slot& slot, int piece, std::byte* room) const;  // all lanes' copies are there
 //     template <Manner> Scales before(const Slot& slot, int section) const;  // times sum(x): where kSums > 0
 //     template <Manner> void step(Slot& slot, int step, uint32_t (&a)[4]) const;  // in order, from an unrolled loop
 //     template <Manner> Scales scales(const Slot& slot, int section) const;
 //     Scales mins(const Slot& slot, uint32_t (&a)[4]) const;  // where kMins > 0
 //   };
 //
-// fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k, and
-// fragments_chunks.hpp blocks.
+// fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k,
+// fragments_chunks.hpp blocks, and fragments_k.hpp Q4_K.
 #pragma once
 
 #include <cstddef>

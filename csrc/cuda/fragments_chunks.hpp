@@ -59,25 +59,23 @@ class ChunkFragments {
 
   BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
-  template <int R>
   class Copies {
-    static_assert(R == 1);
-
    public:
     Copies() = default;
-    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row) {
-      for (int i = 0; i < 2; ++i) row_[i] = w.blocks + row_of(w, row, i) * w.row_bytes;
+    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece) {
+      const int64_t at = int64_t{piece} * C::kBytes;
+      for (int i = 0; i < 2; ++i) next_[i] = w.blocks + row_of(w, row, i) * w.row_bytes + at;
+      left_ = static_cast<int>(smaller<int64_t>(w.row_bytes - at, 1 << 30));
     }
 
     // The lanes of a row copy 16 bytes each in turn.
     template <Manner>
-    BITFOLD_DEVICE void fetch(const Matrix& w, int piece, std::byte* room) const {
-      const int64_t at = int64_t{piece} * C::kBytes;
+    BITFOLD_DEVICE void fetch(const Matrix& w, std::byte* room) {
       const int first = ptx::lane_id() % 4;
-      if (at + 16 * kQuads <= w.row_bytes) {
+      if (left_ >= 16 * kQuads) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint8_t* from = align(row_[i] + at) + 16 * first;
+          const uint8_t* from = align(next_[i]) + 16 * first;
           std::byte* to = mine(room, i) + 16 * first;
 #pragma unroll
           for (int quad = 0; quad < kQuads; quad += 4) {
@@ -85,26 +83,30 @@ class ChunkFragments {
           }
         }
       } else {
-        fetch_end(w, at, room);
+        fetch_end(w, room);
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) next_[i] += C::kBytes;
+      left_ -= C::kBytes;
     }
 
    private:
     // A chunk at the row's end: what is behind that is zero.
-    BITFOLD_DEVICE void fetch_end(const Matrix& w, int64_t at, std::byte* room) const {
+    BITFOLD_DEVICE void fetch_end(const Matrix& w, std::byte* room) const {
       for (int i = 0; i < 2; ++i) {
-        const uint8_t* begin = i == 0 ? row_[0] : row_[1];
-        const uint8_t* from = align(begin + at);
+        const uint8_t* next = i == 0 ? next_[0] : next_[1];
+        const uint8_t* from = align(next);
 #pragma unroll 1
         for (int quad = ptx::lane_id() % 4; quad < kQuads; quad += 4) {
-          const int64_t left = begin + w.row_bytes - from - 16 * quad;
+          const int64_t left = next + left_ - from - 16 * quad;
           const auto bytes = static_cast<int>(smaller<int64_t>(larger<int64_t>(left, 0), 16));
           ptx::cp_async<16>(mine(room, i) + 16 * quad, bytes > 0 ? from + 16 * quad : w.blocks, bytes);
         }
       }
     }
 
-    const uint8_t* row_[2];
+    const uint8_t* next_[2];
+    int left_;  // bytes of a row from there on
   };
 
   ChunkFragments() = default;

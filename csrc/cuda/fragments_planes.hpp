@@ -141,12 +141,13 @@ struct PlaneCodes<kE4m3> {
   }
 };
 
-// The halves of both codes of a byte. nf4 and fp4 differ in nothing but this, so that kernels are nf4's for both.
+// nf4 and fp4 differ in nothing but this, so that kernels are nf4's for both.
+BITFOLD_DEVICE uint32_t codebook_half(int row, uint32_t code) {
+  return ptx::float_to_half(row == kFp4 ? code_value<kFp4>(code, 0) : code_value<kNf4>(code, 0));
+}
+// The halves of both codes of a byte.
 BITFOLD_DEVICE uint32_t codebook_pair(int row, uint32_t byte) {
-  const auto value = [row](uint32_t code) {
-    return row == kFp4 ? code_value<kFp4>(code, 0) : code_value<kNf4>(code, 0);
-  };
-  return ptx::floats_to_halves(value(byte >> 4), value(byte & 15u));
+  return codebook_half(row, byte >> 4) | codebook_half(row, byte & 15u) << 16;
 }
 
 // Entry e is the halves of the codes e / 16 and e % 16, once for each lane: lane l finds its own at byte 256 e + 4 l,
@@ -156,8 +157,11 @@ struct PairTables {
   float dynamic_map[256];
 
   BITFOLD_DEVICE void fill(int row, int thread, int threads) {
-    for (int i = thread; i < 256 * kWarp; i += threads) {
-      pairs[i / kWarp][i % kWarp] = codebook_pair(row, static_cast<uint32_t>(i / kWarp));
+    // A lane has a code's number, so that no warp waits for memory more than once.
+    const uint32_t mine = codebook_half(row, static_cast<uint32_t>(thread % 16));
+#pragma unroll 4
+    for (int i = thread / kWarp; i < 256; i += threads / kWarp) {
+      pairs[i][thread % kWarp] = ptx::shuffle(mine, i / 16) | ptx::shuffle(mine, i % 16) << 16;
     }
     for (int i = thread; i < 256; i += threads) dynamic_map[i] = kDynamicMap[static_cast<size_t>(i)];
   }
@@ -363,44 +367,43 @@ class PlaneFragments {
     return Manner::Any;
   }
 
-  // Of R times 16 rows. A lane copies chunks of codes, and a row's scales and zero points.
-  template <int R>
+  // A lane copies chunks of codes, and a row's scales and zero points.
   class Copies {
    public:
     Copies() = default;
-    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row) {
+    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece) : piece_(piece) {
       const auto real = [&](int i) { return smaller<int64_t>(row + i, w.n - 1); };
-      codes_ = w.codes + row * w.row_bytes;
+      codes_ = w.codes + row * w.row_bytes + int64_t{piece} * kRowBytes;
 #pragma unroll
-      for (int turn = 0; turn < R * kTurns; ++turn) {
-        const int chunk = turn % kTurns * kWarp + ptx::lane_id(), of_row = chunk % kChunksOfRow;
-        const auto below = static_cast<uint32_t>(real(turn / kTurns * 16 + chunk / kChunksOfRow) - row);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int chunk = turn * kWarp + ptx::lane_id(), of_row = chunk % kChunksOfRow;
+        const auto below = static_cast<uint32_t>(real(chunk / kChunksOfRow) - row);
         offsets_[turn] = below * static_cast<uint32_t>(w.row_bytes) + static_cast<uint32_t>(of_row * kChunk);
       }
-      const int64_t mine = real(ptx::lane_id() % (16 * R));
+      const int64_t mine = real(ptx::lane_id() % 16);
       scale_ = static_cast<uint32_t>(scale_row_of<Row>(w, mine) * w.row_scales);
       zeros_ = static_cast<uint32_t>(mine * w.row_zeros);
     }
 
     template <Manner M>
-    BITFOLD_DEVICE void fetch(const Matrix& w, int piece, std::byte* room) const {
+    BITFOLD_DEVICE void fetch(const Matrix& w, std::byte* room) {
       const int lane = ptx::lane_id();
-      const uint8_t* codes = codes_ + static_cast<uint32_t>(piece) * kRowBytes;
 #pragma unroll
-      for (int turn = 0; turn < R * kTurns; ++turn) {
-        const int chunk = turn % kTurns * kWarp + lane;
-        std::byte* to = room + turn / kTurns * kRoom + place(chunk);
-        if (kChunks % kWarp == 0 || chunk < kChunks) ptx::cp_async<kChunk>(to, codes + offsets_[turn]);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int chunk = turn * kWarp + lane;
+        std::byte* to = room + place(chunk);
+        if (kChunks % kWarp == 0 || chunk < kChunks) ptx::cp_async<kChunk>(to, codes_ + offsets_[turn]);
       }
-      if (16 * R < kWarp && lane >= 16 * R) return;
-      std::byte* mine = room + lane / 16 * kRoom;
+      codes_ += kRowBytes;
+      const int piece = piece_++;
+      if (lane >= 16) return;
       const uint32_t group = group_of(w, piece), scale = scale_ + group;
-      std::byte* to = mine + kScales + lane % 16 * kScaleStride;
+      std::byte* to = room + kScales + lane * kScaleStride;
       switch (stored_as<M>(w)) {
         case Scale::F32: ptx::cp_async<4 * Sections>(to, w.scales + 4 * scale); break;
         case Scale::Nested:
           copy_word<M>(to, w.scales, scale & ~3u, w.scale_bytes_all);
-          ptx::cp_async<4>(mine + kNestedScales + lane % 16 * 4, w.nested_scales + scale / kNestedGroup);
+          ptx::cp_async<4>(room + kNestedScales + lane * 4, w.nested_scales + scale / kNestedGroup);
           break;
         default:
           if constexpr (Sections > 1) ptx::cp_async<2 * Sections>(to, w.scales + 2 * scale);
@@ -408,7 +411,7 @@ class PlaneFragments {
       }
       if (has_zeros<M>(w)) {
         const uint32_t byte = (zeros_ + group * kBits / 8) & ~3u;
-        std::byte* words = mine + kZeros + lane % 16 * 8;
+        std::byte* words = room + kZeros + lane * 8;
         copy_word<M>(words, w.zeros, byte, w.zero_bytes_all);
         // The next one is only looked at where there is one.
         const auto last = static_cast<uint32_t>(larger<int64_t>(w.zero_bytes_all - 4, 0));
@@ -428,8 +431,9 @@ class PlaneFragments {
       }
     }
 
-    const uint8_t* codes_;  // of the first row
-    uint32_t offsets_[R * kTurns];
+    const uint8_t* codes_;  // of the first row's next piece
+    int piece_;
+    uint32_t offsets_[kTurns];
     uint32_t scale_, zeros_;  // the row's first scale, and the byte of its first zero point
   };
 
@@ -547,9 +551,13 @@ class PlaneFragments {
     return slot.zeros[i] >> section * kBits & ((1u << kBits) - 1u);
   }
 
-  // Where a row's 64 bytes are read a section at a time, rows 2, 4 and 6 apart have their chunks in other places.
-  static constexpr bool kMoved = Sections > 1 && kRowBytes == 64;
-  BITFOLD_DEVICE static constexpr int moved(int row) { return kMoved ? (row >> 1 & 1) * 2 + (row >> 2 & 1) : 0; }
+  // Where a row's 64 or 128 bytes are read a section at a time, neighbouring rows have their chunks in other places.
+  static constexpr bool kMoved = Sections > 1 && (kRowBytes == 64 || kRowBytes == 128);
+  BITFOLD_DEVICE static constexpr int moved(int row) {
+    if (!kMoved) return 0;
+    if (kRowBytes == 64) return (row >> 1 & 1) * 2 + (row >> 2 & 1);
+    return kSectionBytes == 64 ? (row & 1) * 4 : (row & 3) * 2;
+  }
   BITFOLD_DEVICE static int place(int chunk) {
     if (!kMoved) return chunk * kChunk;
     const int row = chunk / kChunksOfRow;

@@ -76,12 +76,11 @@ class RaggedFragments {
   BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
   // Nothing goes ahead: open() loads.
-  template <int R>
   struct Copies {
     Copies() = default;
-    BITFOLD_DEVICE Copies(const Matrix&, int64_t) {}
+    BITFOLD_DEVICE Copies(const Matrix&, int64_t, int) {}
     template <Manner>
-    BITFOLD_DEVICE void fetch(const Matrix&, int, std::byte*) const {}
+    BITFOLD_DEVICE void fetch(const Matrix&, std::byte*) {}
   };
 
   RaggedFragments() = default;

@@ -9,7 +9,8 @@ namespace bitfold::cuda {
 void linear_floor(const LinearArgs& args, Stream stream);
 
 // m <= kRows.
-void linear_rows(const LinearArgs& args, Stream stream);
+int64_t linear_rows_workspace(const LinearArgs& args);
+void linear_rows(const LinearArgs& args, void* workspace, Stream stream);
 
 // Regimes Tile and Wgmma.
 int64_t linear_tile_workspace(const LinearArgs& args);

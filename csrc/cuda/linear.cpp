@@ -19,13 +19,14 @@ bool empty(const LinearArgs& args) { return args.x.rows == 0 || args.w.n == 0; }
 int64_t linear_workspace(const LinearArgs& args) {
   if (empty(args)) return 0;
   const Regime chosen = regime(args);
+  if (chosen == Regime::Rows) return linear_rows_workspace(args);
   return chosen == Regime::Tile || chosen == Regime::Wgmma ? linear_tile_workspace(args) : 0;
 }
 
 void linear(const LinearArgs& args, void* workspace, Stream stream) {
   if (empty(args)) return;
   switch (regime(args)) {
-    case Regime::Rows: return linear_rows(args, stream);
+    case Regime::Rows: return linear_rows(args, workspace, stream);
     case Regime::Tile:
     case Regime::Wgmma: return linear_tile(args, workspace, stream);
     case Regime::Floor: return linear_floor(args, stream);

@@ -1,18 +1,22 @@
 // y[m, n] = x[m, k] W^T + bias for m <= 8: what decides is how fast W is read.
 //
-// A block of 16 warps is at home on a multiprocessor and takes tiles of 16 or 32 rows of W in turn. Its warps share the
-// columns of a tile: warp w has the pieces w, w + 16, ... of each row, so that together they read rows from end to end.
-// Packed bytes come to shared memory by asynchronous copies into a ring of each warp's own: as soon as a piece was
-// multiplied, its room is asked for the next one, whichever tile that is of, so that memory never waits for sums, for x
-// or for other warps. From there they go as fragments into mma with W as the 16 rows and x, which lies in shared memory
-// too, as the 8 columns: all m <= 8 cost the same, and a token's bits don't depend on the others. A warp keeps its sums
-// of two tiles, and the warps' sums meet in shared memory in the order of warps. Where x of 8 tokens is larger than
-// shared memory, k is cut into slices (by n, k and GPU alone), whose sums are added in order.
+// A block of 16 warps is at home on a multiprocessor. k is cut into slices, by n and k alone, and a *unit* is a slice of
+// 16 rows of W, which a warp multiplies from its first column to its last by itself. Packed bytes come to shared memory
+// by asynchronous copies into a ring of each warp's own: as soon as a piece was multiplied, its room is asked for the
+// next one, whichever unit that is of, so that memory never waits for sums, for x or for other warps. From there they go
+// as fragments into mma with W as the 16 rows and x, which lies in shared memory too, as the 8 columns: all m <= 8 cost
+// the same, and a token's bits don't depend on the others.
+//
+// Where all of x fits beside the rings, a block has *whole* tiles: the sums of their slices meet in shared memory, and
+// are added in the order of slices. Where it doesn't, a block has some slices and many tiles, and leaves its sums to
+// another kernel, which adds them in the same order (rows_sums.cu): the same bits.
 //
 // Compiled once for each format, and once for what its kernels don't fit (BITFOLD_PART).
 #include "cuda/fragments_chunks.hpp"
+#include "cuda/fragments_k.hpp"
 #include "cuda/fragments_ragged.hpp"
 #include "cuda/linear_rows.hpp"
+#include "cuda/rows_sums.hpp"
 #include "cuda/tokens.hpp"
 
 namespace bitfold::cuda {
@@ -20,10 +24,8 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarp * kWarps;
-// Tiles whose sums a warp keeps while x of slice after slice comes to shared memory.
-constexpr int kRound = 2;
-// Slices of x that may all be there at once.
-constexpr int kSlices = 16;
+// Slices of x that a block may have at once.
+constexpr int kSlices = 32;
 
 template <class Source>
 struct Args {
@@ -31,54 +33,60 @@ struct Args {
   TokensArgs x;
   const uint16_t* bias;  // may be null
   uint16_t* y;
+  float* partials;  // sums of slices, [slices, m, rows of all tiles]; null where blocks have whole tiles
   int64_t n;
+  int tiles;
   int pieces;
-  int slice;  // pieces
-  int slices;
-  bool resident;  // x of all slices is staged once
-  int rooms;      // of a warp's ring, one of kRooms
+  int slices_log2;
+  int longest;  // pieces of a slice
+  int kept;     // slices of x that are in shared memory
+  int round;    // units of a block, from one addition of slices to the next
+  int rooms;    // of a warp's ring, one of kRooms
 };
 
 // How many pieces a warp has room for: all but one of them are on their way while it multiplies. In flight for a
 // multiprocessor should be more than the 32 KB that come in the microsecond that memory takes to answer.
-constexpr int kRooms[] = {8, 6, 3};
-constexpr int64_t kInFlight = 104 << 10;
+constexpr int kRooms[] = {4, 3};  // or 2
+constexpr int64_t kInFlight = 84 << 10;
 
-// R: tiles of 16 rows that a warp multiplies with each fragment of x.
-template <class Source, int R>
-inline constexpr int kRoomBytes = R * Source::kRoom;
-
-// Behind it lie the rings of the warps, and then x.
-template <class Source, int R>
+// Behind it lie the rings of the warps, x, and the sums of a round.
+template <class Source>
 struct alignas(16) Memory {
   typename Source::Tables tables;
-  float4 partial[kWarps][R][kWarp];
   TokenScales scales[kSlices];
 };
 
-// The units of a block: for each round of tiles each slice, and in it each tile of the round.
-struct Unit {
-  int tile, slice, round_begin;
+// The units that a block has, one after the other: tile after tile with all of its slices, or slice after slice.
+template <class Source>
+struct Units {
+  int begin, end;
 
-  BITFOLD_DEVICE bool next(int tiles, int slices) {
-    const int round_end = smaller(round_begin + kRound, tiles);
-    if (++tile < round_end) return true;
-    tile = round_begin;
-    if (++slice < slices) return true;
-    slice = 0;
-    tile = round_begin = round_end;
-    return tile < tiles;
+  BITFOLD_DEVICE explicit Units(const Args<Source>& args) {
+    const bool whole = args.partials == nullptr;
+    const int64_t all = whole ? args.tiles : int64_t{args.tiles} << args.slices_log2;
+    begin = static_cast<int>(all * blockIdx.x / gridDim.x) << (whole ? args.slices_log2 : 0);
+    end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x) << (whole ? args.slices_log2 : 0);
   }
 };
 
-template <class Source, int R>
-BITFOLD_DEVICE int64_t first_row(int tile) {
-  return (blockIdx.x + int64_t{tile} * gridDim.x) * (16 * R);
-}
+// A slice of a tile, which a warp multiplies from its first piece to its last.
+struct Unit {
+  int tile, slice, first, end;  // pieces
 
-// Which pieces a warp has of a tile: share, share + 16, .... In every other tile they are dealt out backwards, so that
-// two tiles are the same work for all warps.
-BITFOLD_DEVICE int share_of(int tile, int warp) { return tile % 2 == 0 ? warp : kWarps - 1 - warp; }
+  template <class Source>
+  BITFOLD_DEVICE Unit(const Args<Source>& args, int unit) {
+    const bool whole = args.partials == nullptr;
+    const int slices = args.slices_log2;
+    slice = whole ? unit & ((1 << slices) - 1) : unit / args.tiles;
+    tile = whole ? unit >> slices : unit - slice * args.tiles;
+    first = first_of(args, slice);
+    end = first_of(args, slice + 1);
+  }
+  template <class Source>
+  BITFOLD_DEVICE static int first_of(const Args<Source>& args, int slice) {
+    return static_cast<int>(int64_t{args.pieces} * slice >> args.slices_log2);
+  }
+};
 
 // A warp's rooms, one after the other and again.
 template <int Bytes>
@@ -95,23 +103,24 @@ struct Room {
 };
 
 // What goes ahead: the copies of a warp's pieces, unit after unit.
-template <class Source, int R>
+template <class Source>
 class Feed {
  public:
-  BITFOLD_DEVICE Feed(const Args<Source>& args, int tiles, int warp, std::byte* ring)
-      : args_(args), tiles_(tiles), warp_(warp), room_(ring, args.rooms) {
+  BITFOLD_DEVICE Feed(const Args<Source>& args, const Units<Source>& units, int warp, std::byte* ring)
+      : args_(args), unit_(units.begin + warp), units_(units.end), room_(ring, args.rooms) {
     open();
-    settle();
     for (int i = 1; i < args.rooms; ++i) next<Manner::Any>();
   }
 
   // The next piece into the next room of the ring, if there is one; a group of copies in either case.
   template <Manner M>
   BITFOLD_DEVICE void next() {
-    if (more_) {
-      copies_.template fetch<M>(args_.w, piece_, room_.at);
-      piece_ += kWarps;
-      settle();
+    if (left_ > 0) {
+      copies_.template fetch<M>(args_.w, room_.at);
+      if (--left_ == 0) {
+        unit_ += kWarps;
+        open();
+      }
     }
     ptx::cp_async_commit();
     room_.next();
@@ -119,37 +128,29 @@ class Feed {
 
   // Until the oldest piece has come: all but the newest rooms - 2.
   BITFOLD_DEVICE void wait() const {
-    if (args_.rooms == 3) ptx::cp_async_wait<1>();
-    else if (args_.rooms == 6) ptx::cp_async_wait<4>();
-    else ptx::cp_async_wait<6>();
+    if (args_.rooms == 4) ptx::cp_async_wait<2>();
+    else if (args_.rooms == 3) ptx::cp_async_wait<1>();
+    else ptx::cp_async_wait<0>();
   }
 
  private:
   BITFOLD_DEVICE void open() {
-    piece_ = unit_.slice * args_.slice + share_of(unit_.tile, warp_);
-    end_ = smaller((unit_.slice + 1) * args_.slice, args_.pieces);
-    copies_ = typename Source::template Copies<R>(args_.w, first_row<Source, R>(unit_.tile));
-  }
-  // To a unit that has a piece.
-  BITFOLD_DEVICE void settle() {
-    while (piece_ >= end_) {
-      more_ = unit_.next(tiles_, args_.slices);
-      if (!more_) return;
-      open();
-    }
+    if (unit_ >= units_) return;
+    const Unit unit(args_, unit_);
+    left_ = unit.end - unit.first;
+    copies_ = typename Source::Copies(args_.w, int64_t{unit.tile} * 16, unit.first);
   }
 
   const Args<Source>& args_;
-  const int tiles_, warp_;
-  Room<kRoomBytes<Source, R>> room_;
-  Unit unit_{0, 0, 0};
-  bool more_ = true;
-  int piece_, end_;
-  typename Source::template Copies<R> copies_;
+  int unit_;
+  const int units_;
+  Room<Source::kRoom> room_;
+  int left_ = 0;
+  typename Source::Copies copies_;
 };
 
-// What follows: a piece of R tiles with all tokens.
-template <class Source, int R>
+// What follows: a piece of a tile with all tokens.
+template <class Source>
 class Product {
   using X = Tokens<Source>;
 
@@ -157,9 +158,7 @@ class Product {
   // x: of the slice; pieces: of the slice.
   BITFOLD_DEVICE Product(const Args<Source>& args, const typename Source::Tables& tables, int tile, const uint4* x,
                          int pieces)
-      : there_(ptx::lane_id() / 4 < args.x.m) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) source_[r] = Source(args.w, first_row<Source, R>(tile) + 16 * r, tables);
+      : m_(args.x.m), there_(ptx::lane_id() / 4 < args.x.m), source_(args.w, int64_t{tile} * 16, tables) {
     const int token = there_ ? ptx::lane_id() / 4 : 0, t = ptx::lane_id() % 4;
     // Pairs lie in turns, or the other way round (Tokens::place).
     const int swapped = X::place(token, 0);
@@ -171,63 +170,58 @@ class Product {
     for (int j = 0; j < 2; ++j) sums_[j] = sums + 4 * smaller(2 * t + j, args.x.m - 1);
   }
 
-  // blocks: of x before this piece's in the slice, m for each piece.
+  // The slice's next piece, which is `piece` of all.
   template <Manner M>
-  BITFOLD_DEVICE void add(int piece, int blocks, const std::byte* room, float (&total)[R][4]) {
+  BITFOLD_DEVICE void add(int piece, std::byte* room, float (&total)[4]) {
     constexpr int kSectionSteps = Source::kSteps / Source::kSections;
-    float part[R][4];
-    typename Source::Slot slots[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) source_[r].template open<M>(slots[r], piece, room + r * Source::kRoom);
-    const uint4 *even = even_ + blocks * X::kQuads, *odd = odd_ + blocks * X::kQuads;
+    float part[4];
+    typename Source::Slot slot;
+    source_.template open<M>(slot, piece, room);
     uint4 quad{};
 #pragma unroll
     for (int step = 0; step < Source::kSteps; ++step) {
       // Columns of tokens that aren't there go nowhere, and cost no load. (Two statements: of an index behind ?: g++ 12
       // with -fsanitize=shift computes `step / 2` in the first arm alone, and takes what it was before in the other.)
-      const uint4* quads = step % 4 == 0 ? even : odd;
+      const uint4* quads = step % 4 == 0 ? even_ : odd_;
       if (step % 2 == 0 && there_) quad = quads[4 * (step / 2)];
       const uint32_t b[2] = {step % 2 == 0 ? quad.x : quad.z, step % 2 == 0 ? quad.y : quad.w};
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        uint32_t a[4];
-        source_[r].template step<M>(slots[r], step, a);
-        if (step % kSectionSteps == 0) begin<M>(part[r], r, slots[r], step / kSectionSteps, blocks, a, b);
-        else ptx::mma_f16(part[r], a, b);
-        if (step % kSectionSteps == kSectionSteps - 1) {
-          add_scaled(total[r], part[r], source_[r].template scales<M>(slots[r], step / kSectionSteps));
-        }
+      uint32_t a[4];
+      source_.template step<M>(slot, step, a);
+      if (step % kSectionSteps == 0) begin<M>(part, slot, step / kSectionSteps, a, b);
+      else ptx::mma_f16(part, a, b);
+      if (step % kSectionSteps == kSectionSteps - 1) {
+        add_scaled(total, part, source_.template scales<M>(slot, step / kSectionSteps));
       }
     }
     if constexpr (Source::kMins > 0) {
-      const uint32_t* mins = mins_ + 4 * blocks * X::kMinWords;
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        uint32_t a[4];
-        const Scales scales = source_[r].mins(slots[r], a);
-        const uint32_t b[2] = {mins[0], mins[1]};
-        ptx::mma_f16_zero(part[r], a, b);
-        if constexpr (Source::kMins == 16) {
-          const uint32_t low[2] = {mins[2], mins[3]};
-          ptx::mma_f16(part[r], a, low);
-        }
-        add_scaled(total[r], part[r], scales);
+      uint32_t a[4];
+      const Scales scales = source_.mins(slot, a);
+      const uint32_t b[2] = {mins_[0], mins_[1]};
+      ptx::mma_f16_zero(part, a, b);
+      if constexpr (Source::kMins == 16) {
+        const uint32_t low[2] = {mins_[2], mins_[3]};
+        ptx::mma_f16(part, a, low);
       }
+      add_scaled(total, part, scales);
+      mins_ += 4 * m_ * X::kMinWords;
     }
+    even_ += m_ * X::kQuads;
+    odd_ += m_ * X::kQuads;
+    if constexpr (Source::kSums > 0) sums_[0] += 4 * m_, sums_[1] += 4 * m_;
   }
 
  private:
   // The first product of a section, which what zero points make of sums of x comes to.
   template <Manner M>
-  BITFOLD_DEVICE void begin(float (&part)[4], int r, const typename Source::Slot& slot, int section, int blocks,
-                            const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
+  BITFOLD_DEVICE void begin(float (&part)[4], const typename Source::Slot& slot, int section, const uint32_t (&a)[4],
+                            const uint32_t (&b)[2]) const {
     if constexpr (Source::kSums == 0 || M == Manner::Any) {
       ptx::mma_f16_zero(part, a, b);
     } else {
-      const Scales before = source_[r].template before<M>(slot, section);
+      const Scales before = source_.template before<M>(slot, section);
       float from[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) from[i] = before.of[i / 2] * sums_[i % 2][4 * blocks + section];
+      for (int i = 0; i < 4; ++i) from[i] = before.of[i / 2] * sums_[i % 2][section];
       ptx::mma_f16_from(part, a, b, from);
     }
   }
@@ -236,143 +230,163 @@ class Product {
     for (int i = 0; i < 4; ++i) total[i] = ptx::fma(part[i], scales.of[i / 2], total[i]);
   }
 
+  const int m_;
   const bool there_;
-  Source source_[R];
+  const Source source_;
   const uint4 *even_, *odd_;  // of even pairs of steps, of odd ones
   const uint32_t* mins_;
   const float* sums_[2];  // of the tokens 2 t and 2 t + 1
 };
 
-// A unit's pieces of this warp, from `room` on.
-template <class Source, int R, Manner M>
-BITFOLD_DEVICE void multiply(const Args<Source>& args, const Unit& unit, Feed<Source, R>& feed,
-                             Product<Source, R>& product, int warp, Room<kRoomBytes<Source, R>>& room,
-                             float (&total)[R][4]) {
-  const int begin = unit.slice * args.slice, end = smaller(begin + args.slice, args.pieces);
-  int blocks = share_of(unit.tile, warp) * args.x.m;
+// A unit's pieces, from `room` on.
+template <class Source, Manner M>
+BITFOLD_DEVICE void multiply(const Unit& unit, Feed<Source>& feed, Product<Source>& product, Room<Source::kRoom>& room,
+                             float (&total)[4]) {
 #pragma unroll 1
-  for (int piece = begin + share_of(unit.tile, warp); piece < end; piece += kWarps) {
+  for (int piece = unit.first; piece < unit.end; ++piece) {
     feed.wait();
     ptx::sync_warp();  // all lanes' copies are there, and all have read the room that is filled next
     feed.template next<M>();
-    product.template add<M>(piece, blocks, room.at, total);
-    blocks += kWarps * args.x.m;
+    product.template add<M>(piece, room.at, total);
     room.next();
   }
 }
 
-// Sums the totals of a tile's shares in their order and writes y. Ends with a barrier.
-template <class Source, int R>
-BITFOLD_DEVICE void reduce(const Args<Source>& args, Memory<Source, R>& memory, int tile, const float (&total)[R][4]) {
-  const auto thread = static_cast<int>(threadIdx.x);
+// The sums of a unit to where a round's or all others' are: row by row, token by token.
+template <class Source>
+BITFOLD_DEVICE void leave(const Args<Source>& args, const TokenScales& scales, const float (&total)[4], float* sums,
+                          int64_t token_stride) {
+  const int lane = ptx::lane_id();
+  // D: row g + 8 i of token 2 t + j is d[2 i + j] of lane 4 g + t.
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    memory.partial[share_of(tile, ptx::warp_id())][r][ptx::lane_id()] = {total[r][0], total[r][1], total[r][2],
-                                                                         total[r][3]};
-  }
-  ptx::sync_block();
-  const int token = thread / (16 * R), row = thread % (16 * R);
-  const int64_t n = first_row<Source, R>(tile) + row;
-  if (token < args.x.m && n < args.n) {
-    // D: row g + 8 i of token 2 t + j is d[2 i + j] of lane 4 g + t.
-    const int lane = row % 8 * 4 + token / 2, place = row % 16 / 8 * 2 + token % 2;
-    float sum = 0.0f;
+  for (int j = 0; j < 2; ++j) {
+    const int token = lane % 4 * 2 + j;
+    if (token >= args.x.m) break;
+    const float factor = scales.unit[token];
+    float* rows = sums + token * token_stride + lane / 4;
 #pragma unroll
-    for (int share = 0; share < kWarps; ++share) {
-      sum += reinterpret_cast<const float*>(&memory.partial[share][row / 16][lane])[place];
-    }
-    if (args.bias != nullptr) {
-      sum += args.x.bf16 ? ptx::bf16_to_float(args.bias[n]) : ptx::half_to_float(args.bias[n]);
-    }
-    args.y[token * args.n + n] = args.x.bf16 ? ptx::float_to_bf16(sum) : ptx::float_to_half(sum);
+    for (int i = 0; i < 2; ++i) rows[8 * i] = total[2 * i + j] * Source::kUnit * factor;
   }
-  ptx::sync_block();
 }
 
-template <class Source, int R>
+// Adds up the slices of a round's tiles, from `tile` on, in their order, and writes y.
+template <class Source>
+BITFOLD_DEVICE void reduce(const Args<Source>& args, int tile, int tiles, const float* sums) {
+  const int each = 16 * args.x.m, slices = 1 << args.slices_log2;
+  for (int i = static_cast<int>(threadIdx.x); i < tiles * each; i += kThreads) {
+    const int token = i / 16 % args.x.m, row = i % 16;
+    const int64_t n = int64_t{tile + i / each} * 16 + row;
+    if (n >= args.n) continue;
+    const float* mine = sums + i / each * slices * each + i % each;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int slice = 0; slice < slices; ++slice) sum += mine[slice * each];
+    write_sum(args.y, args.bias, args.x.bf16, token, n, args.n, sum);
+  }
+}
+
+template <class Source>
 __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> args) {
-  auto& memory = shared<Memory<Source, R>>();
+  using X = Tokens<Source>;
+  auto& memory = shared<Memory<Source>>();
   const int warp = ptx::shuffle(ptx::warp_id(), 0);  // which tells the compiler that all lanes have the same
   auto* rings = reinterpret_cast<std::byte*>(&memory + 1);
-  std::byte* ring = rings + warp * args.rooms * kRoomBytes<Source, R>;
-  auto* x = reinterpret_cast<uint4*>(rings + kWarps * args.rooms * kRoomBytes<Source, R>);
-  const int64_t slice_quads = int64_t{args.slice} * args.x.m * (Tokens<Source>::kPieceBytes / 16);
-  const int64_t all = ceil_div<int64_t>(args.n, 16 * R);
-  const auto tiles = static_cast<int>(ceil_div<int64_t>(all - blockIdx.x, gridDim.x));
-  const auto pieces_of = [&](int slice) { return smaller(args.slice, args.pieces - slice * args.slice); };
-  Feed<Source, R> feed(args, tiles, warp, ring);  // W doesn't wait for x
+  auto* x = reinterpret_cast<uint4*>(rings + kWarps * args.rooms * Source::kRoom);
+  const int slice_quads = args.longest * args.x.m * static_cast<int>(X::kPieceBytes / 16);
+  auto* sums = reinterpret_cast<float*>(x + args.kept * slice_quads);
+  const bool whole = args.partials == nullptr;
+  const Units units(args);
+  // W doesn't wait for x.
+  Feed<Source> feed(args, units, warp, rings + warp * args.rooms * Source::kRoom);
+  Room<Source::kRoom> room(rings + warp * args.rooms * Source::kRoom, args.rooms);
   Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);
-  if (args.resident) {
-    for (int s = 0; s < args.slices; ++s) {
-      Tokens<Source>::stage(args.x, s * args.slice, pieces_of(s), x + s * slice_quads, memory.scales[s]);
-    }
-  }
-  Unit unit{0, 0, 0};
-  Room<kRoomBytes<Source, R>> room(ring, args.rooms);
-  float totals[kRound][R][4] = {};
-  for (int staged = -1;;) {
-    if (!args.resident && staged != unit.slice) {
-      staged = unit.slice;
-      Tokens<Source>::stage(args.x, staged * args.slice, pieces_of(staged), x, memory.scales[0]);
-    }
-    const int place = args.resident ? unit.slice : 0;
-    Product<Source, R> product(args, memory.tables, unit.tile, x + place * slice_quads, pieces_of(unit.slice));
-    float total[R][4] = {};
-    const bool finite = Source::kSums == 0 || Tokens<Source>::finite(args.x, memory.scales[place]);
-    switch (finite ? Source::manner(args.w) : Manner::Any) {
-      case Manner::Plain: multiply<Source, R, Manner::Plain>(args, unit, feed, product, warp, room, total); break;
-      case Manner::Full: multiply<Source, R, Manner::Full>(args, unit, feed, product, warp, room, total); break;
-      case Manner::Any: multiply<Source, R, Manner::Any>(args, unit, feed, product, warp, room, total); break;
-    }
-      // Column j of a lane's sums is token 2 t + j.
-#pragma unroll
-    for (int i = 0; i < 4 * R; ++i) {
-      const float factor = memory.scales[place].unit[ptx::lane_id() % 4 * 2 + i % 2];
-#pragma unroll
-      for (int q = 0; q < kRound; ++q) {
-        float& sum = totals[q][i / 4][i % 4];
-        const float more = ptx::fma(total[i / 4][i % 4] * Source::kUnit, factor, sum);
-        sum = unit.tile - unit.round_begin == q ? more : sum;
+  const int last = smaller(1 << args.slices_log2, whole ? 1 << args.slices_log2 : Unit(args, units.end - 1).slice + 1);
+  int staged = 0, staged_end = 0, round = units.begin;
+#pragma unroll 1
+  for (int turn = units.begin; turn < units.end; turn += kWarps) {
+    if (staged_end == 0 || (!whole && Unit(args, smaller(turn + kWarps, units.end) - 1).slice >= staged_end)) {
+      ptx::sync_block();
+      staged = whole ? 0 : Unit(args, turn).slice;
+      staged_end = smaller(staged + args.kept, last);
+#pragma unroll 1
+      for (int i = warp; i < (staged_end - staged) * args.x.m; i += kWarps) {
+        const int slice = staged + i / args.x.m, first = Unit::first_of(args, slice);
+        X::stage(args.x, first, Unit::first_of(args, slice + 1) - first, i % args.x.m,
+                 x + (slice - staged) * slice_quads, args.longest, memory.scales[slice - staged]);
       }
+      ptx::sync_block();
     }
-    const Unit done = unit;
-    const bool more = unit.next(tiles, args.slices);
-    if (!more || unit.round_begin != done.round_begin) {
-#pragma unroll
-      for (int q = 0; q < kRound; ++q) {
-        if (done.round_begin + q < tiles) reduce<Source, R>(args, memory, done.round_begin + q, totals[q]);
-#pragma unroll
-        for (int i = 0; i < 4 * R; ++i) totals[q][i / 4][i % 4] = 0.0f;
+    if (turn + warp < units.end) {
+      const Unit unit(args, turn + warp);
+      const TokenScales& scales = memory.scales[unit.slice - staged];
+      Product<Source> product(args, memory.tables, unit.tile, x + (unit.slice - staged) * slice_quads, args.longest);
+      float total[4] = {};
+      const bool finite = Source::kSums == 0 || X::finite(args.x, scales);
+      switch (finite ? Source::manner(args.w) : Manner::Any) {
+        case Manner::Plain: multiply<Source, Manner::Plain>(unit, feed, product, room, total); break;
+        case Manner::Full: multiply<Source, Manner::Full>(unit, feed, product, room, total); break;
+        case Manner::Any: multiply<Source, Manner::Any>(unit, feed, product, room, total); break;
       }
+      const int64_t rows = int64_t{args.tiles} * 16;
+      float* to = whole ? sums + (turn + warp - round) * args.x.m * 16
+                        : args.partials + unit.slice * args.x.m * rows + int64_t{unit.tile} * 16;
+      leave<Source>(args, scales, total, to, whole ? 16 : rows);
     }
-    if (!more) return;
+    const int next = smaller(turn + kWarps, units.end);
+    if (whole && (next == units.end || next - round == args.round)) {
+      ptx::sync_block();
+      reduce<Source>(args, round >> args.slices_log2, (next - round) >> args.slices_log2, sums);
+      ptx::sync_block();
+      round = next;
+    }
   }
 }
 
 // ---- the launcher ----
 
-template <class Source, int R>
-void launch_rows(const LinearArgs& a, Stream stream) {
-  const Gpu& device = gpu();
-  const auto fixed = [](int64_t rooms) {
-    return static_cast<int64_t>(sizeof(Memory<Source, R>)) + kWarps * rooms * kRoomBytes<Source, R>;
+// How k is cut, by n and k alone: so that 8 tokens of a slice have room beside the rings, and so that there are some
+// thousand units.
+template <class Source>
+int slices_log2(int64_t n, int64_t pieces) {
+  constexpr int64_t kSliceBytes = 32 << 10, kUnits = 8192, kMost = 4;
+  const auto bytes = [&](int log2) {
+    return (ceil_div<int64_t>(pieces, int64_t{1} << log2)) * kTokens * Tokens<Source>::kPieceBytes;
   };
-  constexpr int64_t kFewest = 3;
-  const int64_t token_bytes = Tokens<Source>::kPieceBytes;
-  const int64_t pieces = ceil_div<int64_t>(a.w.k, Source::kColumns);
-  // Of 8 tokens, whatever m is, so that it doesn't change the order of sums.
-  const int64_t room = (device.shared_bytes - fixed(kFewest)) / (kTokens * token_bytes);
-  const int64_t longest = room < kWarps ? larger<int64_t>(room, 1) : room / kWarps * kWarps;
-  const int64_t fewest = larger<int64_t>(ceil_div<int64_t>(pieces, longest), 1);
-  const int64_t even = ceil_div<int64_t>(ceil_div<int64_t>(pieces, fewest), kWarps) * kWarps;
-  const int64_t slice = smaller(longest, even);
-  const int64_t slices = larger<int64_t>(ceil_div<int64_t>(pieces, larger<int64_t>(slice, 1)), 1);
-  const int64_t one = slice * a.x.rows * token_bytes, all = slices * one;
-  const bool resident = slices <= kSlices && fixed(kFewest) + all <= device.shared_bytes;
+  int log2 = 0;
+  while (int64_t{2} << log2 <= pieces &&
+         (bytes(log2) > kSliceBytes || (log2 < kMost && ceil_div<int64_t>(n, 16) << log2 < kUnits))) {
+    ++log2;
+  }
+  return log2;
+}
+
+template <class Source>
+void launch_rows(const RowsCall& call) {
+  const LinearArgs& a = call.args;
+  const Gpu& device = gpu();
+  const int64_t pieces = ceil_div<int64_t>(a.w.k, Source::kColumns), tiles = ceil_div<int64_t>(a.w.n, 16);
+  const int log2 = slices_log2<Source>(a.w.n, pieces);
+  const int64_t slices = int64_t{1} << log2, longest = ceil_div<int64_t>(pieces, slices), m = a.x.rows;
+  const int64_t slice_bytes = longest * m * Tokens<Source>::kPieceBytes;
+  constexpr int64_t kFewest = 2, kRoundBytes = 16 << 10;
+  const auto fixed = [](int64_t rooms) {
+    return static_cast<int64_t>(sizeof(Memory<Source>)) + kWarps * rooms * Source::kRoom;
+  };
+  const int64_t turn = larger<int64_t>(slices, kWarps), unit_bytes = 16 * m * 4;
+  const int64_t turns = larger<int64_t>(smaller<int64_t>(kRoundBytes / (turn * unit_bytes), 4), 1) * turn;
+  const bool whole =
+      slices <= kSlices && fixed(kFewest) + slices * slice_bytes + turns * unit_bytes <= device.shared_bytes;
+  if (call.wanted != nullptr) {
+    *call.wanted = whole ? 0 : slices * m * tiles * 16 * 4;
+    return;
+  }
+  const int64_t kept = whole ? slices : 2;
+  const int64_t round = whole ? turns : 0;
+  const int64_t others = kept * slice_bytes + round * unit_bytes;
   int64_t rooms = kFewest;
   for (const int64_t more : kRooms) {
-    const bool fits = fixed(more) + (resident ? all : one) <= device.shared_bytes;
-    if (more > rooms && fits && kWarps * (more - 1) * kRoomBytes<Source, R> <= kInFlight) rooms = more;
+    const bool fits = fixed(more) + others <= device.shared_bytes;
+    if (more > rooms && fits && kWarps * (more - 1) * Source::kRoom <= kInFlight) rooms = more;
   }
   const bool aligned = a.x.column_stride == 1 && (a.x.row_stride % 8 == 0 || a.x.rows == 1) &&
                        a.w.k % Source::kColumns == 0 && reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0;
@@ -382,71 +396,72 @@ void launch_rows(const LinearArgs& a, Stream stream) {
             static_cast<int>(a.x.rows), a.x.dtype == DType::BF16, aligned},
       .bias = static_cast<const uint16_t*>(a.bias),
       .y = static_cast<uint16_t*>(a.y),
+      .partials = whole ? nullptr : static_cast<float*>(call.workspace),
       .n = a.w.n,
+      .tiles = static_cast<int>(tiles),
       .pieces = static_cast<int>(pieces),
-      .slice = static_cast<int>(slice),
-      .slices = static_cast<int>(slices),
-      .resident = resident,
+      .slices_log2 = log2,
+      .longest = static_cast<int>(longest),
+      .kept = static_cast<int>(kept),
+      .round = static_cast<int>(round),
       .rooms = static_cast<int>(rooms),
   };
-  const int64_t tiles = ceil_div<int64_t>(a.w.n, 16 * R);
-  launch({.grid = static_cast<unsigned>(smaller<int64_t>(tiles, device.multiprocessors)),
+  // Where a turn of 16 units is more than two slices, a block has one.
+  const int64_t blocks = whole            ? smaller<int64_t>(tiles, device.multiprocessors)
+                         : tiles < kWarps ? slices
+                                          : smaller<int64_t>(slices * tiles / kWarps, device.multiprocessors);
+  launch({.grid = static_cast<unsigned>(blocks),
           .block = kThreads,
-          .shared_bytes = fixed(rooms) + (resident ? all : one),
+          .shared_bytes = fixed(rooms) + others,
           .name = "linear_rows",
-          .stream = stream},
-         linear_rows_kernel<Source, R>, args);
+          .stream = call.stream},
+         linear_rows_kernel<Source>, args);
+  if (!whole) {
+    rows_sums({args.partials, args.bias, args.y, m, a.w.n, tiles * 16, static_cast<int>(slices), args.x.bf16},
+              call.stream);
+  }
 }
 
-// 32 rows at a time where that makes no block wait longer for the last.
-template <class Source>
-void launch_tiles(const LinearArgs& args, Stream stream) {
-  const int64_t blocks = gpu().multiprocessors;
-  const auto turns = [&](int64_t rows) { return ceil_div<int64_t>(ceil_div<int64_t>(args.w.n, rows), blocks); };
-  return 2 * turns(32) <= turns(16) ? launch_rows<Source, 2>(args, stream) : launch_rows<Source, 1>(args, stream);
-}
-
-// The kernels of a format with planes, the widest pieces first: their columns, the groups in them, and the most tiles
-// at a time. Codes of 8 bits leave the instructions that a tile of its own costs.
-template <int Columns, int Sections, int Tiles>
+// The kernels of a format with planes, the widest pieces first: their columns, and the groups in them.
+template <int Columns, int Sections>
 struct Pieces {};
 template <class... Widest>
 struct Choice {};
 
 template <int Row>
-struct KernelsOf : Choice<Pieces<64, 1, 1>, Pieces<32, 1, 1>> {};
+struct KernelsOf : Choice<Pieces<64, 1>, Pieces<32, 1>> {};
 template <>
-struct KernelsOf<kInt4> : Choice<Pieces<128, 1, 2>, Pieces<128, 2, 2>, Pieces<128, 4, 1>, Pieces<32, 1, 1>> {};
+struct KernelsOf<kInt4> : Choice<Pieces<256, 2>, Pieces<128, 1>, Pieces<128, 2>, Pieces<128, 4>, Pieces<32, 1>> {};
 template <>
-struct KernelsOf<kInt3> : Choice<Pieces<64, 1, 2>> {};
+struct KernelsOf<kInt3> : Choice<Pieces<64, 1>> {};
 template <>
-struct KernelsOf<kInt2> : Choice<Pieces<128, 1, 2>, Pieces<128, 2, 2>> {};
+struct KernelsOf<kInt2> : Choice<Pieces<128, 1>, Pieces<128, 2>> {};
 template <>
-struct KernelsOf<kNf4> : Choice<Pieces<128, 2, 2>, Pieces<32, 1, 1>> {};
+struct KernelsOf<kNf4> : Choice<Pieces<256, 4>, Pieces<128, 2>, Pieces<32, 1>> {};
 
-template <int Row, int Columns, int Sections, int Tiles>
-bool launch_where_it_fits(const LinearArgs& args, Stream stream, Pieces<Columns, Sections, Tiles>) {
+template <int Row, int Columns, int Sections>
+bool launch_where_it_fits(const RowsCall& call, Pieces<Columns, Sections>) {
   using Source = PlaneFragments<Row, Columns, Sections>;
-  if (!Source::fits(args.w)) return false;
-  if constexpr (Tiles == 1) launch_rows<Source, 1>(args, stream);
-  else launch_tiles<Source>(args, stream);
+  if (!Source::fits(call.args.w)) return false;
+  launch_rows<Source>(call);
   return true;
 }
 
 template <int Row, class... Widest>
-void launch_widest(const LinearArgs& args, Stream stream, Choice<Widest...>) {
-  const bool launched = (... || launch_where_it_fits<Row>(args, stream, Widest{}));
-  if (!launched) linear_rows_of<kRagged>(args, stream);
+void launch_widest(const RowsCall& call, Choice<Widest...>) {
+  const bool launched = (... || launch_where_it_fits<Row>(call, Widest{}));
+  if (!launched) linear_rows_of<kRagged>(call);
 }
 
 }  // namespace
 
 template <>
-void linear_rows_of<BITFOLD_PART>(const LinearArgs& args, Stream stream) {
+void linear_rows_of<BITFOLD_PART>(const RowsCall& call) {
   constexpr int kRow = BITFOLD_PART;
-  if constexpr (kRow == kRagged) launch_rows<RaggedFragments, 1>(args, stream);
-  else if constexpr (kRow >= kQ4_0) launch_rows<ChunkFragments<kRow>, 1>(args, stream);
-  else launch_widest<kRow>(args, stream, KernelsOf<kRow>());
+  if constexpr (kRow == kRagged) launch_rows<RaggedFragments>(call);
+  else if constexpr (kRow == kQ4K) launch_rows<Q4KFragments>(call);
+  else if constexpr (kRow >= kQ4_0) launch_rows<ChunkFragments<kRow>>(call);
+  else launch_widest<kRow>(call, KernelsOf<kRow>());
 }
 
 }  // namespace bitfold::cuda

@@ -22,10 +22,8 @@ struct TokensArgs {
   bool aligned;  // eight columns at a time can be loaded: rows are contiguous and whole pieces, on 16-byte boundaries
 };
 
-// What is known of a slice. Nobody looks at the peaks of a slice that is staged: those of the next one begin at zero
-// while slower warps still multiply.
+// What is known of a slice.
 struct TokenScales {
-  uint32_t peak[kTokens];    // the largest magnitude, in x's own bits
   uint32_t finite[kTokens];  // whether there is neither an infinity nor a NaN
   float unit[kTokens];       // of what lies in shared memory
 };
@@ -44,24 +42,27 @@ BITFOLD_DEVICE float power_of_two(int exponent) {
 }
 
 // How the eight columns of a quad (b0, b1 of an even step and of the next) lie in x: two runs of four columns, one
-// after the other, or in turns, or in no way that is known here.
-enum class Runs : uint8_t { Sequential, Interleaved, None };
+// after the other, so or with the two in their middle changed, or in turns, or in no way that is known here.
+enum class Runs : uint8_t { Sequential, Crossed, Interleaved, None };
 
 template <class Source>
 constexpr Runs runs_of_quads() {
-  bool sequential = true, interleaved = true;
+  bool sequential = true, crossed = true, interleaved = true;
   for (int step = 0; step < Source::kSteps; step += 2) {
     for (int t = 0; t < 4; ++t) {
       for (int i = 0; i < 8; ++i) {
         const int at = Source::column(step + i / 4, t, i % 4);
         sequential = sequential && at == Source::column(step + i / 4, t, 0) + i % 4;
+        crossed = crossed && at == Source::column(step + i / 4, t, 0) + i % 4 / 2 + i % 2 * 2;
         interleaved = interleaved && at == Source::column(step, t, i % 2) + i / 2;
       }
-      sequential = sequential && Source::column(step, t, 0) % 4 == 0 && Source::column(step + 1, t, 0) % 4 == 0;
+      const bool whole = Source::column(step, t, 0) % 4 == 0 && Source::column(step + 1, t, 0) % 4 == 0;
+      sequential = sequential && whole;
+      crossed = crossed && whole;
       interleaved = interleaved && Source::column(step, t, 0) % 4 == 0 && Source::column(step, t, 1) % 4 == 0;
     }
   }
-  return sequential ? Runs::Sequential : interleaved ? Runs::Interleaved : Runs::None;
+  return sequential ? Runs::Sequential : crossed ? Runs::Crossed : interleaved ? Runs::Interleaved : Runs::None;
 }
 
 template <class Source>
@@ -81,55 +82,22 @@ struct Tokens {
   // Neighbouring tokens have their pairs swapped, so that the eight lanes that read together read from all banks.
   BITFOLD_DEVICE static int place(int token, int pair) { return kPairs % 2 == 0 ? pair ^ (token & 1) : pair; }
 
-  // Pieces [first, first + pieces) of all tokens to x, by all threads of the block: as they are, in order, each where
-  // its quads are to lie, and from there to their places as fp16. Begins and ends with a barrier.
-  BITFOLD_DEVICE static void stage(const TokensArgs& args, int64_t first, int pieces, uint4* x, TokenScales& scales) {
-    const auto thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    if (thread < kTokens) scales.peak[thread] = 0;
-    ptx::sync_block();
-    if (args.aligned) copy_rows(args, first, pieces, x, scales);
-    else copy_elements(args, first, pieces, x, scales);
-    ptx::sync_block();
-    if (thread < kTokens) {
-      scales.finite[thread] = scales.peak[thread] < (args.bf16 ? 0x7f80u : 0x7c00u);
-      scales.unit[thread] = power_of_two(-exponent_to_fp16(scales.peak[thread], args.bf16));
+  // Pieces [first, first + pieces) of a token to a slice that has room for `room` of all tokens, by a warp: as they
+  // are, in order, each where its quads are to lie, and from there to their places as fp16.
+  BITFOLD_DEVICE static void stage(const TokensArgs& args, int64_t first, int pieces, int token, uint4* x, int room,
+                                   TokenScales& scales) {
+    uint32_t peak =
+        args.aligned ? copy_row(args, first, pieces, token, x) : copy_elements(args, first, pieces, token, x);
+#pragma unroll
+    for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
+    const int exponent = exponent_to_fp16(peak, args.bf16);
+    if (ptx::lane_id() == 0) {
+      scales.finite[token] = peak < (args.bf16 ? 0x7f80u : 0x7c00u);
+      scales.unit[token] = power_of_two(-exponent);
     }
-    if constexpr (Source::kMins > 0) {
-      auto* sums = reinterpret_cast<uint16_t*>(mins(x, pieces, args.m));
-      for (int i = thread; i < pieces * args.m * Source::kMins; i += threads) {
-        const int block = i / Source::kMins;
-        stage_sum(args, halves_of(x, block), scale_of(args, scales, block % args.m), i % Source::kMins,
-                  sums + block * 4 * kMinWords * 2);
-      }
-      ptx::sync_block();
-    }
-    // A warp takes as many blocks of x, pieces of one token, as its lanes have quads of.
-    static_assert(kWarp % kQuads == 0);
-    const int quad = thread % kQuads, t = quad % 4;
-#pragma unroll 1
-    for (int begin = thread / kWarp * (kWarp / kQuads); begin < pieces * args.m; begin += threads / kQuads) {
-      const int block = begin + thread % kWarp / kQuads;
-      const bool there = block < pieces * args.m;
-      const int token = block % args.m;
-      uint4 numbers{};
-      if (there) {
-        numbers = load_quad(halves_of(x, block), quad / 4, t);
-        const float scale = scale_of(args, scales, token);
-        const auto convert = [&](uint32_t two, int step, int r) {
-          return to_halves(two, args.bf16, scale * power_of_two(-Source::down(2 * (quad / 4) + step, r)));
-        };
-        numbers = {convert(numbers.x, 0, 0), convert(numbers.y, 0, 1), convert(numbers.z, 1, 0),
-                   convert(numbers.w, 1, 1)};
-      }
-      ptx::sync_warp();  // all of a block is read before any of it is written
-      if (there) x[block * kQuads + place(token, quad / 4) * 4 + t] = numbers;
-      if constexpr (kSums) {
-        const float sum = sum_of_section(numbers, quad / 4);
-        constexpr int kEach = kQuads / Source::kSums;
-        if (there && quad % kEach == 0) sums(x, pieces, args.m)[4 * block + quad / kEach] = sum;
-      }
-    }
-    ptx::sync_block();
+    ptx::sync_warp();
+    if (args.bf16) arrange<true>(args, pieces, token, x, room, power_of_two(exponent));
+    else arrange<false>(args, pieces, token, x, room, power_of_two(exponent));
   }
 
   // A section's sum of what codes are multiplied with, in units of 2^-24, as the codes are: of its lanes' quads the
@@ -172,65 +140,89 @@ struct Tokens {
   BITFOLD_DEVICE static uint16_t* halves_of(uint4* x, int block) {
     return reinterpret_cast<uint16_t*>(x + block * kQuads);
   }
-  BITFOLD_DEVICE static float scale_of(const TokensArgs& args, const TokenScales& scales, int token) {
-    return power_of_two(exponent_to_fp16(scales.peak[token], args.bf16));
-  }
-
-  // The magnitudes' largest.
-  BITFOLD_DEVICE static uint32_t peak_of(uint32_t two) { return larger(two & 0x7fffu, two >> 16 & 0x7fffu); }
-  BITFOLD_DEVICE static uint32_t peak_of(const uint4& eight) {
-    return larger(larger(peak_of(eight.x), peak_of(eight.y)), larger(peak_of(eight.z), peak_of(eight.w)));
-  }
-
-  // A warp takes 32 times eight columns of a token in turn, and many of those at once.
-  BITFOLD_DEVICE static void copy_rows(const TokensArgs& args, int64_t first, int pieces, uint4* x,
-                                       TokenScales& scales) {
-    constexpr int kEights = Source::kColumns / 8, kTogether = 7;
-    const int count = pieces * kEights, turns = ceil_div(count, kWarp), warps = static_cast<int>(blockDim.x) / kWarp;
+  // Sums over sub-blocks, conversion and order of a token's pieces.
+  template <bool Bf16>
+  BITFOLD_DEVICE static void arrange(const TokensArgs& args, int pieces, int token, uint4* x, int room, float scale) {
+    const int lane = ptx::lane_id();
+    if constexpr (Source::kMins > 0) {
+      auto* all = reinterpret_cast<uint16_t*>(mins(x, room, args.m));
 #pragma unroll 1
-    for (int begin = ptx::warp_id(); begin < turns * args.m; begin += kTogether * warps) {
+      for (int i = lane; i < pieces * Source::kMins; i += kWarp) {
+        const int block = i / Source::kMins * args.m + token;
+        stage_sum<Bf16>(halves_of(x, block), scale, i % Source::kMins, all + block * 4 * kMinWords * 2);
+      }
+      ptx::sync_warp();
+    }
+    // A warp takes as many pieces as its lanes have quads of.
+    static_assert(kWarp % kQuads == 0);
+    constexpr int kPieces = kWarp / kQuads;
+    const int quad = lane % kQuads, t = quad % 4, place_of = place(token, quad / 4) * 4 + t;
+    float factors[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factors[i] = scale * power_of_two(-Source::down(2 * (quad / 4) + i / 2, i % 2));
+#pragma unroll 1
+    for (int begin = 0; begin < pieces; begin += kPieces) {
+      const int piece = begin + lane / kQuads, block = piece * args.m + token;
+      const bool there = piece < pieces;
+      uint4 numbers{};
+      if (there) {
+        numbers = load_quad(halves_of(x, block), quad / 4, t);
+        numbers = {to_halves<Bf16>(numbers.x, factors[0]), to_halves<Bf16>(numbers.y, factors[1]),
+                   to_halves<Bf16>(numbers.z, factors[2]), to_halves<Bf16>(numbers.w, factors[3])};
+      }
+      ptx::sync_warp();  // all of a block is read before any of it is written
+      if (there) x[block * kQuads + place_of] = numbers;
+      if constexpr (kSums) {
+        const float sum = sum_of_section(numbers, quad / 4);
+        constexpr int kEach = kQuads / Source::kSums;
+        if (there && quad % kEach == 0) sums(x, room, args.m)[4 * block + quad / kEach] = sum;
+      }
+    }
+  }
+
+  // The larger magnitudes of halfwords, and the largest of eight.
+  BITFOLD_DEVICE static uint32_t peaks(uint32_t peak, const uint4& eight) {
+    for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w}) peak = ptx::max_u16x2(peak, two & 0x7fff7fffu);
+    return peak;
+  }
+
+  // Eight columns to a lane, and many of those at once; the largest magnitude that the lane saw.
+  BITFOLD_DEVICE static uint32_t copy_row(const TokensArgs& args, int64_t first, int pieces, int token, uint4* x) {
+    constexpr int kEights = Source::kColumns / 8, kTogether = 8;
+    const int count = pieces * kEights, lane = ptx::lane_id();
+    const uint16_t* from = args.data + token * args.row_stride + first * Source::kColumns + 8 * lane;
+    uint32_t peak = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kTogether * kWarp) {
       uint4 loaded[kTogether];
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        const int turn = begin + j * warps, token = turn / turns, i = turn % turns * kWarp + ptx::lane_id();
         loaded[j] = {};
-        if (token < args.m && i < count) {
-          loaded[j] = ptx::load16(args.data + token * args.row_stride + first * Source::kColumns + 8 * i);
-        }
+        if (begin + j * kWarp + lane < count) loaded[j] = ptx::load16(from + 8 * (begin + j * kWarp));
       }
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        const int turn = begin + j * warps, token = turn / turns, i = turn % turns * kWarp + ptx::lane_id();
-        if (token >= args.m) break;
+        const int i = begin + j * kWarp + lane;
         if (i < count) x[(i / kEights * args.m + token) * kQuads + i % kEights] = loaded[j];
-        add_peak(scales.peak[token], peak_of(loaded[j]));
+        peak = peaks(peak, loaded[j]);
       }
     }
+    return larger(peak & 0xffffu, peak >> 16);
   }
 
   // The same where columns are anywhere in memory, and where k ends within a piece.
-  BITFOLD_DEVICE static void copy_elements(const TokensArgs& args, int64_t first, int pieces, uint4* x,
-                                           TokenScales& scales) {
+  BITFOLD_DEVICE static uint32_t copy_elements(const TokensArgs& args, int64_t first, int pieces, int token, uint4* x) {
     const int count = pieces * Source::kColumns;
-    for (int token = 0; token < args.m; ++token) {
-      uint32_t peak = 0;
+    uint32_t peak = 0;
 #pragma unroll 4
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
-        const int64_t column = first * Source::kColumns + i;
-        uint16_t number = 0;
-        if (column < args.k) number = ptx::load2(args.data + token * args.row_stride + column * args.column_stride);
-        halves_of(x, i / Source::kColumns * args.m + token)[i % Source::kColumns] = number;
-        peak = larger(peak, number & 0x7fffu);
-      }
-      add_peak(scales.peak[token], peak);
+    for (int i = ptx::lane_id(); i < count; i += kWarp) {
+      const int64_t column = first * Source::kColumns + i;
+      uint16_t number = 0;
+      if (column < args.k) number = ptx::load2(args.data + token * args.row_stride + column * args.column_stride);
+      halves_of(x, i / Source::kColumns * args.m + token)[i % Source::kColumns] = number;
+      peak = larger(peak, number & 0x7fffu);
     }
-  }
-
-  // By all lanes of a warp.
-  BITFOLD_DEVICE static void add_peak(uint32_t& all, uint32_t peak) {
-#pragma unroll
-    for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
-    if (ptx::lane_id() == 0) ptx::atomic_max(&all, peak);
+    return peak;
   }
 
   // The quad's eight numbers, of a piece whose columns are in order.
@@ -240,6 +232,10 @@ struct Tokens {
     if constexpr (kRuns == Runs::Sequential) {
       const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step + 1, t, 0));
       return {a.x, a.y, b.x, b.y};
+    } else if constexpr (kRuns == Runs::Crossed) {
+      const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step + 1, t, 0));
+      return {ptx::prmt(a.x, a.y, 0x5410), ptx::prmt(a.x, a.y, 0x7632), ptx::prmt(b.x, b.y, 0x5410),
+              ptx::prmt(b.x, b.y, 0x7632)};
     } else if constexpr (kRuns == Runs::Interleaved) {
       const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step, t, 1));
       return {ptx::prmt(a.x, b.x, 0x5410), ptx::prmt(a.x, b.x, 0x7632), ptx::prmt(a.y, b.y, 0x5410),
@@ -253,12 +249,12 @@ struct Tokens {
   }
 
   // The sum of a sub-block of a piece whose columns are in order.
-  BITFOLD_DEVICE static void stage_sum(const TokensArgs& args, const uint16_t* piece, float scale, int block,
-                                       uint16_t* halves) {
+  template <bool Bf16>
+  BITFOLD_DEVICE static void stage_sum(const uint16_t* piece, float scale, int block, uint16_t* halves) {
     constexpr int kWidth = Source::kColumns / larger(Source::kMins, 1);
     float sum = 0.0f;
     const auto add = [&](uint32_t two) {
-      const float2 numbers = ptx::halves_to_floats(to_halves(two, args.bf16, scale));
+      const float2 numbers = ptx::halves_to_floats(to_halves<Bf16>(two, scale));
       sum = ptx::add(ptx::add(sum, numbers.x), numbers.y);
     };
 #pragma unroll
@@ -273,8 +269,9 @@ struct Tokens {
     mine[Source::kMins / 4] = ptx::float_to_half(sum - ptx::half_to_float(high));
   }
 
-  BITFOLD_DEVICE static uint32_t to_halves(uint32_t bits, bool bf16, float scale) {
-    const float2 two = bf16 ? ptx::bf16s_to_floats(bits) : ptx::halves_to_floats(bits);
+  template <bool Bf16>
+  BITFOLD_DEVICE static uint32_t to_halves(uint32_t bits, float scale) {
+    const float2 two = Bf16 ? ptx::bf16s_to_floats(bits) : ptx::halves_to_floats(bits);
     return ptx::floats_to_halves(two.x * scale, two.y * scale);
   }
 };

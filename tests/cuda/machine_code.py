@@ -114,7 +114,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 def columns(kernel: Kernel) -> int | None:
     """Columns of a piece of a kernel for few rows of a format with planes."""
-    match = re.fullmatch(r"linear_rows_kernel<PlaneFragments<\d+, (\d+), \d+>, \d+>", kernel.name)
+    match = re.fullmatch(r"linear_rows_kernel<PlaneFragments<\d+, (\d+), \d+>\s?>", kernel.name)
     return int(match[1]) if match else None
 
 
@@ -233,24 +233,25 @@ INTEGER = {"LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "IMNM
 # A loop of the kernels for few rows: its kernel, which of its loops, the format that takes it, bits of a weight (with
 # scales in blocks), and steps of mma for minima.
 LOOPS = [
-    ("PlaneFragments<4, 64, 1>, 1", "Plain", "int8-channel", 8, 0),
-    ("PlaneFragments<4, 64, 1>, 1", "Full", "int8-channel-asym", 8, 0),
-    ("PlaneFragments<2, 64, 1>, 1", "Plain", "fp8-e4m3-channel", 8, 0),
-    ("PlaneFragments<3, 64, 1>, 1", "Plain", "fp8-e5m2-channel", 8, 0),
-    ("PlaneFragments<5, 128, 1>, 2", "Plain", "int4-g128", 4, 0),
-    ("PlaneFragments<5, 128, 1>, 2", "Full", "int4-g128-asym", 4, 0),
-    ("PlaneFragments<5, 128, 2>, 2", "Plain", "int4-g64", 4, 0),
-    ("PlaneFragments<5, 128, 2>, 2", "Full", "int4-g64-asym", 4, 0),
-    ("PlaneFragments<5, 128, 4>, 1", "Plain", "int4-g32", 4, 0),
-    ("PlaneFragments<8, 128, 2>, 2", "Plain", "nf4-b64, fp4-b64", 4, 0),
-    ("PlaneFragments<8, 128, 2>, 2", "Full", "nf4-b64-dq", 4, 0),
-    ("PlaneFragments<6, 64, 1>, 2", "Plain", "int3-g64", 3, 0),
-    ("PlaneFragments<6, 64, 1>, 2", "Full", "int3-g64-asym", 3, 0),
-    ("PlaneFragments<7, 128, 2>, 2", "Plain", "int2-g64", 2, 0),
-    ("PlaneFragments<7, 128, 1>, 2", "Plain", "int2-g128", 2, 0),
-    ("ChunkFragments<17>, 1", "Any", "q4_k", 4.5, 1),
-    ("ChunkFragments<10>, 1", "Any", "q4_0", 4.5, 0),
-    ("ChunkFragments<19>, 1", "Any", "q6_k", 6.5625, 0),
+    ("PlaneFragments<4, 64, 1>", "Plain", "int8-channel", 8, 0),
+    ("PlaneFragments<4, 64, 1>", "Full", "int8-channel-asym", 8, 0),
+    ("PlaneFragments<2, 64, 1>", "Plain", "fp8-e4m3-channel", 8, 0),
+    ("PlaneFragments<3, 64, 1>", "Plain", "fp8-e5m2-channel", 8, 0),
+    ("PlaneFragments<5, 256, 2>", "Plain", "int4-g128", 4, 0),
+    ("PlaneFragments<5, 256, 2>", "Full", "int4-g128-asym", 4, 0),
+    ("PlaneFragments<5, 128, 1>", "Plain", "int4-channel", 4, 0),
+    ("PlaneFragments<5, 128, 2>", "Plain", "int4-g64", 4, 0),
+    ("PlaneFragments<5, 128, 2>", "Full", "int4-g64-asym", 4, 0),
+    ("PlaneFragments<5, 128, 4>", "Plain", "int4-g32", 4, 0),
+    ("PlaneFragments<8, 256, 4>", "Plain", "nf4-b64, fp4-b64", 4, 0),
+    ("PlaneFragments<8, 256, 4>", "Full", "nf4-b64-dq", 4, 0),
+    ("PlaneFragments<6, 64, 1>", "Plain", "int3-g64", 3, 0),
+    ("PlaneFragments<6, 64, 1>", "Full", "int3-g64-asym", 3, 0),
+    ("PlaneFragments<7, 128, 2>", "Plain", "int2-g64", 2, 0),
+    ("PlaneFragments<7, 128, 1>", "Plain", "int2-g128", 2, 0),
+    ("Q4KFragments", "Any", "q4_k", 4.5, 1),
+    ("ChunkFragments<10>", "Any", "q4_0", 4.5, 0),
+    ("ChunkFragments<19>", "Any", "q6_k", 6.5625, 0),
 ]
 # Kernels for more rows with wgmma: their rows of the format table, and the steps of 16 columns that share a scale.
 WGMMAS = [(5, 4, "int4-g128"), (5, 2, "int4-g32"), (8, 4, "nf4-b64"), (10, 2, "q4_0"), (17, 4, "q4_k"),
@@ -282,7 +283,7 @@ class Loop:
 
 def loop(kernels: list[Kernel], name: str, manner: str, format: str, bits: float, minima: int) -> Loop:
     """bits: of a weight; minima: steps of mma beside those of 256 columns."""
-    (kernel,) = (k for k in kernels if k.name == f"linear_rows_kernel<{name}>")
+    (kernel,) = (k for k in kernels if k.name.replace(" >", ">") == f"linear_rows_kernel<{name}>")
     # The less a loop asks about the matrix the shorter it is.
     loops = sorted(kernel.inner_loops("HMMA"), key=lambda loop: len(loop) / count(loop)["HMMA"])
     code = loops[("Plain", "Full").index(manner) if manner != "Any" else -1]

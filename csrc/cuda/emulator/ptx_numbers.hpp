@@ -43,6 +43,10 @@ BITFOLD_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31u));
 }
 
+BITFOLD_DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffffu, b & 0xffffu);
+}
+
 BITFOLD_DEVICE int popc(uint32_t a) { return std::popcount(a); }
 BITFOLD_DEVICE int clz(uint32_t a) { return std::countl_zero(a); }
 
