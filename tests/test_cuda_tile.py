@@ -1,5 +1,5 @@
-"""The kernel for 9 to 128 rows of x (csrc/cuda/linear_tile.cu); on GPUs with wgmma 33 of them are another's
-(test_cuda_wgmma.py), so the emulator is one without.
+"""The kernel for 9 to 128 rows of x (csrc/cuda/linear_tile.cu); GPUs with wgmma have others for them
+(test_cuda_few.py, test_cuda_wgmma.py), so the emulator is one without.
 
 Beyond what test_linear.py asks of every device: every code in every place, exact sums, the same bits whatever the
 schedule, k cut over blocks of threads, and GPUs with less shared memory.
@@ -91,13 +91,13 @@ def assert_near(y: torch.Tensor, x: torch.Tensor, w: np.ndarray, bias: torch.Ten
     assert error <= TOLERANCE[y.dtype] * max(np.linalg.norm(exact), np.linalg.norm(expected))
 
 
-def assert_columns_in_place(rng: np.random.Generator, format: str, n: int) -> None:
+def assert_columns_in_place(rng: np.random.Generator, format: str, n: int, rows: int = 128) -> None:
     """x of ones and zeros picks columns of W: exact but for rounding (twice where a type has minima, or a table)."""
     k = whole(format, 320)
     qtensor, w = make(rng, format, n, k)
-    for first in range(0, k, 128):
-        x = torch.eye(k, dtype=torch.float16)[first : first + 128]
-        expected = rounded(w.T[first : first + 128], torch.float16)
+    for first in range(0, k, rows):
+        x = torch.eye(k, dtype=torch.float16)[first : first + rows]
+        expected = rounded(w.T[first : first + rows], torch.float16)
         y = bitfold.linear(x, qtensor)
         if format in BLOCKS or format.startswith(("nf4", "fp4")):
             torch.testing.assert_close(y, expected, rtol=2.0**-10, atol=2.0**-20)

@@ -11,6 +11,7 @@ struct PlaneChunk {
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr bool kNested = kFormats[Row].nested;
+  static constexpr Scale kStored = kFormats[Row].scale;  // the usual one
   // Each chunk costs a warp as much beside its columns: of int4 256 leave room for two blocks of few tokens.
   static constexpr int kColumns = kBits < 4 || Row == kInt4 ? 256 : 128, kBytes = kColumns * kBits / 8, kAlign = 16;
   static constexpr int kMins = 0, kTables = 0;
@@ -82,23 +83,31 @@ struct PlaneChunk {
     return {w.scales + first * bytes, kInteger ? w.zeros + row * w.row_zeros : nullptr, kNested ? first : 0};
   }
   BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, const ScaleRow& row, uint32_t group) {
+    return load_scale(w, row, group, w.scale, w.zeros != nullptr);
+  }
+  // Where it is known how the matrix stores scales, and whether there are zero points.
+  BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, const ScaleRow& row, uint32_t group,
+                                                   Scale stored, bool zeros) {
     LoadedScaleZero loaded{};
-    if (w.scale == Scale::F32) loaded.bits = ptx::load4(row.scales + 4 * group);
-    else if (kNested && w.scale == Scale::Nested) loaded.bits = ptx::load1(row.scales + group);
+    if (stored == Scale::F32) loaded.bits = ptx::load4(row.scales + 4 * group);
+    else if (kNested && stored == Scale::Nested) loaded.bits = ptx::load1(row.scales + group);
     else loaded.bits = ptx::load2(row.scales + 2 * group);
     if constexpr (kNested) {
-      if (w.scale == Scale::Nested) loaded.more = ptx::load4(w.nested_scales + (row.first + group) / kNestedGroup);
+      if (stored == Scale::Nested) loaded.more = ptx::load4(w.nested_scales + (row.first + group) / kNestedGroup);
     }
     if constexpr (kInteger) {
-      loaded.more = w.zeros == nullptr ? 1u << (kBits - 1) : load_zero_of(row.zeros, group);
+      loaded.more = !zeros ? 1u << (kBits - 1) : load_zero_of(row.zeros, group);
     }
     return loaded;
   }
   BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded) {
+    return scale_zero(w, loaded, w.scale);
+  }
+  BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded, Scale stored) {
     float scale;
-    if (w.scale == Scale::F32) scale = ptx::uint_as_float(loaded.bits);
-    else if (w.scale == Scale::F16) scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
-    else if (!kNested || w.scale == Scale::BF16) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
+    if (stored == Scale::F32) scale = ptx::uint_as_float(loaded.bits);
+    else if (stored == Scale::F16) scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
+    else if (!kNested || stored == Scale::BF16) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
     else scale = ptx::add(ptx::mul(kDynamicMap[loaded.bits], ptx::uint_as_float(loaded.more)), *w.nested_offset);
     return {scale * (Codes::kUnit * kDown), loaded.more * 0x00010001u};
   }

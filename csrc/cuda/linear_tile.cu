@@ -1,5 +1,5 @@
-// y = x W^T + b for 9 to 128 tokens (more are linear_wgmma.hpp's, where there is wgmma): W is read once, and every
-// weight of it decoded once in each block of threads.
+// y = x W^T + b for 9 to 128 tokens: W is read once, and every weight of it decoded once in each block of threads.
+// Where there is wgmma up to 32 of them are linear_few.hpp's and more linear_wgmma.hpp's.
 //
 // W is the A operand, 16 rows at a time, and x is B, 8 tokens at a time, so that a weight meets all tokens of the block
 // while it is in registers. Packed bytes come to shared memory as they lie in memory, chunk by chunk, several chunks
@@ -8,6 +8,7 @@
 // Everything is added in an order that the shape alone determines.
 #include "cuda/chunk_blocks_large.hpp"
 #include "cuda/chunk_planes.hpp"
+#include "cuda/linear_few.hpp"
 #include "cuda/linear_wgmma.hpp"
 #include "cuda/tile_copies.hpp"
 #include "cuda/tile_sums.hpp"
@@ -305,11 +306,13 @@ class Tile : TileCopies<Row, Tokens> {
   typename ScaleRowOf<C>::Type scale_row_;
 };
 
+// Few tokens and more: a kernel each, with the code that a GPU is best at.
 template <int Row>
-__global__ void __launch_bounds__(kTileThreads, 2) linear_tile_kernel(const TileParameter p) {
-  Tile<Row, kFewTokens>(p).run();
+__global__ void __launch_bounds__(kWgmma ? kFewThreads : kTileThreads, kWgmma ? 1 : 2)
+    linear_tile_kernel(const TileParameter p) {
+  if (wgmma_where(p.shape.few)) linear_few<Row>(p);
+  else Tile<Row, kFewTokens>(p).run();
 }
-// More tokens: one kernel, with the code that a GPU is best at.
 template <int Row>
 __global__ void __launch_bounds__(kWgmma ? kWgmmaThreads : kTileThreads, 1) linear_many_kernel(const TileParameter p) {
   if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row>(p);
@@ -321,6 +324,10 @@ __global__ void __launch_bounds__(kWgmma ? kWgmmaThreads : kTileThreads, 1) line
 template <>
 ChunkSize tile_chunk<BITFOLD_PART>() {
   return chunk_size<Chunk<BITFOLD_PART>>();
+}
+template <>
+FewSize few_size<BITFOLD_PART>() {
+  return few_size_of<BITFOLD_PART>();
 }
 template <>
 const Order& tile_order<BITFOLD_PART>() {
@@ -340,10 +347,12 @@ PlaneMatrix tile_planes<BITFOLD_PART>(const Weight& w) {
 }
 template <>
 void tile_launch<BITFOLD_PART>(const TileParameter& p, Stream stream) {
-  const bool few = p.shape.tokens == kFewTokens;
+  const bool few = p.shape.few || p.shape.tokens == kFewTokens;
   launch({.grid = {static_cast<unsigned>(p.shape.row_blocks), static_cast<unsigned>(p.shape.splits),
                    static_cast<unsigned>(p.shape.token_blocks)},
-          .block = p.shape.wgmma ? kWgmmaThreads : kTileThreads,
+          .block = p.shape.wgmma ? kWgmmaThreads
+                   : p.shape.few ? kFewThreads
+                                 : kTileThreads,
           .shared_bytes = p.shape.shared_bytes,
           .name = few ? "linear_tile" : "linear_many",
           .stream = stream},

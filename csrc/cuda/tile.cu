@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/few.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/tile.hpp"
@@ -134,6 +135,7 @@ namespace {
 
 struct Unit {
   ChunkSize (*chunk)();
+  FewSize (*few)();
   const Order& (*order)();
   bool (*in_words)(const Weight&);
   PlaneMatrix (*planes)(const Weight&);
@@ -141,7 +143,7 @@ struct Unit {
 };
 template <int Row>
 constexpr Unit unit_of() {
-  return {tile_chunk<Row>, tile_order<Row>, tile_in_words<Row>, tile_planes<Row>, tile_launch<Row>};
+  return {tile_chunk<Row>, few_size<Row>, tile_order<Row>, tile_in_words<Row>, tile_planes<Row>, tile_launch<Row>};
 }
 template <int... I>
 constexpr std::array<Unit, sizeof...(I)> units(std::integer_sequence<int, I...>) {
@@ -163,20 +165,25 @@ Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_
   const auto aligned = [](int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; };
   const int64_t groups = tile_groups(shape, m), chunks = ceil_div<int64_t>(k, size.columns);
   const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks;
+  const int64_t rows = shape.few ? kFewRows : kTileRows;
   const bool split = shape.splits > 1;
   Workspace at{};
   at.sums = aligned(at.x + chunks * size.units() * groups * kUnitBytes);
   at.factors = aligned(at.sums + chunks * groups * size.sums);
   at.peaks = aligned(at.factors + groups * 8 * 4);
   at.partial = aligned(at.peaks + m * kMostPeaks * 4);
-  at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * kTileRows * 4 : 0));
+  at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * rows * 4 : 0));
   at.end = aligned(at.arrivals + (split ? blocks * 4 : 0));
   return at;
 }
 
-TileShape shape_of(ChunkSize size, const LinearArgs& args) {
+TileShape shape_of(const Unit& unit, const LinearArgs& args) {
   const Gpu device = gpu();
-  const auto shape = device.wgmma && args.x.rows > kTileBesideWgmma ? wgmma_shape : tile_shape;
+  const ChunkSize size = unit.chunk();
+  if (device.wgmma && args.x.rows <= kTileBesideWgmma) {
+    return few_shape(unit.few(), args.x.rows, args.w.n, args.w.k, device);
+  }
+  const auto shape = device.wgmma ? wgmma_shape : tile_shape;
   return shape(size, args.x.rows, args.w.n, args.w.k, device);
 }
 
@@ -184,8 +191,9 @@ TileShape shape_of(ChunkSize size, const LinearArgs& args) {
 
 int64_t linear_tile_workspace(const LinearArgs& args) {
   if (args.w.n == 0) return 0;
-  const ChunkSize size = unit_of(args.w.format.row).chunk();
-  const TileShape shape = shape_of(size, args);
+  const Unit& unit = unit_of(args.w.format.row);
+  const ChunkSize size = unit.chunk();
+  const TileShape shape = shape_of(unit, args);
   return workspace_of(size, shape, args.x.rows, args.w.k).end;
 }
 
@@ -193,7 +201,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
   if (args.w.n == 0) return;
   const Unit& unit = unit_of(args.w.format.row);
   const ChunkSize size = unit.chunk();
-  const TileShape shape = shape_of(size, args);
+  const TileShape shape = shape_of(unit, args);
   const Workspace at = workspace_of(size, shape, args.x.rows, args.w.k);
   auto* base = static_cast<uint8_t*>(workspace);
   const TileParameter parameter{

@@ -41,9 +41,18 @@ struct ChunkSize {
   constexpr int units() const { return columns / kUnit; }
 };
 
+// The same of the kernel for few tokens on Hopper (few.hpp).
+struct FewSize {
+  int columns;  // of a stage
+  int stride;   // bytes from row to row in shared memory
+  int sums;     // bytes of sums of x for 8 tokens of a stage
+  int tables;   // bytes that all warps look up
+};
+
 struct TileShape {
   bool wgmma;              // the kernel of wgmma.hpp
-  int tokens;              // of a block: kFewTokens or kManyTokens; with wgmma whole quarters
+  bool few;                // the kernel of few.hpp
+  int tokens;              // of a block: kFewTokens or kManyTokens; with wgmma whole quarters; of few.hpp 16 or 32
   int x_stages, w_stages;  // that wait in shared memory
   int splits;              // of k, over blocks
   int row_blocks, token_blocks;
@@ -67,8 +76,13 @@ BITFOLD_HOST_DEVICE constexpr TilePlaces tile_places(ChunkSize size, int tokens,
   at.end = at.w + w_stages * kTileRows * size.stride;
   return at;
 }
+struct alignas(1024) Bytes {
+  uint8_t bytes[1024];
+};
+
 // The sums on their way out lie where everything else was: [token][row], a few floats more a token.
-inline constexpr int kOutStride = kTileRows + 4;
+BITFOLD_HOST_DEVICE constexpr int out_stride(int rows) { return rows + 4; }
+inline constexpr int kOutStride = out_stride(kTileRows);
 
 TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu);
 TileShape wgmma_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu);
@@ -131,6 +145,8 @@ constexpr int64_t tile_row_bytes(const Weight& w) {
 // Defined for each format in a unit of its own (linear_tile.cu).
 template <int Row>
 ChunkSize tile_chunk();
+template <int Row>
+FewSize few_size();
 template <int Row>
 const Order& tile_order();
 template <int Row>

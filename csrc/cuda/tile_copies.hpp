@@ -23,10 +23,6 @@ BITFOLD_HOST_DEVICE constexpr ChunkSize chunk_size() {
   return {C::kColumns, kStride<C>, kSumBytes<C>, row_scales, C::kTables, kMostQuartersOf<C>};
 }
 
-struct alignas(1024) Bytes {
-  uint8_t bytes[1024];
-};
-
 // Slots that are filled and emptied in turn.
 struct Ring {
   int slot = 0;

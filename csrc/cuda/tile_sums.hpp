@@ -8,32 +8,34 @@ namespace bitfold::cuda {
 
 inline constexpr int kSumsBarrier = 1;
 
-// Of the first kTileThreads threads of the block, which have its sums. Tokens: of the block, or 0 where the shape says.
-template <int Tokens>
+// Of the first Threads threads of the block, which have its sums, of Rows rows. Tokens: of the block, or 0 where the
+// shape says.
+template <int Tokens, int Rows = kTileRows, int Threads = kTileThreads>
 class TileSums {
  public:
   // memory: the block's, but what others may still look at; first_group: of 8 tokens.
   BITFOLD_DEVICE TileSums(const TileParameter& p, uint8_t* memory, int first_group)
-      : p_(p), memory_(memory), row0_(int64_t{blockIdx.x} * kTileRows), group0_(first_group) {}
+      : p_(p), memory_(memory), row0_(int64_t{blockIdx.x} * Rows), group0_(first_group) {}
 
-  // put(out) writes the block's sums to out[token * kOutStride + row] and comes back when all are there.
+  // put(out) writes the block's sums to out[token * out_stride(Rows) + row] and comes back when all are there.
   template <class Put>
   BITFOLD_DEVICE void finish(const Put& put_sums) const {
     auto* out = reinterpret_cast<float*>(memory_);
     sync();  // all copies have arrived, and all stages were looked at
     put_sums(out);
-    constexpr int kQuads = kTileRows / 4;
+    constexpr int kQuads = Rows / 4;
     const int count = static_cast<int>(smaller<int64_t>(tokens(), p_.m - int64_t{group0_} * 8)) * kQuads;
-    const auto sums = [&](int i) { return reinterpret_cast<const float4*>(out + i / kQuads * kOutStride)[i % kQuads]; };
+    const auto sums = [&](int i) {
+      return reinterpret_cast<const float4*>(out + i / kQuads * out_stride(Rows))[i % kQuads];
+    };
     if (p_.shape.splits == 1) {
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads)
-        put(sums(i), i / kQuads, i % kQuads * 4);
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += Threads) put(sums(i), i / kQuads, i % kQuads * 4);
       return;
     }
-    const int size = tokens() * kTileRows;
+    const int size = tokens() * Rows;
     const auto block = static_cast<int>(blockIdx.z * gridDim.x + blockIdx.x);
     float* partial = p_.partial + int64_t{block} * p_.shape.splits * size;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += Threads) {
       reinterpret_cast<float4*>(partial + int64_t{blockIdx.y} * size)[i] = sums(i);
     }
     ptx::fence();
@@ -44,7 +46,7 @@ class TileSums {
     if (arrived != static_cast<uint32_t>(p_.shape.splits) - 1) return;
     ptx::fence();
     // The last to come adds all of them, in their order.
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kTileThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += Threads) {
       float4 sum = ptx::load_written16(partial + i * 4);
       for (int s = 1; s < p_.shape.splits; ++s) {
         const float4 more = ptx::load_written16(partial + int64_t{s} * size + i * 4);
@@ -63,7 +65,7 @@ class TileSums {
   // Those who have sums: the whole block, or all of it but the warpgroup that copies.
   BITFOLD_DEVICE static void sync() {
     if constexpr (Tokens > 0) ptx::sync_block();
-    else ptx::bar_sync(kSumsBarrier, kTileThreads);
+    else ptx::bar_sync(kSumsBarrier, Threads);
   }
 
   // Four rows of W and one token.

@@ -103,12 +103,24 @@ TILE = [  # the largest first: ThreadSanitizer gets the last of each format; wit
       for m, dtype in ((9, "bf16"), (40, "fp16"))),
     *(linear(format, 3, 33, 288 if columns_of_a_block(format) == 32 else 256, "bf16", bias=True)
       for format in block_formats()),
-    *(linear(format, 20, 33, 296, "bf16", bias=True)
+    *(linear(format, 20, 33, 296, "bf16", bias=True, capability=80)
       for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
-    *(linear(format, 9, 140, 1536, "bf16", multiprocessors=132)  # k over several blocks
+    *(linear(format, 9, 140, 1536, "bf16", multiprocessors=132, capability=80)  # k over several blocks
+      for format in ("int4-g128-asym", "q4_k", "q6_k")),
+    linear("nf4-b64-dq", 16, 17, 192, capability=80),
+    linear("int4-g32", 9, 128, 288, capability=80),  # whole rows that end within a chunk
+]  # fmt: skip
+FEW = [  # the largest first, as above
+    linear("int4-g128", 30, 530, 1536, "bf16", multiprocessors=1),  # more stages than wait in shared memory
+    linear("nf4-b64", 12, 260, 1920, bias=True, multiprocessors=1),  # the last stage is half of one
+    *(linear(format, m, 75, 1024, dtype, multiprocessors=1) for format in (*PLANES, *block_formats())
+      for m, dtype in ((9, "bf16"), (32, "fp16"))),
+    *(linear(format, 20, 33, 296, "bf16", bias=True)  # rows that begin anywhere
+      for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
+    *(linear(format, 9, 288, 1536, "bf16", multiprocessors=132)  # k over several blocks
       for format in ("int4-g128-asym", "q4_k", "q6_k")),
     linear("nf4-b64-dq", 16, 17, 192),
-    linear("int4-g32", 9, 128, 288),  # whole rows that end within a chunk
+    *(linear(format, 25, 256, 288) for format in ("int4-g32", "q4_0", "q8_0")),  # whole rows end within a stage
 ]  # fmt: skip
 WGMMA = [  # the largest first, as above
     linear("int4-g128", 300, 520, 256, "bf16", multiprocessors=1),  # blocks of 256 tokens and of 44
@@ -226,6 +238,7 @@ KV_ATTENTION = [
 KERNELS = {
     "linear_rows": ROWS,
     "linear_tile": TILE,
+    "linear_few": FEW,
     "linear_wgmma": WGMMA,
     "linear_int8": INT8,
     "linear_floor": FLOOR,

@@ -107,6 +107,8 @@ def faults(kernels: list[Kernel]) -> list[str]:
     for kernel in kernels:
         for test, sentence in EXPECTED:
             said += [f"{kernel.name}: {sentence}"] if not test(kernel) else []
+    if any(is_wgmma(kernel) for kernel in kernels):
+        said += [f"{k.name}: it isn't Hopper's" for k in kernels if is_tile(k) and not is_few(k)]
     if not any(kernel.name.startswith("linear_rows") for kernel in kernels):
         said.append("there is no kernel for few rows")
     return said
@@ -124,6 +126,11 @@ def is_rows(kernel: Kernel) -> bool:
 
 def is_tile(kernel: Kernel) -> bool:
     return kernel.name.startswith("linear_tile_kernel")
+
+
+def is_few(kernel: Kernel) -> bool:
+    """Of the two codes for 9 to 32 rows that which is Hopper's: those who copy leave registers to others."""
+    return is_tile(kernel) and kernel.has("USETMAXREG")
 
 
 def is_many(kernel: Kernel) -> bool:
@@ -167,8 +174,11 @@ FAST = (
 )
 
 
-# Bytes of stack of those that keep a register or two there all the same, outside of their inner loops.
-SPILLED = {"linear_tile_kernel<5>": 8, "linear_tile_kernel<11>": 8}
+# Bytes of stack of those that keep one to three registers there all the same: in loops for 32 rows of x, where sums,
+# operands and fresh sums are 96 of a thread's 112 registers (with 8-bit codes in those for scales of 32 columns).
+SPILLED = {f"linear_tile_kernel<{row}>": 16 if row == 2 else 8 for row in (2, 3, 4, 11, 21, 22)}
+# Kernels for 9 to 32 rows of formats with planes, but int3, whose codes lie across words.
+BY_MATRICES = [f"linear_tile_kernel<{row}>" for row in (2, 3, 4, 5, 7, 8)]
 
 
 def spills(kernel: Kernel) -> bool:
@@ -203,6 +213,10 @@ EXPECTED = [
     (lambda k: not is_wgmma(k) or k.has("UBLKCP"), "no bulk copies"),
     # kAtStart of wgmma.hpp: with others a block's warpgroups would wait for registers that aren't there.
     (lambda k: not is_wgmma(k) or (k.registers == 168 and k.has("USETMAXREG")), "it doesn't begin with 168 registers"),
+    (lambda k: not is_few(k) or k.has("UBLKCP"), "no bulk copies"),
+    # kFewAtStart of few.hpp
+    (lambda k: not is_few(k) or k.registers == 96, "it doesn't begin with 96 registers"),
+    (lambda k: not is_few(k) or k.name not in BY_MATRICES or k.has("LDSM", "4"), "no words of W by ldmatrix"),
     (lambda k: not copied(k) or k.has("LDGSTS", copied(k)), "no asynchronous copies of 16 bytes (int3: 8)"),
     (lambda k: not k.name.startswith("linear_rows_kernel<PlaneFragments<5,") or k.has("LOP3", "LUT"),
      "codes aren't taken apart by LOP3"),
@@ -256,7 +270,16 @@ LOOPS = [
 # Kernels for more rows with wgmma: their rows of the format table, and the steps of 16 columns that share a scale.
 WGMMAS = [(5, 4, "int4-g128"), (5, 2, "int4-g32"), (8, 4, "nf4-b64"), (10, 2, "q4_0"), (17, 4, "q4_k"),
           (21, 2, "iq4_xs"), (19, 1, "q6_k")]  # fmt: skip
-TILES = {5: "int4-g128", 8: "nf4-b64", 10: "q4_0", 17: "q4_k", 21: "iq4_xs", 19: "q6_k"}
+# Those for 9 to 32 rows of x on Hopper: the rows of the format table, and the scales of a row in 128 columns that are
+# handed round; blocks have theirs in shared memory.
+FEWS = [
+    (5, 1, "int4-g128"),
+    (8, 2, "nf4-b64"),
+    (10, 0, "q4_0"),
+    (17, 0, "q4_k"),
+    (21, 0, "iq4_xs"),
+    (19, 0, "q6_k"),
+]
 
 
 @dataclass(frozen=True)
@@ -316,15 +339,24 @@ def print_loops(kernels: list[Kernel]) -> None:
     print_table(
         "format, columns of a piece, instructions, integer unit, shared memory, mma, clocks, share", rows
     )
-    rows = []
-    for row, format in TILES.items():
-        (kernel,) = (k for k in kernels if k.name == f"linear_tile_kernel<{row}>")
-        code = max(kernel.inner_loops("HMMA"), key=lambda loop: count(loop)["HMMA"])
-        parts = [count(code)[name] for name in ("HMMA", "FFMA", "LDS")]
-        rows.append((format, len(code), *parts, len(code) - sum(parts)))
-    print_table("format, instructions, mma, FFMA, loads from shared memory, everything else", rows)
+    print_table("format, rows of x, instructions, mma, FFMA, loads from shared memory, everything else",
+                list(few_rows(kernels)))  # fmt: skip
     print_table("format, rows of x, instructions, HGMMA, FFMA, loads from shared memory, everything else, "
                 "clocks of products, clocks of instructions", list(wgmma_rows(kernels)))  # fmt: skip
+
+
+def few_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
+    """Of a warp's 32 rows of W and 128 columns of a stage."""
+    for row, scales, format in FEWS:
+        found = [k for k in kernels if k.name == f"linear_tile_kernel<{row}>" and is_few(k)]
+        counted = [(len(loop), count(loop)) for k in found for loop in k.inner_loops("HMMA")]
+        for m in (16, 32):
+            # Of 128 columns, and minima; the less a loop asks about the matrix the shorter it is.
+            of_m = [(length, c) for length, c in counted if 2 * m <= c["HMMA"] <= 3 * m]
+            handed = [(length, c) for length, c in of_m if scales < 2 or c["SHFL"] >= 4 * scales]
+            for length, c in sorted(handed, key=lambda of: of[0])[:1]:
+                parts = [c["HMMA"], c["FFMA"], c["LDS"] + c["LDSM"]]
+                yield (format, m, length, *parts, length - sum(parts))
 
 
 def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:

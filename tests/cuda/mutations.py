@@ -33,7 +33,9 @@ class Mutation(NamedTuple):
 # Which cases run a file's code; the first that matches.
 CASES = {
     r"linear_tile\.cu|tile_copies\.hpp|chunk.*\.hpp": ("linear_tile",),
-    r"arrange\.cu|tile_sums\.hpp": ("linear_tile", "linear_wgmma"),
+    r"tile_sums\.hpp": ("linear_tile", "linear_few", "linear_wgmma"),
+    r"arrange\.cu": ("linear_tile", "linear_wgmma"),
+    r"(linear_)?few.*\.hpp": ("linear_few",),
     r"linear_wgmma\.hpp|wgmma.*\.hpp": ("linear_wgmma",),
     r"linear_rows\.cu|rows_sums\..*|tokens\.hpp|fragments.*\.hpp": ("linear_rows",),
     r"linear_floor\.cu": ("linear_floor", "linear_grad_x"),
@@ -61,6 +63,11 @@ UNSEEN = {
         "ptx::sync_block();",
         4,
     ): "a block of threads comes back for more after 2^20 others alone",
+    (
+        "linear_few.hpp",
+        "ptx::sync_warp();",
+        1,
+    ): "the warp's products come after all that its lanes look at, and are its lanes' together",
     (
         "linear_wgmma.hpp",
         "ptx::sync_warp();",
@@ -164,6 +171,34 @@ WRONG = [
     ("arrange.cu", "14 - (field - 127)", "16 - (field - 127)"),
     ("arrange.cu", "sub % 8 / 2", "sub % 8 / 4"),
     ("chunk_planes.hpp", "s < 2 || kNarrow ? first.zero : second.zero", "first.zero"),
+    # linear_few: what a stage has and whose it is, scales of rows and halves of columns, and ends
+    ("few.hpp", "groups * size.sums", "0"),
+    ("few_copies.hpp", "p_.chunks * (C::kColumns / kUnit) - stage * Stage::kUnits", "Stage::kUnits"),
+    ("few_copies.hpp", "stages_ * int64_t{Stage::kBytes} > p_.row_bytes", "false"),
+    ("few_copies.hpp", "rows_ < kFewRows", "false"),
+    ("few_copies.hpp", "smaller(larger(left - 16 * more, 0), 16)", "16"),
+    ("few_copies.hpp", "at + b < length", "true"),
+    ("few_copies.hpp", "stage * Stage::kUnits * each", "first_ * Stage::kUnits * each"),
+    ("few_copies.hpp", "int64_t{stage} * sums", "int64_t{first_} * sums"),
+    ("few_copies.hpp", "column_warp * kHalf / 32", "0"),
+    ("few_copies.hpp", "ptx::lane_id() / 4 * 4 + row", "ptx::lane_id() / 4 * 4 + row % 2"),
+    ("few_copies.hpp", "ptx::lane_id() % 4 * 8", "ptx::lane_id() % 2 * 8"),
+    ("linear_few.hpp", "this->units(stage) - column_warp_ * kUnits", "kUnits"),
+    ("linear_few.hpp", "stage % kFewColumnWarps == column_warp_", "column_warp_ == 0 || stage > 0"),
+    ("linear_few.hpp", "row_warp_ * (kTiles * 16)", "row_warp_ * 16"),
+    ("linear_few.hpp", "lane_ % 8 + lane_ / 16 * 8", "lane_ % 8"),
+    ("linear_few.hpp", "lane_ / 8 % 2 * 16", "0"),
+    (
+        "linear_few.hpp",
+        "scales.zero(Scales::kOne ? 0 : unit * (kUnitSteps / Span) + s / Span, r, i)",
+        "zero",
+    ),
+    ("linear_few.hpp", "x[64 * (pair + j) + 32]", "x[64 * j + 32]"),
+    ("linear_few.hpp", "scale[i / 2]", "scale[i % 2]"),
+    ("linear_few.hpp", "bytes + at_.sums + lane_ * C::kMins", "bytes + at_.sums"),
+    ("linear_few.hpp", "turn > 0", "turn > 1"),
+    ("linear_few.hpp", "lane_ % 4 * 2 + i % 2", "lane_ % 4 * 2 + i / 2"),
+    ("linear_few.hpp", "16 * tile + 8 * i", "16 * tile"),
     # linear_wgmma: stages and their phases, quarters, steps, spans and whose sums
     ("wgmma_copies.hpp", "parity ^= 1", "parity"),
     (

@@ -1,0 +1,224 @@
+// The way in of the kernel for few tokens on Hopper (linear_few.hpp): one warpgroup copies packed rows of W, x and its
+// sums, as far ahead as there are stages, and barriers tell those who multiply, who load their own scales.
+#pragma once
+
+#include "cuda/few.hpp"
+#include "cuda/wgmma_copies.hpp"
+
+namespace bitfold::cuda {
+
+// Of the stages: filled, and free again.
+struct FewBarriers {
+  ptx::Barrier full[kFewStages], empty[kFewStages];
+};
+static_assert(sizeof(FewBarriers) <= kFewBarrierBytes);
+
+// What a block of threads has, and where it lies.
+template <int Row>
+class FewBlock {
+ protected:
+  using C = Chunk<Row>;
+  using Stage = FewStage<C>;
+  static constexpr int kChunks = Stage::kColumns / C::kColumns;  // of a stage
+
+  BITFOLD_DEVICE FewBlock(const TileParameter& p, const FewSize& size)
+      : p_(p),
+        at_(few_places(size, p.groups, p.shape.w_stages)),
+        memory_(shared<Bytes>().bytes),
+        row0_(int64_t{blockIdx.x} * kFewRows),
+        stages_(ceil_div(p.chunks, kChunks)),
+        first_(static_cast<int>(int64_t{stages_} * blockIdx.y / p.shape.splits)),
+        last_(static_cast<int>(int64_t{stages_} * (blockIdx.y + 1) / p.shape.splits)) {}
+
+  BITFOLD_DEVICE FewBarriers& barriers() const { return *reinterpret_cast<FewBarriers*>(memory_); }
+  BITFOLD_DEVICE uint8_t* stage(int slot) const { return memory_ + at_.stages + slot * at_.stage; }
+  // Units of a stage that there are: the last may have fewer.
+  BITFOLD_DEVICE int units(int stage) const {
+    return smaller(Stage::kUnits, p_.chunks * (C::kColumns / kUnit) - stage * Stage::kUnits);
+  }
+  // Where in its first piece a row's stage begins.
+  BITFOLD_DEVICE int skew(int64_t row, int stage) const {
+    if (!Stage::kSkewed || !p_.in_words) return 0;
+    return static_cast<int>(static_cast<uint32_t>(row) * static_cast<uint32_t>(p_.row_bytes) +
+                            static_cast<uint32_t>(stage) * Stage::kBytes) &
+           15;
+  }
+
+  const TileParameter& p_;
+  const FewPlaces at_;
+  uint8_t* const memory_;
+  const int64_t row0_;
+  const int stages_, first_, last_;  // of a row; this block's
+};
+
+// The warpgroup that copies.
+template <int Row>
+class FewCopies : FewBlock<Row> {
+  using Block = FewBlock<Row>;
+  using C = Chunk<Row>;
+  using Stage = FewStage<C>;
+  using Block::at_;
+  using Block::first_;
+  using Block::last_;
+  using Block::p_;
+  using Block::row0_;
+  using Block::stages_;
+
+ public:
+  // Arrivals that fill a stage: of each thread one for its copies and one for what it stored, and one for x.
+  static constexpr int kArrivals = 2 * kFewCopy + 1;
+
+  BITFOLD_DEVICE FewCopies(const TileParameter& p, const FewSize& size, int thread)
+      : Block(p, size),
+        thread_(thread),
+        row_(thread / kLanes),
+        rows_(static_cast<int>(smaller<int64_t>(p.n - row0_, kFewRows))) {}
+
+  BITFOLD_DEVICE void run() {
+    FewBarriers& barriers = this->barriers();
+    // A row's last stage may end within it, and the matrix's last row within a piece.
+    const bool ends = stages_ * int64_t{Stage::kBytes} > p_.row_bytes || (Stage::kSkewed && row0_ + kFewRows >= p_.n);
+    Turn turn;
+#pragma unroll 1
+    for (int stage = first_; stage < last_; ++stage) {
+      ptx::Barrier* full = &barriers.full[turn.slot];
+      uint8_t* to = this->stage(turn.slot);
+      ptx::barrier_wait(&barriers.empty[turn.slot], turn.parity ^ 1);
+      if (thread_ == 0) copy_x(stage, to, full);
+      if (!p_.in_words) copy_bytes(stage, to);
+      else if (rows_ < kFewRows || (ends && stage + 1 == stages_)) copy_words<true>(stage, to);
+      else copy_words<false>(stage, to);
+      ptx::cp_async_arrive(full);
+      ptx::barrier_arrive(full);
+      turn.next(p_.shape.w_stages);
+    }
+  }
+
+ private:
+  // So many threads copy a row together, of every kRowStep-th one. All rows of a thread begin at the same place of a
+  // piece, for they have an even number of bytes.
+  static constexpr int kLanes = Stage::kPieces % 8 == 0 ? 8 : 4;
+  static constexpr int kRowStep = kFewCopy / kLanes;
+  static_assert(kRowStep % 8 == 0);
+
+  // Rows that aren't there are left out. Edge: so they may be, and what lies beyond a row's end becomes zero.
+  template <bool Edge>
+  BITFOLD_DEVICE void copy_words(int stage, uint8_t* to) const {
+    const int piece = thread_ % kLanes;
+    const uint8_t* from = p_.codes + (row0_ + row_) * p_.row_bytes + int64_t{stage} * Stage::kBytes;
+    int left = static_cast<int>(smaller<int64_t>(p_.row_bytes - int64_t{stage} * Stage::kBytes, Stage::kBytes));
+    if (Stage::kSkewed) {
+      const auto within = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
+      from -= within;
+      left += within;
+    }
+    from += 16 * piece;
+    left -= 16 * piece;
+    to += row_ * Stage::kStride + 16 * piece;
+    const int64_t step = kRowStep * p_.row_bytes;
+#pragma unroll(Edge ? 1 : 4)
+    for (int row = Edge ? row_ : 0; row < (Edge ? rows_ : kFewRows); row += kRowStep) {
+#pragma unroll
+      for (int more = 0; more < Stage::kPieces; more += kLanes) {
+        if (more + kLanes > Stage::kPieces && piece + more >= Stage::kPieces) continue;
+        if constexpr (Edge) {
+          const int bytes = smaller(larger(left - 16 * more, 0), 16);
+          ptx::cp_async<16>(to + 16 * more, bytes > 0 ? from + 16 * more : p_.codes, bytes);
+        } else {
+          ptx::cp_async<16>(to + 16 * more, from + 16 * more);
+        }
+      }
+      from += step;
+      to += kRowStep * Stage::kStride;
+    }
+  }
+  // Rows that begin anywhere.
+  BITFOLD_DEVICE void copy_bytes(int stage, uint8_t* to) const {
+    const int64_t begin = int64_t{stage} * Stage::kBytes;
+    const int length = static_cast<int>(smaller<int64_t>(Stage::kBytes, p_.row_bytes - begin));
+#pragma unroll 1
+    for (int i = thread_; i < rows_ * Stage::kPieces; i += kFewCopy) {
+      const int row = i / Stage::kPieces, at = 16 * (i % Stage::kPieces);
+      const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + begin + at;
+      uint8_t* place = to + row * Stage::kStride + at;
+#pragma unroll 2
+      for (int b = 0; b < 16; ++b) place[b] = at + b < length ? ptx::load1(from + b) : uint8_t{0};
+    }
+  }
+  // x of a stage's units, and its sums, lie together.
+  BITFOLD_DEVICE void copy_x(int stage, uint8_t* to, ptx::Barrier* full) const {
+    const int64_t each = int64_t{p_.groups} * kUnitBytes;
+    const auto bytes = static_cast<unsigned>(this->units(stage) * each);
+    const auto sums = static_cast<unsigned>(p_.groups * Stage::kSums);
+    static_assert(C::kMins == 0 || Block::kChunks == 1);
+    ptx::barrier_expect(full, bytes + sums);
+    ptx::copy_bulk(to + at_.x, p_.x + stage * Stage::kUnits * each, bytes, full);
+    if constexpr (C::kMins > 0) ptx::copy_bulk(to + at_.sums, p_.sums + int64_t{stage} * sums, sums, full);
+  }
+
+  const int thread_, row_, rows_;  // its first row; rows that are there
+};
+
+// Scales of planes: a warp's own, of its 32 rows and its half of a stage's columns, Entries of them for a row, each of
+// Span steps (or one for all). Those of the next stage are on their way while one is multiplied. Plain: the format's
+// usual scales, and no zero points. Keeps: where its row's lie, for which many tokens leave no registers.
+template <class C, int Span, bool One, bool Plain, bool Keeps>
+class FewScales {
+  using Stage = FewStage<C>;
+  static constexpr int kHalf = Stage::kColumns / 2;  // columns
+  static constexpr int kEntries = One ? 1 : kHalf / (16 * Span);
+
+ public:
+  static constexpr bool kOne = One;
+
+  // first: the row of the warp's first. A lane has row 8 t + g, which is row 8 i + g of tile r where t = 2 r + i.
+  BITFOLD_DEVICE FewScales(const TileParameter& p, int64_t first, int column_warp)
+      : p_(p), first_(first), piece_(static_cast<uint32_t>(column_warp * kHalf / 32)) {
+    if constexpr (Keeps) row_ = find_row();
+  }
+
+  BITFOLD_DEVICE void load(int stage) {
+    const uint32_t first = piece_ + static_cast<uint32_t>(stage * (Stage::kColumns / 32));
+    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
+    const auto row = Keeps ? row_ : find_row();
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const uint32_t group = p_.planes.pieces.divide(smaller(first + static_cast<uint32_t>(i * Span / 2), end));
+      loaded_[i] = C::load_scale(p_.planes, row, group, stored(), !Plain && p_.planes.zeros != nullptr);
+    }
+  }
+  // Those that have come, of this lane's rows.
+  BITFOLD_DEVICE void open() {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) mine_[i] = C::scale_zero(p_.planes, loaded_[i], stored());
+    if constexpr (One) {
+#pragma unroll
+      for (int row = 0; row < 2 * kTiles; ++row) all_[row] = ptx::shuffle(mine_[0].scale, lane_of(row));
+    }
+  }
+  // Of row 8 i + g of tile r.
+  BITFOLD_DEVICE float scale(int entry, int r, int i) const {
+    return One ? all_[2 * r + i] : ptx::shuffle(mine_[entry].scale, lane_of(2 * r + i));
+  }
+  BITFOLD_DEVICE uint32_t zero(int entry, int r, int i) const {
+    return ptx::shuffle(mine_[entry].zero, lane_of(2 * r + i));
+  }
+
+ private:
+  BITFOLD_DEVICE auto find_row() const {
+    const int row = ptx::lane_id() % 4 * 8 + ptx::lane_id() / 4;
+    return C::scale_row(p_.planes, smaller<int64_t>(first_ + row, p_.n - 1));
+  }
+  BITFOLD_DEVICE static int lane_of(int row) { return ptx::lane_id() / 4 * 4 + row; }
+  BITFOLD_DEVICE Scale stored() const { return Plain ? C::kStored : p_.planes.scale; }
+
+  const TileParameter& p_;
+  const int64_t first_;
+  const uint32_t piece_;  // of 32 columns
+  typename C::ScaleRow row_;
+  LoadedScaleZero loaded_[kEntries];
+  ScaleZero mine_[kEntries];
+  float all_[One ? 2 * kTiles : 1];
+};
+
+}  // namespace bitfold::cuda

@@ -1,0 +1,370 @@
+// y = x W^T + b for 9 to 32 tokens where a block has much shared memory (few.hpp): Hopper's.
+//
+// As in the tile kernel W is the A operand, 16 rows at a time, decoded once in registers, and x is B, 8 tokens at a
+// time. What decides is how few instructions that takes, for memory brings 4 bits a weight faster than they are opened:
+// so a block has 256 rows, for which x comes once; a warpgroup of its own copies, and the warps that multiply neither
+// ask for bytes nor wait for each other; a warp takes the words of its 16 rows by ldmatrix, and a lane keeps the scales
+// of one row and hands them round. Sums of a unit begin at zero and come, scaled, to the warp's own.
+#pragma once
+
+#include "cuda/chunk_blocks_large.hpp"
+#include "cuda/chunk_planes.hpp"
+#include "cuda/few_copies.hpp"
+#include "cuda/tile_sums.hpp"
+
+namespace bitfold::cuda {
+
+// Blocks have their scales with them.
+struct NoScales {};
+
+// How planes' codes are opened; blocks do it themselves.
+template <int Row, bool Planes>
+struct FewCodes {
+  using Tables = NoTables;
+};
+template <int Row>
+struct FewCodes<Row, true> : PlaneCodes<Row> {};
+
+template <int Row>
+using FewTables = typename FewCodes<Row, Chunk<Row>::kPlanes>::Tables;
+
+template <int Row>
+constexpr FewSize few_size_of() {
+  using C = Chunk<Row>;
+  using Stage = FewStage<C>;
+  const bool tables = kFormats[Row].grid == Grid::Codebook;
+  return {.columns = Stage::kColumns,
+          .stride = Stage::kStride,
+          .sums = Stage::kSums,
+          .tables = tables ? static_cast<int>(few_aligned(sizeof(FewTables<Row>))) : 0};
+}
+
+// The warps that multiply. Groups: of 8 tokens.
+template <int Row, int Groups>
+class FewProducts : FewBlock<Row> {
+  using Block = FewBlock<Row>;
+  using C = Chunk<Row>;
+  using Codes = FewCodes<Row, C::kPlanes>;
+  using Stage = FewStage<C>;
+  using Block::at_;
+  using Block::first_;
+  using Block::last_;
+  using Block::memory_;
+  using Block::p_;
+  using Block::row0_;
+  static constexpr int kUnitBytesOfX = Groups * kUnitBytes;
+  static constexpr int kUnits = Stage::kUnits / kFewColumnWarps;  // of a warp
+  static constexpr bool kPlanes = C::kPlanes;
+  static constexpr bool kKeeps = Groups == 2;  // sums of more tokens leave no registers for them
+  static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
+  static constexpr int kBits = kFormats[Row].bits;
+
+ public:
+  BITFOLD_DEVICE FewProducts(const TileParameter& p, const FewSize& size)
+      : Block(p, size),
+        lane_(ptx::lane_id()),
+        row_warp_(ptx::warp_id() % kFewRowWarps),
+        column_warp_(ptx::warp_id() / kFewRowWarps) {}
+
+  BITFOLD_DEVICE void run() {
+    if constexpr (kFormats[Row].grid == Grid::Codebook) {
+      tables().fill(p_.planes.row, static_cast<int>(threadIdx.x), kFewMultiply);
+      ptx::bar_sync(kSumsBarrier, kFewMultiply);
+    }
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < Groups; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums_[r][j][i] = 0.0f;
+      }
+    }
+    if constexpr (kPlanes) {
+      const bool one = Stage::kColumns == 256 ? p_.wide_groups : p_.whole_units;
+      const bool plain = p_.planes.zeros == nullptr && p_.planes.scale == C::kStored;
+      if (!p_.whole_units) go_planes<C::kSpan, false, false>();
+      else if (one) plain ? go_planes<kUnitSteps, true, true>() : go_planes<kUnitSteps, true, false>();
+      else plain ? go_planes<kUnitSteps, false, true>() : go_planes<kUnitSteps, false, false>();
+    } else {
+      NoScales none;
+      go<C::kSpan, false>(none);
+    }
+    TileSums<0, kFewRows, kFewMultiply>(p_, memory_ + at_.tables, 0).finish([&](float* out) { put_sums(out); });
+  }
+
+ private:
+  template <int Span, bool One, bool Plain>
+  BITFOLD_DEVICE void go_planes() {
+    FewScales<C, Span, One, Plain, kKeeps> scales(p_, row0_ + first_row(), column_warp_);
+    scales.load(first_);
+    go<Span, kInteger && !Plain>(scales);
+  }
+
+  // Span: steps that share a scale; Zeros: whether codes have a zero point of their own.
+  template <int Span, bool Zeros, class Scales>
+  BITFOLD_DEVICE void go(Scales& scales) {
+    Turn turn;
+#pragma unroll 1
+    for (int stage = first_; stage < last_; ++stage) {
+      if constexpr (kPlanes) {
+        scales.open();
+        scales.load(stage + 1);
+      }
+      ptx::barrier_wait(&this->barriers().full[turn.slot], turn.parity);
+      const uint8_t* bytes = this->stage(turn.slot);
+      open(bytes, stage);
+      const int there = this->units(stage) - column_warp_ * kUnits;
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        if (unit < there) multiply<Span, Zeros>(scales, unit, bytes);
+      }
+      if constexpr (C::kMins > 0) {
+        if (stage % kFewColumnWarps == column_warp_) subtract_mins(bytes);
+      }
+      ptx::sync_warp();  // all lanes have looked at all of the stage that they will
+      if (lane_ == 0) ptx::barrier_arrive(&this->barriers().empty[turn.slot]);
+      turn.next(p_.shape.w_stages);
+    }
+  }
+
+  BITFOLD_DEVICE FewTables<Row>& tables() const { return *reinterpret_cast<FewTables<Row>*>(memory_ + at_.tables); }
+  BITFOLD_DEVICE int first_row() const { return row_warp_ * (kTiles * 16); }  // of the warp
+
+  BITFOLD_DEVICE Lane lane(int tile, int i) const {
+    Lane lane{};
+    lane.bytes = rows_ + (16 * tile + 8 * i) * Stage::kStride;
+    lane.t = lane_ % 4;
+    return lane;
+  }
+  BITFOLD_DEVICE void open(const uint8_t* bytes, int stage) {
+    if constexpr (!kPlanes || kBits == 3) {
+      // Rows have an even number of bytes, so that all of a lane's, eight apart, begin at the same place of a piece.
+      const int row = first_row() + lane_ / 4;
+      rows_ = bytes + row * Stage::kStride + this->skew(row0_ + row, stage);
+    }
+    if constexpr (!kPlanes && kKeeps) {
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) heads_[r][i] = C::head(lane(r, i).bytes);
+      }
+    }
+  }
+  BITFOLD_DEVICE typename C::Head head(int r, int i) const {
+    if constexpr (kKeeps) return heads_[r][i];
+    else return C::head(lane(r, i).bytes);
+  }
+
+  // The words of a unit, rows g and g + 8 of each tile (PlaneChunk::load): a matrix of ldmatrix is 8 rows and 16 bytes.
+  BITFOLD_DEVICE void load_words(const uint8_t* bytes, int unit, uint32_t (&words)[kTiles][2][4]) const {
+    if constexpr (kBits == 3) {
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) C::load(lane(r, i).bytes + unit * (kUnit * kBits / 8), lane_ % 4, words[r][i]);
+      }
+    } else if constexpr (kBits == 2) {  // 16 bytes of each row: both tiles
+      uint32_t four[4];
+      ptx::ldmatrix_x4(four, bytes + (first_row() + lane_) * Stage::kStride + 16 * unit);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i / 2][i % 2][0] = four[i];
+    } else {
+      const int row = first_row() + lane_ % 8 + lane_ / 16 * 8;
+      const uint8_t* mine = bytes + row * Stage::kStride + lane_ / 8 % 2 * 16 + unit * (kUnit * kBits / 8);
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+        for (int w = 0; w < kBits / 2; w += 2) {
+          uint32_t four[4];
+          ptx::ldmatrix_x4(four, mine + 16 * r * Stage::kStride + 16 * w);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) words[r][i / 2][w + i % 2] = four[i];
+        }
+      }
+    }
+  }
+
+  // The operands of one of the warp's units, and what their sums are multiplied with.
+  template <int Span, bool Zeros, class Scales>
+  BITFOLD_DEVICE void decode(const Scales& scales, int unit, const uint8_t* bytes, uint32_t (&a)[kTiles][kUnitSteps][4],
+                             float (&scale)[kTiles][kUnitSteps / Span][2]) const {
+    if constexpr (kPlanes) {
+      uint32_t words[kTiles][2][4];
+      load_words(bytes, column_warp_ * kUnits + unit, words);
+      constexpr bool kNarrow = C::kNarrow;
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t zero = 0x00010001u << (kBits - 1);
+#pragma unroll
+          for (int s = 0; s < kUnitSteps; ++s) {
+            if (Zeros && s % Span == 0)
+              zero = scales.zero(Scales::kOne ? 0 : unit * (kUnitSteps / Span) + s / Span, r, i);
+            const uint32_t* word = words[r][i] + (kNarrow ? 0 : kBits == 8 ? s : s / 2);
+            const int step = kNarrow ? s : kBits == 8 ? 0 : s % 2;
+            a[r][s][kLow0 + i] = Codes::value(word, step, 0, zero, tables());
+            a[r][s][kLow1 + i] = Codes::value(word, step, 1, zero, tables());
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          Operands<C::kSpan> row;
+          C::unit(lane(r, i), head(r, i), column_warp_ * kUnits + unit, row);
+#pragma unroll
+          for (int s = 0; s < kUnitSteps; ++s) {
+            a[r][s][kLow0 + i] = row.halves[s][0];
+            a[r][s][kLow1 + i] = row.halves[s][1];
+            if (s % Span == 0) scale[r][s / Span][i] = row.scales[s / Span];
+          }
+        }
+      }
+    }
+  }
+
+  // One unit of the warp's rows with all tokens.
+  template <int Span, bool Zeros, class Scales>
+  BITFOLD_DEVICE void multiply(const Scales& scales, int unit, const uint8_t* bytes) {
+    uint32_t a[kTiles][kUnitSteps][4];
+    float scale[kTiles][kUnitSteps / Span][2];
+    decode<Span, Zeros>(scales, unit, bytes, a, scale);
+    // [group][2][lane]
+    const int block = column_warp_ * kUnits + unit;
+    const auto* x = reinterpret_cast<const uint4*>(bytes + at_.x + block * kUnitBytesOfX) + lane_;
+#pragma unroll
+    for (int pair = 0; pair < Groups; pair += 2) {
+      // Never; but so the compiler doesn't mix both pairs, for which there are no registers.
+      if (Groups > 2 && pair >= p_.groups) break;
+      uint32_t b[2][kUnitSteps][2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint4 b0 = x[64 * (pair + j)], b1 = x[64 * (pair + j) + 32];
+        b[j][0][0] = b0.x, b[j][0][1] = b0.y, b[j][1][0] = b0.z, b[j][1][1] = b0.w;
+        b[j][2][0] = b1.x, b[j][2][1] = b1.y, b[j][3][0] = b1.z, b[j][3][1] = b1.w;
+      }
+      float part[kTiles][2][4];
+#pragma unroll
+      for (int s = 0; s < kUnitSteps; ++s) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int r = 0; r < kTiles; ++r) {
+            if (s % Span == 0) ptx::mma_f16_zero(part[r][j], a[r][s], b[j][s]);
+            else ptx::mma_f16(part[r][j], a[r][s], b[j][s]);
+          }
+        }
+        if (s % Span < Span - 1) continue;
+        if constexpr (kPlanes) {
+#pragma unroll
+          for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              scale[r][s / Span][i] = scales.scale(unit * (kUnitSteps / Span) + s / Span, r, i);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int r = 0; r < kTiles; ++r) add_scaled(sums_[r][pair + j], part[r][j], scale[r][s / Span]);
+        }
+      }
+    }
+  }
+  BITFOLD_DEVICE static void add_scaled(float (&to)[4], const float (&sum)[4], const float (&scale)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = ptx::fma(scale[i / 2], sum[i], to[i]);
+  }
+
+  // Minima of the stage's sub-blocks with the sums of x over them, high and low parts.
+  BITFOLD_DEVICE void subtract_mins(const uint8_t* bytes) {
+    uint32_t a[kTiles][4];
+    float scale[kTiles][2];
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t mins[2];
+        scale[r][i] = C::mins(lane(r, i), head(r, i), mins);
+        a[r][kLow0 + i] = mins[0];
+        a[r][kLow1 + i] = mins[1];
+      }
+    }
+    const uint8_t* b = bytes + at_.sums + lane_ * C::kMins;
+#pragma unroll
+    for (int j = 0; j < Groups; ++j) {
+      uint32_t high[2], low[2];
+      if constexpr (C::kMins == 8) {
+        const uint2 both = *reinterpret_cast<const uint2*>(b + j * Stage::kSums);
+        high[0] = both.x, high[1] = both.y;
+      } else {
+        const uint4 both = *reinterpret_cast<const uint4*>(b + j * Stage::kSums);
+        high[0] = both.x, high[1] = both.y, low[0] = both.z, low[1] = both.w;
+      }
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+        float sum[4];
+        ptx::mma_f16_zero(sum, a[r], high);
+        if constexpr (C::kMins == 16) ptx::mma_f16(sum, a[r], low);
+        add_scaled(sums_[r][j], sum, scale[r]);
+      }
+    }
+  }
+
+  // The warps that share rows add theirs up in turn.
+  BITFOLD_DEVICE void put_sums(float* out) const {
+    for (int turn = 0; turn < kFewColumnWarps; ++turn) {
+      if (turn == column_warp_) put_mine(out, turn > 0);
+      ptx::bar_sync(kSumsBarrier, kFewMultiply);
+    }
+  }
+  BITFOLD_DEVICE void put_mine(float* out, bool add) const {
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < Groups; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 8 * j + lane_ % 4 * 2 + i % 2;
+          const int row = first_row() + 16 * r + lane_ / 4 + 8 * (i / 2);
+          float& place = out[token * out_stride(kFewRows) + row];
+          place = add ? ptx::add(place, sums_[r][j][i]) : sums_[r][j][i];
+        }
+      }
+    }
+  }
+
+  const int lane_, row_warp_, column_warp_;
+  float sums_[kTiles][Groups][4];
+  // Of blocks' stage at hand: the lane's first row, and what its units share.
+  const uint8_t* rows_;
+  typename C::Head heads_[kKeeps ? kTiles : 1][2];
+};
+
+template <int Row>
+BITFOLD_DEVICE void linear_few(const TileParameter& p) {
+  constexpr FewSize kSize = few_size_of<Row>();
+  auto& barriers = *reinterpret_cast<FewBarriers*>(shared<Bytes>().bytes);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.shape.w_stages; ++i) {
+      ptx::barrier_init(&barriers.full[i], FewCopies<Row>::kArrivals);
+      ptx::barrier_init(&barriers.empty[i], kFewWarps);
+    }
+    ptx::fence_barrier_init();
+  }
+  ptx::sync_block();
+  if (threadIdx.x < kFewMultiply) {
+    ptx::registers_up<kFewUp>();
+    if (p.groups == 2) FewProducts<Row, 2>(p, kSize).run();
+    else FewProducts<Row, 4>(p, kSize).run();
+  } else {
+    ptx::registers_down<kFewDownTo>();
+    FewCopies<Row>(p, kSize, static_cast<int>(threadIdx.x) - kFewMultiply).run();
+  }
+}
+
+}  // namespace bitfold::cuda

@@ -1,0 +1,114 @@
+"""The kernel for 9 to 32 rows of x on GPUs with wgmma (csrc/cuda/linear_few.hpp).
+
+Beyond what test_linear.py asks of every device: every code in every place, exact sums, the same bits whatever the
+schedule, k cut over blocks of threads, rows that begin at odd places, and less shared memory.
+"""
+
+from __future__ import annotations
+
+import bitfold
+import devices
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES
+from test_cuda_tile import (
+    BLOCKS,
+    GPUS,
+    PLANES,
+    assert_columns_in_place,
+    assert_near,
+    assert_same,
+    assert_whole_sums_exact,
+    make,
+    schedules,
+    whole,
+)
+
+pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no GPU and no emulator")
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request):
+    with devices.use(request.param, request.node.nodeid):
+        yield request.param
+
+
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_every_weight_is_where_its_column_is(gpu, format, rng):
+    assert_columns_in_place(rng, format, 21, rows=32)
+
+
+@pytest.mark.parametrize("format", [format for format in PLANES if format.startswith("int")])
+def test_sums_of_small_whole_numbers_are_exact(gpu, format, rng):
+    half, bf16 = torch.float16, torch.bfloat16
+    assert_whole_sums_exact(rng, format, 300, ((9, half), (17, bf16), (32, half)))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_accuracy(gpu, format, dtype, rng):
+    """Ragged rows, columns and tokens, k that ends within a stage or in one short of the pipeline."""
+    for m, n, k in (
+        (9, 1, 33),
+        (16, 130, 288),
+        (17, 256, 1056),
+        (32, 40, 96),
+        (24, 257, 544),
+        (10, 300, 2048),
+    ):
+        qtensor, w = make(rng, format, n, whole(format, k))
+        x = torch.from_numpy(rng.standard_normal((m, w.shape[1]))).to(DTYPES[dtype])
+        bias = torch.from_numpy(rng.standard_normal(n)).to(DTYPES[dtype]) if m % 2 else None
+        assert_near(bitfold.linear(x, qtensor, bias), x, w, bias)
+
+
+@pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's schedule can't be chosen")
+@pytest.mark.parametrize("m", [12, 30])
+@pytest.mark.parametrize(
+    "format", ["int4-g128-asym", "nf4-b64-dq", "int8-g32", "q2_k", "q4_k", "q6_k", "mxfp4"]
+)
+def test_bits_depend_on_no_schedule(format, m, rng):
+    """Blocks, warps and lanes in any order, copies late or early; k over several blocks on many multiprocessors."""
+    n, k = 140, 1024
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
+    with devices.use("emulated"):
+        for multiprocessors in (1, 132):
+            results = []
+            for schedule in schedules():
+                devices.emulated().configure(multiprocessors=multiprocessors, **schedule)
+                results.append(bitfold.linear(x, qtensor))
+            assert_near(results[0], x, w)
+            for result in results[1:]:
+                assert_same(result, results[0])
+
+
+@pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's shared memory can't be chosen")
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_two_stages(format, rng):
+    """As if a block had 192 KB: few stages for all formats, which are filled and emptied again and again."""
+    n, k, m = 140, whole(format, 1536), 20
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.float16)
+    with devices.use("emulated"):
+        devices.emulated().configure(shared_bytes=192 * 1024, order="priority", multiprocessors=1)
+        assert_near(bitfold.linear(x, qtensor), x, w)
+
+
+@pytest.mark.parametrize("format", ["int4-g64", "q4_k", "q5_1", "mxfp4"])
+def test_bf16_beyond_the_range_of_fp16(gpu, format, rng):
+    """Each row has a power of two of its own; an infinity, a NaN and zeros stay what they are, and in their rows."""
+    n, k = 24, 256
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((32, k))).to(torch.bfloat16)
+    sizes = torch.tensor([1e30, 1e-30, 1.0, 3e-38, 1e34, 1e-20, 1e10, 2.0, 0.0])
+    x[:9] = (x[:9].float() * sizes[:, None]).to(torch.bfloat16)
+    x[9, 100], x[31, 200] = float("inf"), float("nan")
+    y = bitfold.linear(x, qtensor)
+    exact = x[:9].double().numpy() @ w.astype(np.float64).T
+    error = np.linalg.norm(y[:9].double().numpy() - exact, axis=1)
+    assert (error <= 4e-3 * np.linalg.norm(exact, axis=1) + 2.0**-134 * np.sqrt(n)).all()
+    assert not torch.isfinite(y[9]).any()
+    assert torch.isnan(y[31]).all()
+    assert_near(y[10:31], x[10:31], w)
