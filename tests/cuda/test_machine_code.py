@@ -33,6 +33,13 @@ def test_every_fast_kernel_is_asked(name):
     assert f"{name}_kernel<1>: it has a stack: registers are spilled" in faults
 
 
+def test_the_stack_that_is_known_is_of_one_body_of_a_kernel():
+    body = kernel("linear_tile_kernel<5>", *ROWS, stack=8)
+    assert not machine_code.spills(body)
+    body.code += kernel("", "USETMAXREG 112").code
+    assert machine_code.spills(body)
+
+
 def test_a_search_that_encodes_may_have_a_stack():
     faults = machine_code.faults([kernel("encode_each_block<16, Q3K>", stack=1232)])
     assert faults == ["there is no kernel for few rows"]
