@@ -1,11 +1,11 @@
 // y[m, n] = x[m, k] W^T + bias for m <= 8: what decides is how fast W is read.
 //
-// A block of 16 warps is at home on a multiprocessor. k is cut into slices, by n and k alone, and a *unit* is a slice of
-// 16 rows of W, which a warp multiplies from its first column to its last by itself. Packed bytes come to shared memory
-// by asynchronous copies into a ring of each warp's own: as soon as a piece was multiplied, its room is asked for the
-// next one, whichever unit that is of, so that memory never waits for sums, for x or for other warps. From there they go
-// as fragments into mma with W as the 16 rows and x, which lies in shared memory too, as the 8 columns: all m <= 8 cost
-// the same, and a token's bits don't depend on the others.
+// A block of 16 warps is at home on a multiprocessor. k is cut into slices, by n and k alone, and a *unit* is a slice
+// of 16 rows of W, which a warp multiplies from its first column to its last by itself. Packed bytes come to shared
+// memory by asynchronous copies into a ring of each warp's own: as soon as a piece was multiplied, its room is asked
+// for the next one, whichever unit that is of, so that memory never waits for sums, for x or for other warps. From
+// there they go as fragments into mma with W as the 16 rows and x, which lies in shared memory too, as the 8 columns:
+// all m <= 8 cost the same, and a token's bits don't depend on the others.
 //
 // Where all of x fits beside the rings, a block has *whole* tiles: the sums of their slices meet in shared memory, and
 // are added in the order of slices. Where it doesn't, a block has some slices and many tiles, and leaves its sums to

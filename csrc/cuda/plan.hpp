@@ -25,15 +25,14 @@ constexpr bool tile_supports(const Format& format) {
 }
 
 // Whether more rows than kTileBesideWgmma are better multiplied by wgmma with weights decoded in registers, or decoded
-// once and multiplied by torch. Clocks of a multiprocessor, of 1.8 GHz, for 64 columns of 128 rows of W and 64 of x:
-// torch's product takes 365 of them (256 of wgmma, 0.7 of whose rate cuBLAS has), and so does bitfold's, but Q6_K's,
-// whose sums are scaled every 16 columns: its 900 instructions for 128 rows of x take four schedulers 450. Beside them,
-// of the 18 bytes that a multiprocessor gets of memory in a clock: torch's product needs weights of 16 bits written,
-// bitfold's x in another order, read and written.
+// once and multiplied by torch. Clocks of a multiprocessor, of 1.8 GHz, for 64 columns of 128 rows of W and 64 of x, as
+// an H200 takes them: torch's product 365 (256 of wgmma, 0.7 of whose rate cuBLAS has), bitfold's 470, and of Q6_K,
+// whose sums are scaled every 16 columns, 765. Beside them, of the 18 bytes that a multiprocessor gets of memory in a
+// clock: torch's product needs weights of 16 bits written, bitfold's x in another order, read and written.
 constexpr bool wgmma_wins(const Format& format, int64_t m, int64_t n) {
-  constexpr int64_t kProduct = 365, kProductQ6K = 450, kBytesPerClock = 18;
+  constexpr int64_t kTorch = 365, kWgmma = 470, kWgmmaQ6K = 765, kBytesPerClock = 18;
   if (m <= kTile) return true;
-  const int64_t more = format.row == kQ6K ? kProductQ6K - kProduct : 0;
+  const int64_t more = (format.row == kQ6K ? kWgmmaQ6K : kWgmma) - kTorch;
   const int64_t decoding = 128 * 64 * (16 + format.bits()) / 8 / kBytesPerClock;
   const int64_t arranging = 64 * 64 * 4 * 128 / kBytesPerClock / (n > 0 ? n : 1);
   return (m + 63) / 64 * (more + arranging) <= decoding;

@@ -75,12 +75,8 @@ TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu&
 
 namespace {
 
-// Clocks of a unit: a warpgroup's products take 32 for each step and quarter, in which the other one's can't run. It
-// decodes, and waits for what it multiplied, in about 270 more.
-constexpr int64_t wgmma_clocks(int64_t quarters) {
-  constexpr int64_t kProducts = 32 * kUnitSteps, kBeside = 270;
-  return larger(2 * kProducts * quarters, kProducts * quarters + kBeside);
-}
+// Clocks of a unit, as an H200 takes them: those of what comes once, decoding above all, and those of a quarter.
+constexpr int64_t wgmma_clocks(int64_t quarters) { return 440 + 270 * quarters; }
 
 bool fit_wgmma(ChunkSize size, int64_t room, TileShape* shape) {
   // Of x, of W: x for some units, and W for a chunk more than what is multiplied.

@@ -1,5 +1,6 @@
-// The way in of the kernel for many tokens (wgmma.hpp): one warpgroup copies packed rows of W, their scales, and x, as
-// far ahead as there are stages, and barriers tell those who multiply.
+// The way in of the kernel for many tokens (wgmma.hpp), as far ahead as there are stages: of one warpgroup three warps
+// copy packed rows of W and their scales, and a thread of the fourth x, which must not wait for them. Barriers tell
+// those who multiply.
 #pragma once
 
 #include "cuda/wgmma.hpp"
@@ -41,8 +42,9 @@ class WgmmaBlock {
   BITFOLD_DEVICE uint8_t* sums_stage(int slot) const {
     return memory_ + at_.sums + slot * (p_.shape.tokens / 8 * kSumBytes<C>);
   }
-  BITFOLD_DEVICE ScaleZero* scales_stage(int slot) const {
-    return reinterpret_cast<ScaleZero*>(memory_ + at_.scales) + slot * (kTileRows * kSpans);
+  // Of a row, kSpans on end.
+  BITFOLD_DEVICE ScaleZero* scales_of(int slot, int row) const {
+    return reinterpret_cast<ScaleZero*>(memory_ + at_.scales + (slot * kTileRows + row) * kScaleBytes<C>);
   }
   // Where in its first piece a row's chunk begins.
   BITFOLD_DEVICE int skew(int64_t row, int chunk) const {
@@ -60,7 +62,7 @@ class WgmmaBlock {
   const int first_, last_;         // chunks
 };
 
-// The warpgroup that copies: thread `thread` of it has a row's scales, and pieces of all rows in turn.
+// The warpgroup that copies.
 template <int Row>
 class WgmmaCopies : WgmmaBlock<Row> {
   using Block = WgmmaBlock<Row>;
@@ -74,69 +76,100 @@ class WgmmaCopies : WgmmaBlock<Row> {
   using Block::quarter0_;
   using Block::quarters_;
   using Block::row0_;
+  static constexpr int kCopiers = 3 * kWarp;  // of W
 
  public:
-  // Arrivals that fill a stage: of each thread one for its copies and one for what it stored, and one of the thread
-  // that copies sums of x.
-  static constexpr int kWArrivals = 2 * kWarpgroup + (C::kMins > 0 ? 1 : 0);
+  // Arrivals that fill a stage of W: of each copier one for its copies and one for what it stored, and one of the
+  // thread that copies sums of x.
+  static constexpr int kWArrivals = 2 * kCopiers + (C::kMins > 0 ? 1 : 0);
 
-  BITFOLD_DEVICE WgmmaCopies(const TileParameter& p, int thread) : Block(p), thread_(thread) {}
+  BITFOLD_DEVICE WgmmaCopies(const TileParameter& p, int thread)
+      : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(kTileRows, p.n - row0_) - 1)) {}
 
   BITFOLD_DEVICE void run() {
+    if (thread_ > kCopiers) return;
+    if (thread_ == kCopiers) bring_x();
+    else if (!C::kPlanes || p_.wide_groups) bring_w<1>();
+    else if (p_.whole_units) bring_w<2>();
+    else bring_w<kQuad>();
+  }
+
+ private:
+  BITFOLD_DEVICE int64_t real_row(int row) const { return row0_ + smaller(row, static_cast<int>(last_row_)); }
+
+  // ---- W ----
+
+  // Scales: that four of them may be.
+  template <int Scales>
+  BITFOLD_DEVICE void bring_w() {
+    if constexpr (C::kPlanes) {
+      if (p_.planes.scale == C::kStored && p_.planes.zeros == nullptr) return bring_w<Scales, true>();
+    }
+    bring_w<Scales, false>();
+  }
+  // Usual: scales are stored as usual, and there are no zero points.
+  template <int Scales, bool Usual>
+  BITFOLD_DEVICE void bring_w() {
     WgmmaBarriers& barriers = this->barriers();
-    Turn w, x;
+    // Chunks of which all is there; where rows are that long that steps would need 64 bits, none goes that way.
+    const int whole = !p_.in_words || last_row_ + 1 < kTileRows || p_.row_bytes >> 24 != 0 ? 0
+                      : !kSkewed<C> && p_.k % C::kColumns == 0                             ? p_.chunks
+                                                                                           : p_.chunks - 1;
+    const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
+    // On their way while others multiply, where there are registers for them.
+    constexpr bool kEarly = kTurnsOfScales * Scales <= 4;
+    LoadedScaleZero loaded[kEarly ? kTurnsOfScales : 1][Scales];
+    const auto load = [&](int chunk) {
+      if constexpr (C::kPlanes && kEarly) {
+#pragma unroll
+        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<Usual>(chunk, turn, loaded[turn]);
+      }
+    };
+    load(first_);
+    Turn w;
 #pragma unroll 1
     for (int chunk = first_; chunk < last_; ++chunk) {
-      LoadedScaleZero loaded[kTogether];
-      if constexpr (C::kPlanes) load_scales(chunk, 0, loaded);
       ptx::barrier_wait(&barriers.w_empty[w.slot], w.parity ^ 1);
-      if (p_.in_words && chunk + 1 < p_.chunks && row0_ + kTileRows <= p_.n) copy_whole(chunk, w.slot);
+      if (chunk < whole) copy_whole(from, w.slot);
       else copy_edge(chunk, w.slot);
-      if constexpr (C::kPlanes) {
-        store_scales(loaded, w.slot, 0);
-        if constexpr (kSpans > kTogether) {
-          load_scales(chunk, kTogether, loaded);
-          store_scales(loaded, w.slot, kTogether);
-        }
-      }
       ptx::cp_async_arrive(&barriers.w_full[w.slot]);
-      ptx::barrier_arrive(&barriers.w_full[w.slot]);
-      if (thread_ == 0) {
-        if constexpr (C::kMins > 0) copy_sums(chunk, w.slot);
-#pragma unroll 1
-        for (int unit = 0; unit < kUnits; ++unit) {
-          ptx::barrier_wait(&barriers.x_empty[x.slot], x.parity ^ 1);
-          copy_x(int64_t{chunk} * kUnits + unit, x.slot);
-          x.next(p_.shape.x_stages);
+      if constexpr (C::kPlanes) {
+#pragma unroll
+        for (int turn = 0; turn < kTurnsOfScales; ++turn) {
+          if constexpr (!kEarly) load_scales<Usual>(chunk, turn, loaded[0]);
+          store_scales<Usual>(loaded[kEarly ? turn : 0], turn, w.slot);
         }
       }
+      ptx::barrier_arrive(&barriers.w_full[w.slot]);
+      load(chunk + 1);
+      from += C::kBytes;
       w.next(p_.shape.w_stages);
     }
   }
 
- private:
-  BITFOLD_DEVICE int64_t real_row(int row) const { return smaller<int64_t>(row0_ + row, p_.n - 1); }
-
-  // ---- W ----
-
-  // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kWarpgroup at a time.
-  BITFOLD_DEVICE void copy_whole(int chunk, int slot) const {
-    constexpr int kRowStep = kWarpgroup / kPieces<C>, kPieceStep = kWarpgroup % kPieces<C>;
+  // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kCopiers at a time. from: of this
+  // thread's first row.
+  BITFOLD_DEVICE void copy_whole(const uint8_t* from, int slot) const {
+    constexpr int kAll = kTileRows * kPieces<C>, kRowStep = kCopiers / kPieces<C>, kPieceStep = kCopiers % kPieces<C>;
+    // Made anew, so that where each turn's piece lies isn't kept in registers.
+    const int64_t step = ptx::anew(static_cast<int>(kRowStep * p_.row_bytes));
     int piece = thread_ % kPieces<C>;
-    const int row = thread_ / kPieces<C>;
-    const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + int64_t{chunk} * C::kBytes;
-    uint8_t* to = this->w_stage(slot) + row * kStride<C> + 16 * piece;
-#pragma unroll 1
-    for (int i = 0; i < kTileRows * kPieces<C>; i += kWarpgroup) {
-      const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
-      ptx::cp_async<16>(to, from - within + 16 * piece);
-      piece += kPieceStep;
-      from += kRowStep * p_.row_bytes;
-      to += kRowStep * kStride<C> + 16 * kPieceStep;
-      if (piece >= kPieces<C>) {
-        piece -= kPieces<C>;
-        from += p_.row_bytes;
-        to += kStride<C> - 16 * kPieces<C>;
+    uint8_t* to = this->w_stage(slot) + thread_ / kPieces<C> * kStride<C> + 16 * piece;
+    from += 16 * piece;
+#pragma unroll(kSkewed<C> || kPieceStep > 0 ? 2 : C::kBytes < C::kColumns ? 1 + kAll / kCopiers : 6)
+    for (int i = 0; i < kAll; i += kCopiers) {
+      if (i + kCopiers <= kAll || i + thread_ < kAll) {
+        const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
+        ptx::cp_async<16>(to, from - within);
+      }
+      from += step;
+      to += kRowStep * kStride<C>;
+      if constexpr (kPieceStep > 0) {
+        piece += kPieceStep;
+        const bool wraps = piece >= kPieces<C>;
+        piece -= wraps ? kPieces<C> : 0;
+        from += wraps ? p_.row_bytes + 16 * (kPieceStep - kPieces<C>) : 16 * kPieceStep;
+        to += wraps ? kStride<C> + 16 * (kPieceStep - kPieces<C>) : 16 * kPieceStep;
       }
     }
   }
@@ -145,7 +178,7 @@ class WgmmaCopies : WgmmaBlock<Row> {
     const int64_t begin = int64_t{chunk} * C::kBytes;
     const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
 #pragma unroll 1
-    for (int i = thread_; i < kTileRows * kPieces<C>; i += kWarpgroup) {
+    for (int i = thread_; i < kTileRows * kPieces<C>; i += kCopiers) {
       const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
       const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
       uint8_t* to = this->w_stage(slot) + row * kStride<C> + at;
@@ -161,44 +194,75 @@ class WgmmaCopies : WgmmaBlock<Row> {
     }
   }
 
-  // ---- scales of planes: a thread has those of a row, as many together as there are registers for ----
+  // ---- scales of planes: a thread has four of a row (128 columns) in each turn ----
 
-  static constexpr int kTogether = 4;
-  static_assert(kSpans == kTogether || kSpans == 2 * kTogether);
-  BITFOLD_DEVICE void load_scales(int chunk, int begin, LoadedScaleZero (&loaded)[kTogether]) const {
-    const auto row = C::scale_row(p_.planes, real_row(thread_));
-    const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + static_cast<uint32_t>(begin);
+  static constexpr int kQuad = 4, kQuads = kSpans / kQuad;
+  static_assert(kSpans % kQuad == 0);
+  static constexpr int kTurnsOfScales = (kTileRows * kQuads + kCopiers - 1) / kCopiers;
+  template <bool Usual, int Scales>
+  BITFOLD_DEVICE void load_scales(int chunk, int turn, LoadedScaleZero (&loaded)[Scales]) const {
+    const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
+    if (i >= kTileRows * kQuads) return;
+    const auto row = C::scale_row(p_.planes, row0_ + smaller(i / kQuads, last_row_));
+    const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + i % kQuads * kQuad;
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if ((i > 0 && p_.wide_groups) || (i % 2 > 0 && p_.whole_units)) loaded[i] = loaded[i - 1];
-      else loaded[i] = C::load_scale(p_.planes, row, p_.planes.pieces.divide(smaller(first + i, end)));
+    for (int s = 0; s < Scales; ++s) {
+      const uint32_t group = p_.planes.pieces.divide(smaller(first + kQuad / Scales * s, end));
+      loaded[s] = C::load_scale(p_.planes, row, group, stored<Usual>(), !Usual && p_.planes.zeros != nullptr);
     }
   }
-  BITFOLD_DEVICE void store_scales(const LoadedScaleZero (&loaded)[kTogether], int slot, int begin) const {
-    ScaleZero* to = this->scales_stage(slot) + thread_ * kSpans + begin;
+  template <bool Usual, int Scales>
+  BITFOLD_DEVICE void store_scales(const LoadedScaleZero (&loaded)[Scales], int turn, int slot) const {
+    const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
+    if (i >= kTileRows * kQuads) return;
+    auto* to = reinterpret_cast<uint4*>(this->scales_of(slot, static_cast<int>(i / kQuads)) + i % kQuads * kQuad);
+    ScaleZero made[Scales];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) to[i] = C::scale_zero(p_.planes, loaded[i]);
+    for (int s = 0; s < Scales; ++s) made[s] = C::scale_zero(p_.planes, loaded[s], stored<Usual>());
+#pragma unroll
+    for (int s = 0; s < kQuad; s += 2) {
+      const ScaleZero &low = made[s * Scales / kQuad], &high = made[(s + 1) * Scales / kQuad];
+      to[s / 2] = {ptx::float_as_uint(low.scale), low.zero, ptx::float_as_uint(high.scale), high.zero};
+    }
+  }
+  template <bool Usual>
+  BITFOLD_DEVICE Scale stored() const {
+    if constexpr (Usual) return C::kStored;
+    else return p_.planes.scale;
   }
 
   // ---- x, and its sums: whole quarters on end ----
 
-  BITFOLD_DEVICE void copy_x(int64_t unit, int slot) const {
-    const uint8_t* from = p_.x + (unit * (p_.groups / 8) + quarter0_) * kQuarterBytes;
-    const auto bytes = static_cast<unsigned>(quarters_ * kQuarterBytes);
-    ptx::Barrier* barrier = &this->barriers().x_full[slot];
-    ptx::barrier_expect(barrier, bytes);
-    ptx::copy_bulk(this->x_stage(slot), from, bytes, barrier);
+  BITFOLD_DEVICE void bring_x() {
+    WgmmaBarriers& barriers = this->barriers();
+    const int64_t step = int64_t{p_.groups / 8} * kQuarterBytes;  // from unit to unit
+    const uint8_t* from = p_.x + int64_t{first_} * kUnits * step + quarter0_ * kQuarterBytes;
+    Turn w, x;
+#pragma unroll 1
+    for (int chunk = first_; chunk < last_; ++chunk) {
+      if constexpr (C::kMins > 0) {
+        ptx::barrier_wait(&barriers.w_empty[w.slot], w.parity ^ 1);
+        const uint8_t* sums = p_.sums + (int64_t{chunk} * p_.groups + quarter0_ * 8) * kSumBytes<C>;
+        copy(this->sums_stage(w.slot), sums, quarters_ * 8 * kSumBytes<C>, &barriers.w_full[w.slot]);
+        w.next(p_.shape.w_stages);
+      }
+#pragma unroll 1
+      for (int unit = 0; unit < kUnits; ++unit) {
+        ptx::barrier_wait(&barriers.x_empty[x.slot], x.parity ^ 1);
+        copy(this->x_stage(x.slot), from, quarters_ * kQuarterBytes, &barriers.x_full[x.slot]);
+        from += step;
+        x.next(p_.shape.x_stages);
+      }
+    }
   }
-  BITFOLD_DEVICE void copy_sums(int64_t chunk, int slot) const {
-    const uint8_t* from = p_.sums + (chunk * p_.groups + quarter0_ * 8) * kSumBytes<C>;
-    const auto bytes = static_cast<unsigned>(quarters_ * 8 * kSumBytes<C>);
-    ptx::Barrier* barrier = &this->barriers().w_full[slot];
-    ptx::barrier_expect(barrier, bytes);
-    ptx::copy_bulk(this->sums_stage(slot), from, bytes, barrier);
+  BITFOLD_DEVICE static void copy(uint8_t* to, const uint8_t* from, int bytes, ptx::Barrier* barrier) {
+    ptx::barrier_expect(barrier, static_cast<unsigned>(bytes));
+    ptx::copy_bulk(to, from, static_cast<unsigned>(bytes), barrier);
   }
 
   const int thread_;
+  const unsigned last_row_;  // of the block's that is there
 };
 
 }  // namespace bitfold::cuda

@@ -123,10 +123,12 @@ FEW = [  # the largest first, as above
     *(linear(format, 25, 256, 288) for format in ("int4-g32", "q4_0", "q8_0")),  # whole rows end within a stage
 ]  # fmt: skip
 WGMMA = [  # the largest first, as above
-    linear("int4-g128", 300, 520, 256, "bf16", multiprocessors=1),  # blocks of 256 tokens and of 44
-    linear("q4_k", 190, 400, 256, multiprocessors=1),  # three quarters
-    linear("nf4-b64", 130, 330, 128, "bf16", bias=True, multiprocessors=1),
+    linear("int4-g128", 330, 1500, 128, "bf16", multiprocessors=1),  # blocks of 256 tokens and of 74
+    linear("int4-g32", 200, 700, 96, multiprocessors=1),  # four quarters, scales of 32 columns
+    linear("q4_k", 190, 450, 256, multiprocessors=1),  # three quarters
+    linear("nf4-b64", 130, 450, 128, "bf16", bias=True, multiprocessors=1),
     linear("nf4-b64", 40, 75, 1280, "bf16", multiprocessors=1),  # more chunks than stages
+    linear("q4_k", 40, 40, 2560, "bf16", multiprocessors=1),  # the same with minima
     *(linear(format, 70, 140, 1024, "bf16", multiprocessors=132)  # k over several blocks
       for format in ("int4-g128-asym", "q4_k", "q6_k", "q2_k")),
     *(linear(format, m, 75, 512, dtype) for format in (*PLANES, *block_formats())

@@ -50,11 +50,11 @@ def test_regimes_with_wgmma(format, capability):
         elif not tile_has(format):
             assert regimes == ["rows"] + 7 * ["matmul"]
         elif format == "q6_k":
-            assert regimes == ["rows", "tile", "wgmma", "wgmma", "wgmma", "wgmma", "matmul", "matmul"]
+            assert regimes == ["rows", "tile", "wgmma", "wgmma", "wgmma", "matmul", "matmul", "matmul"]
             assert few == ["wgmma", "wgmma", "matmul", "matmul"]
         else:
-            assert regimes == ["rows", "tile"] + 5 * ["wgmma"] + ["matmul"]
-            assert few == ["wgmma", "wgmma", "wgmma", "matmul"]
+            assert regimes == ["rows", "tile"] + 4 * ["wgmma"] + 2 * ["matmul"]
+            assert few == ["wgmma", "wgmma", "matmul", "matmul"]
 
 
 @pytest.mark.parametrize("format", some_formats() + block_formats())

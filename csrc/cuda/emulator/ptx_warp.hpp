@@ -13,6 +13,10 @@ using emulator::Where;
 BITFOLD_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
 BITFOLD_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
 
+// The same number, of which the compiler knows nothing: what a loop's turn makes of it is made anew in the next, and no
+// registers keep it meanwhile.
+BITFOLD_DEVICE int anew(int value) { return value; }
+
 // ---- a warp ----
 
 namespace detail {

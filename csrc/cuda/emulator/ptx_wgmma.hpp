@@ -24,6 +24,8 @@ BITFOLD_DEVICE void wgmma_wait(const Where& where = Where::current()) {
 }
 template <int Sums>
 BITFOLD_DEVICE void wgmma_keep(float (&)[Sums]) {}
+template <int Steps>
+BITFOLD_DEVICE void wgmma_keep(uint32_t (&)[Steps][4]) {}
 
 // Both arrays are looked at until the product has been waited for, as the registers are: they have to live so long.
 template <int N>

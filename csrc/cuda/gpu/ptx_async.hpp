@@ -2,7 +2,8 @@
 // and what reads shared memory by itself. Hopper's (sm_90a) alone: where a kernel is compiled for another GPU, a call
 // traps. Twin: emulator/ptx_async.hpp.
 //
-// From "Parallel Thread Execution ISA" (9.0), by the names of its sections, as none of it has run on hardware yet:
+// From "Parallel Thread Execution ISA" (9.0), by the names of its sections; tests/cuda/gpu_instructions.cu holds it
+// against a GPU:
 //   "mbarrier object": a phase ends when its pending arrivals and its pending bytes (tx-count) are both none, and the
 //     next begins with the arrivals of barrier_init. The first phase has parity 0.
 //   "mbarrier.test_wait/try_wait", .parity: true when the phase of that parity, the current one or the one before, has

@@ -11,6 +11,13 @@ namespace bitfold::cuda::ptx {
 BITFOLD_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
 BITFOLD_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
 
+// The same number, of which the compiler knows nothing: what a loop's turn makes of it is made anew in the next, and no
+// registers keep it meanwhile.
+BITFOLD_DEVICE int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- a warp; T has 32 bits ----
 
 template <class T>

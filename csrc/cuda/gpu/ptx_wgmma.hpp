@@ -3,7 +3,7 @@
 // emulator/ptx_wgmma.hpp.
 //
 // From "Parallel Thread Execution ISA" (9.0), chapter "Asynchronous Warpgroup Level Matrix Multiply-Accumulate
-// Instructions", as none of it has run on hardware yet:
+// Instructions"; tests/cuda/gpu_instructions.cu holds it against a GPU:
 //   "Register fragments" (m64nNk16): warp w of the warpgroup has rows 16 w ... 16 w + 15, with g and t of ptx_mma.hpp.
 //     A, 64 x 16 halves: register r as in mma's A of 16 x 16: row g + 8 (r & 1), columns 2t and 2t + 1, + 8 (r >> 1)
 //     D, 64 x N: register 4 j + r holds row g + 8 (r >> 1), column 8 j + 2t + (r & 1)
@@ -69,6 +69,14 @@ template <int Sums>
 BITFOLD_DEVICE void wgmma_keep(float (&d)[Sums]) {
 #pragma unroll
   for (int i = 0; i < Sums; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The same of A's registers, which products read until they have been waited for: nothing else lies in them so long.
+template <int Steps>
+BITFOLD_DEVICE void wgmma_keep(uint32_t (&a)[Steps][4]) {
+#pragma unroll
+  for (int s = 0; s < Steps; ++s)
+    asm volatile("" : "+r"(a[s][0]), "+r"(a[s][1]), "+r"(a[s][2]), "+r"(a[s][3])::"memory");
 }
 
 // d (64 x N) = a (64 x 16) b (16 x N), plus d where it accumulates.
