@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no 
 # (format, k): each width of pieces, each way to store scales, zero points, and what goes through masks.
 CASES = [
     ("int8-channel", 192),
+    ("int8-channel-asym", 384),
     ("int8-g64-asym", 128),
     ("int8-g32-asym-sbf16", 96),
     ("int8-g17-asym", 83),
@@ -52,6 +53,7 @@ CASES = [
     ("fp8-e4m3-b2x64-sfp16", 128),
     ("fp8-e4m3-g32-sfp16", 96),
     ("fp8-e4m3-g17", 50),
+    ("fp8-e5m2-channel", 256),
     ("fp8-e5m2-g64", 128),
     ("fp8-e5m2-tensor", 35),
 ]

@@ -20,7 +20,9 @@
 //     static constexpr int kSections;   // of a piece; each is kSteps / kSections steps
 //     static constexpr int kMins;       // sub-blocks with minima in a piece, 0, 8 or 16 (Tokens)
 //     static constexpr int kSums;       // sections whose sums of x are wanted (Tokens), kSections or 0
+//     static constexpr int kTogether;   // pairs of steps whose x registers have room for at once
 //     static constexpr int kRoom;       // bytes of a room, a multiple of 16; 0 where open() loads
+//     static constexpr int kHead;       // bytes of what is copied once for a run of pieces, a multiple of 16, or 0
 //     static constexpr float kUnit;     // what the sum of everything is to be multiplied with
 //
 //     // The piece's column in half h of b_r, as half = 2 r + h, of the lanes with lane % 4 == t.
@@ -40,12 +42,13 @@
 //     // What goes ahead. Rows [row, row + 16); past n, the last again.
 //     struct Copies {
 //       Copies(const Matrix& w, int64_t row, int piece);
+//       void begin(const Matrix& w, int pieces, std::byte* head) const;  // what all of so many pieces have at once
 //       template <Manner> void fetch(const Matrix& w, std::byte* room);  // the next piece, by all lanes
 //     };
 //     // What follows.
-//     Source(const Matrix& w, int64_t row, const Tables& tables);
+//     Source(const Matrix& w, int64_t row, const Tables& tables, const std::byte* head);
 //     struct Slot {};  // a lane's registers of a piece
-//     template <Manner> void open(Slot& slot, int piece, std::byte* room) const;  // all lanes' copies are there
+//     template <Manner> void open(Slot& slot, int piece, std::byte* room);  // all lanes' copies are there
 //     template <Manner> Scales before(const Slot& slot, int section) const;  // times sum(x): where kSums > 0
 //     template <Manner> void step(Slot& slot, int step, uint32_t (&a)[4]) const;  // in order, from an unrolled loop
 //     template <Manner> Scales scales(const Slot& slot, int section) const;

@@ -28,6 +28,8 @@ class ChunkFragments {
   static constexpr int kSteps = kColumns / 16;
   static constexpr int kSections = kSteps / C::kSpan;
   static constexpr int kMins = C::kMins;
+  static constexpr int kHead = 0;
+  static constexpr int kTogether = 1;
   static constexpr int kSums = 0;
   static constexpr int kRoom = 16 * kStride;
   static constexpr float kUnit = 1.0f / kDown;
@@ -68,6 +70,7 @@ class ChunkFragments {
       left_ = static_cast<int>(smaller<int64_t>(w.row_bytes - at, 1 << 30));
     }
 
+    BITFOLD_DEVICE void begin(const Matrix&, int, std::byte*) const {}
     // The lanes of a row copy 16 bytes each in turn.
     template <Manner>
     BITFOLD_DEVICE void fetch(const Matrix& w, std::byte* room) {
@@ -111,7 +114,7 @@ class ChunkFragments {
 
   ChunkFragments() = default;
   // Rows that are 16 apart begin at the same places of a piece of 16 bytes.
-  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t, const Tables& tables) : tables_(&tables) {
+  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t, const Tables& tables, const std::byte*) : tables_(&tables) {
     for (int i = 0; i < 2; ++i) {
       skew_[i] = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(w.blocks)) +
                  static_cast<uint32_t>(ptx::lane_id() / 4 + 8 * i) * static_cast<uint32_t>(w.row_bytes);

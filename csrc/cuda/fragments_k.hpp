@@ -21,6 +21,8 @@ class Q4KFragments {
   static constexpr int kSteps = 16;
   static constexpr int kSections = 8;
   static constexpr int kMins = 8;
+  static constexpr int kHead = 0;
+  static constexpr int kTogether = 2;
   static constexpr int kSums = 0;
   static constexpr int kRoom = 16 * kStride;
   static constexpr float kUnit = 0x1p24f;
@@ -38,31 +40,43 @@ class Q4KFragments {
   BITFOLD_DEVICE static void fill(const Matrix&, Tables&, int, int) {}
   BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
-  // The lanes of a row copy 16 bytes each in turn.
+  // The lanes copy the 16 rows' nine times 16 bytes each in turn, so that what they ask for together is few runs of
+  // memory.
   class Copies {
+    static constexpr int kQuads = kBytes / 16, kTurns = (16 * kQuads + kWarp - 1) / kWarp;
+
    public:
     Copies() = default;
-    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece) {
+    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece)
+        : next_(w.blocks + row * w.row_bytes + int64_t{piece} * kBytes) {
+      const auto last = static_cast<uint32_t>(smaller<int64_t>(w.n - 1 - row, 15));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t mine = smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1);
-        next_[i] = w.blocks + mine * w.row_bytes + int64_t{piece} * kBytes + ptx::lane_id() % 4 * 16;
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const auto mine = static_cast<uint32_t>(smaller((turn * kWarp + ptx::lane_id()) / kQuads, 15));
+        to_ |= mine << 4 * turn;
+        from_ |= smaller(mine, last) << 4 * turn;
       }
     }
+    BITFOLD_DEVICE void begin(const Matrix&, int, std::byte*) const {}
     template <Manner>
-    BITFOLD_DEVICE void fetch(const Matrix&, std::byte* room) {
-      std::byte* to = room + ptx::lane_id() / 4 * kStride + ptx::lane_id() % 4 * 16;
+    BITFOLD_DEVICE void fetch(const Matrix& w, std::byte* room) {
+      const auto row_bytes = static_cast<uint32_t>(w.row_bytes);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        ptx::cp_async<16>(to + 8 * i * kStride, next_[i]);
-        ptx::cp_async<16>(to + 8 * i * kStride + 64, next_[i] + 64);
-        if (ptx::lane_id() % 4 == 0) ptx::cp_async<16>(to + 8 * i * kStride + 128, next_[i] + 128);
-        next_[i] += kBytes;
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const auto quad = static_cast<uint32_t>(turn * kWarp + ptx::lane_id());
+        const uint32_t to = to_ >> 4 * turn & 15u, from = from_ >> 4 * turn & 15u;
+        if ((turn + 1) * kWarp <= 16 * kQuads || quad < 16 * kQuads) {
+          ptx::cp_async<16>(room + to * (kStride - kBytes) + 16 * quad,
+                            next_ + from * row_bytes + (16 * quad - kBytes * to));
+        }
       }
+      next_ += kBytes;
     }
 
    private:
-    const uint8_t* next_[2];
+    const uint8_t* next_;  // of the first row
+    // Of each turn the lane's row, 4 bits each: of the room, and of W, which may have ended.
+    uint32_t to_ = 0, from_ = 0;
   };
 
   struct Slot {
@@ -74,7 +88,7 @@ class Q4KFragments {
   };
 
   Q4KFragments() = default;
-  BITFOLD_DEVICE Q4KFragments(const Matrix&, int64_t, const Tables&) {}
+  BITFOLD_DEVICE Q4KFragments(const Matrix&, int64_t, const Tables&, const std::byte*) {}
 
   template <Manner>
   BITFOLD_DEVICE void open(Slot& slot, int, std::byte* room) const {

@@ -306,7 +306,8 @@ class PlaneFragments {
   static constexpr int kLaneColumns = Columns / Sections / 4;
   // int3: a lane's 6 bytes lie in 8 that it shares with its neighbour.
   static constexpr int kWords = Row == kInt3 ? 2 : kLaneColumns * kBits / 32;
-  static_assert(Row == kInt3 ? kLaneColumns == 16 && Sections == 1 : kWords == 1 || kWords == 2 || kWords == 4);
+  static_assert(Row == kInt3 ? kLaneColumns == 16 && Sections == 1
+                             : kWords == 1 || kWords == 2 || kWords == 4 || kWords == 8);
   // Copies of a row's codes; lanes take those of all rows in turn.
   static constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8;
   static constexpr int kChunksOfRow = kRowBytes / kChunk;
@@ -325,6 +326,11 @@ class PlaneFragments {
   static constexpr int kSteps = Columns / 16;
   static constexpr int kSections = Sections;
   static constexpr int kMins = 0;
+  static constexpr int kTogether = 4;
+  // The scales of up to kHeadPieces pieces, where a piece has two in a word: lanes which copy together copy what lies
+  // together. A row has a word more, so that the eight rows of a load lie in different banks.
+  static constexpr int kHeadPieces = 8, kHeadStride = 4 * (kHeadPieces + 1);
+  static constexpr int kHead = Row == kInt4 && Columns == 256 && Sections == 2 ? 16 * kHeadStride : 0;
   static constexpr int kSums = kInteger ? Sections : 0;
   static constexpr int kRoom = kZeros + (kInteger ? 16 * 8 : 0);
   static constexpr float kUnit = kInteger ? 0x1p24f : 1.0f;
@@ -382,9 +388,24 @@ class PlaneFragments {
       }
       const int64_t mine = real(ptx::lane_id() % 16);
       scale_ = static_cast<uint32_t>(scale_row_of<Row>(w, mine) * w.row_scales);
+      row_ = row;
       zeros_ = static_cast<uint32_t>(mine * w.row_zeros);
     }
 
+    // The scales of all of them.
+    BITFOLD_DEVICE void begin(const Matrix& w, int pieces, std::byte* head) const {
+      if constexpr (kHead > 0) {
+        if (w.scale == Scale::F32) return;
+        const int word = ptx::lane_id() % kHeadPieces;
+        if (word >= pieces) return;
+#pragma unroll
+        for (int i = 0; i < 16; i += kWarp / kHeadPieces) {
+          const int row = ptx::lane_id() / kHeadPieces + i;
+          const int64_t from = smaller<int64_t>(row_ + row, w.n - 1) * w.row_scales + int64_t{piece_ + word} * Sections;
+          ptx::cp_async<4>(head + row * kHeadStride + word * 4, w.scales + 2 * from);
+        }
+      }
+    }
     template <Manner M>
     BITFOLD_DEVICE void fetch(const Matrix& w, std::byte* room) {
       const int lane = ptx::lane_id();
@@ -406,7 +427,8 @@ class PlaneFragments {
           ptx::cp_async<4>(room + kNestedScales + lane * 4, w.nested_scales + scale / kNestedGroup);
           break;
         default:
-          if constexpr (Sections > 1) ptx::cp_async<2 * Sections>(to, w.scales + 2 * scale);
+          if constexpr (kHead > 0) break;
+          else if constexpr (Sections > 1) ptx::cp_async<2 * Sections>(to, w.scales + 2 * scale);
           else copy_word<M>(to, w.scales, 2 * scale & ~3u, w.scale_bytes_all);
       }
       if (has_zeros<M>(w)) {
@@ -435,26 +457,31 @@ class PlaneFragments {
     int piece_;
     uint32_t offsets_[kTurns];
     uint32_t scale_, zeros_;  // the row's first scale, and the byte of its first zero point
+    int64_t row_;
   };
 
   struct Slot {
     uint32_t words[2][kWords];  // of the section
     uint32_t zeros[2];          // of the sections, one after the other
     const std::byte* room;
+    const std::byte* scales;
     uint32_t group;
   };
 
   PlaneFragments() = default;
   // Rows that are 8 apart have their scales and zero points at the same places of a word.
-  BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t, const Tables& tables)
+  BITFOLD_DEVICE PlaneFragments(const Matrix& w, int64_t, const Tables& tables, const std::byte* head)
       : w_(&w),
+        head_(head),
         tables_(&tables),
         scale_(static_cast<uint32_t>(ptx::lane_id() / 4) * static_cast<uint32_t>(w.row_scales)),
         zero_(static_cast<uint32_t>(ptx::lane_id() / 4) * static_cast<uint32_t>(w.row_zeros)) {}
 
   template <Manner M>
-  BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) const {
+  BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) {
     slot.room = room;
+    slot.scales = head_;
+    head_ += 4;
     slot.group = group_of(*w_, piece);
     if (!has_zeros<M>(*w_)) return;
     const uint32_t bit = slot.group * kBits;
@@ -519,7 +546,8 @@ class PlaneFragments {
         }
         default: {
           const uint32_t of_word = (scale_ ^ slot.group) & 1;
-          const uint16_t half = reinterpret_cast<const uint16_t*>(from)[Sections > 1 ? section : of_word];
+          const std::byte* halves = kHead > 0 ? slot.scales + row * kHeadStride : from;
+          const uint16_t half = reinterpret_cast<const uint16_t*>(halves)[Sections > 1 ? section : of_word];
           scales.of[i] = w_->scale == Scale::BF16 ? ptx::bf16_to_float(half) : ptx::half_to_float(half);
         }
       }
@@ -552,9 +580,10 @@ class PlaneFragments {
   }
 
   // Where a row's 64 or 128 bytes are read a section at a time, neighbouring rows have their chunks in other places.
-  static constexpr bool kMoved = Sections > 1 && (kRowBytes == 64 || kRowBytes == 128);
+  static constexpr bool kMoved = (Sections > 1 && (kRowBytes == 64 || kRowBytes == 128)) || kWords == 8;
   BITFOLD_DEVICE static constexpr int moved(int row) {
     if (!kMoved) return 0;
+    if (kWords == 8) return row & 1;
     if (kRowBytes == 64) return (row >> 1 & 1) * 2 + (row >> 2 & 1);
     return kSectionBytes == 64 ? (row & 1) * 4 : (row & 3) * 2;
   }
@@ -573,6 +602,12 @@ class PlaneFragments {
       const uint32_t shift = 16 * (t % 2);
       words[0] = ptx::funnel_right(two[0], two[1], shift);
       words[1] = two[1] >> shift;
+    } else if constexpr (kWords == 8) {
+      const uint4 first = *reinterpret_cast<const uint4*>(from);
+      const uint4 second =
+          *reinterpret_cast<const uint4*>(room + row * kRowBytes + ((lane + kChunk) ^ moved(row) * kChunk));
+      words[0] = first.x, words[1] = first.y, words[2] = first.z, words[3] = first.w;
+      words[4] = second.x, words[5] = second.y, words[6] = second.z, words[7] = second.w;
     } else if constexpr (kWords == 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(from);
       words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
@@ -585,6 +620,7 @@ class PlaneFragments {
   }
 
   const Matrix* w_;
+  const std::byte* head_;  // the next piece's
   const Tables* tables_;
   uint32_t scale_, zero_;  // the row's first scale, and the byte of its first zero point, but for multiples of four
 };

@@ -27,6 +27,8 @@ class RaggedFragments {
   static constexpr int kSteps = 2;
   static constexpr int kSections = 2;
   static constexpr int kMins = 0;
+  static constexpr int kHead = 0;
+  static constexpr int kTogether = 1;
   static constexpr int kSums = 0;
   static constexpr int kRoom = 0;
   static constexpr float kUnit = 1.0f;
@@ -79,12 +81,14 @@ class RaggedFragments {
   struct Copies {
     Copies() = default;
     BITFOLD_DEVICE Copies(const Matrix&, int64_t, int) {}
+    BITFOLD_DEVICE void begin(const Matrix&, int, std::byte*) const {}
     template <Manner>
     BITFOLD_DEVICE void fetch(const Matrix&, std::byte*) {}
   };
 
   RaggedFragments() = default;
-  BITFOLD_DEVICE RaggedFragments(const Matrix& w, int64_t row, const Tables& tables) : w_(&w), tables_(&tables) {
+  BITFOLD_DEVICE RaggedFragments(const Matrix& w, int64_t row, const Tables& tables, const std::byte*)
+      : w_(&w), tables_(&tables) {
     for (int i = 0; i < 2; ++i) {
       const int64_t mine = smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.planes.n - 1);
       codes_[i] = w.planes.codes + mine * w.planes.row_bytes;

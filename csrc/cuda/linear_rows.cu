@@ -38,16 +38,21 @@ struct Args {
   int tiles;
   int pieces;
   int slices_log2;
-  int longest;  // pieces of a slice
-  int kept;     // slices of x that are in shared memory
-  int round;    // units of a block, from one addition of slices to the next
-  int rooms;    // of a warp's ring, one of kRooms
+  int longest;     // pieces of a slice
+  int kept;        // slices of x that are in shared memory
+  int each, more;  // tiles (or units) of a block, and how many blocks have one more
+  int round;       // units of a block, from one addition of slices to the next
+  int rooms;       // of a warp's ring, one of kRooms
 };
 
 // How many pieces a warp has room for: all but one of them are on their way while it multiplies. In flight for a
 // multiprocessor should be more than the 32 KB that come in the microsecond that memory takes to answer.
 constexpr int kRooms[] = {4, 3};  // or 2
-constexpr int64_t kInFlight = 84 << 10;
+constexpr int64_t kInFlight = 78 << 10;
+
+// A room of a ring, and what is copied once for a unit: there are no more units under way than pieces.
+template <class Source>
+inline constexpr int kRoomBytes = Source::kRoom + Source::kHead;
 
 // Behind it lie the rings of the warps, x, and the sums of a round.
 template <class Source>
@@ -62,10 +67,9 @@ struct Units {
   int begin, end;
 
   BITFOLD_DEVICE explicit Units(const Args<Source>& args) {
-    const bool whole = args.partials == nullptr;
-    const int64_t all = whole ? args.tiles : int64_t{args.tiles} << args.slices_log2;
-    begin = static_cast<int>(all * blockIdx.x / gridDim.x) << (whole ? args.slices_log2 : 0);
-    end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x) << (whole ? args.slices_log2 : 0);
+    const int block = static_cast<int>(blockIdx.x), log2 = args.partials == nullptr ? args.slices_log2 : 0;
+    begin = (block * args.each + smaller(block, args.more)) << log2;
+    end = ((block + 1) * args.each + smaller(block + 1, args.more)) << log2;
   }
 };
 
@@ -107,20 +111,25 @@ template <class Source>
 class Feed {
  public:
   BITFOLD_DEVICE Feed(const Args<Source>& args, const Units<Source>& units, int warp, std::byte* ring)
-      : args_(args), unit_(units.begin + warp), units_(units.end), room_(ring, args.rooms) {
-    open();
-    for (int i = 1; i < args.rooms; ++i) next<Manner::Any>();
+      : args_(args),
+        unit_(units.begin + warp),
+        units_(units.end),
+        room_(ring, args.rooms),
+        head_(ring + args.rooms * Source::kRoom, args.rooms) {
+    next<Manner::Any>();
+  }
+  // The other pieces that there is room for.
+  BITFOLD_DEVICE void fill() {
+    for (int i = 2; i < args_.rooms; ++i) next<Manner::Any>();
   }
 
   // The next piece into the next room of the ring, if there is one; a group of copies in either case.
   template <Manner M>
   BITFOLD_DEVICE void next() {
+    if (left_ == 0 && unit_ < units_) open();
     if (left_ > 0) {
       copies_.template fetch<M>(args_.w, room_.at);
-      if (--left_ == 0) {
-        unit_ += kWarps;
-        open();
-      }
+      --left_;
     }
     ptx::cp_async_commit();
     room_.next();
@@ -135,16 +144,19 @@ class Feed {
 
  private:
   BITFOLD_DEVICE void open() {
-    if (unit_ >= units_) return;
     const Unit unit(args_, unit_);
+    unit_ += kWarps;
     left_ = unit.end - unit.first;
     copies_ = typename Source::Copies(args_.w, int64_t{unit.tile} * 16, unit.first);
+    copies_.begin(args_.w, left_, head_.at);
+    head_.next();
   }
 
   const Args<Source>& args_;
   int unit_;
   const int units_;
   Room<Source::kRoom> room_;
+  Room<Source::kHead> head_;
   int left_ = 0;
   typename Source::Copies copies_;
 };
@@ -153,12 +165,18 @@ class Feed {
 template <class Source>
 class Product {
   using X = Tokens<Source>;
+  // Pairs of steps whose x a lane loads together, so that it waits for shared memory once.
+  static constexpr int kQuads = smaller(Source::kTogether, Source::kSteps / 2);
+  static constexpr int kSectionSteps = Source::kSteps / Source::kSections;
+  static_assert(Source::kSteps / 2 % kQuads == 0);
+  // Sums of a section: two where they are long, so that products wait less for each other.
+  static constexpr int kSums = kSectionSteps >= 8 ? 2 : 1;
 
  public:
   // x: of the slice; pieces: of the slice.
   BITFOLD_DEVICE Product(const Args<Source>& args, const typename Source::Tables& tables, int tile, const uint4* x,
-                         int pieces)
-      : m_(args.x.m), there_(ptx::lane_id() / 4 < args.x.m), source_(args.w, int64_t{tile} * 16, tables) {
+                         int pieces, const std::byte* head)
+      : m_(args.x.m), there_(ptx::lane_id() / 4 < args.x.m), source_(args.w, int64_t{tile} * 16, tables, head) {
     const int token = there_ ? ptx::lane_id() / 4 : 0, t = ptx::lane_id() % 4;
     // Pairs lie in turns, or the other way round (Tokens::place).
     const int swapped = X::place(token, 0);
@@ -173,36 +191,46 @@ class Product {
   // The slice's next piece, which is `piece` of all.
   template <Manner M>
   BITFOLD_DEVICE void add(int piece, std::byte* room, float (&total)[4]) {
-    constexpr int kSectionSteps = Source::kSteps / Source::kSections;
-    float part[4];
+    float part[kSums][4];
     typename Source::Slot slot;
     source_.template open<M>(slot, piece, room);
-    uint4 quad{};
 #pragma unroll
     for (int step = 0; step < Source::kSteps; ++step) {
-      // Columns of tokens that aren't there go nowhere, and cost no load. (Two statements: of an index behind ?: g++ 12
-      // with -fsanitize=shift computes `step / 2` in the first arm alone, and takes what it was before in the other.)
-      const uint4* quads = step % 4 == 0 ? even_ : odd_;
-      if (step % 2 == 0 && there_) quad = quads[4 * (step / 2)];
+      if (step % (2 * kQuads) == 0 && there_) {
+#pragma unroll
+        for (int pair = step / 2; pair < step / 2 + kQuads; ++pair) {
+          // (Two statements: of an index behind ?: g++ 12 with -fsanitize=shift computes the index in the first arm
+          // alone, and takes what it was before in the other.)
+          const uint4* quads = pair % 2 == 0 ? even_ : odd_;
+          quads_[pair % kQuads] = quads[4 * pair];
+        }
+      }
+      const uint4& quad = quads_[step / 2 % kQuads];
       const uint32_t b[2] = {step % 2 == 0 ? quad.x : quad.z, step % 2 == 0 ? quad.y : quad.w};
       uint32_t a[4];
       source_.template step<M>(slot, step, a);
-      if (step % kSectionSteps == 0) begin<M>(part, slot, step / kSectionSteps, a, b);
-      else ptx::mma_f16(part, a, b);
-      if (step % kSectionSteps == kSectionSteps - 1) {
-        add_scaled(total, part, source_.template scales<M>(slot, step / kSectionSteps));
+      const int within = step % kSectionSteps;
+      if (within == 0) begin<M>(part[0], slot, step / kSectionSteps, a, b);
+      else if (within < kSums) ptx::mma_f16_zero(part[within], a, b);
+      else ptx::mma_f16(part[within % kSums], a, b);
+      if (within == kSectionSteps - 1) {
+        if constexpr (kSums == 2) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) part[0][i] = ptx::add(part[0][i], part[1][i]);
+        }
+        add_scaled(total, part[0], source_.template scales<M>(slot, step / kSectionSteps));
       }
     }
     if constexpr (Source::kMins > 0) {
       uint32_t a[4];
       const Scales scales = source_.mins(slot, a);
       const uint32_t b[2] = {mins_[0], mins_[1]};
-      ptx::mma_f16_zero(part, a, b);
+      ptx::mma_f16_zero(part[0], a, b);
       if constexpr (Source::kMins == 16) {
         const uint32_t low[2] = {mins_[2], mins_[3]};
-        ptx::mma_f16(part, a, low);
+        ptx::mma_f16(part[0], a, low);
       }
-      add_scaled(total, part, scales);
+      add_scaled(total, part[0], scales);
       mins_ += 4 * m_ * X::kMinWords;
     }
     even_ += m_ * X::kQuads;
@@ -232,8 +260,9 @@ class Product {
 
   const int m_;
   const bool there_;
-  const Source source_;
+  Source source_;
   const uint4 *even_, *odd_;  // of even pairs of steps, of odd ones
+  uint4 quads_[kQuads] = {};  // columns of tokens that aren't there stay zero, and cost no load
   const uint32_t* mins_;
   const float* sums_[2];  // of the tokens 2 t and 2 t + 1
 };
@@ -285,43 +314,126 @@ BITFOLD_DEVICE void reduce(const Args<Source>& args, int tile, int tiles, const 
   }
 }
 
+// x in shared memory, for all warps: some slices of all tokens, of which a warp brings a token's slice at a time.
+template <class Source>
+class Slices {
+  using X = Tokens<Source>;
+
+ public:
+  BITFOLD_DEVICE Slices(const Args<Source>& args, TokenScales* scales, uint4* x, int warp)
+      : args_(args),
+        scales_(scales),
+        x_(x),
+        each_(args.longest * args.x.m * static_cast<int>(X::kPieceBytes / 16)),
+        warp_(warp),
+        at_once_(X::at_once(args.x)) {}
+
+  using Eights = typename X::Eights;
+
+  // The first slices, of which the warp's own is on its way then.
+  BITFOLD_DEVICE void begin(int first, int end, Eights& eights) {
+    first_ = first, end_ = end;
+    if (at_once_ && warp_ < jobs()) load(warp_, eights);
+  }
+  // By all threads, who meet after it.
+  BITFOLD_DEVICE void finish(Eights& eights) {
+    if (at_once_) {
+#pragma unroll 1
+      for (int i = warp_; i < jobs(); i += kWarps) {
+        const Job job(*this, i);
+        X::stage(args_.x, eights, job.pieces, job.token, job.x, args_.longest, *job.scales);
+        if (i + kWarps < jobs()) load(i + kWarps, eights);
+      }
+    } else {
+      stage();
+    }
+    ptx::sync_block();
+  }
+  // Others, by all threads, who meet before it and after it.
+  BITFOLD_DEVICE void next(int first, int end) {
+    ptx::sync_block();
+    first_ = first, end_ = end;
+    stage();
+    ptx::sync_block();
+  }
+
+  BITFOLD_DEVICE int end() const { return end_; }
+  BITFOLD_DEVICE int quads() const { return each_; }  // of a slice
+  BITFOLD_DEVICE const uint4* x(int slice) const { return x_ + (slice - first_) * each_; }
+  BITFOLD_DEVICE const TokenScales& scales(int slice) const { return scales_[slice - first_]; }
+
+ private:
+  struct Job {
+    int token, first, pieces;
+    uint4* x;
+    TokenScales* scales;
+
+    BITFOLD_DEVICE Job(const Slices& s, int i) : token(i % s.args_.x.m) {
+      const int slice = i / s.args_.x.m;
+      first = Unit::first_of(s.args_, s.first_ + slice);
+      pieces = Unit::first_of(s.args_, s.first_ + slice + 1) - first;
+      x = s.x_ + slice * s.each_;
+      scales = s.scales_ + slice;
+    }
+  };
+  BITFOLD_DEVICE int jobs() const { return (end_ - first_) * args_.x.m; }
+  BITFOLD_DEVICE void stage() const {
+#pragma unroll 1
+    for (int i = warp_; i < jobs(); i += kWarps) {
+      const Job job(*this, i);
+      X::stage(args_.x, job.first, job.pieces, job.token, job.x, args_.longest, *job.scales);
+    }
+  }
+  BITFOLD_DEVICE void load(int i, Eights& eights) const {
+    const Job job(*this, i);
+    X::load(args_.x, job.first, job.pieces, job.token, eights);
+  }
+
+  const Args<Source>& args_;
+  TokenScales* const scales_;
+  uint4* const x_;
+  const int each_;  // quads of a slice
+  const int warp_;
+  const bool at_once_;
+  int first_ = 0, end_ = 0;
+};
+
 template <class Source>
 __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> args) {
-  using X = Tokens<Source>;
   auto& memory = shared<Memory<Source>>();
   const int warp = ptx::shuffle(ptx::warp_id(), 0);  // which tells the compiler that all lanes have the same
   auto* rings = reinterpret_cast<std::byte*>(&memory + 1);
-  auto* x = reinterpret_cast<uint4*>(rings + kWarps * args.rooms * Source::kRoom);
-  const int slice_quads = args.longest * args.x.m * static_cast<int>(X::kPieceBytes / 16);
-  auto* sums = reinterpret_cast<float*>(x + args.kept * slice_quads);
+  auto* x = reinterpret_cast<uint4*>(rings + kWarps * args.rooms * kRoomBytes<Source>);
   const bool whole = args.partials == nullptr;
   const Units units(args);
-  // W doesn't wait for x.
-  Feed<Source> feed(args, units, warp, rings + warp * args.rooms * Source::kRoom);
-  Room<Source::kRoom> room(rings + warp * args.rooms * Source::kRoom, args.rooms);
+  const int last = whole ? 1 << args.slices_log2 : Unit(args, units.end - 1).slice + 1;
+  const int first = whole ? 0 : Unit(args, units.begin).slice;
+  std::byte* ring = rings + warp * args.rooms * kRoomBytes<Source>;
+  Feed<Source> feed(args, units, warp, ring);
+  // x is asked for before all that there is room for of W, which it would have to wait for.
+  Slices<Source> slices(args, memory.scales, x, warp);
+  typename Slices<Source>::Eights eights;
+  slices.begin(first, smaller(first + args.kept, last), eights);
+  feed.fill();
+  Room<Source::kRoom> room(ring, args.rooms);
+  Room<Source::kHead> head(ring + args.rooms * Source::kRoom, args.rooms);
   Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);
-  const int last = smaller(1 << args.slices_log2, whole ? 1 << args.slices_log2 : Unit(args, units.end - 1).slice + 1);
-  int staged = 0, staged_end = 0, round = units.begin;
+  slices.finish(eights);
+  auto* sums = reinterpret_cast<float*>(x + args.kept * slices.quads());
+  int round = units.begin;
 #pragma unroll 1
   for (int turn = units.begin; turn < units.end; turn += kWarps) {
-    if (staged_end == 0 || (!whole && Unit(args, smaller(turn + kWarps, units.end) - 1).slice >= staged_end)) {
-      ptx::sync_block();
-      staged = whole ? 0 : Unit(args, turn).slice;
-      staged_end = smaller(staged + args.kept, last);
-#pragma unroll 1
-      for (int i = warp; i < (staged_end - staged) * args.x.m; i += kWarps) {
-        const int slice = staged + i / args.x.m, first = Unit::first_of(args, slice);
-        X::stage(args.x, first, Unit::first_of(args, slice + 1) - first, i % args.x.m,
-                 x + (slice - staged) * slice_quads, args.longest, memory.scales[slice - staged]);
-      }
-      ptx::sync_block();
+    if (!whole && Unit(args, smaller(turn + kWarps, units.end) - 1).slice >= slices.end()) {
+      const int slice = Unit(args, turn).slice;
+      slices.next(slice, smaller(slice + args.kept, last));
     }
     if (turn + warp < units.end) {
       const Unit unit(args, turn + warp);
-      const TokenScales& scales = memory.scales[unit.slice - staged];
-      Product<Source> product(args, memory.tables, unit.tile, x + (unit.slice - staged) * slice_quads, args.longest);
+      const TokenScales& scales = slices.scales(unit.slice);
+      Product<Source> product(args, memory.tables, unit.tile, slices.x(unit.slice), args.longest, head.at);
+      head.next();
       float total[4] = {};
-      const bool finite = Source::kSums == 0 || X::finite(args.x, scales);
+      const bool finite = Source::kSums == 0 || Tokens<Source>::finite(args.x, scales);
       switch (finite ? Source::manner(args.w) : Manner::Any) {
         case Manner::Plain: multiply<Source, Manner::Plain>(unit, feed, product, room, total); break;
         case Manner::Full: multiply<Source, Manner::Full>(unit, feed, product, room, total); break;
@@ -336,8 +448,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
     if (whole && (next == units.end || next - round == args.round)) {
       ptx::sync_block();
       reduce<Source>(args, round >> args.slices_log2, (next - round) >> args.slices_log2, sums);
-      ptx::sync_block();
       round = next;
+      if (round < units.end) ptx::sync_block();
     }
   }
 }
@@ -349,6 +461,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
 template <class Source>
 int slices_log2(int64_t n, int64_t pieces) {
   constexpr int64_t kSliceBytes = 32 << 10, kUnits = 8192, kMost = 4;
+  constexpr int64_t kLongest = kSliceBytes / (kTokens * Tokens<Source>::kPieceBytes);
+  static_assert(kLongest <= Tokens<Source>::kTogether * Tokens<Source>::kTurn, "a lane has room for a slice's x");
+  if constexpr (Source::kHead > 0) static_assert(kLongest <= Source::kHeadPieces, "and for what is copied once");
   const auto bytes = [&](int log2) {
     return (ceil_div<int64_t>(pieces, int64_t{1} << log2)) * kTokens * Tokens<Source>::kPieceBytes;
   };
@@ -370,7 +485,7 @@ void launch_rows(const RowsCall& call) {
   const int64_t slice_bytes = longest * m * Tokens<Source>::kPieceBytes;
   constexpr int64_t kFewest = 2, kRoundBytes = 16 << 10;
   const auto fixed = [](int64_t rooms) {
-    return static_cast<int64_t>(sizeof(Memory<Source>)) + kWarps * rooms * Source::kRoom;
+    return static_cast<int64_t>(sizeof(Memory<Source>)) + kWarps * rooms * kRoomBytes<Source>;
   };
   const int64_t turn = larger<int64_t>(slices, kWarps), unit_bytes = 16 * m * 4;
   const int64_t turns = larger<int64_t>(smaller<int64_t>(kRoundBytes / (turn * unit_bytes), 4), 1) * turn;
@@ -390,6 +505,11 @@ void launch_rows(const RowsCall& call) {
   }
   const bool aligned = a.x.column_stride == 1 && (a.x.row_stride % 8 == 0 || a.x.rows == 1) &&
                        a.w.k % Source::kColumns == 0 && reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0;
+  // Where a turn of 16 units is more than two slices, a block has one.
+  const int64_t blocks = whole            ? smaller<int64_t>(tiles, device.multiprocessors)
+                         : tiles < kWarps ? slices
+                                          : smaller<int64_t>(slices * tiles / kWarps, device.multiprocessors);
+  const int64_t shares = whole ? tiles : slices * tiles;
   const Args<Source> args{
       .w = Source::matrix(a.w),
       .x = {static_cast<const uint16_t*>(a.x.data), a.x.row_stride, a.x.column_stride, a.w.k,
@@ -403,13 +523,11 @@ void launch_rows(const RowsCall& call) {
       .slices_log2 = log2,
       .longest = static_cast<int>(longest),
       .kept = static_cast<int>(kept),
+      .each = static_cast<int>(shares / blocks),
+      .more = static_cast<int>(shares % blocks),
       .round = static_cast<int>(round),
       .rooms = static_cast<int>(rooms),
   };
-  // Where a turn of 16 units is more than two slices, a block has one.
-  const int64_t blocks = whole            ? smaller<int64_t>(tiles, device.multiprocessors)
-                         : tiles < kWarps ? slices
-                                          : smaller<int64_t>(slices * tiles / kWarps, device.multiprocessors);
   launch({.grid = static_cast<unsigned>(blocks),
           .block = kThreads,
           .shared_bytes = fixed(rooms) + others,
@@ -429,7 +547,7 @@ template <class... Widest>
 struct Choice {};
 
 template <int Row>
-struct KernelsOf : Choice<Pieces<64, 1>, Pieces<32, 1>> {};
+struct KernelsOf : Choice<Pieces<128, 1>, Pieces<64, 1>, Pieces<32, 1>> {};
 template <>
 struct KernelsOf<kInt4> : Choice<Pieces<256, 2>, Pieces<128, 1>, Pieces<128, 2>, Pieces<128, 4>, Pieces<32, 1>> {};
 template <>

@@ -77,24 +77,70 @@ struct Tokens {
   // Sums of x over sections, floats; four of a piece.
   static constexpr bool kSums = Source::kSums > 0;
   static_assert(Source::kSums <= 4 && !(kSums && Source::kMins > 0));
+  // Quads that a lane of a warp has in its registers at once, and the pieces that all lanes have a quad of.
+  static constexpr int kTogether = 8, kTurn = kWarp / kQuads;
+  static_assert(kWarp % kQuads == 0);
   static constexpr int64_t kPieceBytes = 16 * kQuads + 16 * kMinWords + (kSums ? 16 : 0);
+
+  // Where the second of a quad's two runs of four columns begins.
+  BITFOLD_HOST_DEVICE static constexpr int second_run(int pair, int t) {
+    return kRuns == Runs::Interleaved ? Source::column(2 * pair, t, 1) : Source::column(2 * pair + 1, t, 0);
+  }
+  // Whether all quads are eight columns on end.
+  static constexpr bool kOnEnd = [] {
+    bool all = kRuns != Runs::None;
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const int first = Source::column(quad / 4 * 2, quad % 4, 0);
+      all = all && first % 8 == 0 && second_run(quad / 4, quad % 4) == first + 4;
+    }
+    return all;
+  }();
+  // Whether the quads of a pair are a sub-block with a minimum.
+  static constexpr bool kMinsOfPairs = [] {
+    bool all = kOnEnd && Source::kMins == kPairs;
+    for (int quad = 0; quad < kQuads; ++quad) {
+      all = all && Source::column(quad / 4 * 2, quad % 4, 0) / (Source::kColumns / kPairs) == quad / 4;
+    }
+    return all;
+  }();
 
   // Neighbouring tokens have their pairs swapped, so that the eight lanes that read together read from all banks.
   BITFOLD_DEVICE static int place(int token, int pair) { return kPairs % 2 == 0 ? pair ^ (token & 1) : pair; }
 
-  // Pieces [first, first + pieces) of a token to a slice that has room for `room` of all tokens, by a warp: as they
-  // are, in order, each where its quads are to lie, and from there to their places as fp16.
+  // What a lane has loaded of pieces of a token, to be brought to its place: quads of x that are eight columns on end.
+  struct Eights {
+    uint4 of[kTogether];
+  };
+  BITFOLD_DEVICE static bool at_once(const TokensArgs& args) { return kOnEnd && args.aligned; }
+  // Pieces [first, first + pieces), at most kTogether * kTurn, by a warp.
+  BITFOLD_DEVICE static void load(const TokensArgs& args, int64_t first, int pieces, int token, Eights& eights) {
+    const int quad = ptx::lane_id() % kQuads, piece = ptx::lane_id() / kQuads;
+    const uint16_t* from = args.data + token * args.row_stride + (first + piece) * Source::kColumns +
+                           Source::column(quad / 4 * 2, quad % 4, 0);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      eights.of[j] = {};
+      if (j * kTurn + piece < pieces) eights.of[j] = ptx::load16(from + j * (kTurn * Source::kColumns));
+    }
+  }
+  // What was loaded to a slice that has room for `room` pieces of all tokens.
+  BITFOLD_DEVICE static void stage(const TokensArgs& args, const Eights& eights, int pieces, int token, uint4* x,
+                                   int room, TokenScales& scales) {
+    uint32_t peak = 0;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) peak = peaks(peak, eights.of[j]);
+    const int exponent = open(args, larger(peak & 0xffffu, peak >> 16), token, scales);
+    if (args.bf16) arrange<true>(args, eights, pieces, token, x, room, power_of_two(exponent));
+    else arrange<false>(args, eights, pieces, token, x, room, power_of_two(exponent));
+  }
+
+  // The same of any x, by way of the slice: pieces as they are, in order, each where its quads are to lie, and from
+  // there to their places.
   BITFOLD_DEVICE static void stage(const TokensArgs& args, int64_t first, int pieces, int token, uint4* x, int room,
                                    TokenScales& scales) {
-    uint32_t peak =
+    const uint32_t peak =
         args.aligned ? copy_row(args, first, pieces, token, x) : copy_elements(args, first, pieces, token, x);
-#pragma unroll
-    for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
-    const int exponent = exponent_to_fp16(peak, args.bf16);
-    if (ptx::lane_id() == 0) {
-      scales.finite[token] = peak < (args.bf16 ? 0x7f80u : 0x7c00u);
-      scales.unit[token] = power_of_two(-exponent);
-    }
+    const int exponent = open(args, peak, token, scales);
     ptx::sync_warp();
     if (args.bf16) arrange<true>(args, pieces, token, x, room, power_of_two(exponent));
     else arrange<false>(args, pieces, token, x, room, power_of_two(exponent));
@@ -140,43 +186,85 @@ struct Tokens {
   BITFOLD_DEVICE static uint16_t* halves_of(uint4* x, int block) {
     return reinterpret_cast<uint16_t*>(x + block * kQuads);
   }
-  // Sums over sub-blocks, conversion and order of a token's pieces.
+  // Of the largest magnitude that each lane saw: the exponent of what x is multiplied with.
+  BITFOLD_DEVICE static int open(const TokensArgs& args, uint32_t peak, int token, TokenScales& scales) {
+#pragma unroll
+    for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
+    const int exponent = exponent_to_fp16(peak, args.bf16);
+    if (ptx::lane_id() == 0) {
+      scales.finite[token] = peak < (args.bf16 ? 0x7f80u : 0x7c00u);
+      scales.unit[token] = power_of_two(-exponent);
+    }
+    return exponent;
+  }
+
+  // A lane's quads of all pieces that it has: the same one of each.
+  template <bool Bf16>
+  class Arranged {
+   public:
+    BITFOLD_DEVICE Arranged(const TokensArgs& args, int pieces, int token, uint4* x, int room, float scale)
+        : m_(args.m), pieces_(pieces), token_(token), x_(x), room_(room) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) factors_[i] = scale * power_of_two(-Source::down(2 * (quad_ / 4) + i / 2, i % 2));
+    }
+    BITFOLD_DEVICE int quad() const { return quad_; }
+    // The quad of a piece, from x's numbers in the order of its operands. By all lanes, of pieces that aren't there
+    // too.
+    BITFOLD_DEVICE void leave(int piece, const uint4& raw) const {
+      const uint4 numbers = {to_halves<Bf16>(raw.x, factors_[0]), to_halves<Bf16>(raw.y, factors_[1]),
+                             to_halves<Bf16>(raw.z, factors_[2]), to_halves<Bf16>(raw.w, factors_[3])};
+      const int block = piece * m_ + token_;
+      const bool there = piece < pieces_;
+      if (there) x_[block * kQuads + place(token_, quad_ / 4) * 4 + quad_ % 4] = numbers;
+      if constexpr (kSums) {
+        const float sum = sum_of_section(numbers, quad_ / 4);
+        constexpr int kEach = kQuads / Source::kSums;
+        if (there && quad_ % kEach == 0) sums(x_, room_, m_)[4 * block + quad_ / kEach] = sum;
+      }
+      if constexpr (kMinsOfPairs) {
+        const float sum = sum_of_pair(numbers);
+        auto* all = reinterpret_cast<uint16_t*>(mins(x_, room_, m_));
+        if (there && quad_ % 4 == 0) leave_sum(sum, quad_ / 4, all + block * 4 * kMinWords * 2);
+      }
+    }
+
+   private:
+    const int m_, pieces_, token_, quad_ = ptx::lane_id() % kQuads;
+    uint4* const x_;
+    const int room_;
+    float factors_[4];
+  };
+
+  template <bool Bf16>
+  BITFOLD_DEVICE static void arrange(const TokensArgs& args, const Eights& eights, int pieces, int token, uint4* x,
+                                     int room, float scale) {
+    const Arranged<Bf16> arranged(args, pieces, token, x, room, scale);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (j * kTurn >= pieces) break;
+      const uint4& eight = eights.of[j];
+      arranged.leave(j * kTurn + ptx::lane_id() / kQuads, ordered({eight.x, eight.y}, {eight.z, eight.w}));
+    }
+  }
+
   template <bool Bf16>
   BITFOLD_DEVICE static void arrange(const TokensArgs& args, int pieces, int token, uint4* x, int room, float scale) {
-    const int lane = ptx::lane_id();
-    if constexpr (Source::kMins > 0) {
+    if constexpr (Source::kMins > 0 && !kMinsOfPairs) {
       auto* all = reinterpret_cast<uint16_t*>(mins(x, room, args.m));
 #pragma unroll 1
-      for (int i = lane; i < pieces * Source::kMins; i += kWarp) {
-        const int block = i / Source::kMins * args.m + token;
-        stage_sum<Bf16>(halves_of(x, block), scale, i % Source::kMins, all + block * 4 * kMinWords * 2);
+      for (int i = ptx::lane_id(); i < pieces * Source::kMins; i += kWarp) {
+        const int block = i / Source::kMins * args.m + token, number = i % Source::kMins;
+        leave_sum(sum_of_columns<Bf16>(halves_of(x, block), scale, number), number, all + block * 4 * kMinWords * 2);
       }
-      ptx::sync_warp();
     }
-    // A warp takes as many pieces as its lanes have quads of.
-    static_assert(kWarp % kQuads == 0);
-    constexpr int kPieces = kWarp / kQuads;
-    const int quad = lane % kQuads, t = quad % 4, place_of = place(token, quad / 4) * 4 + t;
-    float factors[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) factors[i] = scale * power_of_two(-Source::down(2 * (quad / 4) + i / 2, i % 2));
+    const Arranged<Bf16> arranged(args, pieces, token, x, room, scale);
 #pragma unroll 1
-    for (int begin = 0; begin < pieces; begin += kPieces) {
-      const int piece = begin + lane / kQuads, block = piece * args.m + token;
-      const bool there = piece < pieces;
-      uint4 numbers{};
-      if (there) {
-        numbers = load_quad(halves_of(x, block), quad / 4, t);
-        numbers = {to_halves<Bf16>(numbers.x, factors[0]), to_halves<Bf16>(numbers.y, factors[1]),
-                   to_halves<Bf16>(numbers.z, factors[2]), to_halves<Bf16>(numbers.w, factors[3])};
-      }
+    for (int begin = 0; begin < pieces; begin += kTurn) {
+      const int piece = begin + ptx::lane_id() / kQuads, quad = arranged.quad();
+      uint4 raw{};
+      if (piece < pieces) raw = load_quad(halves_of(x, piece * args.m + token), quad / 4, quad % 4);
       ptx::sync_warp();  // all of a block is read before any of it is written
-      if (there) x[block * kQuads + place_of] = numbers;
-      if constexpr (kSums) {
-        const float sum = sum_of_section(numbers, quad / 4);
-        constexpr int kEach = kQuads / Source::kSums;
-        if (there && quad % kEach == 0) sums(x, room, args.m)[4 * block + quad / kEach] = sum;
-      }
+      arranged.leave(piece, raw);
     }
   }
 
@@ -228,18 +316,9 @@ struct Tokens {
   // The quad's eight numbers, of a piece whose columns are in order.
   BITFOLD_DEVICE static uint4 load_quad(const uint16_t* piece, int pair, int t) {
     const int step = 2 * pair;
-    const auto four = [&](int column) { return *reinterpret_cast<const uint2*>(piece + column); };
-    if constexpr (kRuns == Runs::Sequential) {
-      const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step + 1, t, 0));
-      return {a.x, a.y, b.x, b.y};
-    } else if constexpr (kRuns == Runs::Crossed) {
-      const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step + 1, t, 0));
-      return {ptx::prmt(a.x, a.y, 0x5410), ptx::prmt(a.x, a.y, 0x7632), ptx::prmt(b.x, b.y, 0x5410),
-              ptx::prmt(b.x, b.y, 0x7632)};
-    } else if constexpr (kRuns == Runs::Interleaved) {
-      const uint2 a = four(Source::column(step, t, 0)), b = four(Source::column(step, t, 1));
-      return {ptx::prmt(a.x, b.x, 0x5410), ptx::prmt(a.x, b.x, 0x7632), ptx::prmt(a.y, b.y, 0x5410),
-              ptx::prmt(a.y, b.y, 0x7632)};
+    if constexpr (kRuns != Runs::None) {
+      const auto four = [&](int column) { return *reinterpret_cast<const uint2*>(piece + column); };
+      return ordered(four(Source::column(step, t, 0)), four(second_run(pair, t)));
     } else {
       const auto two = [&](int at, int half) {
         return piece[Source::column(at, t, half)] | static_cast<uint32_t>(piece[Source::column(at, t, half + 1)]) << 16;
@@ -247,10 +326,32 @@ struct Tokens {
       return {two(step, 0), two(step, 2), two(step + 1, 0), two(step + 1, 2)};
     }
   }
+  // Both of its runs in the order of operands.
+  BITFOLD_DEVICE static uint4 ordered(const uint2& a, const uint2& b) {
+    if constexpr (kRuns == Runs::Crossed) {
+      return {ptx::prmt(a.x, a.y, 0x5410), ptx::prmt(a.x, a.y, 0x7632), ptx::prmt(b.x, b.y, 0x5410),
+              ptx::prmt(b.x, b.y, 0x7632)};
+    } else if constexpr (kRuns == Runs::Interleaved) {
+      return {ptx::prmt(a.x, b.x, 0x5410), ptx::prmt(a.x, b.x, 0x7632), ptx::prmt(a.y, b.y, 0x5410),
+              ptx::prmt(a.y, b.y, 0x7632)};
+    } else {
+      return {a.x, a.y, b.x, b.y};
+    }
+  }
 
+  // The sum of a sub-block that is a pair's quads, by the lanes that have them.
+  BITFOLD_DEVICE static float sum_of_pair(const uint4& numbers) {
+    float sum = 0.0f;
+    for (const uint32_t two : {numbers.x, numbers.y, numbers.z, numbers.w}) {
+      const float2 both = ptx::halves_to_floats(two);
+      sum = ptx::add(ptx::add(sum, both.x), both.y);
+    }
+    sum = ptx::add(sum, ptx::shuffle_xor(sum, 1));
+    return ptx::add(sum, ptx::shuffle_xor(sum, 2));
+  }
   // The sum of a sub-block of a piece whose columns are in order.
   template <bool Bf16>
-  BITFOLD_DEVICE static void stage_sum(const uint16_t* piece, float scale, int block, uint16_t* halves) {
+  BITFOLD_DEVICE static float sum_of_columns(const uint16_t* piece, float scale, int block) {
     constexpr int kWidth = Source::kColumns / larger(Source::kMins, 1);
     float sum = 0.0f;
     const auto add = [&](uint32_t two) {
@@ -262,6 +363,10 @@ struct Tokens {
       const uint4 eight = *reinterpret_cast<const uint4*>(piece + block * kWidth + c);
       add(eight.x), add(eight.y), add(eight.z), add(eight.w);
     }
+    return sum;
+  }
+  // It to its place among those of a piece, as two halves.
+  BITFOLD_DEVICE static void leave_sum(float sum, int block, uint16_t* halves) {
     sum *= 1.0f / 32.0f;
     const uint16_t high = ptx::float_to_half(sum);
     uint16_t* mine = halves + 2 * (block % 8 / 2 * kMinWords + block / 8) + block % 2;

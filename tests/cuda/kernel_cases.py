@@ -87,6 +87,7 @@ ROWS = [
     linear("int4-g128", 4, 17, 16384, "bf16", multiprocessors=1),  # several rounds of the pieces on their way
     linear("int4-channel", 8, 50, 16384, "bf16", multiprocessors=1),  # k in slices
     linear("int4-g128-asym", 8, 50, 16384, infinite=True, multiprocessors=1),  # the same, and one is infinite
+    linear("nf4-b64", 8, 250, 5632, "bf16", multiprocessors=1),  # a block has x two slices at a time
     *(linear(format, m, 37, 2048 if m == 8 else 1024, dtype)
       for format in block_formats() for m, dtype in ((3, "bf16"), (8, "fp16"))),
     *(linear(format, 3, 33, 512, "bf16")  # the other two ways of scales and zero points
