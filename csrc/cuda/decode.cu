@@ -1,8 +1,8 @@
 // Decoding to a matrix of floats, whole or by row numbers (an embedding): the bytes of the CPU's.
 //
 // Bound by memory: a thread takes runs of eight columns, so that a warp reads and writes whole sectors and a thread
-// stores 16 bytes at once, and four of them, far apart, whose loads are in flight together. A matrix whose rows are
-// whole groups and bytes is one long row to it: a thread's runs lie at constant distances.
+// stores 16 bytes at once, and four or eight of them, far apart, whose loads are in flight together. A matrix whose
+// rows are whole groups and bytes is one long row to it: a thread's runs lie at constant distances.
 #include "cuda/cuda.hpp"
 #include "cuda/format_switch.hpp"
 #include "cuda/whole_runs.hpp"
@@ -11,9 +11,12 @@ namespace bitfold::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRunsPerThread = 4;
-constexpr int64_t kTileRuns = kThreads * kRunsPerThread;  // of a block
-constexpr int64_t kMostQuickRuns = (int64_t{1} << 31) - kTileRuns;
+// Formats with planes load more of a run that is on its way: nested scales wait for one load after another.
+template <int Row>
+constexpr int kRuns = kFormats[Row].grid == Grid::Block || kFormats[Row].grid == Grid::Cast ? 4 : 8;  // of a thread
+template <int Row>
+constexpr int64_t kTileRuns = kThreads * kRuns<Row>;  // of a block
+constexpr int64_t kMostQuickRuns = (int64_t{1} << 31) - 8 * kThreads;
 
 struct DecodeRuns {
   WeightRuns w;
@@ -90,44 +93,43 @@ BITFOLD_DEVICE RunPlace place_of_run(const DecodeRuns& d, uint32_t row, uint32_t
 
 // The places of a thread's runs, from run `first` of out on; those beyond the end are the last once more.
 template <int Row>
-BITFOLD_DEVICE void find_places(const DecodeRuns& d, uint32_t first, uint32_t total,
-                                RunPlace (&places)[kRunsPerThread]) {
-  uint32_t rows[kRunsPerThread], runs[kRunsPerThread];
+BITFOLD_DEVICE void find_places(const DecodeRuns& d, uint32_t first, uint32_t total, RunPlace (&places)[kRuns<Row>]) {
+  uint32_t rows[kRuns<Row>], runs[kRuns<Row>];
 #pragma unroll
-  for (int step = 0; step < kRunsPerThread; ++step) {
+  for (int step = 0; step < kRuns<Row>; ++step) {
     const uint32_t i = smaller(first + static_cast<uint32_t>(step * kThreads), total - 1);
     rows[step] = d.by_row(i);
     runs[step] = i - rows[step] * static_cast<uint32_t>(d.row_runs);
   }
   if (d.ids != nullptr) {
-    int64_t ids[kRunsPerThread];
+    int64_t ids[kRuns<Row>];
     bool there = true;
 #pragma unroll
-    for (int step = 0; step < kRunsPerThread; ++step) ids[step] = d.ids[rows[step]];
+    for (int step = 0; step < kRuns<Row>; ++step) ids[step] = d.ids[rows[step]];
 #pragma unroll
-    for (int step = 0; step < kRunsPerThread; ++step) {
+    for (int step = 0; step < kRuns<Row>; ++step) {
       there &= ids[step] >= 0 && ids[step] < d.matrix_rows;
       rows[step] = static_cast<uint32_t>(ids[step]);
     }
     if (!there) ptx::trap();
   }
 #pragma unroll
-  for (int step = 0; step < kRunsPerThread; ++step) places[step] = place_of_run<Row>(d, rows[step], runs[step]);
+  for (int step = 0; step < kRuns<Row>; ++step) places[step] = place_of_run<Row>(d, rows[step], runs[step]);
 }
 
 template <int Row>
 BITFOLD_DEVICE void decode_whole_runs(const DecodeRuns& d, const Codebook& book) {
   const auto total = static_cast<uint32_t>(d.rows * d.row_runs);
-  const uint32_t tile = blockIdx.x * static_cast<uint32_t>(kTileRuns), first = tile + threadIdx.x;
-  RunPlace places[kRunsPerThread];
-  WholeRuns<Row, kRunsPerThread> runs;
-  if (d.rows == 1 && d.ids == nullptr && tile + kTileRuns <= total) {
+  const uint32_t tile = blockIdx.x * static_cast<uint32_t>(kTileRuns<Row>), first = tile + threadIdx.x;
+  RunPlace places[kRuns<Row>];
+  WholeRuns<Row, kRuns<Row>> runs;
+  if (d.rows == 1 && d.ids == nullptr && tile + kTileRuns<Row> <= total) {
     static_assert(kThreads % kRunsOfCodes<Row> == 0);
     constexpr int kApart = kThreads / kRunsOfCodes<Row> * kCodeBytes<Row>;
     const auto* codes =
         static_cast<const uint8_t*>(d.w.w.codes) + static_cast<uint64_t>(first / kRunsOfCodes<Row>) * kCodeBytes<Row>;
 #pragma unroll
-    for (int step = 0; step < kRunsPerThread; ++step) {
+    for (int step = 0; step < kRuns<Row>; ++step) {
       const uint32_t group = kFormats[Row].grid == Grid::Block
                                  ? threadIdx.x % kRunsOfCodes<Row>
                                  : d.by_group(first + static_cast<uint32_t>(step * kThreads));
@@ -142,7 +144,7 @@ BITFOLD_DEVICE void decode_whole_runs(const DecodeRuns& d, const Codebook& book)
     constexpr int kBytes = kRun * static_cast<int>(dtype_bits(To)) / 8;
     char* out = static_cast<char*>(d.out) + static_cast<uint64_t>(first) * kBytes;
 #pragma unroll
-    for (int step = 0; step < kRunsPerThread; ++step) {
+    for (int step = 0; step < kRuns<Row>; ++step) {
       if (first + static_cast<uint32_t>(step * kThreads) >= total) return;
       float values[kRun];
       runs.values(step, book.values, values);
@@ -188,8 +190,8 @@ template <int Row>
 BITFOLD_DEVICE void decode_runs(const DecodeRuns& d, const Codebook& book) {
   if (d.quick) return decode_whole_runs<Row>(d, book);
   const int64_t total = d.rows * d.row_runs;
-  for (int step = 0; step < kRunsPerThread; ++step) {
-    const int64_t i = blockIdx.x * kTileRuns + step * kThreads + static_cast<int64_t>(threadIdx.x);
+  for (int step = 0; step < kRuns<Row>; ++step) {
+    const int64_t i = blockIdx.x * kTileRuns<Row> + step * kThreads + static_cast<int64_t>(threadIdx.x);
     if (i >= total) return;
     const Run run = run_of(d, i);
     const auto count = static_cast<int>(smaller<int64_t>(kRun, d.columns - run.column()));
@@ -206,10 +208,17 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeRuns d)
   switch_row(d.w.w.format.row, Rows(), [&]<int Row>() { decode_runs<Row>(d, book); });
 }
 
+// Formats of a kernel have equally many runs.
+template <int Row, int... More>
+constexpr int64_t tile_runs(std::integer_sequence<int, Row, More...>) {
+  static_assert((true && ... && (kRuns<More> == kRuns<Row>)));
+  return kTileRuns<Row>;
+}
+
 template <class Rows>
 bool launch_decode(const DecodeRuns& d, Stream stream) {
   if (!has_row(d.w.w.format.row, Rows())) return false;
-  const int64_t blocks = ceil_div(d.rows * d.row_runs, kTileRuns);
+  const int64_t blocks = ceil_div(d.rows * d.row_runs, tile_runs(Rows()));
   launch({.grid = dim3(static_cast<unsigned>(blocks)),
           .block = dim3(kThreads),
           .shared_bytes = sizeof(Codebook),

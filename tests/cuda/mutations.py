@@ -302,7 +302,7 @@ WRONG = [
         "smaller(first + static_cast<uint32_t>(step * kThreads), total - 1)",
         "first + static_cast<uint32_t>(step * kThreads)",
     ),
-    ("decode.cu", "tile + kTileRuns <= total", "tile < total"),
+    ("decode.cu", "tile + kTileRuns<Row> <= total", "tile < total"),
     ("runs.hpp", "4 * (r >> 2 & 1)", "4 * (r >> 3 & 1)"),
     # encode: ends, and who has which number
     ("encode_blocks.hpp", "smaller<int64_t>(kThreads, blocks - first)", "kThreads"),

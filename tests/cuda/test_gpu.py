@@ -194,16 +194,17 @@ def test_more_elements_than_32_bits_count():
 def test_modules_move():
     layer = bitfold.QuantLinear(quantized("nf4-b64-dq").to("cpu"), torch.randn(512))
     x = torch.randn(3, 1024)
-    expected = layer(x)
+    exact = x.double() @ layer.qtensor.decode(torch.float64).T + layer.bias.double()
     layer = layer.cuda()
     assert layer.qtensor.device.type == "cuda"
-    torch.testing.assert_close(layer(x.cuda()).cpu(), expected, rtol=1e-5, atol=1e-5)
+    # The rounding of fp32 sums of 1024 products, whose order is the device's own.
+    assert float((layer(x.cuda()).cpu().double() - exact).norm() / exact.norm()) < 1024**0.5 * 2.0**-24
     half = layer.half()
     assert half.scales.dtype == torch.uint8
     assert half.nested_scales.dtype == torch.float32
     y = half(x.cuda().half())
     assert y.dtype == torch.float16
-    assert torch.allclose(y.cpu().float(), expected, rtol=1e-2, atol=1e-1)
+    assert float((y.cpu().double() - exact).norm() / exact.norm()) < 1e-3
 
 
 def test_gradients():
