@@ -1,17 +1,19 @@
 // y[m, n] = x[m, k] W^T + bias for m <= 8: what decides is how fast W is read.
 //
-// A block of 16 warps is at home on a multiprocessor. k is cut into slices, by n and k alone, and a *unit* is a slice
-// of 16 rows of W, which a warp multiplies from its first column to its last by itself. Packed bytes come to shared
-// memory by asynchronous copies into a ring of each warp's own: as soon as a piece was multiplied, its room is asked
-// for the next one, whichever unit that is of, so that memory never waits for sums, for x or for other warps. From
-// there they go as fragments into mma with W as the 16 rows and x, which lies in shared memory too, as the 8 columns:
-// all m <= 8 cost the same, and a token's bits don't depend on the others.
+// A block of 16 warps is at home on a multiprocessor. k is cut into slices, by n, k and shared memory alone, and a
+// *unit* is a slice of 16 rows of W, which a warp multiplies from its first column to its last by itself. Packed bytes
+// come to shared memory by asynchronous copies into a ring of each warp's own: as soon as a piece was multiplied, its
+// room is asked for the next one, whichever unit that is of, so that memory never waits for sums, for x or for other
+// warps. From there they go as fragments into mma with W as the 16 rows and x, which lies in shared memory too, as the
+// 8 columns: all m <= 8 cost the same, and a token's bits don't depend on the others.
 //
 // Where all of x fits beside the rings, a block has *whole* tiles: the sums of their slices meet in shared memory, and
 // are added in the order of slices. Where it doesn't, a block has some slices and many tiles, and leaves its sums to
 // another kernel, which adds them in the same order (rows_sums.cu): the same bits.
 //
 // Compiled once for each format, and once for what its kernels don't fit (BITFOLD_PART).
+#include <stdexcept>
+
 #include "cuda/fragments_chunks.hpp"
 #include "cuda/fragments_k.hpp"
 #include "cuda/fragments_ragged.hpp"
@@ -456,20 +458,40 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
 
 // ---- the launcher ----
 
-// How k is cut, by n and k alone: so that 8 tokens of a slice have room beside the rings, and so that there are some
-// thousand units.
+// Bytes of shared memory beside x, with so many rooms of each warp.
 template <class Source>
-int slices_log2(int64_t n, int64_t pieces) {
-  constexpr int64_t kSliceBytes = 32 << 10, kUnits = 8192, kMost = 4;
+constexpr int64_t bytes_beside_x(int64_t rooms) {
+  return static_cast<int64_t>(sizeof(Memory<Source>)) + kWarps * rooms * kRoomBytes<Source>;
+}
+constexpr int64_t kFewestRooms = 2, kFewestKept = 2;  // of a warp; slices of x that a block keeps at least
+
+// What a slice of x, of 8 tokens, may have.
+template <class Source>
+int64_t bytes_of_slice() {
+  constexpr int64_t kSliceBytes = 32 << 10;
   constexpr int64_t kLongest = kSliceBytes / (kTokens * Tokens<Source>::kPieceBytes);
   static_assert(kLongest <= Tokens<Source>::kTogether * Tokens<Source>::kTurn, "a lane has room for a slice's x");
   if constexpr (Source::kHead > 0) static_assert(kLongest <= Source::kHeadPieces, "and for what is copied once");
+  return smaller(kSliceBytes, (gpu().shared_bytes - bytes_beside_x<Source>(kFewestRooms)) / kFewestKept);
+}
+// Whether a slice may be a piece at least; narrower pieces leave more room.
+template <class Source>
+bool has_room() {
+  return bytes_of_slice<Source>() >= kTokens * Tokens<Source>::kPieceBytes;
+}
+
+// How k is cut, by n, k and the GPU's shared memory: so that 8 tokens of a slice have room beside the rings, and so
+// that there are some thousand units.
+template <class Source>
+int slices_log2(int64_t n, int64_t pieces) {
+  constexpr int64_t kUnits = 8192, kMost = 4;
+  const int64_t most = bytes_of_slice<Source>();
   const auto bytes = [&](int log2) {
     return (ceil_div<int64_t>(pieces, int64_t{1} << log2)) * kTokens * Tokens<Source>::kPieceBytes;
   };
   int log2 = 0;
   while (int64_t{2} << log2 <= pieces &&
-         (bytes(log2) > kSliceBytes || (log2 < kMost && ceil_div<int64_t>(n, 16) << log2 < kUnits))) {
+         (bytes(log2) > most || (log2 < kMost && ceil_div<int64_t>(n, 16) << log2 < kUnits))) {
     ++log2;
   }
   return log2;
@@ -477,28 +499,27 @@ int slices_log2(int64_t n, int64_t pieces) {
 
 template <class Source>
 void launch_rows(const RowsCall& call) {
+  if (!has_room<Source>()) throw std::runtime_error("linear_rows: this GPU has too little shared memory");
   const LinearArgs& a = call.args;
   const Gpu& device = gpu();
   const int64_t pieces = ceil_div<int64_t>(a.w.k, Source::kColumns), tiles = ceil_div<int64_t>(a.w.n, 16);
   const int log2 = slices_log2<Source>(a.w.n, pieces);
   const int64_t slices = int64_t{1} << log2, longest = ceil_div<int64_t>(pieces, slices), m = a.x.rows;
   const int64_t slice_bytes = longest * m * Tokens<Source>::kPieceBytes;
-  constexpr int64_t kFewest = 2, kRoundBytes = 16 << 10;
-  const auto fixed = [](int64_t rooms) {
-    return static_cast<int64_t>(sizeof(Memory<Source>)) + kWarps * rooms * kRoomBytes<Source>;
-  };
+  constexpr int64_t kRoundBytes = 16 << 10;
+  const auto fixed = bytes_beside_x<Source>;
   const int64_t turn = larger<int64_t>(slices, kWarps), unit_bytes = 16 * m * 4;
   const int64_t turns = larger<int64_t>(smaller<int64_t>(kRoundBytes / (turn * unit_bytes), 4), 1) * turn;
   const bool whole =
-      slices <= kSlices && fixed(kFewest) + slices * slice_bytes + turns * unit_bytes <= device.shared_bytes;
+      slices <= kSlices && fixed(kFewestRooms) + slices * slice_bytes + turns * unit_bytes <= device.shared_bytes;
   if (call.wanted != nullptr) {
     *call.wanted = whole ? 0 : slices * m * tiles * 16 * 4;
     return;
   }
-  const int64_t kept = whole ? slices : 2;
+  const int64_t kept = whole ? slices : kFewestKept;
   const int64_t round = whole ? turns : 0;
   const int64_t others = kept * slice_bytes + round * unit_bytes;
-  int64_t rooms = kFewest;
+  int64_t rooms = kFewestRooms;
   for (const int64_t more : kRooms) {
     const bool fits = fixed(more) + others <= device.shared_bytes;
     if (more > rooms && fits && kWarps * (more - 1) * Source::kRoom <= kInFlight) rooms = more;
@@ -560,7 +581,7 @@ struct KernelsOf<kNf4> : Choice<Pieces<256, 4>, Pieces<128, 2>, Pieces<32, 1>> {
 template <int Row, int Columns, int Sections>
 bool launch_where_it_fits(const RowsCall& call, Pieces<Columns, Sections>) {
   using Source = PlaneFragments<Row, Columns, Sections>;
-  if (!Source::fits(call.args.w)) return false;
+  if (!Source::fits(call.args.w) || !has_room<Source>()) return false;
   launch_rows<Source>(call);
   return true;
 }

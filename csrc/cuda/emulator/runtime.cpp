@@ -270,8 +270,9 @@ void check(const Shape& shape) {
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     refuse("a grid is at least one block and at most (2^31 - 1, 65535, 65535), got " + position(grid));
   }
-  if (shape.shared_bytes < 0 || shape.shared_bytes > kSharedBytes) {
-    refuse("a block has at most " + std::to_string(kSharedBytes) + " bytes of shared memory, asked for " +
+  const int64_t most = std::min(kSharedBytes, config().shared_bytes);
+  if (shape.shared_bytes < 0 || shape.shared_bytes > most) {
+    refuse("a block has at most " + std::to_string(most) + " bytes of shared memory, asked for " +
            std::to_string(shape.shared_bytes));
   }
   if (shape.parameter_bytes > 4096) {
