@@ -116,6 +116,40 @@ def assert_whole_sums_exact(rng: np.random.Generator, format: str, n: int, batch
         assert_same(bitfold.linear(x, qtensor, bias), rounded(exact, dtype))
 
 
+def assert_same_on_every_schedule(rng: np.random.Generator, format: str, m: int) -> None:
+    """Blocks, warps and lanes in any order, copies late or early; k over several blocks on many multiprocessors."""
+    n, k = 140, 1024
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
+    with devices.use("emulated"):
+        for multiprocessors in (1, 132):
+            results = []
+            for schedule in schedules():
+                devices.emulated().configure(multiprocessors=multiprocessors, **schedule)
+                results.append(bitfold.linear(x, qtensor))
+            assert_near(results[0], x, w)
+            for result in results[1:]:
+                assert_same(result, results[0])
+
+
+def assert_bf16_beyond_the_range_of_fp16(rng: np.random.Generator, format: str, m: int) -> None:
+    """Each row has a power of two of its own; an infinity, a NaN and zeros stay what they are, and in their rows."""
+    n, k = 24, 256
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
+    sizes = torch.tensor([1e30, 1e-30, 1.0, 3e-38, 1e34, 1e-20, 1e10, 2.0, 0.0])
+    x[:9] = (x[:9].float() * sizes[:, None]).to(torch.bfloat16)
+    x[9, 100], x[m - 2, 200] = float("inf"), float("nan")
+    y = bitfold.linear(x, qtensor)
+    exact = x[:9].double().numpy() @ w.astype(np.float64).T
+    error = np.linalg.norm(y[:9].double().numpy() - exact, axis=1)
+    assert (error <= 4e-3 * np.linalg.norm(exact, axis=1) + 2.0**-134 * np.sqrt(n)).all()
+    assert not torch.isfinite(y[9]).any()
+    assert torch.isnan(y[m - 2]).all()
+    for there in (slice(10, m - 2), slice(m - 1, m)):
+        assert_near(y[there], x[there], w)
+
+
 @pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
 def test_every_weight_is_where_its_column_is(gpu, format, rng):
     assert_columns_in_place(rng, format, 21)
@@ -195,20 +229,7 @@ def test_few_rows_have_the_same_bits_in_any_batch(gpu, format, rng):
 
 @pytest.mark.parametrize("format", ["int4-g64", "q4_k", "q5_1", "mxfp4"])
 def test_bf16_beyond_the_range_of_fp16(gpu, format, rng):
-    """Each row has a power of two of its own; an infinity, a NaN and zeros stay what they are."""
-    n, k = 24, 256
-    qtensor, w = make(rng, format, n, k)
-    x = torch.from_numpy(rng.standard_normal((12, k))).to(torch.bfloat16)
-    sizes = torch.tensor([1e30, 1e-30, 1.0, 3e-38, 1e36, 1e-20, 1e10, 2.0, 0.0])
-    x[:9] = (x[:9].float() * sizes[:, None]).to(torch.bfloat16)
-    x[9, 100], x[10, 200] = float("inf"), float("nan")
-    y = bitfold.linear(x, qtensor)
-    exact = x[:9].double().numpy() @ w.astype(np.float64).T
-    error = np.linalg.norm(y[:9].double().numpy() - exact, axis=1)
-    assert (error <= 4e-3 * np.linalg.norm(exact, axis=1) + 2.0**-134 * np.sqrt(n)).all()
-    assert not torch.isfinite(y[9]).any()
-    assert torch.isnan(y[10]).all()
-    assert_near(y[11:], x[11:], w)
+    assert_bf16_beyond_the_range_of_fp16(rng, format, 16)
 
 
 @pytest.mark.parametrize("m", [12, 40])

@@ -17,12 +17,13 @@ from test_cuda_tile import (
     BLOCKS,
     GPUS,
     PLANES,
+    assert_bf16_beyond_the_range_of_fp16,
     assert_columns_in_place,
     assert_near,
     assert_same,
+    assert_same_on_every_schedule,
     assert_whole_sums_exact,
     make,
-    schedules,
     whole,
 )
 
@@ -85,19 +86,7 @@ def test_blocks_of_every_size(format, rng):
     "format", ["int4-g128-asym", "nf4-b64-dq", "int8-g32", "q2_k", "q4_k", "q6_k", "mxfp4"]
 )
 def test_bits_depend_on_no_schedule(format, m, rng):
-    """Blocks, warps and lanes in any order, copies late or early; k over several blocks on many multiprocessors."""
-    n, k = 140, 1024
-    qtensor, w = make(rng, format, n, k)
-    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
-    with devices.use("emulated"):
-        for multiprocessors in (1, 132):
-            results = []
-            for schedule in schedules():
-                devices.emulated().configure(multiprocessors=multiprocessors, **schedule)
-                results.append(bitfold.linear(x, qtensor))
-            assert_near(results[0], x, w)
-            for result in results[1:]:
-                assert_same(result, results[0])
+    assert_same_on_every_schedule(rng, format, m)
 
 
 @pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's shared memory can't be chosen")
@@ -114,21 +103,7 @@ def test_less_shared_memory(format, rng):
 
 @pytest.mark.parametrize("format", ["int4-g64", "q4_k", "q5_1", "mxfp4"])
 def test_bf16_beyond_the_range_of_fp16(gpu, format, rng):
-    """Each row has a power of two of its own; an infinity, a NaN and zeros stay what they are, and in their rows."""
-    n, k = 24, 256
-    qtensor, w = make(rng, format, n, k)
-    x = torch.from_numpy(rng.standard_normal((70, k))).to(torch.bfloat16)
-    sizes = torch.tensor([1e30, 1e-30, 1.0, 3e-38, 1e34, 1e-20, 1e10, 2.0, 0.0])
-    x[:9] = (x[:9].float() * sizes[:, None]).to(torch.bfloat16)
-    x[9, 100], x[68, 200] = float("inf"), float("nan")
-    y = bitfold.linear(x, qtensor)
-    exact = x[:9].double().numpy() @ w.astype(np.float64).T
-    error = np.linalg.norm(y[:9].double().numpy() - exact, axis=1)
-    assert (error <= 4e-3 * np.linalg.norm(exact, axis=1) + 2.0**-134 * np.sqrt(n)).all()
-    assert not torch.isfinite(y[9]).any()
-    assert torch.isnan(y[68]).all()
-    assert_near(y[10:68], x[10:68], w)
-    assert_near(y[69:], x[69:], w)
+    assert_bf16_beyond_the_range_of_fp16(rng, format, 70)
 
 
 @pytest.mark.parametrize("format", ["int4-g128", "nf4-b64", "int8-channel-sfp32"])
