@@ -1,4 +1,4 @@
-// Where blocks of linear_rows.cu have slices of k rather than whole rows: y from the sums of slices, in their order. A
+// Where blocks of rows_kernel.hpp have slices of k rather than whole rows: y from the sums of slices, in their order. A
 // thread has a number of y, and all of its sums on their way together.
 #include "cuda/linear_rows.hpp"
 #include "cuda/rows_sums.hpp"

@@ -94,7 +94,9 @@ def read(bin: Path, library: Path) -> list[Kernel]:
         ["c++filt", "-p"], input="\n".join(found), capture_output=True, text=True, check=True
     ).stdout.split("\n")
     for kernel, name in zip(found.values(), names, strict=False):
-        kernel.name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N_\w+::|bitfold::(cuda::)?", "", name)
+        kernel.name = re.sub(
+            r"\(anonymous namespace\)::|_GLOBAL__N_\w+::|bitfold::(cuda::(rows::)?)?", "", name
+        )
     return sorted(found.values(), key=lambda kernel: kernel.name)
 
 
