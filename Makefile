@@ -11,7 +11,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CPP_FILES = $(shell find csrc bench tests/cuda tests/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
+CPP_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
 .PHONY: setup demo docs test test-cuda test-kernels cuda lint format clean distclean

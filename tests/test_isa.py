@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bitfold import _C
+from guard_pages import guarded
 
 HERE = Path(__file__).parent
 SETS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
@@ -25,8 +27,8 @@ def usable() -> list[str]:
     return [isa for isa in SETS if _C.cpu_features().get(isa)]
 
 
-def run(isa: str | None, *command: str, **options) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "BITFOLD_ISA"}
+def run(isa: str | None, *command: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "BITFOLD_ISA"} | variables
     environment["BITFOLD_TEST_DEVICES"] = "cpu"
     if isa is not None:
         environment["BITFOLD_ISA"] = isa
@@ -37,7 +39,6 @@ def run(isa: str | None, *command: str, **options) -> subprocess.CompletedProces
         text=True,
         cwd=HERE,
         timeout=600,
-        **options,
     )
 
 
@@ -48,6 +49,7 @@ from cases import block_formats, every_format, some_formats, weights, bits
 from test_encode_decode import SHAPES
 import bitfold
 from bitfold import _C
+from guard_pages import guarded
 from bitfold.quantizers import gptq
 
 digests, outputs = {}, {}
@@ -127,26 +129,30 @@ def test_linear_agrees_on_every_set_within_rounding(results):
             assert error <= 1e-5, f"{isa} {what}: {error:.3g} from scalar"
 
 
+def marked_files() -> list[str]:
+    return [
+        file.name for file in sorted(HERE.glob("test_*.py")) if "@pytest.mark.isa" in file.read_text("utf-8")
+    ]
+
+
 @pytest.mark.parametrize("isa", [isa for isa in usable() if isa != _C.isa()])
 def test_conformance(isa):
-    """The tests marked `isa` under a set that is not the default (the default runs them anyway)."""
-    files = [
-        f"test_{name}.py"
-        for name in (
-            "encode_decode",
-            "linear",
-            "embedding",
-            "gguf_blocks",
-            "linear_int8",
-            "gptq",
-            "step_search",
-            "kv_ops",
-            "kv_unpack",
-        )
-    ]
-    done = run(isa, "-m", "pytest", "-q", "-x", "-m", "isa and not slow", "-p", "no:cacheprovider", *files)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    """The tests marked `isa` under a set that is not the default (the default runs them anyway), between pages that
+    nobody may touch.
+    """
+    choice = ["-m", "isa and not slow", "-p", "no:cacheprovider"]
+    done = run(isa, "-m", "pytest", "-q", "-x", *choice, *marked_files(), **guarded())
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(not guarded(), reason="memory can be guarded on Linux only")
+@pytest.mark.parametrize("past", [0, 1])
+def test_guarded_memory_ends_where_it_says(past):
+    """What the test above relies on: a tensor's last byte can be read, the next one can't."""
+    read = f"t = torch.empty(4096, dtype=torch.uint8); ctypes.string_at(t.data_ptr() + 4095 + {past}, 1)"
+    done = run(None, "-c", f"import ctypes, torch; {read}", **guarded())
+    assert done.returncode == (-signal.SIGSEGV if past else 0), done.stderr
 
 
 ONE_LINE = (

@@ -253,6 +253,7 @@ void grad_x_floor(const LinearGradArgs& args) {
 }  // namespace
 
 void linear(const LinearArgs& args) {
+  if (args.x.rows == 0) return;  // the kernels have one row or more
   const Kernels& kernels = cpu::kernels();
   if (args.activations == Activations::Int8) return linear_int8(args, kernels.int8[args.w.format.row]);
   const LinearPlan plan = plan_linear(args.w.format, args.w.layout, args.x.rows, args.x.dtype);
