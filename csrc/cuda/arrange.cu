@@ -38,7 +38,7 @@ struct Args {
 };
 
 BITFOLD_DEVICE uint16_t element(const Args& args, int64_t token, int64_t column) {
-  return ptx::load2(args.x + token * args.row_stride + column * args.column_stride);
+  return ptx::load_fresh2(args.x + token * args.row_stride + column * args.column_stride);
 }
 
 // ---- the largest magnitudes ----
@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(kThreads) arrange_peaks_kernel(const Args args
   const int64_t token = blockIdx.x, part = blockIdx.y;
   const uint16_t* x = args.x + token * args.row_stride;
   const auto thread = static_cast<int>(threadIdx.x);
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   Peak peak;
   const int64_t eights = args.aligned ? args.k / 8 : 0;
   const int64_t first = eights * part / args.parts, last = eights * (part + 1) / args.parts;
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) arrange_peaks_kernel(const Args args
     uint4 loaded[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (i + j * kThreads < last) loaded[j] = ptx::load16(x + 8 * (i + j * kThreads));
+      if (i + j * kThreads < last) loaded[j] = ptx::load_fresh16(x + 8 * (i + j * kThreads));
       else loaded[j] = {0, 0, 0, 0};
     }
 #pragma unroll
@@ -107,7 +109,7 @@ BITFOLD_DEVICE int exponent_of(const Args& args, int token) {
 #pragma unroll
     for (int j = 0; j < kMostPeaks; j += 8) {
       const int part = j + ptx::lane_id() % 8;
-      if (part < args.parts) most = larger(most, ptx::load4(args.peaks + token * args.parts + part));
+      if (part < args.parts) most = larger(most, ptx::load_fresh4(args.peaks + token * args.parts + part));
     }
   }
   for (int other = 4; other > 0; other /= 2) most = larger(most, ptx::shuffle_xor(most, other));
@@ -150,16 +152,20 @@ class Block {
     const int token = ptx::warp_id() / 4 * 4 + ptx::lane_id() / 8;
     const int column = ptx::warp_id() % 4 * kUnit + 8 * (ptx::lane_id() % 8);
     const bool vectors = args_.aligned && first_column_ + columns_ <= args_.k;
+    // Behind arrange_peaks x is there: that began after all that came before it.
+    if (!args_.bf16) ptx::wait_for_earlier();
     uint4 loaded[kMost];
     const uint16_t* x = args_.x + int64_t{first_token_ + token} * args_.row_stride + (first_column_ + column);
 #pragma unroll
     for (int j = 0; j < kMost; ++j) {
       loaded[j] = {0, 0, 0, 0};
-      if (vectors && column < columns_ && token + kApart * j < tokens_there_) loaded[j] = ptx::load16(x);
+      if (vectors && column < columns_ && token + kApart * j < tokens_there_) loaded[j] = ptx::load_fresh16(x);
       x += kApart * args_.row_stride;
     }
     const int entry = thread & (args_.order.columns - 1);  // chunks are 64, 128 or 256 columns
     memory_.places[thread] = static_cast<uint32_t>(2 * (thread - entry + args_.order.column[entry]));
+    ptx::wait_for_earlier();
+    ptx::let_later_begin();
     const int exponent = exponent_of(args_, first_token_ + thread / 8);
     if (thread % 8 == 0 && thread / 8 < tokens_) {
       memory_.scales[thread / 8] = power_of_two(exponent);
@@ -327,8 +333,9 @@ void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stre
     launch({.grid = {static_cast<unsigned>(x.rows), static_cast<unsigned>(args.parts)},
             .block = kThreads,
             .shared_bytes = kWarps * 4,
-            .name = "arrange",
-            .stream = stream},
+            .name = "arrange_peaks",
+            .stream = stream,
+            .early = gpu().early},
            arrange_peaks_kernel, args);
   }
   const int tokens = args.wgmma ? kManyRows : kFewRows;
@@ -337,7 +344,8 @@ void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stre
           .block = kThreads,
           .shared_bytes = sizeof(Memory),
           .name = "arrange",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          arrange_kernel, args);
 }
 

@@ -14,6 +14,7 @@ struct Gpu {
   int multiprocessors;
   int64_t shared_bytes;  // that a block may ask for
   bool wgmma;            // the GPU has it, and this build code for it
+  bool early;            // kernels may begin before those ahead of them have ended (Launch::early)
 };
 // The current device.
 Gpu gpu();

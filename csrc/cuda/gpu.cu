@@ -9,6 +9,7 @@ Gpu gpu() {
   Gpu gpu;
   describe_device(gpu.capability, gpu.multiprocessors, gpu.shared_bytes);
   gpu.wgmma = has_wgmma(BITFOLD_CUDA_ARCHITECTURES, gpu.capability);
+  gpu.early = has_early(BITFOLD_CUDA_ARCHITECTURES, gpu.capability) && driver_knows_early_launches();
   return gpu;
 }
 

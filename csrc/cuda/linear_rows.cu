@@ -113,7 +113,8 @@ void launch_rows(const RowsCall& call) {
           .block = kThreads,
           .shared_bytes = fixed(rooms) + others,
           .name = "linear_rows",
-          .stream = call.stream},
+          .stream = call.stream,
+          .early = device.early && Source::kRoom > 0},  // without copies W is read as what nobody writes
          linear_rows_kernel<Source>, args);
   if (!whole) {
     rows_sums({args.partials, args.bias, args.y, m, a.w.n, tiles * 16, static_cast<int>(slices), args.x.bf16},

@@ -10,6 +10,8 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) rows_sums_kernel(RowsSums args) {
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x, token = blockIdx.y;
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   if (row >= args.n) return;
   const float* mine = args.partials + token * args.rows + row;
   float sum = 0.0f;
@@ -25,7 +27,8 @@ void rows_sums(const RowsSums& sums, Stream stream) {
           .block = kThreads,
           .shared_bytes = 0,
           .name = "rows_sums",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          rows_sums_kernel, sums);
 }
 

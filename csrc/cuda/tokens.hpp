@@ -120,7 +120,7 @@ struct Tokens {
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       eights.of[j] = {};
-      if (j * kTurn + piece < pieces) eights.of[j] = ptx::load16(from + j * (kTurn * Source::kColumns));
+      if (j * kTurn + piece < pieces) eights.of[j] = ptx::load_fresh16(from + j * (kTurn * Source::kColumns));
     }
   }
   // What was loaded to a slice that has room for `room` pieces of all tokens.
@@ -286,7 +286,7 @@ struct Tokens {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         loaded[j] = {};
-        if (begin + j * kWarp + lane < count) loaded[j] = ptx::load16(from + 8 * (begin + j * kWarp));
+        if (begin + j * kWarp + lane < count) loaded[j] = ptx::load_fresh16(from + 8 * (begin + j * kWarp));
       }
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
@@ -306,7 +306,7 @@ struct Tokens {
     for (int i = ptx::lane_id(); i < count; i += kWarp) {
       const int64_t column = first * Source::kColumns + i;
       uint16_t number = 0;
-      if (column < args.k) number = ptx::load2(args.data + token * args.row_stride + column * args.column_stride);
+      if (column < args.k) number = ptx::load_fresh2(args.data + token * args.row_stride + column * args.column_stride);
       halves_of(x, i / Source::kColumns * args.m + token)[i % Source::kColumns] = number;
       peak = larger(peak, number & 0x7fffu);
     }

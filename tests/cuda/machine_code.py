@@ -111,6 +111,9 @@ def faults(kernels: list[Kernel]) -> list[str]:
             said += [f"{kernel.name}: {sentence}"] if not test(kernel) else []
     if any(is_wgmma(kernel) for kernel in kernels):
         said += [f"{k.name}: it isn't Hopper's" for k in kernels if is_tile(k) and not is_few(k)]
+    if any(kernel.has("ACQBULK") for kernel in kernels):
+        said += [f"{k.name}: it doesn't wait for the kernel ahead" for k in kernels
+                 if k.name.startswith(EARLY) and not k.has("ACQBULK")]  # fmt: skip
     if not any(kernel.name.startswith("linear_rows") for kernel in kernels):
         said.append("there is no kernel for few rows")
     return said
@@ -160,6 +163,18 @@ def is_gptq(kernel: Kernel) -> bool:
 
 def is_int8(kernel: Kernel) -> bool:
     return kernel.name.startswith(("int8_rows_kernel", "int8_tile_kernel"))
+
+
+# Kernels that may begin before the one ahead of them has ended, on Hopper and later: ACQBULK is their wait for it, and
+# PREEXIT lets others begin.
+EARLY = ("linear_rows", "rows_sums", "arrange")
+
+
+def waits_first(kernel: Kernel) -> bool:
+    """Whether global memory is touched, and others may begin, behind the wait alone. (A branch may wait earlier.)"""
+    waits = [i.address for i in kernel.code if i.name == "ACQBULK"]
+    touches = [i.address for i in kernel.code if i.name in ("LDG", "LDGSTS", "STG", "UBLKCP", "PREEXIT")]
+    return not waits or min(waits) < min(touches)
 
 
 # Kernels whose time is worth every register. (A search that encodes, or the floor, may keep arrays in memory.)
@@ -239,6 +254,9 @@ EXPECTED = [
      "loads from shared memory serve fewer than three products"),
     (lambda k: not is_int8(k) or k.has("IMMA", "16832", "S8"), "no products of bytes"),
     (lambda k: not is_int8(k) or k.has("LDGSTS", "128"), "no asynchronous copies of 16 bytes"),
+    (waits_first, "it touches global memory before it waits for the kernel ahead"),
+    (lambda k: not (k.has("ACQBULK") and k.has("LDG", "128", "CONSTANT")),
+     "it reads what an earlier kernel writes as what nobody does"),
     (lambda k: not (is_rows(k) or is_tile(k) or is_many(k)) or not k.has("ATOMG", "ADD", "F32"),
      "sums are added by atomics"),
 ]  # fmt: skip

@@ -92,6 +92,7 @@ UNSEEN = {
 
 DROPPED = [
     r"ptx::sync_block\(\);",
+    r"ptx::wait_for_earlier\(\);",
     r"ptx::sync_warp\(\);",
     r"ptx::bar_(?:sync|arrive)\([^;]*\);",
     r"ptx::barrier_(?:arrive|expect|wait)\([^;]*\);",

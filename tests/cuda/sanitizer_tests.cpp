@@ -26,6 +26,20 @@ void start(int blocks, int threads, void (*kernel)(int*), int* data) {
          kernel, data);
 }
 
+// Two kernels, of which the second begins before the first has ended.
+void start_pair(int threads, void (*first)(int*), void (*second)(int*), int* data) {
+  emulator::config().ahead = 1;
+  start(1, threads, first, data);
+  launch({.grid = 2,
+          .block = static_cast<unsigned>(threads),
+          .shared_bytes = sizeof(Shared),
+          .name = "second",
+          .stream = nullptr,
+          .early = true},
+         second, data);
+  emulator::synchronize();
+}
+
 // ---- races: the result may well be right ----
 
 __global__ void race_add_to_shared(int* out) {
@@ -186,7 +200,35 @@ BITFOLD_DEVICE void multiply_and_overwrite(int* out) {
 __global__ void race_wgmma_before_writes(int* out) { multiply_and_overwrite<false, true>(out); }
 __global__ void race_writes_before_wgmma_ends(int* out) { multiply_and_overwrite<true, false>(out); }
 
+// What the kernel before may still write or read is touched before the wait for it.
+__global__ void swap_numbers(int* data) { data[threadIdx.x] = data[32 + threadIdx.x]; }
+__global__ void race_read_before_wait(int* data) {
+  const int number = data[threadIdx.x];
+  ptx::wait_for_earlier();
+  data[64 + 32 * blockIdx.x + threadIdx.x] = number;
+}
+__global__ void race_write_before_wait(int* data) {
+  if (blockIdx.x == 0) data[32 + threadIdx.x] = 1;
+  ptx::wait_for_earlier();
+}
+__global__ void race_copy_before_wait(int* data) {
+  auto& s = shared<Shared>();
+  ptx::cp_async<4>(&s.ring[0][threadIdx.x], data + threadIdx.x);
+  ptx::cp_async_commit();
+  ptx::wait_for_earlier();
+  ptx::cp_async_wait<0>();
+  data[64 + 32 * blockIdx.x + threadIdx.x] = s.ring[0][threadIdx.x];
+}
+
 // ---- nothing wrong ----
+
+__global__ void quiet_wait(int* data) {
+  auto& s = shared<Shared>();
+  s.value[threadIdx.x] = static_cast<int>(threadIdx.x);
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
+  data[64 + 32 * blockIdx.x + threadIdx.x] = data[threadIdx.x] + s.value[threadIdx.x];
+}
 
 __global__ void quiet_pipeline(int* out) { pass_on<true, true>(out); }
 __global__ void quiet_bulk_copy(int* data) { copy_bulk<true>(data); }
@@ -305,6 +347,7 @@ __global__ void quiet_edges(int* data) {
 
 const std::map<std::string, std::function<void(int*)>> kKernels = {
 #define KERNEL(name, blocks, threads) {#name, [](int* data) { start(blocks, threads, name, data); }}
+#define SECOND_KERNEL(name, threads) {#name, [](int* data) { start_pair(threads, swap_numbers, name, data); }}
     KERNEL(race_add_to_shared, 1, 64),
     KERNEL(race_add_to_global, 1, 2),
     KERNEL(race_between_blocks, 2, 1),
@@ -321,6 +364,10 @@ const std::map<std::string, std::function<void(int*)>> kKernels = {
     KERNEL(race_copies_that_arrive, 1, 32),
     KERNEL(race_wgmma_before_writes, 1, 128),
     KERNEL(race_writes_before_wgmma_ends, 1, 128),
+    SECOND_KERNEL(race_read_before_wait, 32),
+    SECOND_KERNEL(race_write_before_wait, 32),
+    SECOND_KERNEL(race_copy_before_wait, 32),
+    SECOND_KERNEL(quiet_wait, 32),
     KERNEL(quiet_pipeline, 3, 64),
     KERNEL(quiet_bulk_copy, 3, 32),
     KERNEL(quiet_copies_that_arrive, 3, 32),
@@ -342,6 +389,7 @@ const std::map<std::string, std::function<void(int*)>> kKernels = {
     KERNEL(overrun_stack, 1, 1),
     KERNEL(quiet_edges, 1, 1),
 #undef KERNEL
+#undef SECOND_KERNEL
 };
 
 }  // namespace

@@ -82,6 +82,58 @@ def test_a_graph_captures_it(format):
             assert torch.equal(rows, bitfold.embedding(ids, qtensor))
 
 
+@pytest.mark.parametrize("m", [1, 8, 16])
+@pytest.mark.parametrize("format", ["int4-g128", "nf4-b64-dq", "q4_k", "int4-g16"])
+def test_a_kernel_that_begins_early_waits_for_the_last(format, m):
+    """x, W and the memory of y are another kernel's until just before: without a pause, in a graph, and with one."""
+    columns = 2048
+    weights = [quantized(format, columns, columns * wide) for wide in (1, 1, 8)]
+    others = [[torch.randperm(plane.numel(), device="cuda") for plane in w.planes.values()] for w in weights]
+    if format == "q4_k":  # blocks in another order, not their bytes
+        others = [[torch.randperm(w.planes["codes"].numel() // 144, device="cuda")] for w in weights]
+    start = draw(m, columns)
+
+    def change(w: bitfold.QTensor, orders: list[torch.Tensor]) -> None:
+        for plane, order in zip(w.planes.values(), orders, strict=True):
+            plane.copy_(plane.reshape(len(order), -1)[order].reshape(plane.shape))
+
+    def steps(pause) -> torch.Tensor:
+        x = start
+        for step in range(12):
+            for w, orders in zip(weights, others, strict=True):
+                pause()
+                if step % 3 == 2:
+                    change(w, orders)
+                    pause()
+                x = bitfold.linear(x.repeat(1, w.shape[1] // columns), w)
+            pause()
+            x = x / x.float().square().mean().sqrt().to(x.dtype)
+        return x
+
+    def afresh(run) -> torch.Tensor:
+        copies = [[plane.clone() for plane in w.planes.values()] for w in weights]
+        y = run()
+        for w, planes in zip(weights, copies, strict=True):
+            for plane, copy in zip(w.planes.values(), planes, strict=True):
+                plane.copy_(copy)
+        return y.clone()
+
+    expected = afresh(lambda: steps(torch.cuda.synchronize))
+    assert expected.isfinite().all()
+    for _ in range(3):
+        assert torch.equal(afresh(lambda: steps(lambda: None)), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = steps(lambda: None)
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return y
+
+    for _ in range(3):
+        assert torch.equal(afresh(replay), expected)
+
+
 @pytest.mark.parametrize("format", ["int8-channel", "int8-channel-asym"])
 def test_a_graph_finds_other_outliers(format):
     """x rounded to 8 bits, row by row: the CPU's bits, whatever a replay finds in x."""

@@ -33,6 +33,21 @@ def test_every_fast_kernel_is_asked(name):
     assert f"{name}_kernel<1>: it has a stack: registers are spilled" in faults
 
 
+def test_a_kernel_that_begins_early_waits_before_it_touches_memory():
+    rows = kernel("linear_rows_kernel<ChunkFragments<11>>", "MOV R1, R2", "ACQBULK", "PREEXIT", *ROWS)
+    assert machine_code.faults([rows]) == []
+    arrange = kernel("arrange_kernel", "LDG.E.128.STRONG.GPU R4, [R2]", "STG.E [R2], R4")
+    assert machine_code.faults([rows, arrange]) == ["arrange_kernel: it doesn't wait for the kernel ahead"]
+    arrange.code.insert(1, Instruction(8, "ACQBULK", ""))
+    assert machine_code.faults([rows, arrange]) == [
+        "arrange_kernel: it touches global memory before it waits for the kernel ahead"
+    ]
+    constant = kernel("rows_sums_kernel", "ACQBULK", "LDG.E.128.CONSTANT R4, [R2]")
+    assert machine_code.faults([rows, constant]) == [
+        "rows_sums_kernel: it reads what an earlier kernel writes as what nobody does"
+    ]
+
+
 def test_the_stack_that_is_known_is_of_one_body_of_a_kernel():
     body = kernel("linear_tile_kernel<5>", *ROWS, stack=8)
     assert not machine_code.spills(body)

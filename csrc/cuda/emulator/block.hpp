@@ -1,4 +1,5 @@
-// The block that is running: its threads, warps and barriers. Only the emulator's own sources include this.
+// The block that is running: its threads, warps and barriers, and the grid that it is of. Only the emulator's own
+// sources include this.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,7 @@ struct Thread {
   Warp* warp = nullptr;
   uint32_t lane_bit = 0;
   bool returned = false;
+  bool has_waited = false;         // for the kernel before
   const char* waits_in = nullptr;  // null while it can run
   Where where;
 
@@ -77,12 +79,36 @@ struct Barrier {
   Tokens tokens;
 };
 
-struct Block {
+struct FreeMemory {
+  void operator()(unsigned char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<unsigned char, FreeMemory>;
+
+struct Block;
+
+// A kernel that was launched.
+struct Grid {
   Shape shape;
   void (*body)(void*) = nullptr;
-  void* context = nullptr;
+  std::shared_ptr<void> context;
+  std::vector<uint64_t> order;                  // of its blocks
+  size_t begun = 0;                             // of these
+  std::vector<std::unique_ptr<Block>> waiting;  // blocks that have begun and wait for the kernel before
+  bool earlier_ended = false;                   // the kernel before
+  unsigned char start_token, earlier_token, end_token;
+};
+
+struct Block {
+  explicit Block(Grid& of);
+  ~Block();
+
+  Grid* grid;
+  Shape shape;
   Context host;
   std::vector<Thread> threads;
+  std::unique_ptr<Stacks> stacks;  // of its threads, while it runs
+  Memory shared_memory, tokens;
+  int waiting_for_earlier = 0;  // threads
   Warp warps[32];
   int order[32];             // rank -> warp
   uint32_t ready_ranks = 0;  // warps with a lane that can run
@@ -91,13 +117,23 @@ struct Block {
   unsigned char* shared = nullptr;
   std::unique_ptr<Async> async;  // null where the kernel uses nothing of it
   std::exception_ptr error;
-  unsigned char start_token, end_token;
 };
 
 extern Block* block;     // null outside of a launch
 extern Thread* current;  // null on the host's side
 
 uint64_t random_bits();
+void start_random_bits();  // from Config::seed on
+std::string position(const dim3& at);
+
+// ---- runtime.cpp: a block's life ----
+
+void begin_block(Block& running, const dim3& at);
+// Until all threads have returned, or wait for the kernel before: whether they have returned.
+bool go_on(Block& running);
+void end_block(Block& running);  // throws what a thread has thrown
+
+// ---- for what threads come to ----
 
 // The running thread stops until wake() of it.
 void wait(const char* in, const Where& where);

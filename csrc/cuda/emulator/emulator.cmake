@@ -4,6 +4,7 @@
 add_library(bitfold_cuda_emulator STATIC EXCLUDE_FROM_ALL
   csrc/cuda/emulator/barriers.cpp
   csrc/cuda/emulator/fiber.cpp
+  csrc/cuda/emulator/launches.cpp
   csrc/cuda/emulator/memory.cpp
   csrc/cuda/emulator/runtime.cpp
   csrc/cuda/emulator/warp.cpp

@@ -53,6 +53,16 @@ BITFOLD_DEVICE float4 load_written16(const void* global, const Where& where = Wh
   return detail::load<float4>(global, where);
 }
 
+BITFOLD_DEVICE uint4 load_fresh16(const void* global, const Where& where = Where::current()) {
+  return detail::load<uint4>(global, where);
+}
+BITFOLD_DEVICE uint32_t load_fresh4(const void* global, const Where& where = Where::current()) {
+  return detail::load<uint32_t>(global, where);
+}
+BITFOLD_DEVICE uint16_t load_fresh2(const void* global, const Where& where = Where::current()) {
+  return detail::load<uint16_t>(global, where);
+}
+
 BITFOLD_DEVICE void store_streaming16(void* global, uint4 value, const Where& where = Where::current()) {
   detail::store(global, value, where);
 }

@@ -72,6 +72,11 @@ BITFOLD_DEVICE void bar_arrive(int barrier, int threads, const Where& where = Wh
   emulator::bar_arrive(barrier, threads, where);
 }
 
+// ---- kernels of a stream ----
+
+BITFOLD_DEVICE void wait_for_earlier(const Where& where = Where::current()) { emulator::wait_for_earlier(where); }
+BITFOLD_DEVICE void let_later_begin(const Where& where = Where::current()) { emulator::let_later_begin(where); }
+
 [[noreturn]] BITFOLD_DEVICE void trap(const Where& where = Where::current()) { emulator::fail("trap", where); }
 
 }  // namespace bitfold::cuda::ptx

@@ -1,11 +1,10 @@
-// Launches and the scheduler. A thread runs until it has to wait for others, and then goes straight to the next one.
+// A block and its scheduler. A thread runs until it has to wait for others, and then goes straight to the next one.
 #include "cuda/emulator/runtime.hpp"
 
 #include <algorithm>
 #include <bit>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -30,13 +29,14 @@ bool same(const Where& a, const Where& b) {
          (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-namespace {
-
-uint64_t random_state;
-
 std::string position(const dim3& at) {
   return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
 }
+
+namespace {
+
+uint64_t random_state;
+constexpr const char* kWaitForEarlier = "wait_for_earlier";
 
 // ---- the scheduler ----
 
@@ -89,7 +89,7 @@ std::string deadlock() {
 // To the next thread or, if there is none, to the host.
 Context& next_context() {
   Thread* next = block->error ? nullptr : pick();
-  if (!next && !block->error && block->live > 0) {
+  if (!next && !block->error && block->live > 0 && block->waiting_for_earlier == 0) {
     block->error = std::make_exception_ptr(std::runtime_error(deadlock()));
   }
   current = next;
@@ -142,6 +142,11 @@ void come_to(Barrier& barrier, const char* name, int threads, bool stay, const W
 
 // The others no longer wait for this one.
 void take_leave(Thread& thread) {
+  if (block->shape.early && !thread.has_waited) {
+    throw std::runtime_error(std::string(block->shape.name) + ", block " + position(thread.place.block) + ", thread " +
+                             std::to_string(thread.index) +
+                             ": it may begin early, and returns without a wait_for_earlier");
+  }
   Warp& warp = *thread.warp;
   thread.returned = true;
   warp.live &= ~thread.lane_bit;
@@ -158,19 +163,20 @@ void take_leave(Thread& thread) {
 void thread_body() {
   Thread& self = *current;
   arrive(self.context);
-  acquire(&block->start_token);
+  acquire(&block->grid->start_token);
   try {
-    block->body(block->context);
+    block->grid->body(block->grid->context.get());
     finish_copies(self);
     take_leave(self);
   } catch (...) {
     block->error = std::current_exception();
   }
-  release(&block->end_token);
+  release(&block->grid->end_token);
   leave_for_good(self.context, next_context());
 }
 
-Stacks stacks;
+// Those of blocks that have ended.
+std::vector<std::unique_ptr<Stacks>> idle_stacks;
 
 void set_up(Thread& thread, int index, const dim3& at) {
   const dim3 size = block->shape.block;
@@ -179,21 +185,16 @@ void set_up(Thread& thread, int index, const dim3& at) {
   thread.index = index;
   thread.warp = &block->warps[index / 32];
   thread.lane_bit = 1u << index % 32;
-  thread.returned = false;
+  thread.returned = thread.has_waited = false;
   thread.waits_in = nullptr;
   thread.copies.clear();
   thread.issued = 0;
   thread.committed = thread.arrived = 0;
   thread.product_groups = thread.product_groups_done = 0;
-  prepare(thread.context, stacks.at(static_cast<size_t>(index)), thread_body);
+  prepare(thread.context, block->stacks->at(static_cast<size_t>(index)), thread_body);
   thread.warp->ready |= thread.lane_bit;
   thread.warp->live |= thread.lane_bit;
 }
-
-struct Free {
-  void operator()(unsigned char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<unsigned char, Free>;
 
 Memory allocate(size_t alignment, size_t bytes) {
   void* memory = nullptr;
@@ -201,22 +202,31 @@ Memory allocate(size_t alignment, size_t bytes) {
   return Memory(static_cast<unsigned char*>(memory));
 }
 
-void run_block(const dim3& at) {
+}  // namespace
+
+Block::Block(Grid& of) : grid(&of), shape(of.shape), threads(of.shape.block.x) {}
+Block::~Block() = default;
+
+void begin_block(Block& running, const dim3& at) {
+  block = &running;
   const int threads = static_cast<int>(block->shape.block.x);
   const int warps = (threads + 31) / 32;
   const auto shared_bytes = static_cast<size_t>(block->shape.shared_bytes);
-  Memory shared, tokens;
   {
     const Unseen unseen;
-    shared = allocate(1024, shared_bytes);
-    std::memset(shared.get(), config().poison, shared_bytes);
-    tokens = allocate(64, static_cast<size_t>(threads * (kCopyTokens + kProductTokens) + 2 * (warps + 16)));
+    block->shared_memory = allocate(1024, shared_bytes);
+    block->shared = block->shared_memory.get();
+    std::memset(block->shared, config().poison, shared_bytes);
+    block->tokens = allocate(64, static_cast<size_t>(threads * (kCopyTokens + kProductTokens) + 2 * (warps + 16)));
     block->async.reset();
+    if (idle_stacks.empty()) idle_stacks.push_back(std::make_unique<Stacks>());
+    block->stacks = std::move(idle_stacks.back());
+    idle_stacks.pop_back();
   }
   // Tokens are the block's own: those of another would bring its order along.
-  auto take_tokens = [next = tokens.get()](int count) mutable { return std::exchange(next, next + count); };
-  if (with_tsan()) stacks.renew();
-  block->shared = shared.get();
+  auto take_tokens = [next = block->tokens.get()](int count) mutable { return std::exchange(next, next + count); };
+  if (with_tsan()) block->stacks->renew();
+  block->waiting_for_earlier = 0;
   std::iota(block->order, block->order + warps, 0);
   if (config().order == Order::Priority) {
     for (int i = warps - 1; i > 0; --i)
@@ -243,12 +253,25 @@ void run_block(const dim3& at) {
     if (with_tsan()) thread.context.tsan = __tsan_create_fiber(0);
   }
   block->ready_ranks = warps == 32 ? 0xffffffffu : (1u << warps) - 1u;
+}
 
+bool go_on(Block& running) {
+  block = &running;
+  if (block->waiting_for_earlier > 0 && block->grid->earlier_ended) {
+    block->waiting_for_earlier = 0;
+    for (Thread& thread : block->threads) {
+      if (thread.waits_in == kWaitForEarlier) wake(thread);
+    }
+  }
+  if (with_tsan()) block->host.tsan = __tsan_get_current_fiber();
   go(block->host, next_context());
   current = nullptr;
+  return block->live == 0 || block->error;
+}
 
+void end_block(Block& running) {
   if (with_tsan()) {
-    for (Thread& thread : block->threads) {
+    for (Thread& thread : running.threads) {
       __tsan_destroy_fiber(thread.context.tsan);
       for (void** fiber : {&thread.tsan_copier, &thread.tsan_engine}) {
         if (*fiber) __tsan_destroy_fiber(std::exchange(*fiber, nullptr));
@@ -256,31 +279,11 @@ void run_block(const dim3& at) {
     }
   }
   const Unseen unseen;
-  shared.reset();
-  tokens.reset();
-  if (block->error) std::rethrow_exception(block->error);
+  running.shared_memory.reset();
+  running.tokens.reset();
+  idle_stacks.push_back(std::move(running.stacks));
+  if (running.error) std::rethrow_exception(running.error);
 }
-
-void check(const Shape& shape) {
-  const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(shape.name) + ": " + why); };
-  const dim3 grid = shape.grid;
-  if (shape.block.x < 1 || shape.block.x > 1024 || shape.block.y != 1 || shape.block.z != 1) {
-    refuse("a block is 1 to 1024 threads of one dimension, got " + position(shape.block));
-  }
-  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    refuse("a grid is at least one block and at most (2^31 - 1, 65535, 65535), got " + position(grid));
-  }
-  const int64_t most = std::min(kSharedBytes, config().shared_bytes);
-  if (shape.shared_bytes < 0 || shape.shared_bytes > most) {
-    refuse("a block has at most " + std::to_string(most) + " bytes of shared memory, asked for " +
-           std::to_string(shape.shared_bytes));
-  }
-  if (shape.parameter_bytes > 4096) {
-    refuse("a kernel takes at most 4096 bytes of parameters, got " + std::to_string(shape.parameter_bytes));
-  }
-}
-
-}  // namespace
 
 Config& config() {
   static Config values;
@@ -305,37 +308,7 @@ uint64_t random_bits() {  // splitmix64
   return z ^ (z >> 31);
 }
 
-void run(const Shape& shape, void (*body)(void*), void* context) {
-  static std::mutex one_at_a_time;
-  const std::lock_guard lock(one_at_a_time);
-  check(shape);
-  Block running;
-  running.shape = shape;
-  running.body = body;
-  running.context = context;
-  running.threads.resize(shape.block.x);
-  if (with_tsan()) running.host.tsan = __tsan_get_current_fiber();
-  block = &running;
-  const struct Reset {
-    ~Reset() {
-      block = nullptr;
-      current = nullptr;
-    }
-  } reset;
-  random_state = config().seed;
-  const uint64_t blocks = uint64_t{shape.grid.x} * shape.grid.y * shape.grid.z;
-  std::vector<uint64_t> order(blocks);
-  std::iota(order.begin(), order.end(), uint64_t{0});
-  if (config().order == Order::Priority) {
-    for (uint64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[random_bits() % (i + 1)]);
-  }
-  release(&running.start_token);
-  for (const uint64_t i : order) {
-    run_block(dim3(static_cast<unsigned>(i % shape.grid.x), static_cast<unsigned>(i / shape.grid.x % shape.grid.y),
-                   static_cast<unsigned>(i / shape.grid.x / shape.grid.y)));
-  }
-  acquire(&running.end_token);
-}
+void start_random_bits() { random_state = config().seed; }
 
 const Place& place() { return current->place; }
 
@@ -365,6 +338,21 @@ void wake(Thread& thread) {
   thread.waits_in = nullptr;
   thread.warp->ready |= thread.lane_bit;
   block->ready_ranks |= 1u << thread.warp->rank;
+}
+
+void wait_for_earlier(const Where& where) {
+  current->has_waited = true;
+  if (!block->grid->earlier_ended) {
+    ++block->waiting_for_earlier;
+    wait(kWaitForEarlier, where);
+  }
+  acquire(&block->grid->earlier_token);
+}
+
+void let_later_begin(const Where& where) {
+  if (block->shape.early && !current->has_waited) {
+    fail("let_later_begin before wait_for_earlier: a kernel that begins then would meet two others", where);
+  }
 }
 
 void sync_block(const Where& where) {

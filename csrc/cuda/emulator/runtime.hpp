@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <source_location>
 #include <string>
 
@@ -35,6 +36,9 @@ struct Config {
   int multiprocessors = 132;
   int64_t shared_bytes = kSharedBytes;  // less than what one block may have, where smaller
   int capability = 90;
+  // 0: a launch has happened when it returns. Else it waits for the next one, or for synchronize(), and so many blocks
+  // of a kernel that may begin early do what precedes their wait before the kernel ahead of it does anything.
+  int ahead = 0;
 };
 Config& config();
 
@@ -50,10 +54,14 @@ struct Shape {
   int64_t shared_bytes;
   int64_t parameter_bytes;
   const char* name;
+  bool early;
 };
 
-// Runs body(context) once for each thread of the grid, and throws what it throws or what it does wrong.
-void run(const Shape& shape, void (*body)(void* context), void* context);
+// Runs body(context) once for each thread of the grid, now or later (Config::ahead). What a kernel throws or does wrong
+// is thrown where it runs.
+void run(const Shape& shape, void (*body)(void* context), std::shared_ptr<void> context);
+// All that was launched has happened.
+void synchronize();
 
 // ---- what a thread asks ----
 
@@ -68,6 +76,9 @@ const Place& place();
 [[noreturn]] void fail(const std::string& what, const Where& where);
 
 void* shared_memory(size_t bytes, const Where& where);
+
+void wait_for_earlier(const Where& where);
+void let_later_begin(const Where& where);
 
 void sync_block(const Where& where);
 void bar_sync(int barrier, int threads, const Where& where);

@@ -18,6 +18,9 @@ struct Launch {
   int64_t shared_bytes;
   const char* name;  // for errors
   Stream stream;
+  // The kernel may begin before the last one of the stream has ended, for which it waits itself (wait_for_earlier).
+  // Only where Gpu::early says so: code that doesn't wait would read what isn't there yet.
+  bool early = false;
 };
 
 inline void check(cudaError_t status, const char* what) {
@@ -39,6 +42,11 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
   config.blockDim = how.block;
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = static_cast<cudaStream_t>(how.stream);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = how.early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), how.name);
 }
 
@@ -55,6 +63,17 @@ inline void describe_device(int& capability, int& multiprocessors, int64_t& shar
   ask(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   capability = 10 * major + minor;
   shared_bytes = shared;
+}
+
+// Whether streams and graphs that are captured from them hold early launches: since CUDA 12.3. What an older driver
+// makes of one in a graph isn't written anywhere, so it gets none.
+inline bool driver_knows_early_launches() {
+  static const bool knows = [] {
+    int version = 0;
+    check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+    return version >= 12030;
+  }();
+  return knows;
 }
 
 // Every one of these bytes of device memory becomes `byte`, in the stream's order.

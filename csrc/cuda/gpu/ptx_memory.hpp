@@ -44,6 +44,27 @@ BITFOLD_DEVICE uint32_t load_streaming4(const void* global) {
 
 BITFOLD_DEVICE float4 load_written16(const void* global) { return __ldcg(static_cast<const float4*>(global)); }
 
+// ---- global memory that the kernel before may have written while this one had begun (wait_for_earlier) ----
+// `volatile` keeps them behind the wait, which the compiler may let loads of memory that nobody writes go ahead of.
+
+BITFOLD_DEVICE uint4 load_fresh16(const void* global) {
+  uint4 d;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+               : "l"(global));
+  return d;
+}
+BITFOLD_DEVICE uint32_t load_fresh4(const void* global) {
+  uint32_t d;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(d) : "l"(global));
+  return d;
+}
+BITFOLD_DEVICE uint16_t load_fresh2(const void* global) {
+  uint16_t d;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(d) : "l"(global));
+  return d;
+}
+
 // ---- global memory that the kernel doesn't read again ----
 
 BITFOLD_DEVICE void store_streaming16(void* global, uint4 value) { __stcs(static_cast<uint4*>(global), value); }

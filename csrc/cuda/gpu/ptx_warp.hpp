@@ -58,6 +58,23 @@ BITFOLD_DEVICE void bar_arrive(int barrier, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// ---- kernels of a stream, where one may begin before the last has ended (Launch::early): sm_90 and newer ----
+
+// Until the kernel before has ended and all that it wrote is there. All threads of a kernel that is launched early come
+// here, whatever becomes of them: then no kernel ends before those ahead of it.
+BITFOLD_DEVICE void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel, if its launch is early, may begin when all blocks have come here or ended. After wait_for_earlier,
+// so that it meets this kernel alone.
+BITFOLD_DEVICE void let_later_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 [[noreturn]] BITFOLD_DEVICE void trap() {
   asm volatile("trap;");
   __builtin_unreachable();
