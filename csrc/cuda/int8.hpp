@@ -10,7 +10,8 @@
 
 namespace bitfold::cuda {
 
-inline constexpr int kInt8Piece = 64;  // columns: 16 bytes for each of the four lanes that share a row
+inline constexpr int kInt8Loose = 128;  // outliers, rows and tokens of tables of them come by so many
+inline constexpr int kInt8Piece = 64;   // columns: 16 bytes for each of the four lanes that share a row
 
 // How int8_tile is cut.
 struct Int8Tiles {
@@ -47,10 +48,16 @@ struct Int8Op {
   int64_t flag_rows;       // of a part
   int32_t* outliers;       // those without a copy, ascending; there is room for k
   int32_t* outlier_count;  // null: none are looked for
-  int8_t* x_codes;         // [m, stride], zeros behind k
-  int64_t stride;          // a multiple of kInt8Piece
-  float* steps;            // [m]
-  int32_t* sums;           // [m, parts]: of the codes of kPartColumns columns
+  // The first `loose` of them as fp32, so that whoever multiplies finds neighbours beside one another: W's codes less
+  // their zero points, and x.
+  float* loose_w;  // [loose, loose_rows]
+  float* loose_x;  // [loose, loose_tokens]
+  int loose;       // a multiple of kInt8Loose
+  int64_t loose_rows, loose_tokens;
+  int8_t* x_codes;  // [m, stride], zeros behind k
+  int64_t stride;   // a multiple of kInt8Piece
+  float* steps;     // [m]
+  int32_t* sums;    // [m, parts]: of the codes of kPartColumns columns
   int parts;
 
   // Of int8_tile, where it cuts k over blocks.
@@ -78,9 +85,11 @@ struct Int8Row {
   float scale;
   int zero;
 };
+BITFOLD_DEVICE int int8_zero(const Int8Op& op, int64_t row) {
+  return op.zeros != nullptr ? op.zeros[op.one_scale ? 0 : row] : 128;
+}
 BITFOLD_DEVICE Int8Row int8_row(const Int8Op& op, int64_t row) {
-  const int64_t at = op.one_scale ? 0 : row;
-  return {read_float({op.scales, op.scale_dtype, 1, 1, 1, 1}, at), op.zeros != nullptr ? op.zeros[at] : 128};
+  return {read_float({op.scales, op.scale_dtype, 1, 1, 1, 1}, op.one_scale ? 0 : row), int8_zero(op, row)};
 }
 
 // What a part of a row of x is made of.

@@ -1,17 +1,60 @@
 // x to rows of 8-bit codes: which columns are outliers, and the codes of all others.
 //
 // int8_mark: a block looks through a strip of columns of some hundred rows; each part of the rows has bits of its own,
-// so that nobody has to clear them, and no order matters. int8_round: a block rounds a row; one more block makes the
-// ascending list of outliers that have no copy.
+// so that nobody has to clear them, and no order matters. int8_round: a block rounds a row; others have a strip each of
+// the ascending list of outliers that have no copy, and put their columns of W and x where neighbours are beside one
+// another.
 #include "cuda/int8.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kMarkThreads = 256;
+constexpr int kMarkWarps = kMarkThreads / kWarp;
+constexpr int kThreads = 512;  // of int8_round
+constexpr int kListers = 2;    // blocks that share a strip of the list
 constexpr int kStripWords = 8;
 constexpr int kStrip = 32 * kStripWords;  // columns of a block of int8_mark
+
+// ---- numbers of x ----
+
+// Four neighbouring numbers of a row, zeros behind k: where they are a load of 8 bytes, and anywhere. kAhead: loads of
+// a thread that are on their way together.
+struct Vectors {
+  static constexpr int kAhead = 8;
+  using Loaded = uint2;
+  const uint16_t* row;
+  bool half;
+
+  BITFOLD_DEVICE Vectors(const Int8Op& op, int64_t row)
+      : row(static_cast<const uint16_t*>(op.x.data) + row * op.x.row_stride), half(op.x.dtype == DType::F16) {}
+  BITFOLD_DEVICE static bool fit(const Int8Op& op) {
+    return (op.x.dtype == DType::F16 || op.x.dtype == DType::BF16) && op.x.column_stride == 1 &&
+           op.x.row_stride % 4 == 0 && op.k % 4 == 0 && reinterpret_cast<uintptr_t>(op.x.data) % 8 == 0;
+  }
+  BITFOLD_DEVICE Loaded load(const Int8Op&, int64_t column) const { return ptx::load8(row + column); }
+  BITFOLD_DEVICE void numbers(Loaded loaded, float (&x)[4]) const {
+    const float2 low = half ? ptx::halves_to_floats(loaded.x) : ptx::bf16s_to_floats(loaded.x);
+    const float2 high = half ? ptx::halves_to_floats(loaded.y) : ptx::bf16s_to_floats(loaded.y);
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+  }
+};
+struct Numbers {
+  static constexpr int kAhead = 2;
+  using Loaded = float4;
+  int64_t begin;
+
+  BITFOLD_DEVICE Numbers(const Int8Op& op, int64_t row) : begin(row * op.x.row_stride) {}
+  BITFOLD_DEVICE Loaded load(const Int8Op& op, int64_t column) const {
+    float x[4];
+    read_floats<4>(op.x, begin + column * op.x.column_stride, op.x.column_stride,
+                   static_cast<int>(smaller<int64_t>(4, op.k - column)), x);
+    return {x[0], x[1], x[2], x[3]};
+  }
+  BITFOLD_DEVICE void numbers(const Loaded& loaded, float (&x)[4]) const {
+    x[0] = loaded.x, x[1] = loaded.y, x[2] = loaded.z, x[3] = loaded.w;
+  }
+};
 
 // ---- which columns reach the threshold, and of which there are copies ----
 
@@ -20,31 +63,53 @@ struct MarkMemory {
   uint32_t copied[kStripWords];
 };
 
-__global__ void __launch_bounds__(kThreads) int8_mark_kernel(const Int8Op op) {
+template <class Source>
+BITFOLD_DEVICE void mark_strip(const Int8Op& op, MarkMemory& memory) {
+  constexpr int kFours = kStrip / (4 * kWarp), kRows = Source::kAhead / kFours;
+  const int64_t begin = blockIdx.y * op.flag_rows, end = smaller(begin + op.flag_rows, op.x.rows);
+  const int64_t first = int64_t{blockIdx.x} * kStrip + 4 * ptx::lane_id();
+  uint32_t mine = 0;  // bit 4 i + j: column first + 4 * kWarp * i + j
+#pragma unroll 1
+  for (int64_t row = begin + ptx::warp_id(); row < end; row += kMarkWarps * kRows) {
+    typename Source::Loaded loaded[kRows][kFours];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Source source(op, row + kMarkWarps * r);
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const int64_t column = first + 4 * kWarp * i;
+        const bool there = column < op.k && row + kMarkWarps * r < end;
+        loaded[r][i] = there ? source.load(op, column) : typename Source::Loaded{};
+      }
+    }
+    const Source source(op, row);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        float x[4];
+        source.numbers(loaded[r][i], x);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mine |= (reaches(op, x[j]) ? 1u : 0u) << (4 * i + j);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kFours; ++i) {
+    const uint32_t columns = mine >> 4 * i & 15u;
+    if (columns != 0) ptx::atomic_or(&memory.reached[4 * i + ptx::lane_id() / 8], columns << ptx::lane_id() % 8 * 4);
+  }
+}
+
+__global__ void __launch_bounds__(kMarkThreads) int8_mark_kernel(const Int8Op op) {
   auto& memory = shared<MarkMemory>();
   const auto thread = static_cast<int>(threadIdx.x);
   const int64_t first = int64_t{blockIdx.x} * kStrip;
   if (thread < kStripWords) memory.reached[thread] = memory.copied[thread] = 0;
   ptx::sync_block();
-  if (op.finds) {
-    const int64_t begin = blockIdx.y * op.flag_rows, end = smaller(begin + op.flag_rows, op.x.rows);
-    uint32_t mine = 0;  // bit i: column 32 i + lane
-#pragma unroll 2
-    for (int64_t row = begin + ptx::warp_id(); row < end; row += kWarps) {
-#pragma unroll
-      for (int i = 0; i < kStripWords; ++i) {
-        const int64_t column = first + 32 * i + ptx::lane_id();
-        if (column < op.k && reaches(op, int8_x(op, row, column))) mine |= 1u << i;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kStripWords; ++i) {
-      const uint32_t columns = ptx::ballot(mine >> i & 1u);
-      if (ptx::lane_id() == 0) ptx::atomic_or(&memory.reached[i], columns);
-    }
-  }
+  if (op.finds) Vectors::fit(op) ? mark_strip<Vectors>(op, memory) : mark_strip<Numbers>(op, memory);
   if (op.copied != nullptr && blockIdx.y == 0) {
-    for (int i = thread; i < op.copies; i += kThreads) {
+    for (int i = thread; i < op.copies; i += kMarkThreads) {
       const int64_t column = op.columns[i];
       if (column < 0 || column >= op.k || (i > 0 && column <= op.columns[i - 1])) ptx::trap();
       if (column < first || column >= first + kStrip) continue;
@@ -74,126 +139,186 @@ struct RoundMemory {
   uint32_t largest;  // magnitude of the columns with codes, as bits
   uint32_t all;      // of all columns
   int sum;
-  int counts[kWarps + 1];
+  uint32_t without[kPartColumns / 32];  // a part's columns that have no codes, but for those of one row
 };
 
-// Of four neighbouring columns, zeros behind k.
-struct Four {
-  float x[4];
-  uint32_t outliers;  // bits
-};
-BITFOLD_DEVICE Four four_of(const Int8Op& op, int64_t row, int64_t column) {
-  Four four{};
-  const auto count = static_cast<int>(smaller<int64_t>(4, larger<int64_t>(op.k - column, 0)));
-  read_floats<4>(op.x, row * op.x.row_stride + column * op.x.column_stride, op.x.column_stride, count, four.x);
-  if (count == 0) return four;
-  uint32_t bits = copied(op, column / 32);
-  if (op.finds && !op.per_row) bits |= reached(op, column / 32);
-  four.outliers = bits >> column % 32 & 15u;
-  if (op.finds && op.per_row) {
+template <class Source>
+class Row {
+ public:
+  BITFOLD_DEVICE Row(const Int8Op& op, RoundMemory& memory, int64_t row)
+      : op_(op), memory_(memory), row_(row), x_(op, row) {}
+
+  BITFOLD_DEVICE void round() {
+    uint32_t largest = 0, all = 0;
+    for (int part = 0; part < op_.parts; ++part) {
+      find_outliers(part);
+      each_four(part, op_.k, [&](int64_t, const float (&x)[4], uint32_t outliers) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four.outliers |= (reaches(op, four.x[i]) ? 1u : 0u) << i;
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t bits = ptx::float_as_uint(magnitude(x[i]));
+          all = larger(all, bits);
+          if (!(outliers >> i & 1u)) largest = larger(largest, bits);
+        }
+      });
+    }
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      largest = larger(largest, ptx::shuffle_xor(largest, mask));
+      all = larger(all, ptx::shuffle_xor(all, mask));
+    }
+    if (ptx::lane_id() == 0) {
+      ptx::atomic_max(&memory_.largest, largest);
+      ptx::atomic_max(&memory_.all, all);
+    }
+    ptx::sync_block();
+    const float peak = ptx::uint_as_float(memory_.largest);
+    const bool number = memory_.all < 0x7f800000u, fixed = op_.x_scale != nullptr;
+    const bool rounds = number && (fixed || peak >= kSmallestRow);
+    const float step = fixed ? *op_.x_scale : ptx::div(peak, 127.0f);
+    const float inverse = !rounds ? 0.0f : fixed ? ptx::div(1.0f, step) : ptx::div(127.0f, peak);
+    if (threadIdx.x == 0) op_.steps[row_] = !number ? ptx::uint_as_float(0x7fc00000u) : rounds ? step : 0.0f;
+    for (int part = 0; part < op_.parts; ++part) write_part(part, rounds, inverse);
   }
-  return four;
-}
 
-BITFOLD_DEVICE void round_row(const Int8Op& op, RoundMemory& memory, int64_t row) {
-  const auto thread = static_cast<int>(threadIdx.x);
-  uint32_t largest = 0, all = 0;
+ private:
+  // Between barriers.
+  BITFOLD_DEVICE void find_outliers(int part) {
+    const int64_t first = part * kPartColumns / 32;
+    const auto count = static_cast<int>(smaller<int64_t>(op_.words - first, kPartColumns / 32));
+    ptx::sync_block();
 #pragma unroll 2
-  for (int64_t column = 4 * thread; column < op.k; column += 4 * kThreads) {
-    const Four four = four_of(op, row, column);
+    for (auto i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+      memory_.without[i] = copied(op_, first + i) | (op_.finds && !op_.per_row ? reached(op_, first + i) : 0u);
+    }
+    ptx::sync_block();
+  }
+
+  // fn(column, numbers, bits of those that are outliers) for every fourth column of a part below `end` that is this
+  // thread's.
+  template <class Fn>
+  BITFOLD_DEVICE void each_four(int part, int64_t end, const Fn& fn) {
+    constexpr int kAhead = Source::kAhead;
+    const int64_t begin = part * kPartColumns;
+    end = smaller(end, begin + kPartColumns);
+#pragma unroll 1
+    for (int64_t first = begin + 4 * static_cast<int>(threadIdx.x); first < end; first += 4 * kThreads * kAhead) {
+      typename Source::Loaded loaded[kAhead];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = ptx::float_as_uint(magnitude(four.x[i]));
-      all = larger(all, bits);
-      if (!(four.outliers >> i & 1u)) largest = larger(largest, bits);
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t column = first + 4 * kThreads * i;
+        loaded[i] = column < op_.k && column < end ? x_.load(op_, column) : typename Source::Loaded{};
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t column = first + 4 * kThreads * i;
+        if (column >= end) break;
+        float x[4];
+        x_.numbers(loaded[i], x);
+        uint32_t outliers = memory_.without[(column - begin) / 32] >> column % 32 & 15u;
+        if (op_.finds && op_.per_row) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) outliers |= (reaches(op_, x[j]) ? 1u : 0u) << j;
+        }
+        fn(column, x, outliers);
+      }
     }
   }
-  ptx::atomic_max(&memory.largest, largest);
-  ptx::atomic_max(&memory.all, all);
-  ptx::sync_block();
-  const float peak = ptx::uint_as_float(memory.largest);
-  const bool number = memory.all < 0x7f800000u, fixed = op.x_scale != nullptr;
-  const bool rounds = number && (fixed || peak >= kSmallestRow);
-  const float step = fixed ? *op.x_scale : ptx::div(peak, 127.0f);
-  const float inverse = !rounds ? 0.0f : fixed ? ptx::div(1.0f, step) : ptx::div(127.0f, peak);
-  if (thread == 0) op.steps[row] = !number ? ptx::uint_as_float(0x7fc00000u) : rounds ? step : 0.0f;
-  for (int part = 0; part < op.parts; ++part) {
-    const int64_t begin = part * kPartColumns, end = smaller(begin + kPartColumns, op.stride);
+
+  BITFOLD_DEVICE void write_part(int part, bool rounds, float inverse) {
+    if (op_.parts > 1) find_outliers(part);
     int sum = 0;
-#pragma unroll 2
-    for (int64_t column = begin + 4 * thread; column < end; column += 4 * kThreads) {
-      const Four four = rounds ? four_of(op, row, column) : Four{};
+    each_four(part, op_.stride, [&](int64_t column, const float (&x)[4], uint32_t outliers) {
       uint32_t codes = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // Clamped first, which gives the same; adding 1.5 2^23 rounds to even.
-        const float clamped = smaller(larger(ptx::mul(four.x[i], inverse), -127.0f), 127.0f);
+        const float clamped = smaller(larger(ptx::mul(x[i], inverse), -127.0f), 127.0f);
         const int even = ptx::float_as_int(ptx::add(clamped, 0x1.8p23f)) - 0x4b400000;
-        const int code = four.outliers >> i & 1u ? 0 : even;
+        const int code = !rounds || (outliers >> i & 1u) ? 0 : even;
         sum += code;
         codes |= (static_cast<uint32_t>(code) & 255u) << 8 * i;
       }
-      *reinterpret_cast<uint32_t*>(op.x_codes + row * op.stride + column) = codes;
-    }
-    ptx::atomic_add(&memory.sum, sum);
+      *reinterpret_cast<uint32_t*>(op_.x_codes + row_ * op_.stride + column) = codes;
+    });
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+    if (ptx::lane_id() == 0) ptx::atomic_add(&memory_.sum, sum);
     ptx::sync_block();
-    if (thread == 0) {
-      op.sums[row * op.parts + part] = memory.sum;
-      memory.sum = 0;
-    }
-    ptx::sync_block();
-  }
-}
-
-// ---- the list of outliers ----
-
-BITFOLD_DEVICE void list_outliers(const Int8Op& op, RoundMemory& memory) {
-  const auto thread = static_cast<int>(threadIdx.x);
-  int before = 0;  // this round of words
-#pragma unroll 1
-  for (int64_t first = 0; first < op.words; first += kThreads) {
-    const int64_t word = first + thread;
-    uint32_t bits = word < op.words ? reached(op, word) & ~copied(op, word) : 0u;
-    int upto = ptx::popc(bits);  // of this warp's words up to this one
-#pragma unroll
-    for (int delta = 1; delta < kWarp; delta *= 2) {
-      const int other = ptx::shuffle_up(upto, delta);
-      if (ptx::lane_id() >= delta) upto += other;
-    }
-    if (ptx::lane_id() == kWarp - 1) memory.counts[ptx::warp_id()] = upto;
-    ptx::sync_block();
-    int at = before + upto - ptx::popc(bits);
-    for (int warp = 0; warp < kWarps; ++warp) {
-      if (warp < ptx::warp_id()) at += memory.counts[warp];
-      before += memory.counts[warp];
-    }
-    for (; bits != 0; bits &= bits - 1) {
-      const int bit = 31 - ptx::clz(bits & (0u - bits));
-      op.outliers[at++] = static_cast<int32_t>(32 * word + bit);
+    if (threadIdx.x == 0) {
+      op_.sums[row_ * op_.parts + part] = memory_.sum;
+      memory_.sum = 0;
     }
     ptx::sync_block();
   }
-  if (thread == 0) *op.outlier_count = before;
-}
 
-__global__ void __launch_bounds__(kThreads) int8_round_kernel(const Int8Op op) {
+  const Int8Op& op_;
+  RoundMemory& memory_;
+  const int64_t row_;
+  const Source x_;
+};
+
+BITFOLD_DEVICE void round_row(const Int8Op& op, int64_t row) {
   auto& memory = shared<RoundMemory>();
-  if (threadIdx.x == 0) memory = {};
+  if (threadIdx.x == 0) memory.largest = memory.all = 0, memory.sum = 0;
+  ptx::sync_block();
+  if (Vectors::fit(op)) Row<Vectors>(op, memory, row).round();
+  else Row<Numbers>(op, memory, row).round();
+}
+
+// ---- the list of outliers, and their columns ----
+
+struct ListMemory {
+  int before;
+  uint32_t words[kStripWords];
+};
+
+BITFOLD_DEVICE uint32_t loose(const Int8Op& op, int64_t word) { return reached(op, word) & ~copied(op, word); }
+
+// A strip's; `lister` of kListers has its share of the rows of W and x.
+BITFOLD_DEVICE void list_strip(const Int8Op& op, int64_t strip, int lister) {
+  auto& memory = shared<ListMemory>();
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int64_t first = strip * kStripWords;
+  if (thread == 0) memory.before = 0;
+  ptx::sync_block();
+  int mine = 0;
+#pragma unroll 2
+  for (int64_t word = thread; word < first; word += kThreads) mine += ptx::popc(loose(op, word));
+  if (mine > 0) ptx::atomic_add(&memory.before, mine);
+  if (thread < kStripWords) memory.words[thread] = loose(op, first + thread);
+  ptx::sync_block();
+  int at = memory.before;
+  for (int i = 0; i < kStripWords; ++i) {
+    for (uint32_t bits = memory.words[i]; bits != 0; bits &= bits - 1) {
+      const int64_t column = 32 * (first + i) + 31 - ptx::clz(bits & (0u - bits));
+      if (thread == 0 && lister == 0) op.outliers[at] = static_cast<int32_t>(column);
+      if (at < op.loose) {
+        float *w = op.loose_w + at * op.loose_rows, *x = op.loose_x + at * op.loose_tokens;
+#pragma unroll 8
+        for (int64_t row = op.n * lister / kListers + thread; row < op.n * (lister + 1) / kListers; row += kThreads)
+          w[row] = static_cast<float>(ptx::load1(op.codes + row * op.k + column) - int8_zero(op, row));
+        const int64_t end = op.x.rows * (lister + 1) / kListers;
+#pragma unroll 8
+        for (int64_t row = op.x.rows * lister / kListers + thread; row < end; row += kThreads)
+          x[row] = int8_outlier(op, row, column);
+      }
+      ++at;
+    }
+  }
+  if (thread == 0 && lister == 0 && first + kStripWords == op.words) *op.outlier_count = at;
+}
+
+__global__ void __launch_bounds__(kThreads, 2) int8_round_kernel(const Int8Op op, unsigned listing) {
   if (blockIdx.x == 0 && op.tiles.splits > 1) {
     for (auto i = static_cast<int>(threadIdx.x); i < op.tiles.count; i += kThreads) op.arrivals[i] = 0;
   }
-  ptx::sync_block();
-  if (blockIdx.x < op.x.rows) round_row(op, memory, blockIdx.x);
-  else list_outliers(op, memory);
+  if (blockIdx.x < listing) list_strip(op, blockIdx.x / kListers, static_cast<int>(blockIdx.x % kListers));
+  else round_row(op, blockIdx.x - listing);
 }
 
 }  // namespace
 
 void int8_mark(const Int8Op& op, Stream stream) {
   launch({.grid = dim3(static_cast<unsigned>(op.words / kStripWords), static_cast<unsigned>(op.flag_parts)),
-          .block = kThreads,
+          .block = kMarkThreads,
           .shared_bytes = sizeof(MarkMemory),
           .name = "int8_mark",
           .stream = stream},
@@ -201,12 +326,13 @@ void int8_mark(const Int8Op& op, Stream stream) {
 }
 
 void int8_round(const Int8Op& op, Stream stream) {
-  launch({.grid = static_cast<unsigned>(op.x.rows + (op.finds ? 1 : 0)),
+  const auto listing = static_cast<unsigned>(op.finds ? op.words / kStripWords * kListers : 0);
+  launch({.grid = static_cast<unsigned>(op.x.rows) + listing,
           .block = kThreads,
-          .shared_bytes = sizeof(RoundMemory),
+          .shared_bytes = larger(sizeof(RoundMemory), sizeof(ListMemory)),
           .name = "int8_round",
           .stream = stream},
-         int8_round_kernel, op);
+         int8_round_kernel, op, listing);
 }
 
 }  // namespace bitfold::cuda

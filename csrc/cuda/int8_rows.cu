@@ -22,9 +22,13 @@ constexpr int kRooms = 4;
 constexpr int64_t kPartPieces = kPartColumns / kInt8Piece;
 static_assert(kPartPieces % kWarps == 0);  // the pieces of a warp go on from part to part
 
+constexpr int kTable = 3 * kInt8Loose;  // outliers
+
 struct Memory {
   uint4 ring[kWarps][kRooms][2 * kTiles][kWarp];  // rows g and g + 8 of each tile
   int4 partial[kWarps][kTiles][kWarp];
+  float w[kTable][kRows];  // of outliers, for the tile
+  float x[kTable][kTokens];
 };
 
 // The 16 bytes of a row from `column` on, zeros behind k, to `to`. By one thread, which can't copy asynchronously where
@@ -93,12 +97,31 @@ BITFOLD_DEVICE void multiply(int (&sums)[4], const uint4& low, const uint4& high
   ptx::mma_s8(sums, second, x_second);
 }
 
-// The sums of outliers of one number of y: those without a copy, and those with one.
-BITFOLD_DEVICE float loose_sum(const Int8Op& op, int64_t token, int64_t row, int zero) {
-  const int count = int8_outliers(op);
+// A tile's columns of W that are outliers, as many as there is room for, and (`first`) those of x. A group of copies.
+BITFOLD_DEVICE void fetch_outliers(const Int8Op& op, Memory& memory, int64_t row, int64_t token, int count,
+                                   bool first) {
+  constexpr int kFours = kRows / 4, kXFours = kTokens / 4;
+  for (auto i = static_cast<int>(threadIdx.x); i < count * kFours; i += kThreads) {
+    const int c = i / kFours, four = i % kFours * 4;
+    ptx::cp_async<16>(&memory.w[c][four], op.loose_w + c * op.loose_rows + row + four);
+  }
+  for (auto i = static_cast<int>(threadIdx.x); first && i < count * kXFours; i += kThreads) {
+    const int c = i / kXFours, four = i % kXFours * 4;
+    ptx::cp_async<16>(&memory.x[c][four], op.loose_x + c * op.loose_tokens + token + four);
+  }
+  ptx::cp_async_commit();
+}
+
+// The sums of outliers of one number of y: those without a copy, the first `fetched` of them from shared memory, and
+// those with one.
+BITFOLD_DEVICE float loose_sum(const Int8Op& op, const Memory& memory, int64_t token, int64_t row, int zero, int count,
+                               int fetched) {
   float sum = 0.0f;
+#pragma unroll 8
+  for (int i = 0; i < fetched; ++i)
+    sum = ptx::add(sum, ptx::mul(memory.x[i][token % kTokens], memory.w[i][row % kRows]));
 #pragma unroll 4
-  for (int i = 0; i < count; ++i) {
+  for (int i = fetched; i < count; ++i) {
     const int64_t column = op.outliers[i];
     const auto code = static_cast<float>(op.codes[row * op.k + column] - zero);
     sum = ptx::add(sum, ptx::mul(int8_outlier(op, token, column), code));
@@ -107,7 +130,7 @@ BITFOLD_DEVICE float loose_sum(const Int8Op& op, int64_t token, int64_t row, int
 }
 BITFOLD_DEVICE float exact_sum(const Int8Op& op, int64_t token, int64_t row) {
   float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = 0; i < op.copies; ++i) {
     const float weight = read_float(op.copy, row * op.copies + i);
     sum = ptx::add(sum, ptx::mul(int8_x(op, token, op.columns[i]), weight));
@@ -125,12 +148,15 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
   const int8_t* x = op.x_codes + (there ? first_token + ptx::lane_id() / 4 : 0) * op.stride + 16 * (ptx::lane_id() % 4);
   // A number of y for each of the first threads.
   const int64_t token = first_token + thread / kRows;
+  const int outliers = int8_outliers(op), fetched = smaller(outliers, smaller(op.loose, kTable));
+  const bool few_pieces = pieces < kWarps * kRooms;
   int room = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t row = tile * kRows + thread % kRows;
     const bool mine = thread < kRows * kTokens && token < op.x.rows && row < op.n;
     const Int8Row w = mine ? int8_row(op, row) : Int8Row{};
-    float y = 0.0f;
+    if (fetched > 0) fetch_outliers(op, memory, tile * kRows, first_token, fetched, tile == blockIdx.x);
+    float y = 0.0f, loose = 0.0f;
     for (int part = 0; part < op.parts; ++part) {
       int sums[kTiles][4] = {};
       const int64_t end = smaller((part + 1) * kPartPieces, pieces);
@@ -151,6 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
       for (int r = 0; r < kTiles; ++r) {
         memory.partial[ptx::warp_id()][r][ptx::lane_id()] = {sums[r][0], sums[r][1], sums[r][2], sums[r][3]};
       }
+      if (few_pieces) ptx::cp_async_wait<0>();  // else the outliers came before the pieces that were waited for
       ptx::sync_block();
       if (mine) {
         // D: row g + 8 i of token 2 t + j is d[2 i + j] of lane 4 g + t.
@@ -162,10 +189,12 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
           sum += reinterpret_cast<const int*>(&memory.partial[warp][r / 16][lane])[place];
         }
         y = ptx::add(y, int8_part(sum, w, int8_token(op, token, part)));
+        // Between barriers: the next tile's outliers come to the same place.
+        if (part == op.parts - 1) loose = loose_sum(op, memory, token, row, w.zero, outliers, fetched);
       }
       ptx::sync_block();
     }
-    if (mine) int8_store(op, token, row, w.scale, y, loose_sum(op, token, row, w.zero), exact_sum(op, token, row));
+    if (mine) int8_store(op, token, row, w.scale, y, loose, exact_sum(op, token, row));
   }
 }
 

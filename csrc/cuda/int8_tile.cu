@@ -251,37 +251,55 @@ class Tile {
     add_chains<true>(op_.copies);
   }
 
-  // Adds the sums over `count` columns: those with a copy, or those without.
+  // Adds the sums over `count` columns: those with a copy, or those without. A thread has chains for some of its groups
+  // of tokens at a time, for which there are registers beside the sums.
   template <bool Copied>
   BITFOLD_DEVICE void add_chains(int count) {
+    constexpr int kChained = smaller(S::kGroups, 4);
+    static_assert(S::kGroups % kChained == 0);
     if (count == 0) return;
     if (count <= kTableColumns) fill<Copied>(0, count);
 #pragma unroll
-    for (int j = 0; j < S::kGroups; ++j) {
-      float chains[S::kTiles][4] = {};
+    for (int first = 0; first < S::kGroups; first += kChained) {
+      float chains[kChained][S::kTiles][4] = {};
 #pragma unroll 1
       for (int begin = 0; begin < count; begin += kTableColumns) {
         const int columns = smaller(count - begin, kTableColumns);
         if (count > kTableColumns) fill<Copied>(begin, columns);
 #pragma unroll 1
-        for (int c = 0; c < columns; ++c) {
-          const float* x = memory_.table.x[c] + token_of(j, 0);
+        for (int c = 0; c < columns; ++c) add_column(c, first, chains);
+      }
 #pragma unroll
-          for (int r = 0; r < S::kTiles; ++r) {
+      for (int j = 0; j < kChained; ++j) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              chains[r][i] = ptx::add(chains[r][i], ptx::mul(x[i % 2], memory_.table.w[c][row_of(r, i)]));
-            }
+        for (int r = 0; r < S::kTiles; ++r) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float chain = Copied ? chains[j][r][i] : ptx::mul(rows_[r][i / 2].scale, chains[j][r][i]);
+            int& sum = sums_[r][first + j][i];
+            sum = ptx::float_as_int(ptx::add(ptx::int_as_float(sum), chain));
           }
         }
       }
+    }
+  }
+  // Column c of the table, to the chains of groups from `first` on.
+  template <int Chained>
+  BITFOLD_DEVICE void add_column(int c, int first, float (&chains)[Chained][S::kTiles][4]) const {
+    float w[S::kTiles][2];
+#pragma unroll
+    for (int r = 0; r < S::kTiles; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) w[r][h] = memory_.table.w[c][row_of(r, 2 * h)];
+    }
+#pragma unroll
+    for (int j = 0; j < Chained; ++j) {
+      const float2 x = *reinterpret_cast<const float2*>(&memory_.table.x[c][token_of(first + j, 0)]);
 #pragma unroll
       for (int r = 0; r < S::kTiles; ++r) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float chain = Copied ? chains[r][i] : ptx::mul(rows_[r][i / 2].scale, chains[r][i]);
-          sums_[r][j][i] = ptx::float_as_int(ptx::add(ptx::int_as_float(sums_[r][j][i]), chain));
-        }
+        for (int i = 0; i < 4; ++i)
+          chains[j][r][i] = ptx::add(chains[j][r][i], ptx::mul(i % 2 == 0 ? x.x : x.y, w[r][i / 2]));
       }
     }
   }
@@ -289,8 +307,30 @@ class Tile {
   // The table of columns [begin, begin + columns) of a list. Begins and ends with a barrier.
   template <bool Copied>
   BITFOLD_DEVICE void fill(int begin, int columns) {
-    const int32_t* list = Copied ? op_.columns : op_.outliers;
+    static_assert(kInt8Loose % kTableColumns == 0 && kInt8Loose % S::kRows == 0 && kInt8Loose % S::kTokens == 0);
     ptx::sync_block();
+    if (!Copied && begin < op_.loose) {
+      copy_lines<S::kRows>(&memory_.table.w[0][0], op_.loose_w + begin * op_.loose_rows + row0(), op_.loose_rows,
+                           columns);
+      copy_lines<S::kTokens>(&memory_.table.x[0][0], op_.loose_x + begin * op_.loose_tokens + token0(),
+                             op_.loose_tokens, columns);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+    } else {
+      gather<Copied>(begin, columns);
+    }
+    ptx::sync_block();
+  }
+  template <int Width>
+  BITFOLD_DEVICE static void copy_lines(float* to, const float* from, int64_t stride, int lines) {
+    constexpr int kFours = Width / 4;
+#pragma unroll 2
+    for (auto i = static_cast<int>(threadIdx.x); i < lines * kFours; i += kThreads)
+      ptx::cp_async<16>(to + i * 4, from + i / kFours * stride + i % kFours * 4);
+  }
+  template <bool Copied>
+  BITFOLD_DEVICE void gather(int begin, int columns) {
+    const int32_t* list = Copied ? op_.columns : op_.outliers;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < columns * S::kRows; i += kThreads) {
       const int c = i / S::kRows, row = i % S::kRows;
@@ -305,7 +345,6 @@ class Tile {
       const int64_t real = real_token(token), column = list[begin + c];
       memory_.table.x[c][token] = Copied ? int8_x(op_, real, column) : int8_outlier(op_, real, column);
     }
-    ptx::sync_block();
   }
 
   BITFOLD_DEVICE void store() {

@@ -5,10 +5,11 @@
 namespace bitfold::cuda {
 namespace {
 
-constexpr int64_t kStripWords = 8;  // of int8_mark's blocks
-constexpr int64_t kFlagRows = 256;  // fewer aren't worth a part of their own
-constexpr int64_t kFlagParts = 8;   // every thread that rounds looks at all of them
-constexpr int64_t kBoundary = 256;  // bytes
+constexpr int64_t kStripWords = 8;   // of int8_mark's blocks
+constexpr int64_t kFlagRows = 256;   // fewer aren't worth a part of their own
+constexpr int64_t kFlagParts = 8;    // every thread that rounds looks at all of them
+constexpr int64_t kLooseShare = 64;  // of k: more outliers than k over this are right, and slow
+constexpr int64_t kBoundary = 256;   // bytes
 
 // Where everything lies in the workspace.
 class Layout8 {
@@ -19,11 +20,17 @@ class Layout8 {
     flag_parts = smaller(kFlagParts, larger<int64_t>(ceil_div<int64_t>(m, kFlagRows), 1));
     stride = ceil_div<int64_t>(k, kInt8Piece) * kInt8Piece;
     parts = ceil_div<int64_t>(k, kPartColumns);
-    const bool finds = args.threshold > 0;
+    const bool finds = args.threshold > 0 && k > 0;
     reached = take(finds ? flag_parts * words * 4 : 0);
     copied = take(args.copies > 0 ? words * 4 : 0);
     outliers = take(finds ? k * 4 : 0);
     outlier_count = take(finds ? 4 : 0);
+    const auto whole = [](int64_t count) { return ceil_div<int64_t>(count, kInt8Loose) * kInt8Loose; };
+    loose = finds ? whole(k / kLooseShare + 1) : 0;
+    loose_rows = whole(args.w.n);
+    loose_tokens = whole(m);
+    loose_w = take(loose * loose_rows * 4);
+    loose_x = take(loose * loose_tokens * 4);
     codes = take(m * stride);
     steps = take(m * 4);
     sums = take(m * parts * 4);
@@ -32,8 +39,8 @@ class Layout8 {
     partial = take(split ? tiles.count * tiles.splits * tiles.sums * 4 : 0);
     arrivals = take(split ? tiles.count * 4 : 0);
   }
-  int64_t words, flag_parts, stride, parts;
-  int64_t reached, copied, outliers, outlier_count, codes, steps, sums, partial, arrivals;
+  int64_t words, flag_parts, stride, parts, loose, loose_rows, loose_tokens;
+  int64_t reached, copied, outliers, outlier_count, loose_w, loose_x, codes, steps, sums, partial, arrivals;
   Int8Tiles tiles;
   int64_t bytes = 0;
 
@@ -55,7 +62,7 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
   if (empty(args)) return;
   const Layout8 at(args);
   auto* base = static_cast<char*>(workspace);
-  const bool finds = args.threshold > 0;
+  const bool finds = args.threshold > 0 && args.w.k > 0;
   const Int8Op op{
       .codes = static_cast<const uint8_t*>(args.w.codes),
       .scales = args.w.scales,
@@ -81,6 +88,11 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .flag_rows = ceil_div<int64_t>(args.x.rows, at.flag_parts),
       .outliers = reinterpret_cast<int32_t*>(base + at.outliers),
       .outlier_count = finds ? reinterpret_cast<int32_t*>(base + at.outlier_count) : nullptr,
+      .loose_w = reinterpret_cast<float*>(base + at.loose_w),
+      .loose_x = reinterpret_cast<float*>(base + at.loose_x),
+      .loose = static_cast<int>(at.loose),
+      .loose_rows = at.loose_rows,
+      .loose_tokens = at.loose_tokens,
       .x_codes = reinterpret_cast<int8_t*>(base + at.codes),
       .stride = at.stride,
       .steps = reinterpret_cast<float*>(base + at.steps),
@@ -90,7 +102,7 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .partial = reinterpret_cast<int32_t*>(base + at.partial),
       .arrivals = reinterpret_cast<uint32_t*>(base + at.arrivals),
   };
-  if ((finds || args.copies > 0) && args.w.k > 0) int8_mark(op, stream);
+  if (finds || args.copies > 0) int8_mark(op, stream);
   int8_round(op, stream);
   if (op.tiles.count > 0) int8_tile(op, stream);
   else int8_rows(op, stream);
