@@ -117,6 +117,36 @@ def test_attention_of_16_bits(dtype, device, rng):
         check(rng, format, shared=4, head=128, group=64, blocks=20, recent=17, dtype=dtype)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("head", "value_group"), [(64, 64), (128, 64), (128, 128)])
+def test_attention_to_blocks_of_64_tokens(format, head, value_group, device, rng):
+    """Which GPUs have their own way for: chunks of one turn and of many, pages, windows, and any number of queries."""
+
+    def of_64(**more):
+        check(rng, format, head=head, value_group=value_group, group=64, **more)
+
+    of_64(batch=2, shared=4, blocks=5, recent=3, first=70, mask="bool")
+    of_64(heads=1, shared=3, rows=2, blocks=37, recent=0, first=63, page=8)
+    of_64(heads=1, blocks=9, recent=17, first=64 * 8 + 1, mask="float", dtype=torch.float16)
+    of_64(heads=1, shared=8, blocks=1, recent=1, mask="heads", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_numbers_of_any_size(format, device, rng):
+    """Scores are what they are of common numbers, and so is the output over the size of values."""
+    law = BlockFormat(format, 64, 64, 64)
+    keys, values = past(rng, 1, 1, 192, 64)
+    query, none = randn(rng, 1, 2, 1, 64), torch.empty(1, 1, 0, 64)
+    sizes = torch.from_numpy(np.exp2(rng.integers(-20, 20, 64)).astype("f4"))
+    results = []
+    for q, k, v in ((1.0, 1.0, 1.0), (1 / sizes, sizes, 2.0**-60), (2.0**60, 2.0**-60, 2.0**60)):
+        blocks = law.pack(keys * k, values * v)
+        out = devices.ops().kv_attention(query * q, [blocks], 3, 7, none, none, format, 64, 64, None, 0.3)
+        results.append(out / v)
+    for other in results[1:]:
+        assert torch.allclose(other, results[0], rtol=1e-5, atol=1e-5)
+
+
 @given(
     format=st.sampled_from(FORMATS),
     batch=st.integers(1, 2),
@@ -187,6 +217,14 @@ def test_what_left_the_window_is_of_no_account(device, rng):
         query, [law.pack(keys, values)], 3, 40, none, none, "int8", 32, 16, None, 0.3
     )
     assert out.isfinite().all()
+    keys, values = past(rng, 1, 1, 192, 64)
+    keys[0, 0, 3, 2] = values[0, 0, 70, 1] = torch.nan
+    values[0, 0, 71, 5] = torch.inf
+    query, none = randn(rng, 1, 4, 1, 64), torch.empty(1, 1, 0, 64)
+    for format in FORMATS:
+        blocks = BlockFormat(format, 64, 64, 64).pack(keys, values)
+        out = devices.ops().kv_attention(query, [blocks], 3, 72, none, none, format, 64, 64, None, 0.3)
+        assert out.isfinite().all()
 
 
 def test_masks_of_the_lowest_number_and_huge_scores(device, rng):

@@ -85,11 +85,12 @@ struct Int8Row {
   float scale;
   int zero;
 };
+BITFOLD_DEVICE int64_t int8_scale(const Int8Op& op, int64_t row) { return op.one_scale ? 0 : row; }
 BITFOLD_DEVICE int int8_zero(const Int8Op& op, int64_t row) {
-  return op.zeros != nullptr ? op.zeros[op.one_scale ? 0 : row] : 128;
+  return op.zeros != nullptr ? op.zeros[int8_scale(op, row)] : 128;
 }
 BITFOLD_DEVICE Int8Row int8_row(const Int8Op& op, int64_t row) {
-  return {read_float({op.scales, op.scale_dtype, 1, 1, 1, 1}, op.one_scale ? 0 : row), int8_zero(op, row)};
+  return {read_float({op.scales, op.scale_dtype, 1, 1, 1, 1}, int8_scale(op, row)), int8_zero(op, row)};
 }
 
 // What a part of a row of x is made of.

@@ -233,7 +233,8 @@ class Row {
         // Clamped first, which gives the same; adding 1.5 2^23 rounds to even.
         const float clamped = smaller(larger(ptx::mul(x[i], inverse), -127.0f), 127.0f);
         const int even = ptx::float_as_int(ptx::add(clamped, 0x1.8p23f)) - 0x4b400000;
-        const int code = !rounds || (outliers >> i & 1u) ? 0 : even;
+        const bool none = !rounds || (outliers >> i & 1u);
+        const int code = none ? 0 : even;
         sum += code;
         codes |= (static_cast<uint32_t>(code) & 255u) << 8 * i;
       }
@@ -246,7 +247,6 @@ class Row {
       op_.sums[row_ * op_.parts + part] = memory_.sum;
       memory_.sum = 0;
     }
-    ptx::sync_block();
   }
 
   const Int8Op& op_;
@@ -257,8 +257,7 @@ class Row {
 
 BITFOLD_DEVICE void round_row(const Int8Op& op, int64_t row) {
   auto& memory = shared<RoundMemory>();
-  if (threadIdx.x == 0) memory.largest = memory.all = 0, memory.sum = 0;
-  ptx::sync_block();
+  if (threadIdx.x == 0) memory.largest = memory.all = 0, memory.sum = 0;  // find_outliers begins with a barrier
   if (Vectors::fit(op)) Row<Vectors>(op, memory, row).round();
   else Row<Numbers>(op, memory, row).round();
 }

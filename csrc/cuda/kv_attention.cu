@@ -1,8 +1,8 @@
 // Attention of few queries to the packed KV cache: the launches.
 //
-// The tokens of a key-value head are cut into chunks, by their number alone. One kernel attends to chunks (kv_chunk.cu)
-// and leaves what it found in a workspace, another puts chunks together in their order (kv_merge.cu). So nothing
-// depends on which block of threads comes first.
+// The tokens of a key-value head are cut into chunks, by their number, that of heads and queries, and the GPU. One
+// kernel attends to chunks (kv_chunk.cu) and leaves what it found in a workspace, another puts chunks together in their
+// order (kv_merge.cu). So nothing depends on which block of threads comes first.
 #include "cuda/kv.hpp"
 #include "cuda/kv_attention.hpp"
 
@@ -11,7 +11,17 @@ namespace {
 
 MatrixIn numbers_of(const KvTokens& tokens) { return {tokens.data, tokens.dtype, 0, 0, 0, 1}; }
 
-// How the tokens are cut, from their number alone: blocks from the first that has a token that counts.
+bool is_packed(const KvShape& shape) {
+  return shape.group == kKvPackedGroup && (shape.head == 64 || shape.head == 128) &&
+         (shape.value_group == 64 || shape.value_group == shape.head);
+}
+int tile_of(const KvAttentionArgs& a) {
+  if (is_packed(a.shape)) return kKvPackedTile;
+  const int64_t queries = a.query_heads / a.heads * a.rows;
+  return a.shape.head > kKvWide || queries == 1 ? 1 : queries == 2 ? 2 : 4;
+}
+
+// How the tokens are cut, whatever the batch: blocks from the first that has a token that counts.
 struct Cut {
   int64_t first_block, blocks_end, chunk_blocks, exact_chunks, chunks;
   explicit Cut(const KvAttentionArgs& a);
@@ -21,9 +31,16 @@ Cut::Cut(const KvAttentionArgs& a)
     : first_block(a.first / a.shape.group),
       blocks_end(kv_blocks(a.pages, a.page_count)),
       chunk_blocks(larger<int64_t>(1, kKvChunk / a.shape.group)),
-      exact_chunks(bitfold::ceil_div(a.recent, kKvChunk)),
+      exact_chunks(bitfold::ceil_div(a.recent, kKvExact)),
       chunks(exact_chunks) {
-  while (blocks_end - first_block > kKvChunks * chunk_blocks) chunk_blocks *= 2;
+  const int64_t blocks = blocks_end - first_block;
+  if (is_packed(a.shape)) {  // one wave of blocks of threads, if there are no more sequences and turns
+    const int64_t tiles = bitfold::ceil_div(a.query_heads / a.heads * a.rows, int64_t{kKvPackedTile});
+    const int64_t warps = kKvPackedBlocks * gpu().multiprocessors * kKvWarps;
+    const int64_t turns = bitfold::ceil_div(blocks * a.heads * tiles, warps);
+    chunk_blocks = kKvWarps * smaller(larger<int64_t>(turns, 1), kKvPackedTurns);
+  }
+  while (!is_packed(a.shape) && blocks > kKvChunks * chunk_blocks) chunk_blocks *= 2;
   // A launch's chunks are its own.
   each_kv_launch(a.pages, a.page_count, first_block, [&](const KvRun*, int, int64_t begin, int64_t end) {
     chunks += bitfold::ceil_div(end - begin, chunk_blocks);
@@ -32,9 +49,9 @@ Cut::Cut(const KvAttentionArgs& a)
 
 KvJob job_of(const KvAttentionArgs& a, const Cut& cut, float* parts) {
   const int64_t shared = a.query_heads / a.heads, queries = shared * a.rows;
-  const bool wide = a.shape.head > kKvWide;
-  const int tile = wide || queries == 1 ? 1 : queries == 2 ? 2 : 4;
+  const int tile = tile_of(a);
   return {.shape = a.shape,
+          .packed = is_packed(a.shape),
           .at = kv_layout(a.shape),
           .value_groups = a.shape.value_groups(),
           .value_row = a.shape.value_row(),

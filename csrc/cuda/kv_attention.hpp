@@ -13,11 +13,18 @@ inline constexpr int kKvThreads = 128, kKvWarps = kKvThreads / kWarp;
 inline constexpr int kKvSlots = kKvThreads * kKvWord;  // of sums of one query that threads have between them
 inline constexpr int64_t kKvChunk = 256;               // tokens at least, as whole blocks
 inline constexpr int64_t kKvChunks = 64;               // of one head, as long as a chunk may have twice as many tokens
-inline constexpr int64_t kKvExact = 64;                // exact tokens that are worked on at once
+inline constexpr int64_t kKvExact = 16;                // exact tokens of a chunk
 inline constexpr int64_t kKvWide = 1024;               // heads beyond this are done in slices, with one query at a time
+
+// Blocks that units for matrices attend to (kv_packed.hpp), a warp to each.
+inline constexpr int64_t kKvPackedGroup = 64;  // tokens
+inline constexpr int kKvPackedTile = 4;        // queries, of whatever number
+inline constexpr int64_t kKvPackedBlocks = 2;  // of threads, of a multiprocessor
+inline constexpr int64_t kKvPackedTurns = 8;   // of a warp in a chunk, at most
 
 struct KvJob {
   KvShape shape;
+  bool packed;  // whether blocks are of this kind
   KvLayout at;
   int64_t value_groups, value_row;
   int64_t heads;

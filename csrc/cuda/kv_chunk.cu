@@ -1,7 +1,8 @@
 // Attention of few queries to a chunk of the packed KV cache.
 //
-// The tokens of a key-value head are cut into chunks, by their number alone. A block of threads has a chunk and up to
-// four of the queries that share the head, and takes the chunk's packed blocks one after the other:
+// The tokens of a key-value head are cut into chunks (kv_attention.cu). A block of threads has a chunk and up to four
+// of the queries that share the head. Blocks of 64 tokens and heads of 64 or 128 numbers have their own way
+// (kv_packed.hpp); here are exact tokens and all other blocks, which are taken one after the other:
 //
 //     fold     the steps of the keys go into the queries, their offsets into one number for each query
 //     score    a thread multiplies eight tokens of every channel that is its own; sums of threads meet in shared memory
@@ -11,13 +12,13 @@
 // Codes are read where they lie, each once for all queries of the tile; those that come next are on their way while a
 // phase before them is at work. Sums of an earlier block shrink where a larger score is found. A chunk leaves its
 // largest score, its sum of weights and its sums of values.
-#include "cuda/kv_attention.hpp"
+#include "cuda/kv_chunk.hpp"
+#include "cuda/kv_packed.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
 constexpr int kAhead = 4;  // words of a thread on their way together
-constexpr float kHidden = std::bit_cast<float>(0xff800000u);
 
 // Shared memory, in floats: the queries times the scale and then also times steps, [head][tile]; sums of threads,
 // [thread of a column][tile][column]; weights, [token][tile]; offsets, [warp][tile]; what sums shrink by, [tile].
@@ -62,18 +63,14 @@ struct Share {
 template <KvFormat Format, int Tile>
 class Attention {
  public:
-  BITFOLD_DEVICE explicit Attention(const KvJob& job)
+  BITFOLD_DEVICE Attention(const KvJob& job, const KvPlace& place)
       : job_(job),
+        place_(place),
         room_(static_cast<int>(job.shape.head), static_cast<int>(tokens_at_once(job.shape)), Tile),
         key_share_(static_cast<int>(job.shape.group / kKvWord)),
-        value_share_(static_cast<int>(smaller(bitfold::ceil_div(job.shape.head, kKvWord), kKvWide / kKvWord))) {
-    const auto tiles = static_cast<unsigned>(job.tiles), beside = tiles * static_cast<unsigned>(job.slices);
-    const auto chunks = static_cast<unsigned>(job.launch_chunks);
-    first_query_ = static_cast<int>(blockIdx.x % tiles) * Tile;
-    slice_ = static_cast<int>(blockIdx.x % beside / tiles * kKvWide);
-    chunk_ = static_cast<int>(blockIdx.x / beside % chunks);
-    head_ = static_cast<int>(blockIdx.x / beside / chunks);
-    channel_ = slice_ + value_share_.word * kKvWord;
+        value_share_(static_cast<int>(smaller(bitfold::ceil_div(job.shape.head, kKvWord), kKvWide / kKvWord))),
+        blocks_(job, place.head) {
+    channel_ = place.slice + value_share_.word * kKvWord;
     value_lane_ = value_share_.any && channel_ < job.shape.head ? value_share_.lane : group();
     group_ = job.value_groups == 1 ? 0 : channel_ / static_cast<int>(job.shape.value_group);
     for (int q = 0; q < Tile; ++q) {
@@ -85,20 +82,19 @@ class Attention {
   BITFOLD_DEVICE void run() {
     read_query();
     ptx::sync_block();
-    if (chunk_ < job_.packed_chunks) {
-      const int64_t begin = job_.block_begin + chunk_ * job_.chunk_blocks;
+    if (place_.chunk < job_.packed_chunks) {
+      const int64_t begin = job_.block_begin + place_.chunk * job_.chunk_blocks;
       const int64_t end = smaller(begin + job_.chunk_blocks, job_.block_end);
-      const uint8_t* block = block_at(begin);
+      const uint8_t* block = blocks_.at(begin);
       load_keys(block, 0);
       for (int64_t b = begin; b < end; ++b) {
-        const uint8_t* next = b + 1 < end ? block_at(b + 1) : nullptr;
+        const uint8_t* next = b + 1 < end ? blocks_.at(b + 1) : nullptr;
         attend(b, block, next);
         block = next;
       }
     } else {
-      const int64_t begin = (chunk_ - job_.packed_chunks) * kKvChunk;
-      const int64_t end = smaller(begin + kKvChunk, job_.recent);
-      for (int64_t t = begin; t < end; t += kKvExact) attend_exactly(t, static_cast<int>(smaller(kKvExact, end - t)));
+      const int64_t begin = (place_.chunk - job_.packed_chunks) * kKvExact;
+      attend_exactly(begin, static_cast<int>(smaller(kKvExact, job_.recent - begin)));
     }
     write();
   }
@@ -107,24 +103,17 @@ class Attention {
   BITFOLD_DEVICE int head() const { return static_cast<int>(job_.shape.head); }
   BITFOLD_DEVICE int group() const { return static_cast<int>(job_.shape.group); }
 
-  BITFOLD_DEVICE const uint8_t* block_at(int64_t block) {
-    while (run_ + 1 < job_.run_count && job_.runs[run_ + 1].begin <= block) ++run_;
-    const KvRun& run = job_.runs[run_];
-    return run.data + head_ * run.head_stride + (block - run.begin) * job_.at.bytes;
-  }
   BITFOLD_DEVICE static float float_at(const uint8_t* block, int64_t byte) {
     return ptx::uint_as_float(ptx::load4(block + byte));
   }
   BITFOLD_DEVICE int64_t number(const int64_t (&strides)[3], int64_t token) const {
-    return head_ / job_.heads * strides[0] + head_ % job_.heads * strides[1] + token * strides[2];
+    return place_.head / job_.heads * strides[0] + place_.head % job_.heads * strides[1] + token * strides[2];
   }
 
   BITFOLD_DEVICE void read_query() {
     const int64_t head = job_.shape.head;
     for (int q = 0; q < Tile; ++q) {
-      const int64_t r = first_query_ + q, query_head = head_ % job_.heads * job_.shared + r / job_.rows;
-      const int64_t from = head_ / job_.heads * job_.query_strides[0] + query_head * job_.query_strides[1] +
-                           r % job_.rows * job_.query_strides[2];
+      const int64_t r = place_.first_query + q, from = kv_query(job_, place_.head, r);
       for (int64_t d = threadIdx.x; d < head; d += kKvThreads)
         room_.query()[d * Tile + q] = r < job_.queries ? read_float(job_.query, from + d) * job_.scale : 0.0f;
     }
@@ -294,7 +283,7 @@ class Attention {
     for (int t = ptx::lane_id(); t < count; t += kWarp) {
       float score = constant;
       for (int l = 0; l < lanes; ++l) score += room_.sums()[(l * Tile + q) * count + t];
-      score = t < hidden ? kHidden : score + bias(first_query_ + q, key + t);
+      score = t < hidden ? kKvHidden : score + kv_bias(job_, place_.head, place_.first_query + q, key + t);
       room_.weights()[t * Tile + q] = score;
       most = score > most ? score : most;
     }
@@ -312,15 +301,6 @@ class Attention {
     sum_ = ptx::fma(sum_, shrunk, sum_of_warp(sum));
     most_ = most;
     if (ptx::lane_id() == 0) room_.shrink()[q] = shrunk;
-  }
-
-  BITFOLD_DEVICE float bias(int64_t r, int64_t key) const {
-    if (job_.mask == KvMask::None || r >= job_.queries) return 0.0f;
-    const int64_t query_head = head_ % job_.heads * job_.shared + r / job_.rows;
-    const int64_t at = head_ / job_.heads * job_.mask_strides[0] + query_head * job_.mask_strides[1] +
-                       r % job_.rows * job_.mask_strides[2] + key * job_.mask_strides[3];
-    if (job_.mask == KvMask::Float) return read_float(job_.bias, at);
-    return static_cast<const uint8_t*>(job_.bias.data)[at] != 0 ? 0.0f : kHidden;
   }
 
   BITFOLD_DEVICE void shrink() {
@@ -350,20 +330,17 @@ class Attention {
       }
     }
     ptx::sync_block();
-    const auto part = [&](int q) {
-      return job_.parts +
-             ((head_ * job_.chunks + job_.chunk_begin + chunk_) * job_.queries + first_query_ + q) * (head + 2);
-    };
-    const int64_t present = smaller<int64_t>(width, head - slice_);
-    for (int q = 0; q < Tile && first_query_ + q < job_.queries; ++q) {
+    const auto part = [&](int q) { return kv_part(job_, place_, place_.first_query + q); };
+    const int64_t present = smaller<int64_t>(width, head - place_.slice);
+    for (int q = 0; q < Tile && place_.first_query + q < job_.queries; ++q) {
       for (int64_t c = threadIdx.x; c < present; c += kKvThreads) {
         float sum = 0.0f;
         for (int l = 0; l < value_share_.lanes; ++l) sum += room_.sums()[(l * Tile + q) * width + c];
-        part(q)[2 + slice_ + c] = sum;
+        part(q)[2 + place_.slice + c] = sum;
       }
     }
     const int q = ptx::warp_id();
-    if (q < Tile && first_query_ + q < job_.queries && slice_ == 0 && ptx::lane_id() == 0) {
+    if (q < Tile && place_.first_query + q < job_.queries && place_.slice == 0 && ptx::lane_id() == 0) {
       part(q)[0] = most_;
       part(q)[1] = sum_;
     }
@@ -394,39 +371,55 @@ class Attention {
   static constexpr bool kOffsets = kKvFormats[static_cast<int>(Format)].offsets;
 
   const KvJob& job_;
+  const KvPlace& place_;
   const Room room_;
   const Share key_share_, value_share_;
-  int first_query_, slice_, chunk_, head_;  // head_: of all batches
-  int channel_, group_;                     // this thread's of the values
-  int value_lane_;                          // its first token; where it has none, as many as there are
-  int run_ = 0;
+  KvBlocks blocks_;
+  int channel_, group_;           // this thread's of the values
+  int value_lane_;                // its first token; where it has none, as many as there are
   KvWord<Format> words_[kAhead];  // of keys, then of values
   float sums_[Tile][kKvWord], constant_[Tile];
   float most_ = kKvLowest, sum_ = 0.0f;  // of the query of this warp
 };
 
 template <KvFormat Format>
-__global__ void __launch_bounds__(kKvThreads, 3) kv_attention_kernel(KvJob job) {
-  switch (job.tile) {
-    case 1: return Attention<Format, 1>(job).run();
-    case 2: return Attention<Format, 2>(job).run();
-    default: return Attention<Format, 4>(job).run();
+__global__ void __launch_bounds__(kKvThreads, kKvPackedBlocks) kv_attention_kernel(KvJob job) {
+  const KvPlace place(job);
+  if (job.packed && place.chunk < job.packed_chunks) {
+    if (job.shape.head == 64) return PackedAttention<Format, 64>(job, place).run();
+    return PackedAttention<Format, 128>(job, place).run();
   }
+  switch (job.tile) {
+    case 1: return Attention<Format, 1>(job, place).run();
+    case 2: return Attention<Format, 2>(job, place).run();
+    default: return Attention<Format, 4>(job, place).run();
+  }
+}
+
+template <KvFormat Format>
+void launch_chunks(const KvJob& job, int64_t blocks, Stream stream) {
+  int64_t bytes = room_bytes(job.shape, job.tile);
+  if (job.packed && job.packed_chunks > 0) {
+    const size_t packed = job.shape.head == 64 ? sizeof(typename PackedAttention<Format, 64>::Room)
+                                               : sizeof(typename PackedAttention<Format, 128>::Room);
+    bytes = larger(bytes, static_cast<int64_t>(packed));
+  }
+  launch({.grid = dim3(kv_grid("kv_attention", blocks)),
+          .block = dim3(kKvThreads),
+          .shared_bytes = bytes,
+          .name = "kv_attention",
+          .stream = stream},
+         kv_attention_kernel<Format>, job);
 }
 
 }  // namespace
 
 void kv_chunks(const KvJob& job, int64_t batch, Stream stream) {
-  const Launch how{
-      .grid = dim3(kv_grid("kv_attention", batch * job.heads * job.launch_chunks * job.tiles * job.slices)),
-      .block = dim3(kKvThreads),
-      .shared_bytes = room_bytes(job.shape, job.tile),
-      .name = "kv_attention",
-      .stream = stream};
+  const int64_t blocks = batch * job.heads * job.launch_chunks * job.tiles * job.slices;
   switch (job.shape.format) {
-    case KvFormat::Int8: return launch(how, kv_attention_kernel<KvFormat::Int8>, job);
-    case KvFormat::Fp8: return launch(how, kv_attention_kernel<KvFormat::Fp8>, job);
-    default: return launch(how, kv_attention_kernel<KvFormat::Int4>, job);
+    case KvFormat::Int8: return launch_chunks<KvFormat::Int8>(job, blocks, stream);
+    case KvFormat::Fp8: return launch_chunks<KvFormat::Fp8>(job, blocks, stream);
+    default: return launch_chunks<KvFormat::Int4>(job, blocks, stream);
   }
 }
 
