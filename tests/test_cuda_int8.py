@@ -122,6 +122,19 @@ def test_a_row_that_is_no_number_stays_alone(way, gpu):
             assert y.isnan().any(dim=1).tolist() == [j == m // 2 for j in range(m)]
 
 
+def test_outliers_so_large_that_products_are_no_numbers(gpu):
+    """Sums of them are infinite in the definition's order, or nothing, where one rounding would leave a number."""
+    for m in (3, 12, 40):
+        n, k = 20, 80
+        x = activations(m, k, torch.bfloat16)
+        x[: m // 2, 3], x[: m // 2, 50] = 2.0**125, -(2.0**125)
+        planes = weight(n, k, "int8-channel")
+        planes[0][: n // 2, 3] = planes[0][: n // 2, 50] = 200
+        y = assert_same(gpu, x, planes, "int8-channel", n, None, *WAYS["found"](n, k))
+        assert not y[: m // 2, : n // 2].isfinite().any()
+        assert y[m // 2 :].isfinite().all()
+
+
 def test_rows_of_nothing(gpu):
     """Zeros, and numbers so small that their step would be none."""
     for m in (4, 12):

@@ -53,6 +53,8 @@ struct Int8Op {
   float* loose_w;  // [loose, loose_rows]
   float* loose_x;  // [loose, loose_tokens]
   int loose;       // a multiple of kInt8Loose
+  // Not 0: an outlier of x of the first `loose` is 2^120 or more, and times a code of 8 bits could be no number.
+  uint32_t* loose_huge;
   int64_t loose_rows, loose_tokens;
   int8_t* x_codes;  // [m, stride], zeros behind k
   int64_t stride;   // a multiple of kInt8Piece

@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(kMarkThreads) int8_mark_kernel(const Int8Op op
   const auto thread = static_cast<int>(threadIdx.x);
   const int64_t first = int64_t{blockIdx.x} * kStrip;
   if (thread < kStripWords) memory.reached[thread] = memory.copied[thread] = 0;
+  if (op.finds && thread == 0 && blockIdx.x == 0 && blockIdx.y == 0) *op.loose_huge = 0;
   ptx::sync_block();
   if (op.finds) Vectors::fit(op) ? mark_strip<Vectors>(op, memory) : mark_strip<Numbers>(op, memory);
   if (op.copied != nullptr && blockIdx.y == 0) {
@@ -295,9 +296,14 @@ BITFOLD_DEVICE void list_strip(const Int8Op& op, int64_t strip, int lister) {
         for (int64_t row = op.n * lister / kListers + thread; row < op.n * (lister + 1) / kListers; row += kThreads)
           w[row] = static_cast<float>(ptx::load1(op.codes + row * op.k + column) - int8_zero(op, row));
         const int64_t end = op.x.rows * (lister + 1) / kListers;
+        bool huge = false;
 #pragma unroll 8
-        for (int64_t row = op.x.rows * lister / kListers + thread; row < end; row += kThreads)
-          x[row] = int8_outlier(op, row, column);
+        for (int64_t row = op.x.rows * lister / kListers + thread; row < end; row += kThreads) {
+          const float number = int8_outlier(op, row, column);
+          x[row] = number;
+          huge = huge || magnitude(number) >= 0x1p120f;
+        }
+        if (huge) ptx::atomic_or(op.loose_huge, 1u);
       }
       ++at;
     }

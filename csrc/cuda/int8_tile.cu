@@ -258,6 +258,8 @@ class Tile {
     constexpr int kChained = smaller(S::kGroups, 4);
     static_assert(S::kGroups % kChained == 0);
     if (count == 0) return;
+    // A product of 16 bits and 8 is exact: rounded once more, sums are the same.
+    const bool fused = !Copied && op_.x.dtype != DType::F32 && count <= op_.loose && *op_.loose_huge == 0;
     if (count <= kTableColumns) fill<Copied>(0, count);
 #pragma unroll
     for (int first = 0; first < S::kGroups; first += kChained) {
@@ -267,7 +269,9 @@ class Tile {
         const int columns = smaller(count - begin, kTableColumns);
         if (count > kTableColumns) fill<Copied>(begin, columns);
 #pragma unroll 1
-        for (int c = 0; c < columns; ++c) add_column(c, first, chains);
+        for (int c = 0; fused && c < columns; ++c) add_column<true>(c, first, chains);
+#pragma unroll 1
+        for (int c = 0; !fused && c < columns; ++c) add_column<false>(c, first, chains);
       }
 #pragma unroll
       for (int j = 0; j < kChained; ++j) {
@@ -284,7 +288,7 @@ class Tile {
     }
   }
   // Column c of the table, to the chains of groups from `first` on.
-  template <int Chained>
+  template <bool Fused, int Chained>
   BITFOLD_DEVICE void add_column(int c, int first, float (&chains)[Chained][S::kTiles][4]) const {
     float w[S::kTiles][2];
 #pragma unroll
@@ -298,8 +302,11 @@ class Tile {
 #pragma unroll
       for (int r = 0; r < S::kTiles; ++r) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          chains[j][r][i] = ptx::add(chains[j][r][i], ptx::mul(i % 2 == 0 ? x.x : x.y, w[r][i / 2]));
+        for (int i = 0; i < 4; ++i) {
+          float& chain = chains[j][r][i];
+          const float number = i % 2 == 0 ? x.x : x.y, weight = w[r][i / 2];
+          chain = Fused ? ptx::fma(number, weight, chain) : ptx::add(chain, ptx::mul(number, weight));
+        }
       }
     }
   }

@@ -265,9 +265,16 @@ class PackedAttention {
 #pragma unroll
     for (int i = 0; i < kKvWord; ++i) {
       const float two = scores[i / 2][i % 2 * 2] + scores[i / 2][i % 2 * 2 + 1];
-      const float score = ptx::fma(two * (i % 2 == 0 ? kCode : kOdd), unit, constant_);
-      const int token = 8 * g_ + i;
-      x[i] = token < hidden ? kKvHidden : score + kv_bias(job_, place_.head, place_.first_query + t_, key + token);
+      x[i] = ptx::fma(two * (i % 2 == 0 ? kCode : kOdd), unit, constant_);
+    }
+    if (job_.mask != KvMask::None) {
+#pragma unroll
+      for (int i = 0; i < kKvWord; ++i)
+        x[i] += kv_bias(job_, place_.head, place_.first_query + t_, key + larger(8 * g_ + i, hidden));
+    }
+#pragma unroll
+    for (int i = 0; i < kKvWord; ++i) {
+      if (8 * g_ + i < hidden) x[i] = kKvHidden;
       most = x[i] > most ? x[i] : most;
     }
 #pragma unroll
@@ -364,8 +371,7 @@ class PackedAttention {
   // What the warps found becomes one part for each query.
   BITFOLD_DEVICE void leave() {
     const float sum = of_tokens(sum_);
-    ptx::cp_async_wait<0>();
-    ptx::sync_warp();  // the block's memory takes the result
+    ptx::sync_warp();  // the block's memory takes the result; nothing is on its way to it
     Result& mine = own_.result;
     if (g_ == 0) mine.most[t_] = most_, mine.sum[t_] = sum;
 #pragma unroll

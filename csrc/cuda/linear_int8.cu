@@ -29,6 +29,7 @@ class Layout8 {
     loose = finds ? whole(k / kLooseShare + 1) : 0;
     loose_rows = whole(args.w.n);
     loose_tokens = whole(m);
+    loose_huge = take(finds ? 4 : 0);
     loose_w = take(loose * loose_rows * 4);
     loose_x = take(loose * loose_tokens * 4);
     codes = take(m * stride);
@@ -40,7 +41,7 @@ class Layout8 {
     arrivals = take(split ? tiles.count * 4 : 0);
   }
   int64_t words, flag_parts, stride, parts, loose, loose_rows, loose_tokens;
-  int64_t reached, copied, outliers, outlier_count, loose_w, loose_x, codes, steps, sums, partial, arrivals;
+  int64_t reached, copied, outliers, outlier_count, loose_huge, loose_w, loose_x, codes, steps, sums, partial, arrivals;
   Int8Tiles tiles;
   int64_t bytes = 0;
 
@@ -91,6 +92,7 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .loose_w = reinterpret_cast<float*>(base + at.loose_w),
       .loose_x = reinterpret_cast<float*>(base + at.loose_x),
       .loose = static_cast<int>(at.loose),
+      .loose_huge = reinterpret_cast<uint32_t*>(base + at.loose_huge),
       .loose_rows = at.loose_rows,
       .loose_tokens = at.loose_tokens,
       .x_codes = reinterpret_cast<int8_t*>(base + at.codes),

@@ -48,7 +48,7 @@ CASES = {
     r"kv_pack\.cu": ("kv_pack",),
     r"kv_unpack\.cu": ("kv_unpack",),
     r"kv_blocks\.hpp": ("kv_attention", "kv_unpack"),
-    r"kv_(attention|chunk|merge)\..*": ("kv_attention",),
+    r"kv_(attention|chunk|merge|packed)\..*": ("kv_attention",),
 }
 
 # What is dropped without notice, and why: the file, the text and which of those in the file.
@@ -78,6 +78,21 @@ UNSEEN = {
         "ptx::sync_warp();",
         1,
     ): "the warp's products come after all that its lanes look at, and are its lanes' together",
+    (
+        "kv_packed.hpp",
+        "ptx::sync_warp();",
+        2,
+    ): "the lanes meet in the shuffles before it, which on a GPU alone promise nothing of what they read",
+    (
+        "kv_packed.hpp",
+        "ptx::sync_warp();",
+        4,
+    ): "the warp's products come after all that its lanes look at, and are its lanes' together",
+    (
+        "kv_packed.hpp",
+        "ptx::sync_warp();",
+        5,
+    ): "the lanes meet in the shuffles before it, which on a GPU alone promise nothing of what they read",
     (
         "linear_wgmma.hpp",
         "ptx::bar_sync(kOrderBarrier + group_, kTileThreads);",
@@ -294,6 +309,7 @@ WRONG = [
     ("int8_tile.cu", "ptx::lane_id() % 4 * 2 + i % 2", "ptx::lane_id() % 4 * 2 + i / 2"),
     ("int8_tile.cu", "count > kTableColumns", "false"),
     ("int8_tile.cu", "begin < op_.loose", "true"),
+    ("int8_tile.cu", "op_.x.dtype != DType::F32 && count <= op_.loose", "count <= op_.loose"),
     ("int8_tile.cu", "row > last_row_ || token > last_token_", "row > last_row_"),
     ("int8_tile.cu", "blockIdx.x % token_tiles", "0"),
     ("int8_tile.cu", "pieces * blockIdx.y / splits", "0"),
@@ -376,14 +392,24 @@ WRONG = [
     ("kv_pack.cu", "i < job.at.bytes", "i < end"),
     ("kv_pack.cu", "head % job.heads * strides[1]", "head * strides[1]"),
     # kv_attention: which page, token, mask and query, and what an earlier block's sums become
-    ("kv_chunk.cu", "job_.runs[run_ + 1].begin <= block", "job_.runs[run_ + 1].begin < block"),
+    ("kv_chunk.hpp", "job_.runs[run_ + 1].begin <= block", "job_.runs[run_ + 1].begin < block"),
+    ("kv_chunk.hpp", "r % job.rows * job.mask_strides[2]", "0"),
+    ("kv_packed.hpp", "job_.first - number * kTokens", "0 * number"),
+    ("kv_packed.hpp", "expf(most_ - most)", "1.0f"),
+    ("kv_packed.hpp", "g_ % 2 == 0 ? rounded : rest", "rounded"),
+    ("kv_packed.hpp", "job_.value_groups > 1", "false"),
+    ("kv_packed.hpp", "job_.value_groups == 1 ? 0 : p", "p"),
+    ("kv_packed.hpp", "expf(room_.own[w].result.most[q] - most)", "1.0f"),
+    ("kv_packed.hpp", "kOffsets ? of_tokens(offset_sums_[p]) : 0.0f", "0.0f"),
+    ("kv_packed.hpp", "number + kKvWarps < end", "false"),
+    ("kv_merge.cu", "larger(memory.most[w], most)", "most"),
+    ("kv_merge.cu", "expf(parts[(begin + thread) * size] - most)", "1.0f"),
     ("kv_chunk.cu", "t < hidden", "t <= hidden"),
     ("kv_chunk.cu", "expf(most_ - most)", "1.0f"),
     ("kv_chunk.cu", "job_.blocks_end * job_.shape.group - job_.first + token", "token"),
     ("kv_chunk.cu", "r < job_.queries", "true"),
-    ("kv_chunk.cu", "chunk_ - job_.packed_chunks", "0 * chunk_"),
+    ("kv_chunk.cu", "place_.chunk - job_.packed_chunks", "0 * place_.chunk"),
     ("kv_chunk.cu", "sums_[q][i] += constant_[q]", "sums_[q][i] += 0.0f"),
-    ("kv_chunk.cu", "r % job_.rows * job_.mask_strides[2]", "0"),
     ("kv_blocks.hpp", "word >> 4 & 0x0f0f0f0fu", "word & 0xf0f0f0fu"),
     # kv_unpack: which page, token, channel and step, and ends
     ("kv_unpack.cu", "job.runs[middle].begin <= block", "job.runs[middle].begin < block"),
