@@ -247,19 +247,21 @@ class Tile {
   }
 
   BITFOLD_DEVICE void add_outliers() {
-    add_chains<false>(int8_outliers(op_));
-    add_chains<true>(op_.copies);
+    const int count = int8_outliers(op_);
+    // A product of 16 bits and 8 is exact: rounded once less, sums are the same.
+    const bool exact = op_.x.dtype != DType::F32 && count <= op_.loose;
+    if (count > 0 && exact && *op_.loose_huge == 0) add_chains<false, true>(count);
+    else add_chains<false, false>(count);
+    add_chains<true, false>(op_.copies);
   }
 
   // Adds the sums over `count` columns: those with a copy, or those without. A thread has chains for some of its groups
   // of tokens at a time, for which there are registers beside the sums.
-  template <bool Copied>
+  template <bool Copied, bool Fused>
   BITFOLD_DEVICE void add_chains(int count) {
     constexpr int kChained = smaller(S::kGroups, 4);
     static_assert(S::kGroups % kChained == 0);
     if (count == 0) return;
-    // A product of 16 bits and 8 is exact: rounded once more, sums are the same.
-    const bool fused = !Copied && op_.x.dtype != DType::F32 && count <= op_.loose && *op_.loose_huge == 0;
     if (count <= kTableColumns) fill<Copied>(0, count);
 #pragma unroll
     for (int first = 0; first < S::kGroups; first += kChained) {
@@ -269,9 +271,7 @@ class Tile {
         const int columns = smaller(count - begin, kTableColumns);
         if (count > kTableColumns) fill<Copied>(begin, columns);
 #pragma unroll 1
-        for (int c = 0; fused && c < columns; ++c) add_column<true>(c, first, chains);
-#pragma unroll 1
-        for (int c = 0; !fused && c < columns; ++c) add_column<false>(c, first, chains);
+        for (int c = 0; c < columns; ++c) add_column<Fused>(c, first, chains);
       }
 #pragma unroll
       for (int j = 0; j < kChained; ++j) {
@@ -331,7 +331,7 @@ class Tile {
   template <int Width>
   BITFOLD_DEVICE static void copy_lines(float* to, const float* from, int64_t stride, int lines) {
     constexpr int kFours = Width / 4;
-#pragma unroll 2
+#pragma unroll 1
     for (auto i = static_cast<int>(threadIdx.x); i < lines * kFours; i += kThreads)
       ptx::cp_async<16>(to + i * 4, from + i / kFours * stride + i % kFours * 4);
   }
