@@ -236,7 +236,7 @@ KV_ATTENTION = [
     KvCase("kv_attention", "int4", 16 * 100, 16, 1, batch=1, shared=1, page=1, mask="float"),  # two launches
     KvCase("kv_attention", "int8", 16, 48, 5, recent=0, first=16, mask="float"),
     KvCase("kv_attention", "int8", 0, 16, 1),  # nothing
-    KvCase("kv_attention", "int8", 16, 16, 1, "bf16", batch=1, heads=1, shared=1, recent=2100),  # more chunks than threads
+    KvCase("kv_attention", "int8", 16, 16, 1, "bf16", batch=1, heads=1, shared=1, recent=2100),  # chunks: 132
     *(KvCase("kv_attention", format, 64 * 19, k, 2, dtype, shared=3, group=64, value_group=64, first=100, recent=20,
              mask="float", page=2, multiprocessors=1)  # several turns of a warp
       for format, k, dtype in (("int8", 128, "fp16"), ("fp8", 64, "fp32"), ("int4", 128, "bf16"))),
