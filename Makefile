@@ -1,5 +1,6 @@
 # On a machine with Python (3.10 or newer) and a C++ compiler, `make demo` and `make test` do all set-up in .venv.
-#   make test ARGS="-k formats"     arguments for pytest
+#   make test                       all tests, in as many processes as there are cores
+#   make test ARGS="-k formats"     arguments for pytest, which then is one process and starts sooner (-n 2: it is two)
 #   make setup PYTHON=python3.12    another Python (after make distclean, if .venv exists)
 #   make cuda CUDA_ARCHS=80-real    the CUDA kernels compiled for a GPU that need not be there, by a compiler of its own
 
@@ -11,6 +12,10 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Threads that wait for work sleep: those of tests side by side, and of programs that tests start, would take each other's cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+# A file's tests stay in one process, as its fixtures do; tests/conftest.py says in which order files are handed out.
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 CPP_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
@@ -26,19 +31,19 @@ docs: setup
 	@echo "build/docs/html/index.html"
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(or $(ARGS),$(SIDE_BY_SIDE))
 
 test-kernels:
 	tests/kernels/run.sh
 
 # The CUDA kernels of every format on the emulator, under sanitizers too; `make test` has one of each kind.
 test-cuda: setup
-	$(BIN)/python -m pytest -m "slow or not slow" tests/cuda $(ARGS)
+	$(PYTEST) -m "slow or not slow" tests/cuda $(or $(ARGS),$(SIDE_BY_SIDE))
 
 # Beside build/ and not in it, so that ccache finds the CPU's kernels of the module again: paths from there are the same.
 cuda: setup $(CUDA_VENV)/.stamp
 	PYTHONPATH=tests $(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build-cuda "$(CUDA_ARCHS)"
-	$(BIN)/python -m pytest -q tests/cuda/test_module.py
+	$(PYTEST) -q tests/cuda/test_module.py
 
 lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

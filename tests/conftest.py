@@ -21,6 +21,30 @@ settings.register_profile(
 settings.load_profile("bitfold")
 
 
+# The files that take more than half a minute, the longest first: processes that share the tests begin with them, so
+# that none is busy with one when the others have nothing left. One that is missing here costs a little time, no more.
+LONG = (
+    "cuda/test_mutations.py",
+    "test_isa.py",
+    "cuda/test_sanitizers.py",
+    "test_linear.py",
+    "test_encode_decode.py",
+    "test_cuda_wgmma.py",
+    "test_calibration_experts.py",
+    "test_gguf_blocks.py",
+    "test_cuda_few.py",
+    "test_calibration_activations.py",
+    "test_kv_cache.py",
+    "test_gguf_quantize.py",
+    "test_cuda_rows.py",
+    "test_calibration_run.py",
+    "test_report.py",
+    "test_cuda_tile.py",
+    "test_calibration_awq.py",
+    "test_gptq.py",
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run again by test_isa.py under every instruction set of the CPU")
 
@@ -28,6 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     missing = "" if torch.cuda.is_available() else "; torch sees no GPU, so nothing runs on one"
     return f"bitfold runs on: {', '.join(devices.NAMES)}{missing}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
+        places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(params=devices.NAMES)

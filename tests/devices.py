@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ import bitfold.quantizers.gptq
 import bitfold.quantizers.grid
 import pytest
 import torch
-from toolchain import tool
+from toolchain import build, tool
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -74,12 +73,9 @@ def emulated() -> ModuleType:
             "BITFOLD_CUDA": "off",
             "Python_EXECUTABLE": sys.executable,
         }
-        for command in (
-            [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in options.items())],
-            [cmake, "--build", folder, "--target", "_emulated"],
-        ):
-            result = subprocess.run(command, capture_output=True, text=True)
-            assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *defines]
+        build(folder, configure, [cmake, "--build", folder, "--target", "_emulated"])
     (path,) = folder.glob("_emulated.*.so")
     spec = importlib.util.spec_from_file_location("_emulated", path)
     module = importlib.util.module_from_spec(spec)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -319,3 +320,10 @@ def test_the_module_exports_its_entry_alone():
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     exported = [line.split(" ", 2)[2] for line in text.splitlines() if " T " in line]
     assert exported == ["PyInit__C"]
+
+
+# ---- tests ----
+
+
+def test_the_files_that_are_handed_out_first_exist():
+    assert [name for name in conftest.LONG if not (ROOT / "tests" / name).is_file()] == []

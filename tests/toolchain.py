@@ -1,12 +1,14 @@
-"""Where the programs are that tests build with."""
+"""The programs that tests build with."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 def tool(name: str) -> str:
@@ -16,3 +18,12 @@ def tool(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found
+
+
+def build(folder: Path, *commands: list[object]) -> None:
+    """Commands that fill a folder of build/. Of processes side by side the first builds it, and the others wait."""
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        for command in commands:
+            result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from toolchain import tool
+import toolchain
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,9 +29,9 @@ def build(program: str, variant: str = "plain", units: str = ".*", source: Path 
     """The path of a program of tests/cuda/CMakeLists.txt; units: a regular expression of csrc/cuda/units.cmake's;
     source: the project, or a copy of it."""
     folder = ROOT / "build" / f"cuda-{variant}"
-    cmake = tool("cmake")
+    cmake = toolchain.tool("cmake")
     options = {
-        "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        "CMAKE_MAKE_PROGRAM": toolchain.tool("ninja"),
         "CMAKE_BUILD_TYPE": "Debug",  # adds nothing to the flags but -g
         "CMAKE_CXX_FLAGS_DEBUG": VARIANTS[variant],
         "BITFOLD_PYTHON": "OFF",
@@ -39,13 +39,9 @@ def build(program: str, variant: str = "plain", units: str = ".*", source: Path 
         "BITFOLD_CUDA_TESTS": "ON",
         "BITFOLD_EMULATED_UNITS": units,
     }
-    configure = [cmake, "-G", "Ninja", "-S", source, "-B", folder]
-    for command in (
-        configure + [f"-D{name}={value}" for name, value in options.items()],
-        [cmake, "--build", folder, "--target", program],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    configure = [cmake, "-G", "Ninja", "-S", source, "-B", folder, *defines]
+    toolchain.build(folder, configure, [cmake, "--build", folder, "--target", program])
     return folder / "tests" / "cuda" / program
 
 
