@@ -48,14 +48,18 @@ class Q4KFragments {
    public:
     Copies() = default;
     BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece)
-        : next_(w.blocks + row * w.row_bytes + int64_t{piece} * kBytes) {
-      const auto last = static_cast<uint32_t>(smaller<int64_t>(w.n - 1 - row, 15));
+        : next_(w.blocks + row * w.row_bytes + int64_t{piece} * kBytes),
+          last_(static_cast<uint32_t>(smaller<int64_t>(w.n - 1 - row, 15))) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         const auto mine = static_cast<uint32_t>(smaller((turn * kWarp + ptx::lane_id()) / kQuads, 15));
         to_ |= mine << 4 * turn;
-        from_ |= smaller(mine, last) << 4 * turn;
+        from_ |= smaller(mine, last_) << 4 * turn;
       }
+    }
+    BITFOLD_DEVICE void prefetch(const Matrix& w, int pieces) const {
+      const auto row = static_cast<uint32_t>(ptx::lane_id());
+      if (row <= last_) ptx::prefetch(next_ + row * w.row_bytes, pieces * kBytes);
     }
     BITFOLD_DEVICE void begin(const Matrix&, int, std::byte*) const {}
     template <Manner>
@@ -75,6 +79,7 @@ class Q4KFragments {
 
    private:
     const uint8_t* next_;  // of the first row
+    uint32_t last_;        // row
     // Of each turn the lane's row, 4 bits each: of the room, and of W, which may have ended.
     uint32_t to_ = 0, from_ = 0;
   };

@@ -120,6 +120,12 @@ class PlaneFragments {
       zeros_ = static_cast<uint32_t>(mine * w.row_zeros);
     }
 
+    BITFOLD_DEVICE void prefetch(const Matrix& w, int pieces) const {
+      const int row = ptx::lane_id() % 16;
+      if (row_ + row >= w.n) return;
+      if (ptx::lane_id() < 16) ptx::prefetch(codes_ + row * w.row_bytes, pieces * kRowBytes);
+      else ptx::prefetch(w.scales + (scale_ + group_of(w, piece_)) * static_cast<uint32_t>(w.scale_bytes), 1);
+    }
     // The scales of all of them.
     BITFOLD_DEVICE void begin(const Matrix& w, int pieces, std::byte* head) const {
       if constexpr (kHead > 0) {

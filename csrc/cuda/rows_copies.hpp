@@ -95,6 +95,13 @@ class Feed {
         units_(units.end),
         room_(ring, args.rooms),
         head_(ring + args.rooms * Source::kRoom, args.rooms) {
+    if (unit_ < units_) aim();
+    if constexpr (Source::kRoom > 0) {
+      if (left_ > 0) copies_.prefetch(args_.w, smaller(left_, args_.rooms));
+    }
+  }
+  BITFOLD_DEVICE void begin() {
+    if (left_ > 0) begin_unit();
     next<Manner::Any>();
   }
   // The other pieces that there is room for.
@@ -105,7 +112,7 @@ class Feed {
   // The next piece into the next room of the ring, if there is one; a group of copies in either case.
   template <Manner M>
   BITFOLD_DEVICE void next() {
-    if (left_ == 0 && unit_ < units_) open();
+    if (left_ == 0 && unit_ < units_) aim(), begin_unit();
     if (left_ > 0) {
       copies_.template fetch<M>(args_.w, room_.at);
       --left_;
@@ -122,11 +129,13 @@ class Feed {
   }
 
  private:
-  BITFOLD_DEVICE void open() {
+  BITFOLD_DEVICE void aim() {
     const Unit unit(args_, unit_);
     unit_ += kWarps;
     left_ = unit.end - unit.first;
     copies_ = typename Source::Copies(args_.w, int64_t{unit.tile} * 16, unit.first);
+  }
+  BITFOLD_DEVICE void begin_unit() {
     copies_.begin(args_.w, left_, head_.at);
     head_.next();
   }

@@ -181,9 +181,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
   const int last = whole ? 1 << args.slices_log2 : Unit(args, units.end - 1).slice + 1;
   const int first = whole ? 0 : Unit(args, units.begin).slice;
   std::byte* ring = rings + warp * args.rooms * kRoomBytes<Source>;
-  ptx::wait_for_earlier();  // who may have written W, x or the bias, or read y and the partial sums
-  ptx::let_later_begin();
   Feed<Source> feed(args, units, warp, ring);
+  ptx::wait_for_earlier();  // for whom W, x and the bias may be to write, and y and the partial sums to read
+  ptx::let_later_begin();
+  feed.begin();
   // x is asked for before all that there is room for of W, which it would have to wait for.
   Slices<Source> slices(args, memory.scales, x, warp);
   typename Slices<Source>::Eights eights;
