@@ -198,6 +198,7 @@ WRONG = [
     ("tile_sums.hpp", "static_cast<uint32_t>(p_.shape.splits) - 1", "0"),
     ("tile_sums.hpp", "row + i >= p_.n", "row + i > p_.n"),
     ("arrange.cu", "smaller(tokens_, args.m - first_token_)", "tokens_"),
+    ("arrange.cu", "!args_.bf16", "false"),
     ("arrange.cu", "first_column_ + columns_ <= args_.k", "true"),
     ("arrange.cu", "eights * (part + 1) / args.parts", "eights * (part + 1) / (args.parts + 1)"),
     ("arrange.cu", "two & 0x7fffffffu", "two & 0x7fffu"),

@@ -88,9 +88,10 @@ def test_a_kernel_that_begins_early_waits_for_the_last(format, m):
     """x, W and the memory of y are another kernel's until just before: without a pause, in a graph, and with one."""
     columns = 2048
     weights = [quantized(format, columns, columns * wide) for wide in (1, 1, 8)]
-    others = [[torch.randperm(plane.numel(), device="cuda") for plane in w.planes.values()] for w in weights]
-    if format == "q4_k":  # blocks in another order, not their bytes
-        others = [[torch.randperm(w.planes["codes"].numel() // 144, device="cuda")] for w in weights]
+    each = 144 if format == "q4_k" else 1  # blocks in another order, not their bytes
+    others = [
+        [torch.randperm(plane.numel() // each, device="cuda") for plane in w.planes.values()] for w in weights
+    ]
     start = draw(m, columns)
 
     def change(w: bitfold.QTensor, orders: list[torch.Tensor]) -> None:
