@@ -151,7 +151,9 @@ WRONG = [
     ("tokens.hpp", "j * kTurn + piece < pieces", "j * kTurn + piece <= pieces"),
     ("fragments_planes.hpp", "smaller<int64_t>(row_ + row, w.n - 1)", "row_ + row"),
     ("fragments_planes.hpp", "word >= pieces", "false"),
-    ("fragments_k.hpp", "smaller(mine, last)", "mine"),
+    ("fragments_k.hpp", "smaller(mine, last_)", "mine"),
+    ("fragments_k.hpp", "row <= last_", "true"),
+    ("fragments_planes.hpp", "row_ + row >= w.n", "false"),
     ("tokens.hpp", "power_of_two(Source::down(2 * pair + step, r) - 24)", "power_of_two(-24)"),
     (
         "plane_codes.hpp",
