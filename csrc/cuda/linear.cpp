@@ -10,7 +10,10 @@ namespace {
 // The floor also takes what has no columns, where y is the bias.
 Regime regime(const LinearArgs& args) {
   if (args.w.k == 0) return Regime::Floor;
-  return plan_linear(args.w.format, args.w.layout, args.x.rows, args.w.n, args.x.dtype, gpu().wgmma).regime;
+  const Gpu device = gpu();
+  return plan_linear(args.w.format, args.w.layout, args.x.rows, args.w.n, args.x.dtype, device.wgmma,
+                     device.shared_bytes)
+      .regime;
 }
 bool empty(const LinearArgs& args) { return args.x.rows == 0 || args.w.n == 0; }
 

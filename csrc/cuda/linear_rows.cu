@@ -7,6 +7,7 @@
 #include "cuda/fragments_k.hpp"
 #include "cuda/fragments_ragged.hpp"
 #include "cuda/linear_rows.hpp"
+#include "cuda/plan.hpp"
 #include "cuda/rows_kernel.hpp"
 
 namespace bitfold::cuda {
@@ -34,10 +35,13 @@ int64_t bytes_of_slice() {
   if constexpr (Source::kHead > 0) static_assert(kLongest <= Source::kHeadPieces, "and for what is copied once");
   return smaller(kSliceBytes, (gpu().shared_bytes - bytes_beside_x<Source>(kFewestRooms)) / kFewestKept);
 }
-// Whether a slice may be a piece at least; narrower pieces leave more room.
+// A block has at least these bytes, with slices of a piece each; narrower pieces leave more room.
+template <class Source>
+constexpr int64_t kLeastBytes =
+    bytes_beside_x<Source>(kFewestRooms) + kFewestKept * kTokens * Tokens<Source>::kPieceBytes;
 template <class Source>
 bool has_room() {
-  return bytes_of_slice<Source>() >= kTokens * Tokens<Source>::kPieceBytes;
+  return gpu().shared_bytes >= kLeastBytes<Source>;
 }
 
 // How k is cut, by n, k and the GPU's shared memory: so that 8 tokens of a slice have room beside the rings, and so
@@ -122,6 +126,13 @@ void launch_rows(const RowsCall& call) {
   }
 }
 
+// The one kernel of blocks, or of what fits no other.
+template <class Source>
+void launch_one(const RowsCall& call) {
+  static_assert(kLeastBytes<Source> <= rows_shared_bytes(BITFOLD_PART), "the plan promises that there is room");
+  launch_rows<Source>(call);
+}
+
 // The kernels of a format with planes, the widest pieces first: their columns, and the groups in them.
 template <int Columns, int Sections>
 struct Pieces {};
@@ -159,9 +170,9 @@ void launch_widest(const RowsCall& call, Choice<Widest...>) {
 template <>
 void linear_rows_of<BITFOLD_PART>(const RowsCall& call) {
   constexpr int kRow = BITFOLD_PART;
-  if constexpr (kRow == kRagged) rows::launch_rows<RaggedFragments>(call);
-  else if constexpr (kRow == kQ4K) rows::launch_rows<Q4KFragments>(call);
-  else if constexpr (kRow >= kQ4_0) rows::launch_rows<ChunkFragments<kRow>>(call);
+  if constexpr (kRow == kRagged) rows::launch_one<RaggedFragments>(call);
+  else if constexpr (kRow == kQ4K) rows::launch_one<Q4KFragments>(call);
+  else if constexpr (kRow >= kQ4_0) rows::launch_one<ChunkFragments<kRow>>(call);
   else rows::launch_widest<kRow>(call, rows::KernelsOf<kRow>());
 }
 

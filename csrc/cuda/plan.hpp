@@ -38,14 +38,28 @@ constexpr bool wgmma_wins(const Format& format, int64_t m, int64_t n) {
   return (m + 63) / 64 * (more + arranging) <= decoding;
 }
 
+// What a block of a GPU may have of shared memory, and what the kernel for few rows takes at least (linear_rows.cu
+// holds it to that): no more than every GPU has, but where a piece of a row is largest.
+inline constexpr int64_t kLeastShared = 99 << 10, kMostShared = 227 << 10;
+constexpr int64_t rows_shared_bytes(int row) {
+  return row == kQ5_0 || row == kQ5_1 || row == kQ6K ? 136 << 10 : kLeastShared;
+}
+constexpr int64_t shared_bytes_of(int capability) {
+  const int generation = capability / 10;
+  if (capability == 86 || capability == 89 || generation == 12) return kLeastShared;
+  return generation == 8 ? 163 << 10 : kMostShared;
+}
+
 // x is taken as the numbers that it holds; products of 8-bit whole numbers are the CPU's alone. wgmma: whether the GPU
 // has it, and code for it.
 constexpr LinearPlan plan_linear(const Format& format, Layout layout, int64_t m, int64_t n, DType activations,
-                                 bool wgmma) {
+                                 bool wgmma, int64_t shared_bytes = kMostShared) {
   if (activations == DType::F64) return {Regime::Floor, "float64 is computed in float64"};
   if (activations == DType::F32) return {Regime::Floor, "tensor cores would round float32 activations"};
   if (layout == Layout::Flat) return {Regime::Floor, "blocks straddle rows"};
   if (format.info().grid == Grid::Cast) return {Regime::Matmul, "weights of 16 bits are torch's own to multiply"};
+  if (m <= kRows && shared_bytes < rows_shared_bytes(format.row))
+    return {Regime::Tile, "the kernel for at most 8 rows takes more shared memory than this GPU has"};
   if (m <= kRows) return {Regime::Rows, "a batch of at most 8 rows is bound by reading the weight"};
   if (!tile_supports(format))
     return {Regime::Matmul, "the group is no multiple of 32 columns (of codes below 4 bits: 64)"};

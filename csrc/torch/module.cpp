@@ -87,10 +87,10 @@ py::dict format_info(const std::string& text) {
 
 // On a GPU: tensor cores multiply halves, bf16 activations among them scaled by row.
 py::dict linear_plan_on_gpu(const Format& format, Layout layout, int64_t m, int64_t n, const std::string& dtype,
-                            Activations kind, bool wgmma) {
+                            Activations kind, bool wgmma, int64_t shared_bytes) {
   if (kind != Activations::Float)
     throw std::invalid_argument("activations is 'int8', which the CPU alone has; on a GPU it must be 'float'");
-  const cuda::LinearPlan plan = cuda::plan_linear(format, layout, m, n, parse_dtype(dtype), wgmma);
+  const cuda::LinearPlan plan = cuda::plan_linear(format, layout, m, n, parse_dtype(dtype), wgmma, shared_bytes);
   py::dict info;
   info["regime"] = cuda::to_string(plan.regime);
   info["reason"] = plan.reason;
@@ -112,7 +112,8 @@ py::dict linear_plan(const std::string& format, const std::string& layout, int64
 #else
     const bool wgmma = capability == 90;
 #endif
-    return linear_plan_on_gpu(parsed, parse_layout(layout), m, n, dtype, kind, wgmma);
+    return linear_plan_on_gpu(parsed, parse_layout(layout), m, n, dtype, kind, wgmma,
+                              cuda::shared_bytes_of(capability));
   }
   const cpu::LinearPlan plan = cpu::plan_linear(parsed, parse_layout(layout), m, parse_dtype(dtype), kind);
   py::dict info;

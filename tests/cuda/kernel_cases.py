@@ -80,6 +80,8 @@ def columns_of_a_block(format: str) -> int:
 # ---- what there is of each kernel ----
 
 ROWS = [
+    # GPUs with 99 KB of shared memory
+    *(linear(format, 3, 33, 2048, multiprocessors=1, capability=86) for format in ("int4-g128", "nf4-b64", "q4_k")),
     *(linear(format, m, 75, 1024, dtype) for format in PLANES for m, dtype in ((3, "bf16"), (8, "fp16"))),
     *(linear(format, 5, 33, 520, "bf16", bias=True)
       for format in ("int4-g32-asym", "int3-g33", "nf4-b33", "fp8-e5m2-tensor")),
@@ -98,6 +100,7 @@ ROWS = [
     linear("nf4-b64-dq", 1, 17, 192),
 ]  # fmt: skip
 TILE = [  # the largest first: ThreadSanitizer gets the last of each format; without wgmma
+    *(linear(format, 3, 33, 1024, "bf16", capability=86) for format in ("q5_0", "q5_1", "q6_k")),
     linear("int4-g128", 80, 140, 1024, "bf16", multiprocessors=132, capability=80),
     linear("q4_k", 128, 130, 1024, multiprocessors=1, capability=80),
     *(linear(format, m, 75, 512, dtype, capability=80) for format in (*PLANES, *block_formats())

@@ -19,6 +19,7 @@
 #include "cuda/gptq.hpp"
 #include "cuda/kv.hpp"
 #include "cuda/linear_int8.hpp"
+#include "cuda/plan.hpp"
 #include "formats/numeric.hpp"
 
 namespace {
@@ -463,6 +464,7 @@ void check(const char* path, int schedules) {
     cuda::emulator::config() = cuda::emulator::schedule(i);
     cuda::emulator::config().multiprocessors = static_cast<int>(file.number("multiprocessors"));
     cuda::emulator::config().capability = static_cast<int>(file.number("capability"));
+    cuda::emulator::config().shared_bytes = cuda::shared_bytes_of(cuda::emulator::config().capability);
     cuda::emulator::config().ahead = 1 + i % 3;
     Outputs outputs = run(file.written_by_a_kernel());
     compare(file, outputs);

@@ -38,6 +38,17 @@ def test_regimes_without_wgmma(format, capability):
             assert regimes == ["rows", "rows", "rows", tile, tile, "matmul", "matmul"]
 
 
+@pytest.mark.parametrize("number", [86, 89, 120])
+@pytest.mark.parametrize("format", block_formats())
+def test_few_rows_on_gpus_with_99_kb_of_shared_memory(format, number, capability):
+    """Where two pieces of a row have no room for each warp, the tile kernel multiplies one row, too."""
+    capability(number)
+    wide = format in ("q5_0", "q5_1", "q6_k")
+    assert [plan(format, m, 64, 256, HALVES[0]).regime for m in (1, 8, 9)] == [
+        "tile" if wide else "rows"
+    ] * 2 + ["tile"]
+
+
 @pytest.mark.parametrize("format", some_formats() + block_formats())
 def test_regimes_with_wgmma(format, capability):
     """More than 128 rows are its own where W has so many that bringing x into order is less than decoding W."""
