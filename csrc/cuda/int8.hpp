@@ -10,7 +10,7 @@
 
 namespace bitfold::cuda {
 
-inline constexpr int kInt8Loose = 128;  // outliers, rows and tokens of tables of them come by so many
+inline constexpr int kInt8Lines = 128;  // lines, rows and tokens of tables come by so many
 inline constexpr int kInt8Piece = 64;   // columns: 16 bytes for each of the four lanes that share a row
 
 // How int8_tile is cut.
@@ -21,6 +21,14 @@ struct Int8Tiles {
 };
 // A pure function of the shape and the GPU; none where int8_rows multiplies.
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu);
+
+// The first columns of a list as fp32, so that whoever multiplies finds neighbours beside one another: what W has there
+// (codes less their zero points, or the copy), and x.
+struct Int8Table {
+  float* w;   // [lines, table_rows]
+  float* x;   // [lines, table_tokens]
+  int lines;  // that there is room for, a multiple of kInt8Lines
+};
 
 struct Int8Op {
   const uint8_t* codes;  // [n, k], 128 more than the int8
@@ -48,14 +56,11 @@ struct Int8Op {
   int64_t flag_rows;       // of a part
   int32_t* outliers;       // those without a copy, ascending; there is room for k
   int32_t* outlier_count;  // null: none are looked for
-  // The first `loose` of them as fp32, so that whoever multiplies finds neighbours beside one another: W's codes less
-  // their zero points, and x.
-  float* loose_w;  // [loose, loose_rows]
-  float* loose_x;  // [loose, loose_tokens]
-  int loose;       // a multiple of kInt8Loose
-  // Not 0: an outlier of x of the first `loose` is 2^120 or more, and times a code of 8 bits could be no number.
+  // Their columns, and those with a copy.
+  Int8Table loose, exact;
+  int64_t table_rows, table_tokens;
+  // Not 0: an outlier of x in the table is 2^120 or more, and times a code of 8 bits could be no number.
   uint32_t* loose_huge;
-  int64_t loose_rows, loose_tokens;
   int8_t* x_codes;  // [m, stride], zeros behind k
   int64_t stride;   // a multiple of kInt8Piece
   float* steps;     // [m]

@@ -272,6 +272,19 @@ struct ListMemory {
 
 BITFOLD_DEVICE uint32_t loose(const Int8Op& op, int64_t word) { return reached(op, word) & ~copied(op, word); }
 
+// Line i of a table, of `part` of `parts` of the rows of W and x, of which w and x say the numbers.
+template <class W, class X>
+BITFOLD_DEVICE void write_line(const Int8Op& op, const Int8Table& table, int i, int part, int parts, const W& w,
+                               const X& x) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  float *to_w = table.w + i * op.table_rows, *to_x = table.x + i * op.table_tokens;
+  const int64_t rows = op.n * (part + 1) / parts, tokens = op.x.rows * (part + 1) / parts;
+#pragma unroll 8
+  for (int64_t row = op.n * part / parts + thread; row < rows; row += kThreads) to_w[row] = w(row);
+#pragma unroll 4
+  for (int64_t row = op.x.rows * part / parts + thread; row < tokens; row += kThreads) to_x[row] = x(row);
+}
+
 // A strip's; `lister` of kListers has its share of the rows of W and x.
 BITFOLD_DEVICE void list_strip(const Int8Op& op, int64_t strip, int lister) {
   auto& memory = shared<ListMemory>();
@@ -286,37 +299,46 @@ BITFOLD_DEVICE void list_strip(const Int8Op& op, int64_t strip, int lister) {
   if (thread < kStripWords) memory.words[thread] = loose(op, first + thread);
   ptx::sync_block();
   int at = memory.before;
+  bool huge = false;
   for (int i = 0; i < kStripWords; ++i) {
-    for (uint32_t bits = memory.words[i]; bits != 0; bits &= bits - 1) {
+    for (uint32_t bits = memory.words[i]; bits != 0; bits &= bits - 1, ++at) {
       const int64_t column = 32 * (first + i) + 31 - ptx::clz(bits & (0u - bits));
       if (thread == 0 && lister == 0) op.outliers[at] = static_cast<int32_t>(column);
-      if (at < op.loose) {
-        float *w = op.loose_w + at * op.loose_rows, *x = op.loose_x + at * op.loose_tokens;
-#pragma unroll 8
-        for (int64_t row = op.n * lister / kListers + thread; row < op.n * (lister + 1) / kListers; row += kThreads)
-          w[row] = static_cast<float>(ptx::load1(op.codes + row * op.k + column) - int8_zero(op, row));
-        const int64_t end = op.x.rows * (lister + 1) / kListers;
-        bool huge = false;
-#pragma unroll 8
-        for (int64_t row = op.x.rows * lister / kListers + thread; row < end; row += kThreads) {
-          const float number = int8_outlier(op, row, column);
-          x[row] = number;
-          huge = huge || magnitude(number) >= 0x1p120f;
-        }
-        if (huge) ptx::atomic_or(op.loose_huge, 1u);
-      }
-      ++at;
+      if (at >= op.loose.lines) continue;
+      const auto code = [&](int64_t row) {
+        return static_cast<float>(ptx::load1(op.codes + row * op.k + column) - int8_zero(op, row));
+      };
+      write_line(op, op.loose, at, lister, kListers, code, [&](int64_t row) {
+        const float number = int8_outlier(op, row, column);
+        huge = huge || magnitude(number) >= 0x1p120f;
+        return number;
+      });
     }
   }
+  if (huge) ptx::atomic_or(op.loose_huge, 1u);
   if (thread == 0 && lister == 0 && first + kStripWords == op.words) *op.outlier_count = at;
+}
+
+// Columns with a copy, every one of them by one of `blocks` blocks.
+BITFOLD_DEVICE void write_copies(const Int8Op& op, int block, int blocks) {
+  const auto* copy = static_cast<const uint16_t*>(op.copy.data);
+  const bool half = op.copy.dtype == DType::F16;
+  for (int i = block; i < smaller(op.copies, op.exact.lines); i += blocks) {
+    const auto weight = [&](int64_t row) {
+      const uint16_t bits = ptx::load2(copy + row * op.copies + i);
+      return half ? half_to_float(bits) : bf16_to_float(bits);
+    };
+    write_line(op, op.exact, i, 0, 1, weight, [&](int64_t row) { return int8_x(op, row, op.columns[i]); });
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 2) int8_round_kernel(const Int8Op op, unsigned listing) {
   if (blockIdx.x == 0 && op.tiles.splits > 1) {
     for (auto i = static_cast<int>(threadIdx.x); i < op.tiles.count; i += kThreads) op.arrivals[i] = 0;
   }
-  if (blockIdx.x < listing) list_strip(op, blockIdx.x / kListers, static_cast<int>(blockIdx.x % kListers));
-  else round_row(op, blockIdx.x - listing);
+  if (blockIdx.x >= listing) return round_row(op, blockIdx.x - listing);
+  if (op.finds) list_strip(op, blockIdx.x / kListers, static_cast<int>(blockIdx.x % kListers));
+  write_copies(op, static_cast<int>(blockIdx.x), static_cast<int>(listing));
 }
 
 }  // namespace
@@ -331,7 +353,7 @@ void int8_mark(const Int8Op& op, Stream stream) {
 }
 
 void int8_round(const Int8Op& op, Stream stream) {
-  const auto listing = static_cast<unsigned>(op.finds ? op.words / kStripWords * kListers : 0);
+  const auto listing = static_cast<unsigned>(op.finds || op.copies > 0 ? op.words / kStripWords * kListers : 0);
   launch({.grid = static_cast<unsigned>(op.x.rows) + listing,
           .block = kThreads,
           .shared_bytes = larger(sizeof(RoundMemory), sizeof(ListMemory)),

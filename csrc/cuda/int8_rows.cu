@@ -22,12 +22,12 @@ constexpr int kRooms = 4;
 constexpr int64_t kPartPieces = kPartColumns / kInt8Piece;
 static_assert(kPartPieces % kWarps == 0);  // the pieces of a warp go on from part to part
 
-constexpr int kTable = 3 * kInt8Loose;  // outliers
+constexpr int kTable = 3 * kInt8Lines;  // lines of outliers
 
 struct Memory {
   uint4 ring[kWarps][kRooms][2 * kTiles][kWarp];  // rows g and g + 8 of each tile
   int4 partial[kWarps][kTiles][kWarp];
-  float w[kTable][kRows];  // of outliers, for the tile
+  float w[kTable][kRows];  // for the tile
   float x[kTable][kTokens];
 };
 
@@ -97,45 +97,58 @@ BITFOLD_DEVICE void multiply(int (&sums)[4], const uint4& low, const uint4& high
   ptx::mma_s8(sums, second, x_second);
 }
 
-// A tile's columns of W that are outliers, as many as there is room for, and (`first`) those of x. A group of copies.
-BITFOLD_DEVICE void fetch_outliers(const Int8Op& op, Memory& memory, int64_t row, int64_t token, int count,
-                                   bool first) {
+// The first `count` lines of a table for the rows of a tile (`first`: and for the tokens), from `line` of the memory's
+// on.
+BITFOLD_DEVICE void fetch_lines(const Int8Op& op, const Int8Table& table, Memory& memory, int line, int count,
+                                int64_t row, int64_t token, bool first) {
   constexpr int kFours = kRows / 4, kXFours = kTokens / 4;
   for (auto i = static_cast<int>(threadIdx.x); i < count * kFours; i += kThreads) {
     const int c = i / kFours, four = i % kFours * 4;
-    ptx::cp_async<16>(&memory.w[c][four], op.loose_w + c * op.loose_rows + row + four);
+    ptx::cp_async<16>(&memory.w[line + c][four], table.w + c * op.table_rows + row + four);
   }
   for (auto i = static_cast<int>(threadIdx.x); first && i < count * kXFours; i += kThreads) {
     const int c = i / kXFours, four = i % kXFours * 4;
-    ptx::cp_async<16>(&memory.x[c][four], op.loose_x + c * op.loose_tokens + token + four);
+    ptx::cp_async<16>(&memory.x[line + c][four], table.x + c * op.table_tokens + token + four);
   }
-  ptx::cp_async_commit();
 }
 
-// The sums of outliers of one number of y: those without a copy, the first `fetched` of them from shared memory, and
-// those with one.
-BITFOLD_DEVICE float loose_sum(const Int8Op& op, const Memory& memory, int64_t token, int64_t row, int zero, int count,
-                               int fetched) {
+// How many outliers there are, and how many of them come to shared memory: first those without a copy.
+struct Outliers {
+  int loose, exact, loose_lines, exact_lines;
+  BITFOLD_DEVICE explicit Outliers(const Int8Op& op)
+      : loose(int8_outliers(op)),
+        exact(op.copies),
+        loose_lines(smaller(loose, smaller(op.loose.lines, kTable))),
+        exact_lines(smaller(exact, smaller(op.exact.lines, kTable - loose_lines))) {}
+};
+
+// The sums of outliers of one number of y: those without a copy, and those with one.
+struct Sums {
+  float loose, exact;
+};
+BITFOLD_DEVICE float sum_of_lines(const Memory& memory, int line, int count, int64_t token, int64_t row) {
   float sum = 0.0f;
 #pragma unroll 8
-  for (int i = 0; i < fetched; ++i)
+  for (int i = line; i < line + count; ++i)
     sum = ptx::add(sum, ptx::mul(memory.x[i][token % kTokens], memory.w[i][row % kRows]));
-#pragma unroll 4
-  for (int i = fetched; i < count; ++i) {
-    const int64_t column = op.outliers[i];
-    const auto code = static_cast<float>(op.codes[row * op.k + column] - zero);
-    sum = ptx::add(sum, ptx::mul(int8_outlier(op, token, column), code));
-  }
   return sum;
 }
-BITFOLD_DEVICE float exact_sum(const Int8Op& op, int64_t token, int64_t row) {
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int i = 0; i < op.copies; ++i) {
-    const float weight = read_float(op.copy, row * op.copies + i);
-    sum = ptx::add(sum, ptx::mul(int8_x(op, token, op.columns[i]), weight));
+BITFOLD_DEVICE Sums sums_of(const Int8Op& op, const Memory& memory, const Outliers& outliers, int64_t token,
+                            int64_t row, int zero) {
+  float loose = sum_of_lines(memory, 0, outliers.loose_lines, token, row);
+#pragma unroll 4
+  for (int i = outliers.loose_lines; i < outliers.loose; ++i) {
+    const int64_t column = op.outliers[i];
+    const auto code = static_cast<float>(op.codes[row * op.k + column] - zero);
+    loose = ptx::add(loose, ptx::mul(int8_outlier(op, token, column), code));
   }
-  return sum;
+  float exact = sum_of_lines(memory, outliers.loose_lines, outliers.exact_lines, token, row);
+#pragma unroll 4
+  for (int i = outliers.exact_lines; i < outliers.exact; ++i) {
+    const float weight = read_float(op.copy, row * op.copies + i);
+    exact = ptx::add(exact, ptx::mul(int8_x(op, token, op.columns[i]), weight));
+  }
+  return {loose, exact};
 }
 
 __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op) {
@@ -148,15 +161,19 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
   const int8_t* x = op.x_codes + (there ? first_token + ptx::lane_id() / 4 : 0) * op.stride + 16 * (ptx::lane_id() % 4);
   // A number of y for each of the first threads.
   const int64_t token = first_token + thread / kRows;
-  const int outliers = int8_outliers(op), fetched = smaller(outliers, smaller(op.loose, kTable));
+  const Outliers outliers(op);
   const bool few_pieces = pieces < kWarps * kRooms;
   int room = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t row = tile * kRows + thread % kRows;
     const bool mine = thread < kRows * kTokens && token < op.x.rows && row < op.n;
     const Int8Row w = mine ? int8_row(op, row) : Int8Row{};
-    if (fetched > 0) fetch_outliers(op, memory, tile * kRows, first_token, fetched, tile == blockIdx.x);
-    float y = 0.0f, loose = 0.0f;
+    const bool first = tile == blockIdx.x;
+    fetch_lines(op, op.loose, memory, 0, outliers.loose_lines, tile * kRows, first_token, first);
+    fetch_lines(op, op.exact, memory, outliers.loose_lines, outliers.exact_lines, tile * kRows, first_token, first);
+    if (outliers.loose_lines + outliers.exact_lines > 0) ptx::cp_async_commit();
+    float y = 0.0f;
+    Sums more{};
     for (int part = 0; part < op.parts; ++part) {
       int sums[kTiles][4] = {};
       const int64_t end = smaller((part + 1) * kPartPieces, pieces);
@@ -190,11 +207,11 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
         }
         y = ptx::add(y, int8_part(sum, w, int8_token(op, token, part)));
         // Between barriers: the next tile's outliers come to the same place.
-        if (part == op.parts - 1) loose = loose_sum(op, memory, token, row, w.zero, outliers, fetched);
+        if (part == op.parts - 1) more = sums_of(op, memory, outliers, token, row, w.zero);
       }
       ptx::sync_block();
     }
-    if (mine) int8_store(op, token, row, w.scale, y, loose, exact_sum(op, token, row));
+    if (mine) int8_store(op, token, row, w.scale, y, more.loose, more.exact);
   }
 }
 

@@ -249,7 +249,7 @@ class Tile {
   BITFOLD_DEVICE void add_outliers() {
     const int count = int8_outliers(op_);
     // A product of 16 bits and 8 is exact: rounded once less, sums are the same.
-    const bool exact = op_.x.dtype != DType::F32 && count <= op_.loose;
+    const bool exact = op_.x.dtype != DType::F32 && count <= op_.loose.lines;
     if (count > 0 && exact && *op_.loose_huge == 0) add_chains<false, true>(count);
     else add_chains<false, false>(count);
     add_chains<true, false>(op_.copies);
@@ -314,13 +314,13 @@ class Tile {
   // The table of columns [begin, begin + columns) of a list. Begins and ends with a barrier.
   template <bool Copied>
   BITFOLD_DEVICE void fill(int begin, int columns) {
-    static_assert(kInt8Loose % kTableColumns == 0 && kInt8Loose % S::kRows == 0 && kInt8Loose % S::kTokens == 0);
+    static_assert(kInt8Lines % kTableColumns == 0 && kInt8Lines % S::kRows == 0 && kInt8Lines % S::kTokens == 0);
     ptx::sync_block();
-    if (!Copied && begin < op_.loose) {
-      copy_lines<S::kRows>(&memory_.table.w[0][0], op_.loose_w + begin * op_.loose_rows + row0(), op_.loose_rows,
-                           columns);
-      copy_lines<S::kTokens>(&memory_.table.x[0][0], op_.loose_x + begin * op_.loose_tokens + token0(),
-                             op_.loose_tokens, columns);
+    const Int8Table& table = Copied ? op_.exact : op_.loose;
+    if (begin < table.lines) {
+      copy_lines<S::kRows>(&memory_.table.w[0][0], table.w + begin * op_.table_rows + row0(), op_.table_rows, columns);
+      copy_lines<S::kTokens>(&memory_.table.x[0][0], table.x + begin * op_.table_tokens + token0(), op_.table_tokens,
+                             columns);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
     } else {

@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kStripWords = 8;   // of int8_mark's blocks
 constexpr int64_t kFlagRows = 256;   // fewer aren't worth a part of their own
 constexpr int64_t kFlagParts = 8;    // every thread that rounds looks at all of them
-constexpr int64_t kLooseShare = 64;  // of k: more outliers than k over this are right, and slow
+constexpr int64_t kTableShare = 64;  // of k: more outliers than k over this are right, and slow
 constexpr int64_t kBoundary = 256;   // bytes
 
 // Where everything lies in the workspace.
@@ -25,13 +25,13 @@ class Layout8 {
     copied = take(args.copies > 0 ? words * 4 : 0);
     outliers = take(finds ? k * 4 : 0);
     outlier_count = take(finds ? 4 : 0);
-    const auto whole = [](int64_t count) { return ceil_div<int64_t>(count, kInt8Loose) * kInt8Loose; };
-    loose = finds ? whole(k / kLooseShare + 1) : 0;
-    loose_rows = whole(args.w.n);
-    loose_tokens = whole(m);
+    const auto whole = [](int64_t count) { return ceil_div<int64_t>(count, kInt8Lines) * kInt8Lines; };
+    const int64_t lines = whole(k / kTableShare + 1);
+    table_rows = whole(args.w.n);
+    table_tokens = whole(m);
     loose_huge = take(finds ? 4 : 0);
-    loose_w = take(loose * loose_rows * 4);
-    loose_x = take(loose * loose_tokens * 4);
+    loose = table(finds ? lines : 0);
+    exact = table(smaller(lines, whole(args.copies)));
     codes = take(m * stride);
     steps = take(m * 4);
     sums = take(m * parts * 4);
@@ -40,8 +40,15 @@ class Layout8 {
     partial = take(split ? tiles.count * tiles.splits * tiles.sums * 4 : 0);
     arrivals = take(split ? tiles.count * 4 : 0);
   }
-  int64_t words, flag_parts, stride, parts, loose, loose_rows, loose_tokens;
-  int64_t reached, copied, outliers, outlier_count, loose_huge, loose_w, loose_x, codes, steps, sums, partial, arrivals;
+  int64_t words, flag_parts, stride, parts, table_rows, table_tokens;
+  int64_t reached, copied, outliers, outlier_count, loose_huge, codes, steps, sums, partial, arrivals;
+  struct Table {
+    int64_t w, x, lines;
+    Int8Table at(char* base) const {
+      return {reinterpret_cast<float*>(base + w), reinterpret_cast<float*>(base + x), static_cast<int>(lines)};
+    }
+  };
+  Table loose, exact;
   Int8Tiles tiles;
   int64_t bytes = 0;
 
@@ -50,6 +57,10 @@ class Layout8 {
     const int64_t begin = bytes;
     bytes += ceil_div<int64_t>(count, kBoundary) * kBoundary;
     return begin;
+  }
+  Table table(int64_t lines) {
+    const int64_t w = take(lines * table_rows * 4), x = take(lines * table_tokens * 4);
+    return {w, x, lines};
   }
 };
 
@@ -89,12 +100,11 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .flag_rows = ceil_div<int64_t>(args.x.rows, at.flag_parts),
       .outliers = reinterpret_cast<int32_t*>(base + at.outliers),
       .outlier_count = finds ? reinterpret_cast<int32_t*>(base + at.outlier_count) : nullptr,
-      .loose_w = reinterpret_cast<float*>(base + at.loose_w),
-      .loose_x = reinterpret_cast<float*>(base + at.loose_x),
-      .loose = static_cast<int>(at.loose),
+      .loose = at.loose.at(base),
+      .exact = at.exact.at(base),
+      .table_rows = at.table_rows,
+      .table_tokens = at.table_tokens,
       .loose_huge = reinterpret_cast<uint32_t*>(base + at.loose_huge),
-      .loose_rows = at.loose_rows,
-      .loose_tokens = at.loose_tokens,
       .x_codes = reinterpret_cast<int8_t*>(base + at.codes),
       .stride = at.stride,
       .steps = reinterpret_cast<float*>(base + at.steps),
