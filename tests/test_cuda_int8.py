@@ -122,6 +122,17 @@ def test_a_row_that_is_no_number_stays_alone(way, gpu):
             assert y.isnan().any(dim=1).tolist() == [j == m // 2 for j in range(m)]
 
 
+@pytest.mark.parametrize("kilobytes", [99, 145, 163])
+def test_little_shared_memory(kilobytes):
+    """Fewer warps, and fewer outliers of a tile at hand, or none."""
+    m, n, k = 3, 75, 1040
+    planes, x = weight(n, k, "int8-channel-asym"), activations(m, k, torch.bfloat16)
+    with devices.use("emulated"):
+        devices.emulated().configure(shared_bytes=kilobytes * 1024, order="priority", multiprocessors=1)
+        for way in ("plain", "found and copied"):
+            assert_same(torch.ops.bitfold_emulated, x, planes, "int8-channel-asym", n, None, *WAYS[way](n, k))
+
+
 def test_outliers_so_large_that_products_are_no_numbers(gpu):
     """Sums of them are infinite in the definition's order, or nothing, where one rounding would leave a number."""
     for m in (3, 12, 40):

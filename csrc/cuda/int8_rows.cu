@@ -1,6 +1,6 @@
 // y[m, n] = x W^T with x in 8-bit codes, for m <= 8: what decides is how fast W is read.
 //
-// A block of 16 warps is at home on a multiprocessor and takes tiles of 32 rows of W in turn; its warps share the
+// A block of 16 warps (8, where shared memory is small) is at home on a multiprocessor and takes tiles of 32 rows of W in turn; its warps share the
 // columns in pieces of 64. A lane copies the 16 bytes of each of its rows that it will multiply itself, three pieces
 // ahead, into a ring of its own, so that nobody waits for anybody until the warps add their sums up: those are whole
 // numbers, whose order is no matter. As the order of columns is none either, a lane's 16 bytes are its operands of two
@@ -13,23 +13,28 @@
 namespace bitfold::cuda {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarp * kWarps;
+constexpr int kMostWarps = 16, kFewWarps = 8;  // of a block; few where more of them have no room
+constexpr int kThreads = kWarp * kMostWarps;
 constexpr int kTokens = static_cast<int>(kInt8Tokens);
 constexpr int kTiles = 2;  // of 16 rows
 constexpr int kRows = 16 * kTiles;
 constexpr int kRooms = 4;
 constexpr int64_t kPartPieces = kPartColumns / kInt8Piece;
-static_assert(kPartPieces % kWarps == 0);  // the pieces of a warp go on from part to part
+static_assert(kPartPieces % kMostWarps == 0);  // the pieces of a warp go on from part to part
 
-constexpr int kTable = 3 * kInt8Lines;  // lines of outliers
+static_assert(kRows * kTokens <= kWarp * kFewWarps);  // a number of y for a thread
+constexpr int kMostLines = 3 * kInt8Lines;            // of outliers, where there is room for them
 
-struct Memory {
-  uint4 ring[kWarps][kRooms][2 * kTiles][kWarp];  // rows g and g + 8 of each tile
-  int4 partial[kWarps][kTiles][kWarp];
-  float w[kTable][kRows];  // for the tile
-  float x[kTable][kTokens];
+struct Memory {                           // of a warp
+  uint4 ring[kRooms][2 * kTiles][kWarp];  // rows g and g + 8 of each tile
+  int4 partial[kTiles][kWarp];
 };
+struct Line {  // behind those of all warps: an outlier
+  float w[kRows];
+  float x[kTokens];
+};
+
+BITFOLD_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 
 // The 16 bytes of a row from `column` on, zeros behind k, to `to`. By one thread, which can't copy asynchronously where
 // rows lie anywhere: `aligned` says that k is a multiple of 16.
@@ -66,7 +71,7 @@ class Feed {
         fetch(op_.codes + row * op_.k, piece_ * kInt8Piece + 16 * (ptx::lane_id() % 4), op_.k, aligned_,
               room(room_, i));
       }
-      piece_ += kWarps;
+      piece_ += threads() / kWarp;
       if (piece_ >= pieces_) {
         piece_ = ptx::warp_id();
         tile_ += gridDim.x;
@@ -76,9 +81,7 @@ class Feed {
     room_ = room_ + 1 == kRooms ? 0 : room_ + 1;
   }
 
-  BITFOLD_DEVICE uint4* room(int number, int i) const {
-    return &memory_.ring[ptx::warp_id()][number][i][ptx::lane_id()];
-  }
+  BITFOLD_DEVICE uint4* room(int number, int i) const { return &memory_.ring[number][i][ptx::lane_id()]; }
 
  private:
   const Int8Op& op_;
@@ -97,52 +100,50 @@ BITFOLD_DEVICE void multiply(int (&sums)[4], const uint4& low, const uint4& high
   ptx::mma_s8(sums, second, x_second);
 }
 
-// The first `count` lines of a table for the rows of a tile (`first`: and for the tokens), from `line` of the memory's
-// on.
-BITFOLD_DEVICE void fetch_lines(const Int8Op& op, const Int8Table& table, Memory& memory, int line, int count,
-                                int64_t row, int64_t token, bool first) {
+// The first `count` lines of a table for the rows of a tile (`first`: and for the tokens).
+BITFOLD_DEVICE void fetch_lines(const Int8Op& op, const Int8Table& table, Line* lines, int count, int64_t row,
+                                int64_t token, bool first) {
   constexpr int kFours = kRows / 4, kXFours = kTokens / 4;
-  for (auto i = static_cast<int>(threadIdx.x); i < count * kFours; i += kThreads) {
+  for (auto i = static_cast<int>(threadIdx.x); i < count * kFours; i += threads()) {
     const int c = i / kFours, four = i % kFours * 4;
-    ptx::cp_async<16>(&memory.w[line + c][four], table.w + c * op.table_rows + row + four);
+    ptx::cp_async<16>(&lines[c].w[four], table.w + c * op.table_rows + row + four);
   }
-  for (auto i = static_cast<int>(threadIdx.x); first && i < count * kXFours; i += kThreads) {
+  for (auto i = static_cast<int>(threadIdx.x); first && i < count * kXFours; i += threads()) {
     const int c = i / kXFours, four = i % kXFours * 4;
-    ptx::cp_async<16>(&memory.x[line + c][four], table.x + c * op.table_tokens + token + four);
+    ptx::cp_async<16>(&lines[c].x[four], table.x + c * op.table_tokens + token + four);
   }
 }
 
-// How many outliers there are, and how many of them come to shared memory: first those without a copy.
+// How many outliers there are, and how many of them have one of the `lines`: first those without a copy.
 struct Outliers {
   int loose, exact, loose_lines, exact_lines;
-  BITFOLD_DEVICE explicit Outliers(const Int8Op& op)
+  BITFOLD_DEVICE Outliers(const Int8Op& op, int lines)
       : loose(int8_outliers(op)),
         exact(op.copies),
-        loose_lines(smaller(loose, smaller(op.loose.lines, kTable))),
-        exact_lines(smaller(exact, smaller(op.exact.lines, kTable - loose_lines))) {}
+        loose_lines(smaller(loose, smaller(op.loose.lines, lines))),
+        exact_lines(smaller(exact, smaller(op.exact.lines, lines - loose_lines))) {}
 };
 
 // The sums of outliers of one number of y: those without a copy, and those with one.
 struct Sums {
   float loose, exact;
 };
-BITFOLD_DEVICE float sum_of_lines(const Memory& memory, int line, int count, int64_t token, int64_t row) {
+BITFOLD_DEVICE float sum_of_lines(const Line* lines, int count, int64_t token, int64_t row) {
   float sum = 0.0f;
 #pragma unroll 8
-  for (int i = line; i < line + count; ++i)
-    sum = ptx::add(sum, ptx::mul(memory.x[i][token % kTokens], memory.w[i][row % kRows]));
+  for (int i = 0; i < count; ++i) sum = ptx::add(sum, ptx::mul(lines[i].x[token % kTokens], lines[i].w[row % kRows]));
   return sum;
 }
-BITFOLD_DEVICE Sums sums_of(const Int8Op& op, const Memory& memory, const Outliers& outliers, int64_t token,
-                            int64_t row, int zero) {
-  float loose = sum_of_lines(memory, 0, outliers.loose_lines, token, row);
+BITFOLD_DEVICE Sums sums_of(const Int8Op& op, const Line* lines, const Outliers& outliers, int64_t token, int64_t row,
+                            int zero) {
+  float loose = sum_of_lines(lines, outliers.loose_lines, token, row);
 #pragma unroll 4
   for (int i = outliers.loose_lines; i < outliers.loose; ++i) {
     const int64_t column = op.outliers[i];
     const auto code = static_cast<float>(op.codes[row * op.k + column] - zero);
     loose = ptx::add(loose, ptx::mul(int8_outlier(op, token, column), code));
   }
-  float exact = sum_of_lines(memory, outliers.loose_lines, outliers.exact_lines, token, row);
+  float exact = sum_of_lines(lines + outliers.loose_lines, outliers.exact_lines, token, row);
 #pragma unroll 4
   for (int i = outliers.exact_lines; i < outliers.exact; ++i) {
     const float weight = read_float(op.copy, row * op.copies + i);
@@ -151,26 +152,28 @@ BITFOLD_DEVICE Sums sums_of(const Int8Op& op, const Memory& memory, const Outlie
   return {loose, exact};
 }
 
-__global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op) {
-  auto& memory = shared<Memory>();
+__global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op, int room_for) {
+  const int warps = threads() / kWarp;
+  Memory* memory = &shared<Memory>();
+  auto* lines = reinterpret_cast<Line*>(memory + warps);
   const auto thread = static_cast<int>(threadIdx.x);
   const int64_t tiles = ceil_div<int64_t>(op.n, kRows), pieces = op.stride / kInt8Piece;
   const int64_t first_token = int64_t{blockIdx.y} * kTokens;
-  Feed feed(op, memory, tiles, pieces, op.k % 16 == 0);
+  Feed feed(op, memory[ptx::warp_id()], tiles, pieces, op.k % 16 == 0);
   const bool there = first_token + ptx::lane_id() / 4 < op.x.rows;
   const int8_t* x = op.x_codes + (there ? first_token + ptx::lane_id() / 4 : 0) * op.stride + 16 * (ptx::lane_id() % 4);
   // A number of y for each of the first threads.
   const int64_t token = first_token + thread / kRows;
-  const Outliers outliers(op);
-  const bool few_pieces = pieces < kWarps * kRooms;
+  const Outliers outliers(op, room_for);
+  const bool few_pieces = pieces < warps * kRooms;
   int room = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t row = tile * kRows + thread % kRows;
     const bool mine = thread < kRows * kTokens && token < op.x.rows && row < op.n;
     const Int8Row w = mine ? int8_row(op, row) : Int8Row{};
     const bool first = tile == blockIdx.x;
-    fetch_lines(op, op.loose, memory, 0, outliers.loose_lines, tile * kRows, first_token, first);
-    fetch_lines(op, op.exact, memory, outliers.loose_lines, outliers.exact_lines, tile * kRows, first_token, first);
+    fetch_lines(op, op.loose, lines, outliers.loose_lines, tile * kRows, first_token, first);
+    fetch_lines(op, op.exact, lines + outliers.loose_lines, outliers.exact_lines, tile * kRows, first_token, first);
     if (outliers.loose_lines + outliers.exact_lines > 0) ptx::cp_async_commit();
     float y = 0.0f;
     Sums more{};
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
       int sums[kTiles][4] = {};
       const int64_t end = smaller((part + 1) * kPartPieces, pieces);
 #pragma unroll 1
-      for (int64_t piece = part * kPartPieces + ptx::warp_id(); piece < end; piece += kWarps) {
+      for (int64_t piece = part * kPartPieces + ptx::warp_id(); piece < end; piece += warps) {
         uint4 codes{};
         if (there) codes = ptx::load16(x + piece * kInt8Piece);
         ptx::cp_async_wait<kRooms - 2>();
@@ -192,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
       }
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
-        memory.partial[ptx::warp_id()][r][ptx::lane_id()] = {sums[r][0], sums[r][1], sums[r][2], sums[r][3]};
+        memory[ptx::warp_id()].partial[r][ptx::lane_id()] = {sums[r][0], sums[r][1], sums[r][2], sums[r][3]};
       }
       if (few_pieces) ptx::cp_async_wait<0>();  // else the outliers came before the pieces that were waited for
       ptx::sync_block();
@@ -201,13 +204,13 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
         const int t = thread / kRows, r = thread % kRows;
         const int lane = r % 8 * 4 + t / 2, place = r % 16 / 8 * 2 + t % 2;
         int sum = 0;
-#pragma unroll
-        for (int warp = 0; warp < kWarps; ++warp) {
-          sum += reinterpret_cast<const int*>(&memory.partial[warp][r / 16][lane])[place];
+#pragma unroll 8
+        for (int warp = 0; warp < warps; ++warp) {
+          sum += reinterpret_cast<const int*>(&memory[warp].partial[r / 16][lane])[place];
         }
         y = ptx::add(y, int8_part(sum, w, int8_token(op, token, part)));
         // Between barriers: the next tile's outliers come to the same place.
-        if (part == op.parts - 1) more = sums_of(op, memory, outliers, token, row, w.zero);
+        if (part == op.parts - 1) more = sums_of(op, lines, outliers, token, row, w.zero);
       }
       ptx::sync_block();
     }
@@ -218,14 +221,18 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op)
 }  // namespace
 
 void int8_rows(const Int8Op& op, Stream stream) {
-  const int64_t tiles = ceil_div<int64_t>(op.n, kRows);
+  constexpr int64_t kMemory = sizeof(Memory), kLine = sizeof(Line);
+  const int64_t tiles = ceil_div<int64_t>(op.n, kRows), bytes = gpu().shared_bytes;
+  const int warps = bytes < kMostWarps * kMemory ? kFewWarps : kMostWarps;
+  const int64_t lines = smaller<int64_t>(smaller(kMostLines, op.loose.lines + op.exact.lines),
+                                         larger<int64_t>((bytes - warps * kMemory) / kLine, 0));
   launch({.grid = dim3(static_cast<unsigned>(smaller<int64_t>(tiles, gpu().multiprocessors)),
                        static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, kTokens))),
-          .block = kThreads,
-          .shared_bytes = sizeof(Memory),
+          .block = static_cast<unsigned>(warps * kWarp),
+          .shared_bytes = warps * kMemory + lines * kLine,
           .name = "int8_rows",
           .stream = stream},
-         int8_rows_kernel, op);
+         int8_rows_kernel, op, static_cast<int>(lines));
 }
 
 }  // namespace bitfold::cuda
