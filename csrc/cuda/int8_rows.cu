@@ -1,11 +1,11 @@
 // y[m, n] = x W^T with x in 8-bit codes, for m <= 8: what decides is how fast W is read.
 //
-// A block of 16 warps (8, where shared memory is small) is at home on a multiprocessor and takes tiles of 32 rows of W in turn; its warps share the
-// columns in pieces of 64. A lane copies the 16 bytes of each of its rows that it will multiply itself, three pieces
-// ahead, into a ring of its own, so that nobody waits for anybody until the warps add their sums up: those are whole
-// numbers, whose order is no matter. As the order of columns is none either, a lane's 16 bytes are its operands of two
-// steps of mma with W as the 16 rows, and the same 16 bytes of a token's codes are those of the 8 columns. Those come
-// from the caches.
+// A block of 16 warps (8, where shared memory is small) is at home on a multiprocessor and takes tiles of 32 rows of W
+// in turn; its warps share the columns in pieces of 64. A lane copies the 16 bytes of each of its rows that it will
+// multiply itself, three pieces ahead, into a ring of its own, so that nobody waits for anybody until the warps add
+// their sums up: those are whole numbers, whose order is no matter. As the order of columns is none either, a lane's 16
+// bytes are its operands of two steps of mma with W as the 16 rows, and the same 16 bytes of a token's codes are those
+// of the 8 columns. Those come from the caches.
 //
 // With more tokens the grid's second dimension has eight of them each.
 #include "cuda/int8.hpp"

@@ -384,6 +384,7 @@ class Attention {
 
 template <KvFormat Format>
 __global__ void __launch_bounds__(kKvThreads, kKvPackedBlocks) kv_attention_kernel(KvJob job) {
+  ptx::let_later_begin();  // kv_merge, which is ready then when the last chunk is
   const KvPlace place(job);
   if (job.packed && place.chunk < job.packed_chunks) {
     if (job.shape.head == 64) return PackedAttention<Format, 64>(job, place).run();

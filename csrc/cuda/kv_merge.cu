@@ -13,6 +13,8 @@ struct Memory {
 // query that sees nothing is 0.
 __global__ void __launch_bounds__(kKvThreads) kv_merge_kernel(KvMerge m) {
   auto& memory = shared<Memory>();
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   const auto thread = static_cast<int>(threadIdx.x);
   const int64_t head = blockIdx.x / m.queries, r = blockIdx.x % m.queries, size = m.queries * (m.head + 2);
   const float* parts = m.parts + head * m.chunks * size + r * (m.head + 2);
@@ -61,7 +63,8 @@ void kv_merge(const KvMerge& merge, Stream stream) {
           .block = dim3(kKvThreads),
           .shared_bytes = sizeof(Memory),
           .name = "kv_merge",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          kv_merge_kernel, merge);
 }
 
