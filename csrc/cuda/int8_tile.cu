@@ -14,14 +14,13 @@
 namespace bitfold::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarp * kWarps;
 constexpr int kBlocks = 2;  // of a multiprocessor
 
-// RowWarps warps beside one another in rows, the others in tokens; each has Tiles times 16 rows and Groups times 8
+// RowWarps of Warps beside one another in rows, the others in tokens; each has Tiles times 16 rows and Groups times 8
 // tokens.
-template <int RowWarps_, int Tiles_, int Groups_, int Stages_>
+template <int Warps_, int RowWarps_, int Tiles_, int Groups_, int Stages_>
 struct Shape {
+  static constexpr int kWarps = Warps_, kThreads = kWarp * kWarps;
   static constexpr int kRowWarps = RowWarps_, kTiles = Tiles_, kGroups = Groups_, kStages = Stages_;
   static constexpr int kRows = kRowWarps * kTiles * 16;
   static constexpr int kTokens = kWarps / kRowWarps * kGroups * 8;
@@ -31,8 +30,9 @@ struct Shape {
   static constexpr int kTurns = ceil_div(kLinesOfAll, kLines), kRowTurns = kRows / kLines;
   static_assert(kRows % kLines == 0);
 };
-using Few = Shape<4, 1, 2, 8>;   // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
-using Many = Shape<4, 2, 8, 4>;  // 128 rows, 128 tokens
+using Few = Shape<8, 4, 1, 2, 8>;  // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
+// 128 rows, 128 tokens. A warp has 64 of each, half of the registers: what decides is how often shared memory is read.
+using Many = Shape<4, 2, 4, 8, 4>;
 
 template <class S>
 struct Table {  // of as many columns as stages leave room for
@@ -53,13 +53,13 @@ struct Memory {
     Int8Token tokens[S::kTokens];
     Table<S> table;
   };
-  Lines<S> lines[kThreads];
+  Lines<S> lines[S::kThreads];
   int last_row, last_token;
 };
 
 template <class S>
 class Tile {
-  static constexpr int kTableColumns = Table<S>::kColumns;
+  static constexpr int kTableColumns = Table<S>::kColumns, kThreads = S::kThreads;
 
  public:
   BITFOLD_DEVICE Tile(const Int8Op& op, Memory<S>& memory, unsigned row_tile, unsigned token_tile)
@@ -388,7 +388,7 @@ int choose_splits(int64_t tiles, int64_t pieces, int64_t slots) {
 
 // Blocks that share rows of W come one after the other.
 template <class S>
-__global__ void __launch_bounds__(kThreads, kBlocks) int8_tile_kernel(const Int8Op op) {
+__global__ void __launch_bounds__(S::kThreads, kBlocks) int8_tile_kernel(const Int8Op op) {
   auto& memory = shared<Memory<S>>();
   const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, S::kTokens));
   Tile<S>(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
@@ -403,7 +403,7 @@ Int8Tiles tiles_of(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
 template <class S>
 void launch_tiles(const Int8Op& op, Stream stream) {
   launch({.grid = dim3(static_cast<unsigned>(op.tiles.count), static_cast<unsigned>(op.tiles.splits)),
-          .block = kThreads,
+          .block = S::kThreads,
           .shared_bytes = sizeof(Memory<S>),
           .name = "int8_tile",
           .stream = stream},
