@@ -157,6 +157,7 @@ INT8 = [
             ("int8-channel-asym", 9, 75, 1040, "bf16", "found copied", True),
             ("int8-channel", 33, 140, 528, "fp16", "per_row copied", False),  # more columns than a table has
             ("int8-tensor-asym-sfp32", 12, 66, 1040, "fp32", "per_row", False),
+            ("int8-channel", 11, 20, 272, "fp32", "found", False),
         )
     ),
     *(  # k over several blocks
@@ -374,7 +375,7 @@ def linear_int8(
     column = torch.from_numpy(rng.random(case.k) < 0.02)
     alone = torch.from_numpy(rng.random((case.m, case.k)) < 0.2 / case.m)
     x[column.expand_as(x) | alone] *= 40
-    count = 7 if "copied" in words else 0
+    count = min(case.k // 3, 150) if "copied" in words else 0  # more than a table has
     columns = torch.from_numpy(np.sort(rng.choice(case.k, count, replace=False)).astype(np.int32))
     copy = torch.from_numpy(rng.standard_normal((case.n, count))).half()
     scale = torch.tensor([0.05]) if "static" in words else None

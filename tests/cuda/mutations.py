@@ -304,7 +304,6 @@ WRONG = [
     ("int8_rows.cu", "r % 8 * 4 + t / 2", "r % 8 * 4 + t % 2"),
     ("int8_rows.cu", "token < op.x.rows && row < op.n", "row < op.n"),
     ("int8_rows.cu", "tile == blockIdx.x", "false"),
-    ("int8_rows.cu", "lines - loose_lines", "lines"),
     ("int8_rows.cu", "pieces < warps * kRooms", "false"),
     ("int8_tile.cu", "column < op_.k", "true"),
     ("int8_tile.cu", "smaller(line_of(turn), last_row_)", "line_of(turn)"),
