@@ -306,15 +306,19 @@ class Tile : TileCopies<Row, Tokens> {
   typename ScaleRowOf<C>::Type scale_row_;
 };
 
-// Few tokens and more: a kernel each, with the code that a GPU is best at.
+// Few tokens and more: a kernel each, with the code that a GPU is best at. Either may begin before `arrange` has ended.
 template <int Row>
 __global__ void __launch_bounds__(kWgmma ? kFewThreads : kTileThreads, kWgmma ? 1 : 2)
     linear_tile_kernel(const TileParameter p) {
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   if (wgmma_where(p.shape.few)) linear_few<Row>(p);
   else Tile<Row, kFewTokens>(p).run();
 }
 template <int Row>
 __global__ void __launch_bounds__(kWgmma ? kWgmmaThreads : kTileThreads, 1) linear_many_kernel(const TileParameter p) {
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row>(p);
   else Tile<Row, kManyTokens>(p).run();
 }
@@ -355,7 +359,8 @@ void tile_launch<BITFOLD_PART>(const TileParameter& p, Stream stream) {
                                  : kTileThreads,
           .shared_bytes = p.shape.shared_bytes,
           .name = few ? "linear_tile" : "linear_many",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          few ? linear_tile_kernel<BITFOLD_PART> : linear_many_kernel<BITFOLD_PART>, p);
 }
 

@@ -100,6 +100,7 @@ ROWS = [
     linear("nf4-b64-dq", 1, 17, 192),
 ]  # fmt: skip
 TILE = [  # the largest first: ThreadSanitizer gets the last of each format; without wgmma
+    *(linear("int4-g128", m, 75, 512, "bf16", capability=100) for m in (9, 40)),  # without wgmma, but early
     *(linear(format, 3, 33, 1024, "bf16", capability=86) for format in ("q5_0", "q5_1", "q6_k")),
     linear("int4-g128", 80, 140, 1024, "bf16", multiprocessors=132, capability=80),
     linear("q4_k", 128, 130, 1024, multiprocessors=1, capability=80),

@@ -167,7 +167,7 @@ def is_int8(kernel: Kernel) -> bool:
 
 # Kernels that may begin before the one ahead of them has ended, on Hopper and later: ACQBULK is their wait for it, and
 # PREEXIT lets others begin.
-EARLY = ("linear_rows", "rows_sums", "arrange")
+EARLY = ("linear_rows", "rows_sums", "arrange", "linear_tile", "linear_many")
 
 
 def waits_first(kernel: Kernel) -> bool:
