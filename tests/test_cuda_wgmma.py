@@ -10,8 +10,11 @@ from __future__ import annotations
 import bitfold
 import devices
 import numpy as np
+import oracle
+import oracle_gguf
 import pytest
 import torch
+import wgmma_rounding
 from cases import DTYPES, random_planes, to_qtensor
 from test_cuda_tile import (
     BLOCKS,
@@ -26,6 +29,7 @@ from test_cuda_tile import (
     make,
     whole,
 )
+from test_gguf_blocks import tame_blocks
 
 pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no GPU and no emulator")
 
@@ -38,7 +42,24 @@ def gpu(request):
 
 @pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
 def test_every_weight_is_where_its_column_is(gpu, format, rng):
-    assert_columns_in_place(rng, format, 70)
+    """x of ones and zeros picks columns of W: what is rounded once is rounded as y is."""
+    if format in PLANES and wgmma_rounding.roundings(format) == 1 and format.startswith("int"):
+        return assert_columns_in_place(rng, format, 70)
+    assert_weights_rounded(*make(rng, format, 70, whole(format, 320)))
+
+
+def assert_weights_rounded(
+    qtensor: bitfold.QTensor, w: np.ndarray, dtype: torch.dtype = torch.float16
+) -> None:
+    """Each weight, times one, as near as the kernel promises, and rounded to the type of y."""
+    w = w.astype(np.float64)
+    k = w.shape[1]
+    allowed = wgmma_rounding.errors(qtensor, w).T
+    unit, smallest = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}[dtype]
+    for first in range(0, k, 128):
+        y = bitfold.linear(torch.eye(k, dtype=dtype)[first : first + 128], qtensor).double().numpy()
+        exact, near = w.T[first : first + 128], allowed[first : first + 128]
+        assert (np.abs(y - exact) <= near + unit * (np.abs(exact) + near) + smallest).all()
 
 
 @pytest.mark.parametrize("format", [format for format in PLANES if format.startswith("int")])
@@ -117,6 +138,99 @@ def test_huge_and_tiny_scales(gpu, format, rng):
     exact = x.double().numpy() @ w.astype(np.float64).T
     size = np.sqrt((x.double().numpy() ** 2) @ (w.astype(np.float64) ** 2).T)
     assert (np.abs(y.double().numpy() - exact) <= 2.0**-7 * np.maximum(size, np.abs(exact))).all()
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        "int4-g64-sbf16",
+        "int4-g32-asym-sbf16",
+        "int8-g32-sfp32",
+        "int3-g64-sfp32",
+        "int2-g64-sbf16",
+        "nf4-b32",
+        "fp4-b64",
+        "fp8-e4m3-g64",
+        "fp8-e5m2-g32",
+    ],
+)
+def test_groups_of_a_row_far_apart(gpu, format, rng):
+    """Scales from 2^-20 to 2^20 beside one another, rising, falling and in any order, and some of zero."""
+    n, k = 140, 768
+    planes = random_planes(rng, format, n, k)
+    rows, groups = planes["scales"].shape
+    powers = rng.uniform(-20, 20, (rows, groups))
+    powers[:40].sort(axis=1)
+    powers[40:80] = np.sort(powers[40:80], axis=1)[:, ::-1]
+    powers[80:90] = -20
+    powers[80:90, -1] = 20
+    scales = np.exp2(powers) * rng.choice([-1, 0, 1, 1, 1], (rows, groups))
+    if format.startswith("fp8"):
+        planes["codes"] = rng.integers(0, 0x7C, (n, k)).astype(np.uint8) & (
+            0x77 if "e4m3" in format else 0xFF
+        )
+    planes["scales"] = oracle.to_dtype(scales.astype(np.float32), oracle.parse(format).scale)
+    qtensor, w = to_qtensor(planes, format, n, k), oracle.decode(planes, format, n, k)
+    assert_weights_rounded(qtensor, w, torch.bfloat16)
+    x = torch.from_numpy(rng.standard_normal((40, k))).to(torch.bfloat16)
+    assert_sums_rounded(qtensor, w, x)
+
+
+@pytest.mark.parametrize("format", BLOCKS)
+def test_blocks_of_a_row_far_apart(gpu, format, rng):
+    """The same of blocks, whose numbers of 16 bits go from 2^-20 to 2^9."""
+    layout = oracle_gguf.LAYOUTS[format]
+    n, count = 140, 768 // layout.values
+    blocks = tame_blocks(rng, format, n, count).reshape(n, count, layout.bytes)
+    powers = rng.uniform(-20, 9, (n, count))
+    powers[:40].sort(axis=1)
+    powers[40:80] = np.sort(powers[40:80], axis=1)[:, ::-1]
+    for at in layout.halves:
+        half = (np.exp2(powers) * rng.choice([-1, 0, 1, 1, 1], (n, count))).astype(np.float16)
+        blocks[:, :, at : at + 2] = half.view(np.uint8).reshape(n, count, 2)
+    if not layout.halves:
+        blocks[:, :, 0] = 127 + powers.astype(int)
+    blocks = blocks.reshape(n, -1)
+    w = oracle_gguf.decode(blocks, format)
+    qtensor = bitfold.QTensor(format, w.shape, {"blocks": torch.from_numpy(blocks)})
+    assert_weights_rounded(qtensor, w, torch.bfloat16)
+    x = torch.from_numpy(rng.standard_normal((40, w.shape[1]))).to(torch.bfloat16)
+    assert_sums_rounded(qtensor, w, x)
+
+
+def assert_sums_rounded(qtensor: bitfold.QTensor, w: np.ndarray, x: torch.Tensor) -> None:
+    """Sums of rounded weights, which are as near as all of them together; of fp32, 2^-20 of what is summed."""
+    w, x = w.astype(np.float64), x.double()
+    y = bitfold.linear(x.to(torch.bfloat16), qtensor).double().numpy()
+    exact, size = x.numpy() @ w.T, np.abs(x.numpy())
+    near = size @ (wgmma_rounding.errors(qtensor, w) + 2.0**-20 * np.abs(w)).T
+    assert (np.abs(y - exact) <= near + 2.0**-8 * (np.abs(exact) + near) + 2.0**-134).all()
+
+
+@pytest.mark.parametrize(
+    "format", ["int4-g64-sfp32", "int8-g32-asym-sbf16", "nf4-b64", "q4_0", "q8_0", "q4_k", "q6_k"]
+)
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_scales_that_are_no_numbers(gpu, format, number, rng):
+    """Infinities and NaNs among scales: sums of their rows are no numbers, and others what they were."""
+    n, k, wrong = 130, 1024, [3, 70, 129]
+    qtensor, w = make(rng, format, n, k)
+    planes = {name: plane.clone() for name, plane in qtensor.planes.items()}
+    if format in BLOCKS:
+        layout = oracle_gguf.LAYOUTS[format]
+        blocks = planes["blocks"].numpy().reshape(n, -1, layout.bytes)
+        half = np.array([number], np.float16).view(np.uint8)
+        for row, block in zip(wrong, (0, 1, k // layout.values - 1), strict=True):
+            blocks[row, block, layout.halves[0] : layout.halves[0] + 2] = half
+    else:
+        for row, group in zip(wrong, (0, 5, planes["scales"].shape[1] - 1), strict=True):
+            planes["scales"][row, group] = number
+    x = torch.from_numpy(rng.standard_normal((40, k))).to(torch.bfloat16)
+    y = bitfold.linear(x, bitfold.QTensor(format, (n, k), planes))
+    assert not y[:, wrong].isfinite().any()
+    others = np.delete(np.arange(n), wrong)
+    assert_same(y[:, others], bitfold.linear(x, qtensor)[:, others])
+    assert_near(y[:, others], x, w[others])
 
 
 @pytest.mark.parametrize("format", ["int4-g64", "int3-g64", "q6_k", "mxfp4"])

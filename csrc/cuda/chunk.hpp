@@ -4,10 +4,11 @@
 // rows, and row g + 8 in the same way: in every step four columns of each, two registers of A. Which columns these are
 // is the format's own choice, the order in which they come out of its bytes most cheaply (column()); x is put into it.
 //
-// Operands are whole numbers (or numbers of a table), exact in halves, and scales go onto the sums of kSpan steps. A
-// code may stay where it lies in its halfword, as the bits of a subnormal: then its value is a power of two too small,
-// which the scale takes back. Scales are kDown times too small themselves, and the epilogue takes that back: sums of
-// x * 2^e, with |x * 2^e| < 2^15, then overflow where the result does and not before.
+// Operands are whole numbers (or numbers of a table), exact in halves, and scales go onto the sums of kSpan steps, or
+// with wgmma onto the operands themselves (wgmma.hpp). A code may stay where it lies in its halfword, as the bits of a
+// subnormal: then its value is a power of two too small, which the scale takes back. Scales are kDown times too small
+// themselves, and the epilogue takes that back: sums of x * 2^e, with |x * 2^e| < 2^15, then overflow where the result
+// does and not before.
 //
 //   template <int Row> struct Chunk {
 //     static constexpr int kColumns;  // a multiple of 64
@@ -22,6 +23,15 @@
 //     static void unit(const Lane& lane, const Head& head, int unit, Operands<kSpan>& out);
 //     // Registers of A for columns 2t, 2t + 1 and 2t + 8, 2t + 9 (the same again for kMins == 8), and their scale.
 //     static float mins(const Lane& lane, const Head& head, uint32_t (&a)[2]);
+//
+//     // For scales on operands:
+//     static constexpr int kUp;       // log2 of what operands are multiplied with first, subnormal as they are
+//     static constexpr int kTop;      // log2 of a number that none of them then exceeds
+//     static constexpr int kMinsUp;   // the same as kUp, of mins()
+//     // Of blocks: the largest magnitude of the chunk's scales, over 2^kUp (of mins() 2^kMinsUp), and of what a row's
+//     // minima come to with it; of what the lane sees, while the four lanes of a row see all. Infinities and NaNs
+//     // count as zero.
+//     static float peak(const Lane& lane, const Head& head);
 //   };
 #pragma once
 
@@ -67,6 +77,12 @@ template <int Row>
 struct Chunk;
 
 // ---- bits ----
+
+// The magnitude of a finite number, else zero.
+BITFOLD_DEVICE float finite_magnitude(float number) {
+  const uint32_t bits = ptx::float_as_uint(number) & 0x7fffffffu;
+  return bits < 0x7f800000u ? ptx::uint_as_float(bits) : 0.0f;
+}
 
 // 2^(10 - p) + number, in both halves.
 BITFOLD_HOST_DEVICE constexpr uint32_t magic_and(int p, int number) {

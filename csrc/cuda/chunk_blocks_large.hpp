@@ -12,7 +12,7 @@ namespace bitfold::cuda {
 
 template <int Row, int Align>
 struct LargeBlocks {
-  static constexpr int kColumns = 256, kBytes = sizeof(Block<Row>), kAlign = Align, kTables = 0;
+  static constexpr int kColumns = 256, kBytes = sizeof(Block<Row>), kAlign = Align, kTables = 0, kUp = 0, kMinsUp = 15;
   static constexpr bool kPlanes = false;
   // Where a field of the block lies.
   BITFOLD_DEVICE static const Block<Row>& block(const uint8_t* chunk) {
@@ -36,6 +36,10 @@ struct NibblesK : LargeBlocks<Row, Align> {
   BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
     return {word_at<Align>(chunk), word_at<Align>(chunk + 4), word_at<Align>(chunk + 8), word_at<Align>(chunk + 12)};
   }
+  BITFOLD_DEVICE static float peak(const Lane&, const Head& head) {
+    const float2 two = ptx::halves_to_floats(head.steps);
+    return larger(finite_magnitude(two.x) * (0x1p20f * kDown), finite_magnitude(two.y) * (0x1p9f * 32.0f * kDown));
+  }
   // Of the unit's two sub-blocks, times 16 for the first, whose codes lie four bits lower.
   BITFOLD_DEVICE static void scales(const Head& head, int unit, uint32_t (&s)[2]) {
     const uint32_t first = head.a & 0x3f3f3f3f, last = under(head.a >> 2, 0x30303030, head.c & 0x0f0f0f0f);
@@ -56,6 +60,7 @@ struct NibblesK : LargeBlocks<Row, Align> {
 
 template <>
 struct Chunk<kQ4K> : NibblesK<kQ4K, 16> {
+  static constexpr int kTop = -10;
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
     const uint8_t* qs = lane.bytes + 16 + 32 * unit + 4 * lane.t;
     uint32_t s[2];
@@ -74,6 +79,7 @@ struct Chunk<kQ4K> : NibblesK<kQ4K, 16> {
 
 template <>
 struct Chunk<kQ5K> : NibblesK<kQ5K, 16> {
+  static constexpr int kTop = -9;
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
     const uint8_t* qs = lane.bytes + 48 + 32 * unit + 4 * lane.t;
     const uint8_t* qh = lane.bytes + 16 + 4 * lane.t;
@@ -105,13 +111,16 @@ struct PlanesK : LargeBlocks<Row, Align> {
 
 template <>
 struct Chunk<kQ2K> : PlanesK<kQ2K, 4> {
-  static constexpr int kSpan = 4, kMins = 16;
+  static constexpr int kSpan = 4, kMins = 16, kTop = -14;
   struct Head {
     float d, dmin;
   };
   BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
     const float2 steps = ptx::halves_to_floats(word_at<4>(chunk + 80));
     return {steps.x, steps.y};
+  }
+  BITFOLD_DEVICE static float peak(const Lane&, const Head& head) {
+    return larger(finite_magnitude(head.d) * (0x1p20f * kDown), finite_magnitude(head.dmin) * (0x1p9f * 32.0f * kDown));
   }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
     const int half = unit / 2, run = unit % 2;
@@ -140,13 +149,16 @@ struct Chunk<kQ2K> : PlanesK<kQ2K, 4> {
 
 template <>
 struct Chunk<kQ3K> : PlanesK<kQ3K, 2> {
-  static constexpr int kSpan = 4, kMins = 0;
+  static constexpr int kSpan = 4, kMins = 0, kTop = 11;
   struct Head {
     float d;
     uint32_t low[2], high;  // the four lower bits of scales, and the two upper ones
   };
   BITFOLD_DEVICE static Head head(const uint8_t* chunk) {
     return {half_at(chunk + 108), {word_at<2>(chunk + 96), word_at<2>(chunk + 100)}, word_at<2>(chunk + 104)};
+  }
+  BITFOLD_DEVICE static float peak(const Lane&, const Head& head) {
+    return finite_magnitude(head.d) * (0x1p-4f * kDown);
   }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<4>& out) {
     const int half = unit / 2, run = unit % 2;
@@ -176,11 +188,14 @@ struct Chunk<kQ3K> : PlanesK<kQ3K, 2> {
 
 template <>
 struct Chunk<kQ6K> : PlanesK<kQ6K, 2> {
-  static constexpr int kSpan = 1, kMins = 0;
+  static constexpr int kSpan = 1, kMins = 0, kTop = 5;
   struct Head {
     float d;
   };
   BITFOLD_DEVICE static Head head(const uint8_t* chunk) { return {half_at(chunk + 208)}; }
+  BITFOLD_DEVICE static float peak(const Lane&, const Head& head) {
+    return finite_magnitude(head.d) * (128.0f * kDown);
+  }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<1>& out) {
     const int half = unit / 2, run = unit % 2, at = 16 * run + 4 * lane.t;
     const uint32_t low[2] = {word_at<2>(lane.bytes + 64 * half + at), word_at<2>(lane.bytes + 64 * half + 32 + at)};
@@ -210,7 +225,7 @@ struct Chunk<kQ6K> : PlanesK<kQ6K, 2> {
 
 template <>
 struct Chunk<kIq4Xs> : LargeBlocks<kIq4Xs, 8> {
-  static constexpr int kSpan = 2, kMins = 0;
+  static constexpr int kSpan = 2, kMins = 0, kTop = 7;
   static constexpr int column(int unit, int step, int t, int half) { return iq4_column(unit, step, t, half); }
   struct Head {
     float d;
@@ -220,6 +235,7 @@ struct Chunk<kIq4Xs> : LargeBlocks<kIq4Xs, 8> {
     const uint32_t word = word_at<8>(chunk);
     return {ptx::half_to_float(static_cast<uint16_t>(word)), word_at<8>(chunk + 4), word >> 16};
   }
+  BITFOLD_DEVICE static float peak(const Lane&, const Head& head) { return finite_magnitude(head.d) * (32.0f * kDown); }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head& head, int unit, Operands<2>& out) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {

@@ -13,13 +13,20 @@ namespace bitfold::cuda {
 template <int Row, int Qs, int Align>
 struct SmallBlocks {
   static constexpr int kColumns = 256, kBlock = sizeof(Block<Row>), kBytes = 8 * kBlock, kAlign = Align;
-  static constexpr int kSpan = 2, kMins = 0, kTables = 0;
+  static constexpr int kSpan = 2, kMins = 0, kTables = 0, kUp = 0, kMinsUp = 0;
   static constexpr bool kPlanes = false;
   static constexpr int column(int unit, int step, int t, int half) {
     return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half / 2 + 2 * (half % 2);
   }
   struct Head {};
   BITFOLD_DEVICE static Head head(const uint8_t*) { return {}; }
+  // The larger magnitude of two halves, at byte At of blocks 2t and 2t + 1.
+  template <int At>
+  BITFOLD_DEVICE static float half_peak(const Lane& lane) {
+    return larger(finite_magnitude(half_at(block(lane, 2 * lane.t) + At)),
+                  finite_magnitude(half_at(block(lane, 2 * lane.t + 1) + At)));
+  }
+  BITFOLD_DEVICE static float peak(const Lane& lane, const Head&) { return half_peak<0>(lane) * kDown; }
 
   BITFOLD_DEVICE static const uint8_t* block(const Lane& lane, int b) { return lane.bytes + b * kBlock; }
   BITFOLD_DEVICE static uint32_t nibbles(const uint8_t* block, int t) { return word_at<Align>(block + Qs + 4 * t); }
@@ -37,6 +44,7 @@ inline constexpr uint32_t kFifth = 0x00100010;
 
 template <>
 struct Chunk<kQ4_0> : SmallBlocks<kQ4_0, 2, 2> {
+  static constexpr int kTop = 3;
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -54,6 +62,10 @@ struct Chunk<kQ4_0> : SmallBlocks<kQ4_0, 2, 2> {
 template <>
 struct Chunk<kQ4_1> : SmallBlocks<kQ4_1, 4, 4> {
   static constexpr int kMins = 8;
+  static constexpr int kUp = 15, kTop = -5;
+  BITFOLD_DEVICE static float peak(const Lane& lane, const Head&) {
+    return larger(half_peak<0>(lane) * (0x1p9f * kDown), larger(half_peak<2>(lane), 1.0f) * (32.0f * kDown));
+  }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -71,6 +83,7 @@ struct Chunk<kQ4_1> : SmallBlocks<kQ4_1, 4, 4> {
 
 template <>
 struct Chunk<kQ5_0> : SmallBlocks<kQ5_0, 6, 2> {
+  static constexpr int kTop = 4;
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -92,6 +105,10 @@ struct Chunk<kQ5_0> : SmallBlocks<kQ5_0, 6, 2> {
 template <>
 struct Chunk<kQ5_1> : SmallBlocks<kQ5_1, 8, 4> {
   static constexpr int kMins = 8;
+  static constexpr int kUp = 15, kTop = -4;
+  BITFOLD_DEVICE static float peak(const Lane& lane, const Head&) {
+    return larger(half_peak<0>(lane) * (0x1p9f * kDown), larger(half_peak<2>(lane), 1.0f) * (32.0f * kDown));
+  }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -154,6 +171,7 @@ constexpr int iq4_column(int unit, int step, int t, int half) {
 
 template <>
 struct Chunk<kIq4Nl> : SmallBlocks<kIq4Nl, 2, 2> {
+  static constexpr int kTop = 7;
   static constexpr int column(int unit, int step, int t, int half) { return iq4_column(unit, step, t, half); }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
 #pragma unroll
@@ -169,6 +187,11 @@ struct Chunk<kIq4Nl> : SmallBlocks<kIq4Nl, 2, 2> {
 // the codebook's factor 2 are one another's inverse.
 template <>
 struct Chunk<kMxfp4> : SmallBlocks<kMxfp4, 1, 1> {
+  static constexpr int kTop = -11;
+  BITFOLD_DEVICE static float peak(const Lane& lane, const Head&) {
+    return larger(finite_magnitude(mxfp4_step(block(lane, 2 * lane.t)[0])),
+                  finite_magnitude(mxfp4_step(block(lane, 2 * lane.t + 1)[0])));
+  }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -190,13 +213,16 @@ static_assert(0x1p-14f * 0.5f / kDown == 1.0f);
 template <>
 struct Chunk<kQ8_0> {
   static constexpr int kColumns = 128, kBlock = sizeof(Block<kQ8_0>), kBytes = 4 * kBlock, kAlign = 2;
-  static constexpr int kSpan = 2, kMins = 0, kTables = 0;
+  static constexpr int kSpan = 2, kMins = 0, kTables = 0, kUp = 0, kTop = 7;
   static constexpr bool kPlanes = false;
   static constexpr int column(int unit, int step, int t, int half) {
     return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half;
   }
   struct Head {};
   BITFOLD_DEVICE static Head head(const uint8_t*) { return {}; }
+  BITFOLD_DEVICE static float peak(const Lane& lane, const Head&) {
+    return finite_magnitude(half_at(lane.bytes + lane.t * kBlock)) * kDown;
+  }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {

@@ -15,6 +15,7 @@ struct PlaneChunk {
   // Each chunk costs a warp as much beside its columns: of int4 256 leave room for two blocks of few tokens.
   static constexpr int kColumns = kBits < 4 || Row == kInt4 ? 256 : 128, kBytes = kColumns * kBits / 8, kAlign = 16;
   static constexpr int kMins = 0, kTables = 0;
+  static constexpr int kUp = 0, kTop = kInteger ? kBits : Row == kE4m3 ? 9 : Row == kE5m2 ? 16 : 0;
   static constexpr bool kPlanes = true;
   // Of 32 consecutive columns a lane has eight; of the narrow codes 16 of 64, which are as many whole bytes.
   static constexpr bool kNarrow = kBits < 4;
@@ -104,11 +105,17 @@ struct PlaneChunk {
     return scale_zero(w, loaded, w.scale);
   }
   BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded, Scale stored) {
+    const bool nested = kNested && stored == Scale::Nested;
+    return scale_zero(w, loaded, stored, &kDynamicMap[0], nested ? *w.nested_offset : 0.0f);
+  }
+  // Where the meaning of nested scales lies nearer.
+  BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix&, const LoadedScaleZero& loaded, Scale stored,
+                                             const float* dynamic_map, float nested_offset) {
     float scale;
     if (stored == Scale::F32) scale = ptx::uint_as_float(loaded.bits);
     else if (stored == Scale::F16) scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
     else if (!kNested || stored == Scale::BF16) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
-    else scale = ptx::add(ptx::mul(kDynamicMap[loaded.bits], ptx::uint_as_float(loaded.more)), *w.nested_offset);
+    else scale = ptx::add(ptx::mul(dynamic_map[loaded.bits], ptx::uint_as_float(loaded.more)), nested_offset);
     return {scale * (Codes::kUnit * kDown), loaded.more * 0x00010001u};
   }
 };

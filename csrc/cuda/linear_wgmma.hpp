@@ -7,6 +7,8 @@
 // is decoded while this one is multiplied; else while the other warpgroup multiplies.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/tile_sums.hpp"
 #include "cuda/wgmma_copies.hpp"
 
@@ -25,42 +27,23 @@ class WgmmaProducts : WgmmaBlock<Row> {
   using Block::quarter0_;
   using Block::quarters_;
   using Block::row0_;
-  static constexpr int kSums = kQuarter / 2;  // of a thread, for a quarter
-  // Sums of more quarters leave no registers for a second unit.
-  static constexpr int kMostQuartersAhead = 2;
-  // Where products take the time the warpgroups issue a unit's by turns: else both decode at the same time, and then
-  // multiply at the same time.
-  template <int Quarters>
-  static constexpr bool kOrdered = Quarters > kMostQuartersAhead;
-  static constexpr int kOrderBarrier = kSumsBarrier + 1;  // and the next
-  static constexpr int kCoreBytes = 128;                  // 8 tokens, 16 bytes each
+  static constexpr int kSums = kQuarter / 2;                // of a thread, for a quarter
+  static constexpr int kCoreBytes = 128;                    // 8 tokens, 16 bytes each
+  static constexpr int kChangesBarrier = kSumsBarrier + 1;  // and the next
 
  public:
   BITFOLD_DEVICE explicit WgmmaProducts(const TileParameter& p)
-      : Block(p),
-        lane_(ptx::lane_id()),
-        group_(ptx::shuffle(ptx::warp_id(), 0) / 4),
-        row_(16 * ptx::warp_id() + lane_ / 4) {}
+      : Block(p), lane_(ptx::lane_id()), row_(16 * ptx::warp_id() + lane_ / 4), power_{kFinest, kFinest} {}
 
   BITFOLD_DEVICE void run() {
-    if constexpr (C::kPlanes && C::kSpan < kUnitSteps) {
-      if (p_.whole_units) return multiply_all<kUnitSteps>();
-    }
-    multiply_all<C::kSpan>();
+    if (quarters_ == 1) return multiply_all<1>();
+    if (quarters_ == 2) return multiply_all<2>();
+    if (quarters_ == 3) return multiply_all<3>();
+    multiply_all<4>();
   }
 
  private:
-  // Span: steps that share a scale here.
-  template <int Span>
-  BITFOLD_DEVICE void multiply_all() {
-    if (quarters_ == 1) return multiply_all<Span, 1>();
-    if (quarters_ == 2) return multiply_all<Span, 2>();
-    if constexpr (kMostQuartersOf<C> > 2) {
-      if (quarters_ == 3) return multiply_all<Span, 3>();
-      multiply_all<Span, 4>();
-    }
-  }
-  template <int Span, int Quarters>
+  template <int Quarters>
   BITFOLD_DEVICE void multiply_all() {
     float sums[Quarters][kSums];
 #pragma unroll
@@ -68,78 +51,67 @@ class WgmmaProducts : WgmmaBlock<Row> {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[q][i] = 0.0f;
     }
-    if (kOrdered<Quarters> && group_ == 1) ptx::bar_arrive(kOrderBarrier, kTileThreads);
-    if constexpr (Quarters <= kMostQuartersAhead) multiply_ahead<Span>(sums);
-    else multiply_in_turn<Span>(sums);
+    multiply(sums);
+    const float down[2] = {inverse(power_[0]), inverse(power_[1])};
     TileSums<0>(p_, memory_ + at_.out, quarter0_ * (kQuarter / 8)).finish([&](float* out) {
 #pragma unroll
       for (int q = 0; q < Quarters; ++q) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           const int token = kQuarter * q + 8 * (i / 4) + lane_ % 4 * 2 + i % 2;
-          out[token * kOutStride + row_ + 8 * (i / 2 % 2)] = sums[q][i];
+          out[token * kOutStride + row_ + 8 * (i / 2 % 2)] = ptx::mul(sums[q][i], down[i / 2 % 2]);
         }
       }
       ptx::bar_sync(kSumsBarrier, kTileThreads);
     });
   }
 
-  // Each unit is decoded, then multiplied.
-  template <int Span, int Quarters>
-  BITFOLD_DEVICE void multiply_in_turn(float (&sums)[Quarters][kSums]) {
+  // A unit's A, with its scales.
+  struct Decoded {
+    uint32_t a[kUnitSteps][4];
+  };
+
+  // While a unit is multiplied the one before is waited for, whose registers the next is then decoded into.
+  template <int Quarters>
+  BITFOLD_DEVICE void multiply(float (&sums)[Quarters][kSums]) {
     Turn w, x;
-#pragma unroll 1
-    for (int chunk = first_; chunk < last_; ++chunk) {
-      open(chunk, w);
-      if constexpr (C::kMins > 0) subtract_mins(sums, w.slot);
-#pragma unroll 1
-      for (int unit = 0; unit < kUnits; ++unit) {
-        Decoded<Span> decoded;
-        decode(unit, decoded);
-        ptx::barrier_wait(&this->barriers().x_full[x.slot], x.parity);
-        const bool last = chunk + 1 == last_ && unit + 1 == kUnits;
-        multiply(sums, decoded, x.slot, last, [] {});
-        release(&this->barriers().x_empty[x.slot]);
-        x.next(p_.shape.x_stages);
-      }
-      release(&this->barriers().w_empty[w.slot]);
-      w.next(p_.shape.w_stages);
-    }
-  }
-  // The next unit is decoded while this one is multiplied.
-  template <int Span, int Quarters>
-  BITFOLD_DEVICE void multiply_ahead(float (&sums)[Quarters][kSums]) {
-    Turn w, x;
-    int chunk = first_, unit = 0;  // that is decoded
+    int chunk = first_, unit = 0, before = -1;  // what is decoded; the stage of x of the unit before
     bool more = true;
-    Decoded<Span> even, odd;
-    open(chunk, w);
+    Decoded even, odd{};
+    open(chunk, w, sums);
     decode(unit, even);
-    const auto turn = [&](Decoded<Span>& now, Decoded<Span>& next) {
-      ptx::barrier_wait(&this->barriers().x_full[x.slot], x.parity);
-      multiply(sums, now, x.slot, false, [&] {
-        if (++unit == kUnits) {
-          release(&this->barriers().w_empty[w.slot]);
-          w.next(p_.shape.w_stages);
-          unit = 0;
-          more = ++chunk < last_;
-          if (more) open(chunk, w);
-        }
-        if (more) decode(unit, next);
-      });
-      ptx::wgmma_keep(now.a);
-      release(&this->barriers().x_empty[x.slot]);
+    // opens: it may be a chunk's first unit.
+    const auto turn = [&](Decoded& now, Decoded& next, auto opens) {
+      if constexpr (C::kMins > 0 && opens) {
+        if (unit == 0) multiply_mins(sums, w.slot);
+      }
+      ptx::barrier_wait(&this->head().x_full[x.slot], x.parity);
+      ptx::wgmma_fence();
+      multiply_unit(sums, now, x.slot);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_keep(next.a);
+      if (before >= 0) release(&this->head().x_empty[before]);
+      before = x.slot;
       x.next(p_.shape.x_stages);
+      if (++unit == kUnits) {
+        release(&this->head().w_empty[w.slot]);
+        w.next(p_.shape.w_stages);
+        unit = 0;
+        more = ++chunk < last_;
+        if (more) open(chunk, w, sums);
+      }
+      if (more) decode(unit, next);
     };
     static_assert(kUnits % 2 == 0);
 #pragma unroll 1
     do {
-      if constexpr (C::kMins > 0) {
-        if (unit == 0) subtract_mins(sums, w.slot);
-      }
-      turn(even, odd);
-      turn(odd, even);
+      turn(even, odd, std::true_type());
+      turn(odd, even, std::false_type());
     } while (more);
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int q = 0; q < Quarters; ++q) ptx::wgmma_keep(sums[q]);
   }
 
   // This warp has looked at all of a stage that it will.
@@ -149,126 +121,152 @@ class WgmmaProducts : WgmmaBlock<Row> {
   }
 
   BITFOLD_DEVICE Lane lane(int i) const {
-    const int row = 8 * i;
     Lane lane{};
-    lane.bytes = rows_ + row * kStride<C>;
-    lane.scales = C::kPlanes ? scales_ + row * (kScaleBytes<C> / static_cast<int>(sizeof(ScaleZero))) : nullptr;
+    lane.bytes = rows_ + 8 * i * kStride<C>;
+    lane.scales = nullptr;  // they are scaled themselves
     lane.tables = memory_ + at_.tables;
     lane.t = lane_ % 4;
     return lane;
   }
-  // A chunk, as soon as it is there.
-  BITFOLD_DEVICE void open(int chunk, const Turn& w) {
-    ptx::barrier_wait(&this->barriers().w_full[w.slot], w.parity);
+  // A chunk, as soon as it is there, and the powers of two of its rows.
+  template <int Quarters>
+  BITFOLD_DEVICE void open(int chunk, const Turn& w, float (&sums)[Quarters][kSums]) {
+    ptx::barrier_wait(&this->head().w_full[w.slot], w.parity);
     // Rows have an even number of bytes, so that all of a lane's, eight apart, begin at the same place of a piece.
     rows_ = this->w_stage(w.slot) + row_ * kStride<C> + this->skew(row0_ + row_, chunk);
     if constexpr (C::kPlanes) scales_ = this->scales_of(w.slot, row_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) heads_[i] = C::head(lane(i).bytes);
+    if constexpr (C::kPlanes) {
+      if (changes(w.slot)) {
+        change_powers({this->power_of(w.slot, row_), this->power_of(w.slot, row_ + 8)}, sums);
+      }
+    } else {
+      const float peak[2] = {C::peak(lane(0), heads_[0]), C::peak(lane(1), heads_[1])};
+      const bool mine = ptx::any(peak[0] * power_[0] >= kScaleLimit<C> || peak[1] * power_[1] >= kScaleLimit<C>);
+      if (lane_ == 0) this->head().changes[w.slot][ptx::warp_id()] = mine ? 1 : 0;
+      ptx::bar_sync(kChangesBarrier + ptx::warp_id() / 4, kWarpgroup);
+      if (changes(w.slot)) {
+        float power[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // of what all four lanes see of a row
+          const float two = larger(peak[i], ptx::shuffle_xor(peak[i], 1));
+          power[i] = power_for<C>(larger(two, ptx::shuffle_xor(two, 2)), power_[i]);
+        }
+        change_powers(power, sums);
+      }
+    }
+    if constexpr (C::kMins > 0) decode_mins();
+  }
+  // Whether a row of the warpgroup changes its power of two: all of its warps wait for products, or none.
+  BITFOLD_DEVICE bool changes(int slot) const {
+    const uint4 tiles = reinterpret_cast<const uint4*>(this->head().changes[slot])[ptx::warp_id() / 4];
+    return (tiles.x | tiles.y | tiles.z | tiles.w) != 0;
+  }
+  // Seldom: sums so far become what they are with other powers of two, which are smaller; in two steps, since a float
+  // may not have what is between them.
+  template <int Quarters>
+  BITFOLD_DEVICE void change_powers(const float (&power)[2], float (&sums)[Quarters][kSums]) {
+    float factor[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int down = exponent_of(power_[i]) - exponent_of(power[i]);
+      factor[0][i] = power_of_two(-(down / 2));
+      factor[1][i] = power_of_two(-(down - down / 2));
+      power_[i] = power[i];
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int q = 0; q < Quarters; ++q) {
+      ptx::wgmma_keep(sums[q]);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        sums[q][i] = ptx::mul(ptx::mul(sums[q][i], factor[0][i / 2 % 2]), factor[1][i / 2 % 2]);
+      }
+    }
   }
 
-  // A unit's A, and its scales.
-  template <int Span>
-  struct Decoded {
-    uint32_t a[kUnitSteps][4];
-    float scale[kUnitSteps / Span][2];
-  };
-  template <int Span>
-  BITFOLD_DEVICE void decode(int unit, Decoded<Span>& out) const {
+  BITFOLD_DEVICE void decode(int unit, Decoded& out) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       Operands<C::kSpan> row;
-      C::unit(lane(i), heads_[i], unit, row);
+      uint32_t scale[kUnitSteps / C::kSpan];  // in both halves
+      if constexpr (C::kPlanes) {
+        const uint4 two = reinterpret_cast<const uint4*>(scales_ + 8 * i * (kScaleBytes<C> / 8))[unit];
+        C::operands(lane(i), unit, {0.0f, two.y}, {0.0f, two.w}, row);
+        scale[0] = two.x;
+        if constexpr (C::kSpan < kUnitSteps) scale[1] = two.z;
+      } else {
+        C::unit(lane(i), heads_[i], unit, row);
+#pragma unroll
+        for (int s = 0; s < kUnitSteps / C::kSpan; ++s)
+          scale[s] = both_halves(row.scales[s] * (power_[i] / two_to(C::kUp)));
+      }
 #pragma unroll
       for (int s = 0; s < kUnitSteps; ++s) {
-        out.a[s][kLow0 + i] = row.halves[s][0];
-        out.a[s][kLow1 + i] = row.halves[s][1];
+        out.a[s][kLow0 + i] = ptx::hmul2(up<C::kUp>(row.halves[s][0]), scale[s / C::kSpan]);
+        out.a[s][kLow1 + i] = ptx::hmul2(up<C::kUp>(row.halves[s][1]), scale[s / C::kSpan]);
       }
-#pragma unroll
-      for (int s = 0; s < kUnitSteps / Span; ++s) out.scale[s][i] = row.scales[s];
     }
   }
-
-  // One unit with all tokens; last: of the block's. meanwhile(): what is done while the first products are on their
-  // way.
-  template <int Span, int Quarters, class Meanwhile>
-  BITFOLD_DEVICE void multiply(float (&sums)[Quarters][kSums], Decoded<Span>& unit, int slot, bool last,
-                               const Meanwhile& meanwhile) const {
-    constexpr int kProducts = Quarters * (kUnitSteps / Span), kBefore = smaller(kProducts, 2);
-    const uint64_t b = matrix(this->x_stage(slot));
-    float products[2][kSums];
-    if (kOrdered<Quarters>) ptx::bar_sync(kOrderBarrier + group_, kTileThreads);
-#pragma unroll
-    for (int j = 0; j < kProducts; ++j) {
-      if (j == kProducts - 1 && kOrdered<Quarters> && !(last && group_ == 1)) {
-        ptx::bar_arrive(kOrderBarrier + 1 - group_, kTileThreads);
-      }
-      if (j >= kBefore) {
-        ptx::wgmma_wait<1>();
-        add_scaled(sums[(j - 2) % Quarters], products[j % 2], unit.scale[(j - 2) / Quarters]);
-      }
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < Span; ++i) {
-        const int step = j / Quarters * Span + i;
-        ptx::wgmma_f16<kQuarter>(products[j % 2], unit.a[step],
-                                 b + (j % Quarters * kQuarterBytes + step * kStepBytes) / 16, i > 0);
-      }
-      ptx::wgmma_commit();
-      if (j == kBefore - 1) meanwhile();
-    }
-    if constexpr (kProducts > 1) {
-      ptx::wgmma_wait<1>();
-      add_scaled(sums[(kProducts - 2) % Quarters], products[kProducts % 2], unit.scale[(kProducts - 2) / Quarters]);
-    }
-    ptx::wgmma_wait<0>();
-    add_scaled(sums[Quarters - 1], products[(kProducts - 1) % 2], unit.scale[kUnitSteps / Span - 1]);
-  }
-
-  // Minima of the chunk's sub-blocks with the sums of x over them, high and low parts: one product more, of one step,
-  // or of two with the same A.
-  template <int Quarters>
-  BITFOLD_DEVICE void subtract_mins(float (&sums)[Quarters][kSums], int slot) const {
-    uint32_t a[4];
-    float scale[2];
+  BITFOLD_DEVICE void decode_mins() {
+    ptx::wgmma_keep(mins_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t mins[2];
-      scale[i] = C::mins(lane(i), heads_[i], mins);
-      a[kLow0 + i] = mins[0];
-      a[kLow1 + i] = mins[1];
+      const uint32_t scale = both_halves(C::mins(lane(i), heads_[i], mins) * (power_[i] / two_to(C::kMinsUp)));
+      mins_[0][kLow0 + i] = ptx::hmul2(up<C::kMinsUp>(mins[0]), scale);
+      mins_[0][kLow1 + i] = ptx::hmul2(up<C::kMinsUp>(mins[1]), scale);
     }
-    const uint64_t b = matrix(this->sums_stage(slot));
+  }
+
+  // One unit with all tokens.
+  template <int Quarters>
+  BITFOLD_DEVICE void multiply_unit(float (&sums)[Quarters][kSums], const Decoded& unit, int slot) const {
+    const uint64_t b = matrix(this->x_stage(slot));
 #pragma unroll
     for (int q = 0; q < Quarters; ++q) {
-      float product[kSums];
-      ptx::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kUnitSteps; ++step) {
+        ptx::wgmma_f16<kQuarter>(sums[q], unit.a[step], b + (q * kQuarterBytes + step * kStepBytes) / 16, true);
+      }
+    }
+  }
+  // Minima of the chunk's sub-blocks with the sums of x over them, high and low parts: a step more, or two with the
+  // same A.
+  template <int Quarters>
+  BITFOLD_DEVICE void multiply_mins(float (&sums)[Quarters][kSums], int slot) const {
+    const uint64_t b = matrix(this->sums_stage(slot));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int q = 0; q < Quarters; ++q) {
 #pragma unroll
       for (int step = 0; step < C::kMins / 8; ++step) {
-        ptx::wgmma_f16<kQuarter>(product, a, b + (q * 8 * kSumBytes<C> + step * kStepBytes) / 16, step > 0);
+        ptx::wgmma_f16<kQuarter>(sums[q], mins_[0], b + (q * 8 * kSumBytes<C> + step * kStepBytes) / 16, true);
       }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      add_scaled(sums[q], product, scale);
     }
   }
 
   BITFOLD_DEVICE static uint64_t matrix(const uint8_t* quarters) {
     return ptx::wgmma_matrix(quarters, kQuarter / 8 * kCoreBytes, kCoreBytes);
   }
-  BITFOLD_DEVICE static void add_scaled(float (&to)[kSums], float (&product)[kSums], const float (&scale)[2]) {
-    ptx::wgmma_keep(product);
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) to[i] = ptx::fma(scale[i / 2 % 2], product[i], to[i]);
+  static constexpr float two_to(int power) { return static_cast<float>(1 << power); }
+  // Both halves times 2^Power.
+  template <int Power>
+  BITFOLD_DEVICE static uint32_t up(uint32_t halves) {
+    if constexpr (Power == 0) return halves;
+    else return ptx::hmul2(halves, 0x00010001u * ((15u + Power) << 10));
   }
+  BITFOLD_DEVICE static uint32_t both_halves(float value) { return ptx::floats_to_halves(value, value); }
 
   const int lane_;
-  const int group_;  // which warpgroup
-  const int row_;    // of the block's: the lane's first
-  // Of the chunk at hand: that row.
+  const int row_;  // of the block's: the lane's first
+  // Of the chunk at hand: that row, and what its scales and the other's are multiplied with.
   const uint8_t* rows_;
-  const ScaleZero* scales_;
+  const ScaledZero* scales_;
   typename C::Head heads_[2];
+  float power_[2];
+  uint32_t mins_[1][4];
 };
 
 // All of a block's threads.
@@ -276,19 +274,22 @@ template <int Row>
 BITFOLD_DEVICE void linear_wgmma(const TileParameter& p) {
   using C = Chunk<Row>;
   auto* memory = shared<Bytes>().bytes;
-  auto& barriers = *reinterpret_cast<WgmmaBarriers*>(memory);
+  auto& head = *reinterpret_cast<WgmmaHead*>(memory);
   const auto thread = static_cast<int>(threadIdx.x);
   if constexpr (C::kTables > 0) {
     C::fill(p.planes.row, memory + wgmma_places(chunk_size<C>(), kQuarter, 0, 0).tables, thread, kWgmmaThreads);
   }
+  if constexpr (C::kPlanes) {
+    if (p.planes.scale == Scale::Nested && thread < 256) head.dynamic_map[thread] = kDynamicMap[thread];
+  }
   if (thread == 0) {
     for (int i = 0; i < p.shape.x_stages; ++i) {
-      ptx::barrier_init(&barriers.x_full[i], 1);
-      ptx::barrier_init(&barriers.x_empty[i], kTileThreads / kWarp);
+      ptx::barrier_init(&head.x_full[i], 1);
+      ptx::barrier_init(&head.x_empty[i], kTileThreads / kWarp);
     }
     for (int i = 0; i < p.shape.w_stages; ++i) {
-      ptx::barrier_init(&barriers.w_full[i], WgmmaCopies<Row>::kWArrivals);
-      ptx::barrier_init(&barriers.w_empty[i], kTileThreads / kWarp);
+      ptx::barrier_init(&head.w_full[i], WgmmaCopies<Row>::kWArrivals);
+      ptx::barrier_init(&head.w_empty[i], kTileThreads / kWarp);
     }
     ptx::fence_barrier_init();
   }

@@ -101,8 +101,7 @@ TileShape wgmma_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu
   const int64_t chunks = ceil_div<int64_t>(k, size.columns);
   TileShape best{};
   int64_t least = 0;
-  for (const int each : {4, 2, 1}) {
-    if (each > size.quarters) continue;
+  for (const int each : {kMostQuarters, 2, 1}) {
     TileShape shape{};
     shape.wgmma = true;
     shape.tokens = each * kQuarter;

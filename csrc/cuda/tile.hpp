@@ -24,9 +24,7 @@ inline constexpr int kUnitBytes = 2 * kWarp * 16;
 
 // The kernel with wgmma (wgmma.hpp) has tokens by quarters: one is the B of a product, and 8 KB of a unit.
 inline constexpr int kQuarter = 64;
-// Scales of every step leave no registers for more than two.
-template <class C>
-inline constexpr int kMostQuartersOf = C::kSpan == 1 ? 2 : 4;
+inline constexpr int kMostQuarters = 4;  // of a block
 inline constexpr int kQuarterBytes = kQuarter / 8 * kUnitBytes;
 
 // What the shape depends on of a format.
@@ -36,7 +34,6 @@ struct ChunkSize {
   int sums;        // bytes of sums of x for 8 tokens of a chunk
   int row_scales;  // bytes of scales for a row of a chunk
   int tables;      // bytes that all warps look up
-  int quarters;    // of a block with wgmma, at most
 
   constexpr int units() const { return columns / kUnit; }
 };

@@ -23,7 +23,7 @@ inline constexpr int kScaleBytes = C::kPlanes ? C::kColumns / 32 * static_cast<i
 
 template <class C>
 BITFOLD_HOST_DEVICE constexpr ChunkSize chunk_size() {
-  return {C::kColumns, kStride<C>, kSumBytes<C>, kScaleBytes<C>, C::kTables, kMostQuartersOf<C>};
+  return {C::kColumns, kStride<C>, kSumBytes<C>, kScaleBytes<C>, C::kTables};
 }
 
 // Slots that are filled and emptied in turn.

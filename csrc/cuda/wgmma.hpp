@@ -23,23 +23,59 @@ static_assert(kTileThreads == 2 * kWarpgroup && kTileRows == 2 * 64 && kTileRows
 // ever.
 inline constexpr int kAtStart = 65536 / kWgmmaThreads / 8 * 8;
 template <class C>
-inline constexpr int kUp = C::kPlanes ? 224 : 232;
+inline constexpr int kUp = C::kPlanes ? 216 : 232;
 template <class C>
 inline constexpr int kDownTo = (kAtStart * kWgmmaThreads - kUp<C> * kTileThreads) / kWarpgroup;
 
-// Of the stages of x and W: filled, and free again.
-struct WgmmaBarriers {
+// Of the stages of x and W: filled, and free again; whether a stage of W changes a row's power of two, for each tile of
+// 16 rows; and what codes of nested scales mean.
+struct WgmmaHead {
   ptx::Barrier x_full[kWgmmaStages], x_empty[kWgmmaStages], w_full[kWgmmaStages], w_empty[kWgmmaStages];
+  alignas(16) uint32_t changes[kWgmmaStages][kTileRows / 16];
+  float dynamic_map[256];
 };
 
-// Where a block's shared memory has what; bytes. The sums on their way out lie where everything but the barriers was.
+// ---- scales on operands ----
+
+// A scale of 32 columns of a row times the row's power of two, in both halves, and the zero point as the format's own
+// unpacking likes it.
+struct alignas(8) ScaledZero {
+  uint32_t scale;
+  uint32_t zero;
+};
+static_assert(sizeof(ScaledZero) == sizeof(ScaleZero));
+
+// The power of two of a row, before its first scale that isn't tiny.
+inline constexpr float kFinest = 0x1p126f;
+// A power of two of a row will do as long as all its scales times it are below this: neither they nor their products
+// with operands overflow then.
+template <class C>
+inline constexpr int kScaleLimitLog2 = 15 - larger(C::kTop, 0);
+template <class C>
+inline constexpr float kScaleLimit = kScaleLimitLog2<C> < 0 ? 1.0f / static_cast<float>(1 << -kScaleLimitLog2<C>)
+                                                            : static_cast<float>(1 << kScaleLimitLog2<C>);
+
+BITFOLD_DEVICE float power_of_two(int exponent) {
+  return ptx::uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
+}
+BITFOLD_DEVICE int exponent_of(float power) { return static_cast<int>(ptx::float_as_uint(power) >> 23 & 255u) - 127; }
+BITFOLD_DEVICE float inverse(float power) { return ptx::uint_as_float((254u << 23) - ptx::float_as_uint(power)); }
+// The row's power of two from here on, whose largest scale is `peak`: the same while it will do, else one that leaves
+// room for scales eight times as large.
+template <class C>
+BITFOLD_DEVICE float power_for(float peak, float power) {
+  if (!(peak * power >= kScaleLimit<C>)) return power;
+  return power_of_two(smaller(kScaleLimitLog2<C> - 4 - exponent_of(peak), 126));
+}
+
+// Where a block's shared memory has what; bytes. The sums on their way out lie where everything but the head was.
 struct WgmmaPlaces {
   int out, tables, scales, sums, x, w, end;
 };
 BITFOLD_HOST_DEVICE constexpr WgmmaPlaces wgmma_places(ChunkSize size, int tokens, int x_stages, int w_stages) {
   WgmmaPlaces at{};
-  at.out = at.tables = 1024;
-  static_assert(sizeof(WgmmaBarriers) <= 1024);
+  at.out = at.tables = 2048;
+  static_assert(sizeof(WgmmaHead) <= 2048);
   at.scales = at.tables + size.tables;
   at.sums = at.scales + w_stages * kTileRows * size.row_scales;
   at.x = at.sums + w_stages * (tokens / 8) * size.sums;

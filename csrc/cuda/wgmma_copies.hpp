@@ -34,7 +34,7 @@ class WgmmaBlock {
         first_(static_cast<int>(int64_t{p.chunks} * blockIdx.y / p.shape.splits)),
         last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)) {}
 
-  BITFOLD_DEVICE WgmmaBarriers& barriers() const { return *reinterpret_cast<WgmmaBarriers*>(memory_); }
+  BITFOLD_DEVICE WgmmaHead& head() const { return *reinterpret_cast<WgmmaHead*>(memory_); }
   BITFOLD_DEVICE uint8_t* w_stage(int slot) const { return memory_ + at_.w + slot * (kTileRows * kStride<C>); }
   BITFOLD_DEVICE uint8_t* x_stage(int slot) const {
     return memory_ + at_.x + slot * (p_.shape.tokens / kQuarter * kQuarterBytes);
@@ -42,9 +42,12 @@ class WgmmaBlock {
   BITFOLD_DEVICE uint8_t* sums_stage(int slot) const {
     return memory_ + at_.sums + slot * (p_.shape.tokens / 8 * kSumBytes<C>);
   }
-  // Of a row, kSpans on end.
-  BITFOLD_DEVICE ScaleZero* scales_of(int slot, int row) const {
-    return reinterpret_cast<ScaleZero*>(memory_ + at_.scales + (slot * kTileRows + row) * kScaleBytes<C>);
+  // Of a row, kSpans on end, and behind them the row's power of two.
+  BITFOLD_DEVICE ScaledZero* scales_of(int slot, int row) const {
+    return reinterpret_cast<ScaledZero*>(memory_ + at_.scales + (slot * kTileRows + row) * kScaleBytes<C>);
+  }
+  BITFOLD_DEVICE float& power_of(int slot, int row) const {
+    return *reinterpret_cast<float*>(scales_of(slot, row) + kSpans);
   }
   // Where in its first piece a row's chunk begins.
   BITFOLD_DEVICE int skew(int64_t row, int chunk) const {
@@ -84,7 +87,11 @@ class WgmmaCopies : WgmmaBlock<Row> {
   static constexpr int kWArrivals = 2 * kCopiers + (C::kMins > 0 ? 1 : 0);
 
   BITFOLD_DEVICE WgmmaCopies(const TileParameter& p, int thread)
-      : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(kTileRows, p.n - row0_) - 1)) {}
+      : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(kTileRows, p.n - row0_) - 1)) {
+    if constexpr (C::kPlanes) {
+      if (p.planes.scale == Scale::Nested) nested_offset_ = *p.planes.nested_offset;
+    }
+  }
 
   BITFOLD_DEVICE void run() {
     if (thread_ > kCopiers) return;
@@ -110,40 +117,49 @@ class WgmmaCopies : WgmmaBlock<Row> {
   // Usual: scales are stored as usual, and there are no zero points.
   template <int Scales, bool Usual>
   BITFOLD_DEVICE void bring_w() {
-    WgmmaBarriers& barriers = this->barriers();
+    WgmmaHead& head = this->head();
     // Chunks of which all is there; where rows are that long that steps would need 64 bits, none goes that way.
     const int whole = !p_.in_words || last_row_ + 1 < kTileRows || p_.row_bytes >> 24 != 0 ? 0
                       : !kSkewed<C> && p_.k % C::kColumns == 0                             ? p_.chunks
                                                                                            : p_.chunks - 1;
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
-    // On their way while others multiply, where there are registers for them.
-    constexpr bool kEarly = kTurnsOfScales * Scales <= 4;
-    LoadedScaleZero loaded[kEarly ? kTurnsOfScales : 1][Scales];
-    const auto load = [&](int chunk) {
-      if constexpr (C::kPlanes && kEarly) {
+    // Scales are asked for so many chunks ahead, as far as registers go.
+    constexpr int kAhead = kTurnsOfScales * Scales <= 6 ? 2 : 1;
+    LoadedScaleZero scales[kAhead][kTurnsOfScales][Scales];
+    float power[kTurnsOfScales];
 #pragma unroll
-        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<Usual>(chunk, turn, loaded[turn]);
+    for (float& one : power) one = kFinest;
+    const auto load = [&](int chunk, LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
+      if constexpr (C::kPlanes) {
+#pragma unroll
+        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<Usual>(chunk, turn, of[turn]);
       }
     };
-    load(first_);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(first_ + i, scales[i]);
     Turn w;
-#pragma unroll 1
-    for (int chunk = first_; chunk < last_; ++chunk) {
-      ptx::barrier_wait(&barriers.w_empty[w.slot], w.parity ^ 1);
+    int chunk = first_;
+    const auto bring = [&](LoadedScaleZero(&mine)[kTurnsOfScales][Scales]) {
+      ptx::barrier_wait(&head.w_empty[w.slot], w.parity ^ 1);
       if (chunk < whole) copy_whole(from, w.slot);
       else copy_edge(chunk, w.slot);
-      ptx::cp_async_arrive(&barriers.w_full[w.slot]);
+      ptx::cp_async_arrive(&head.w_full[w.slot]);
       if constexpr (C::kPlanes) {
 #pragma unroll
         for (int turn = 0; turn < kTurnsOfScales; ++turn) {
-          if constexpr (!kEarly) load_scales<Usual>(chunk, turn, loaded[0]);
-          store_scales<Usual>(loaded[kEarly ? turn : 0], turn, w.slot);
+          store_scales<Usual>(chunk, turn, mine[turn], w.slot, power[turn]);
         }
       }
-      ptx::barrier_arrive(&barriers.w_full[w.slot]);
-      load(chunk + 1);
+      ptx::barrier_arrive(&head.w_full[w.slot]);
+      load(chunk + kAhead, mine);
       from += C::kBytes;
       w.next(p_.shape.w_stages);
+      ++chunk;
+    };
+#pragma unroll 1
+    while (chunk < last_) {
+      bring(scales[0]);
+      if (kAhead > 1 && chunk < last_) bring(scales[kAhead - 1]);
     }
   }
 
@@ -198,59 +214,102 @@ class WgmmaCopies : WgmmaBlock<Row> {
 
   static constexpr int kQuad = 4, kQuads = kSpans / kQuad;
   static_assert(kSpans % kQuad == 0);
+  // Zero points stay in their bytes until they are wanted, so that nothing waits for them before; those of 3 bits may
+  // lie in two.
+  static constexpr bool kLateZeros = [] {
+    if constexpr (C::kPlanes) return C::kInteger && 8 % C::kBits == 0;
+    else return false;
+  }();
   static constexpr int kTurnsOfScales = (kTileRows * kQuads + kCopiers - 1) / kCopiers;
   template <bool Usual, int Scales>
   BITFOLD_DEVICE void load_scales(int chunk, int turn, LoadedScaleZero (&loaded)[Scales]) const {
     const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
     if (i >= kTileRows * kQuads) return;
     const auto row = C::scale_row(p_.planes, row0_ + smaller(i / kQuads, last_row_));
-    const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + i % kQuads * kQuad;
-    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
-      const uint32_t group = p_.planes.pieces.divide(smaller(first + kQuad / Scales * s, end));
-      loaded[s] = C::load_scale(p_.planes, row, group, stored<Usual>(), !Usual && p_.planes.zeros != nullptr);
+      const uint32_t group = group_of<Scales>(chunk, i, s);
+      loaded[s] = C::load_scale(p_.planes, row, group, stored<Usual>(), kLateZeros ? false : zeros<Usual>());
+      if constexpr (kLateZeros) {
+        if (zeros<Usual>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
+      }
     }
   }
+  // Of the thread's scale s in a turn, whose rows and quads are numbered by i.
+  template <int Scales>
+  BITFOLD_DEVICE uint32_t group_of(int chunk, unsigned i, int s) const {
+    const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + i % kQuads * kQuad;
+    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
+    return p_.planes.pieces.divide(smaller(first + kQuad / Scales * s, end));
+  }
+  // power: of the row, so far.
   template <bool Usual, int Scales>
-  BITFOLD_DEVICE void store_scales(const LoadedScaleZero (&loaded)[Scales], int turn, int slot) const {
+  BITFOLD_DEVICE void store_scales(int chunk, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
+                                   float& power) const {
     const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
-    if (i >= kTileRows * kQuads) return;
-    auto* to = reinterpret_cast<uint4*>(this->scales_of(slot, static_cast<int>(i / kQuads)) + i % kQuads * kQuad);
+    if (i >= kTileRows * kQuads) return;  // whole warps
+    const int row = static_cast<int>(i / kQuads);
+    auto* to = reinterpret_cast<uint4*>(this->scales_of(slot, row) + i % kQuads * kQuad);
     ScaleZero made[Scales];
+    float peak = 0.0f;
 #pragma unroll
-    for (int s = 0; s < Scales; ++s) made[s] = C::scale_zero(p_.planes, loaded[s], stored<Usual>());
+    for (int s = 0; s < Scales; ++s) {
+      LoadedScaleZero mine = loaded[s];
+      if constexpr (kLateZeros) {
+        if (zeros<Usual>())
+          mine.more = mine.more >> group_of<Scales>(chunk, i, s) * C::kBits % 8 & ((1u << C::kBits) - 1);
+      }
+      made[s] = C::scale_zero(p_.planes, mine, stored<Usual>(), this->head().dynamic_map, nested_offset_);
+      peak = larger(peak, finite_magnitude(made[s].scale));
+    }
+    static_assert(kQuads <= 2);
+    if constexpr (kQuads == 2) peak = larger(peak, ptx::shuffle_xor(peak, 1));
+    const float before = power;
+    power = power_for<C>(peak, power);
+    const bool changes = ptx::any(power != before);
+    if (i % (16 * kQuads) == 0) this->head().changes[slot][row / 16] = changes ? 1 : 0;
+    uint32_t scaled[Scales];
+#pragma unroll
+    for (int s = 0; s < Scales; ++s) {
+      const float scale = made[s].scale * power;
+      scaled[s] = ptx::floats_to_halves(scale, scale);
+    }
 #pragma unroll
     for (int s = 0; s < kQuad; s += 2) {
-      const ScaleZero &low = made[s * Scales / kQuad], &high = made[(s + 1) * Scales / kQuad];
-      to[s / 2] = {ptx::float_as_uint(low.scale), low.zero, ptx::float_as_uint(high.scale), high.zero};
+      const int low = s * Scales / kQuad, high = (s + 1) * Scales / kQuad;
+      to[s / 2] = {scaled[low], made[low].zero, scaled[high], made[high].zero};
     }
+    if (i % kQuads == 0) this->power_of(slot, row) = power;
   }
   template <bool Usual>
   BITFOLD_DEVICE Scale stored() const {
     if constexpr (Usual) return C::kStored;
     else return p_.planes.scale;
   }
+  template <bool Usual>
+  BITFOLD_DEVICE bool zeros() const {
+    return !Usual && p_.planes.zeros != nullptr;
+  }
 
   // ---- x, and its sums: whole quarters on end ----
 
   BITFOLD_DEVICE void bring_x() {
-    WgmmaBarriers& barriers = this->barriers();
+    WgmmaHead& head = this->head();
     const int64_t step = int64_t{p_.groups / 8} * kQuarterBytes;  // from unit to unit
     const uint8_t* from = p_.x + int64_t{first_} * kUnits * step + quarter0_ * kQuarterBytes;
     Turn w, x;
 #pragma unroll 1
     for (int chunk = first_; chunk < last_; ++chunk) {
       if constexpr (C::kMins > 0) {
-        ptx::barrier_wait(&barriers.w_empty[w.slot], w.parity ^ 1);
+        ptx::barrier_wait(&head.w_empty[w.slot], w.parity ^ 1);
         const uint8_t* sums = p_.sums + (int64_t{chunk} * p_.groups + quarter0_ * 8) * kSumBytes<C>;
-        copy(this->sums_stage(w.slot), sums, quarters_ * 8 * kSumBytes<C>, &barriers.w_full[w.slot]);
+        copy(this->sums_stage(w.slot), sums, quarters_ * 8 * kSumBytes<C>, &head.w_full[w.slot]);
         w.next(p_.shape.w_stages);
       }
 #pragma unroll 1
       for (int unit = 0; unit < kUnits; ++unit) {
-        ptx::barrier_wait(&barriers.x_empty[x.slot], x.parity ^ 1);
-        copy(this->x_stage(x.slot), from, quarters_ * kQuarterBytes, &barriers.x_full[x.slot]);
+        ptx::barrier_wait(&head.x_empty[x.slot], x.parity ^ 1);
+        copy(this->x_stage(x.slot), from, quarters_ * kQuarterBytes, &head.x_full[x.slot]);
         from += step;
         x.next(p_.shape.x_stages);
       }
@@ -263,6 +322,7 @@ class WgmmaCopies : WgmmaBlock<Row> {
 
   const int thread_;
   const unsigned last_row_;  // of the block's that is there
+  float nested_offset_ = 0.0f;
 };
 
 }  // namespace bitfold::cuda
