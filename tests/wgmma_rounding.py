@@ -1,8 +1,8 @@
 """How far from W the kernel for more than 32 rows of x may be (docs/cuda.md, "More than 32 rows, with wgmma").
 
 It multiplies codes by their scales in fp16, after a power of two for each row of W: each weight is rounded once, and
-once more for a codebook's number and for a scale of more than 11 bits; relative to the weight, or to the product and
-the minimum that it is the difference of. What is far below the row's largest is rounded to a multiple of a subnormal.
+once more for a codebook's number and for a scale of more than 11 bits; where it is a product less a minimum, the
+product is. What is far below the row's largest is rounded to a multiple of a subnormal.
 """
 
 from __future__ import annotations
@@ -42,11 +42,27 @@ def family(format: str) -> str:
     return next(name for name in LARGEST if format == name or format.startswith(name + "-"))
 
 
+def products(qtensor: bitfold.QTensor, w: np.ndarray) -> np.ndarray:
+    """Magnitudes that no product of a code and a scale exceeds [n, k], w being the weights in binary32."""
+    return np.abs(w.astype(np.float64)) + np.abs(minima(qtensor, w.shape))
+
+
+def minima(qtensor: bitfold.QTensor, shape: tuple[int, int]) -> np.ndarray:
+    layout = oracle_gguf.LAYOUTS.get(qtensor.format)
+    if layout is None:
+        return np.zeros(shape)
+    parts = layout.unpack(qtensor.planes["blocks"].numpy().reshape(-1, layout.bytes))
+    if parts.m is None:
+        return np.zeros(shape)
+    with np.errstate(all="ignore"):
+        zeros = dataclasses.replace(parts, codes=0 * parts.codes)
+        return layout.mean(zeros).astype(np.float64).reshape(shape)
+
+
 def errors(qtensor: bitfold.QTensor, w: np.ndarray) -> np.ndarray:
-    """Of each weight [n, k], w being what they are in binary32."""
+    """Of each weight [n, k]."""
     format = str(qtensor.format)
     n, k = w.shape
-    size = np.abs(w.astype(np.float64))
     if format in oracle_gguf.LAYOUTS:
         layout = oracle_gguf.LAYOUTS[format]
         parts = layout.unpack(qtensor.planes["blocks"].numpy().reshape(-1, layout.bytes))
@@ -55,18 +71,11 @@ def errors(qtensor: bitfold.QTensor, w: np.ndarray) -> np.ndarray:
         else:
             d = np.abs(parts.d.view(np.float16).astype(np.float64))[:, None]
         largest = LARGEST[format] * d.reshape(n, -1).max(axis=1, initial=0)
-        if parts.m is not None:
-            minimum = (
-                layout.mean(dataclasses.replace(parts, codes=0 * parts.codes))
-                .astype(np.float64)
-                .reshape(n, k)
-            )
-            size += 2 * np.abs(minimum)
-            largest = np.maximum(largest, np.abs(minimum).max(axis=1, initial=0))
+        largest = np.maximum(largest, np.abs(minima(qtensor, w.shape)).max(axis=1, initial=0))
     else:
         fmt = oracle.parse(format)
         planes = {name: bits(plane) for name, plane in qtensor.planes.items()}
         scales = np.abs(oracle.unpack(planes, format, n, k).scales.astype(np.float64))
         of_row = np.arange(n) // fmt.rows if fmt.group > 0 else np.arange(n) % len(scales)
         largest = LARGEST[family(format)] * scales.max(axis=1, initial=0)[of_row]
-    return roundings(format) * UNIT * size + SMALLEST * largest[:, None]
+    return roundings(format) * UNIT * products(qtensor, w) + SMALLEST * largest[:, None]

@@ -213,7 +213,7 @@ static_assert(0x1p-14f * 0.5f / kDown == 1.0f);
 template <>
 struct Chunk<kQ8_0> {
   static constexpr int kColumns = 128, kBlock = sizeof(Block<kQ8_0>), kBytes = 4 * kBlock, kAlign = 2;
-  static constexpr int kSpan = 2, kMins = 0, kTables = 0, kUp = 0, kTop = 7;
+  static constexpr int kSpan = 2, kMins = 0, kTables = 0, kUp = 0, kMinsUp = 0, kTop = 7;
   static constexpr bool kPlanes = false;
   static constexpr int column(int unit, int step, int t, int half) {
     return 64 * unit + 32 * (step / 2) + 16 * (step % 2) + 4 * t + half;

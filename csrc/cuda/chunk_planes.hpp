@@ -14,7 +14,7 @@ struct PlaneChunk {
   static constexpr Scale kStored = kFormats[Row].scale;  // the usual one
   // Each chunk costs a warp as much beside its columns: of int4 256 leave room for two blocks of few tokens.
   static constexpr int kColumns = kBits < 4 || Row == kInt4 ? 256 : 128, kBytes = kColumns * kBits / 8, kAlign = 16;
-  static constexpr int kMins = 0, kTables = 0;
+  static constexpr int kMins = 0, kMinsUp = 0, kTables = 0;
   static constexpr int kUp = 0, kTop = kInteger ? kBits : Row == kE4m3 ? 9 : Row == kE5m2 ? 16 : 0;
   static constexpr bool kPlanes = true;
   // Of 32 consecutive columns a lane has eight; of the narrow codes 16 of 64, which are as many whole bytes.

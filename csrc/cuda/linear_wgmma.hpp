@@ -1,10 +1,9 @@
 // y = x W^T + b for more than 32 tokens where there is wgmma (wgmma.hpp).
 //
 // A warpgroup has 64 rows of W as the A operand in registers: warp w rows 16 w ... 16 w + 15, decoded as the tile
-// kernel does it (chunk.hpp). A unit, once decoded, meets up to four quarters of tokens. Each product of a quarter and
-// a span (the steps that share a scale) begins at zero in temporary sums, of which there are two sets: while one is
-// multiplied the other is added to the block's sums, times its scale. Where there are registers for it, the next unit
-// is decoded while this one is multiplied; else while the other warpgroup multiplies.
+// kernel does it (chunk.hpp) and then multiplied with their scales, as halves (wgmma.hpp). A unit, once decoded, meets
+// up to four quarters of tokens, and all units add to the same sums: while one is multiplied the next is decoded, and
+// nobody waits for a product but for its operand's registers.
 #pragma once
 
 #include <type_traits>
@@ -27,8 +26,9 @@ class WgmmaProducts : WgmmaBlock<Row> {
   using Block::quarter0_;
   using Block::quarters_;
   using Block::row0_;
-  static constexpr int kSums = kQuarter / 2;                // of a thread, for a quarter
-  static constexpr int kCoreBytes = 128;                    // 8 tokens, 16 bytes each
+  static constexpr int kSums = kQuarter / 2;  // of a thread, for a quarter
+  static constexpr int kCoreBytes = 128;      // 8 tokens, 16 bytes each
+  static constexpr int kMinsParts = C::kMinsUp > 0 ? 2 : 1;
   static constexpr int kChangesBarrier = kSumsBarrier + 1;  // and the next
 
  public:
@@ -161,7 +161,8 @@ class WgmmaProducts : WgmmaBlock<Row> {
   // Whether a row of the warpgroup changes its power of two: all of its warps wait for products, or none.
   BITFOLD_DEVICE bool changes(int slot) const {
     const uint4 tiles = reinterpret_cast<const uint4*>(this->head().changes[slot])[ptx::warp_id() / 4];
-    return (tiles.x | tiles.y | tiles.z | tiles.w) != 0;
+    // By a vote, so that the compiler knows that lanes stay together, and keeps what all have in uniform registers.
+    return ptx::any((tiles.x | tiles.y | tiles.z | tiles.w) != 0);
   }
   // Seldom: sums so far become what they are with other powers of two, which are smaller; in two steps, since a float
   // may not have what is between them.
@@ -209,14 +210,20 @@ class WgmmaProducts : WgmmaBlock<Row> {
       }
     }
   }
+  // Minima meet sums of x, which may be large where its numbers have one sign: products of an integer and a block's own
+  // number come as a half and what it lacks.
   BITFOLD_DEVICE void decode_mins() {
     ptx::wgmma_keep(mins_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t mins[2];
       const uint32_t scale = both_halves(C::mins(lane(i), heads_[i], mins) * (power_[i] / two_to(C::kMinsUp)));
-      mins_[0][kLow0 + i] = ptx::hmul2(up<C::kMinsUp>(mins[0]), scale);
-      mins_[0][kLow1 + i] = ptx::hmul2(up<C::kMinsUp>(mins[1]), scale);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t whole = up<C::kMinsUp>(mins[r]), high = ptx::hmul2(whole, scale);
+        mins_[0][2 * r + i] = high;
+        if constexpr (kMinsParts > 1) mins_[1][2 * r + i] = ptx::hfma2(whole, scale, high ^ 0x80008000u);
+      }
     }
   }
 
@@ -233,17 +240,19 @@ class WgmmaProducts : WgmmaBlock<Row> {
     }
   }
   // Minima of the chunk's sub-blocks with the sums of x over them, high and low parts: a step more, or two with the
-  // same A.
+  // same A; what their halves lack with high parts (and with low ones, where both are one step).
   template <int Quarters>
   BITFOLD_DEVICE void multiply_mins(float (&sums)[Quarters][kSums], int slot) const {
     const uint64_t b = matrix(this->sums_stage(slot));
     ptx::wgmma_fence();
 #pragma unroll
     for (int q = 0; q < Quarters; ++q) {
+      const uint64_t of_quarter = b + q * 8 * kSumBytes<C> / 16;
 #pragma unroll
       for (int step = 0; step < C::kMins / 8; ++step) {
-        ptx::wgmma_f16<kQuarter>(sums[q], mins_[0], b + (q * 8 * kSumBytes<C> + step * kStepBytes) / 16, true);
+        ptx::wgmma_f16<kQuarter>(sums[q], mins_[0], of_quarter + step * kStepBytes / 16, true);
       }
+      if constexpr (kMinsParts > 1) ptx::wgmma_f16<kQuarter>(sums[q], mins_[1], of_quarter, true);
     }
   }
 
@@ -266,7 +275,7 @@ class WgmmaProducts : WgmmaBlock<Row> {
   const ScaledZero* scales_;
   typename C::Head heads_[2];
   float power_[2];
-  uint32_t mins_[1][4];
+  uint32_t mins_[kMinsParts][4];
 };
 
 // All of a block's threads.

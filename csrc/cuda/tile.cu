@@ -75,7 +75,8 @@ TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu&
 
 namespace {
 
-// Clocks of a unit, as an H200 takes them: those of what comes once, decoding above all, and those of a quarter.
+// Clocks of a unit, as an H200 took them when sums were scaled instead of operands, not measured since: those of what
+// comes once, decoding above all, and those of a quarter.
 constexpr int64_t wgmma_clocks(int64_t quarters) { return 440 + 270 * quarters; }
 
 bool fit_wgmma(ChunkSize size, int64_t room, TileShape* shape) {

@@ -36,6 +36,15 @@ struct WgmmaHead {
 };
 
 // ---- scales on operands ----
+//
+// A = fp16(operand * fp16(scale * 2^P)), with a power of two for each row of W, so that halves neither overflow nor,
+// as far as it goes, become subnormal: P is the row's first scales' choice, in the range of k that a block has, and is
+// kept as long as scales fit. Where one doesn't, the row's sums so far are multiplied with what the new power of two is
+// of the old. So nobody has to look through all scales first. At the end sums are divided by 2^P.
+//
+// A weight is rounded to 11 bits once, once more where a scale has more of them; what is lost below the smallest
+// subnormal is at most 2^-20 of the largest number that a code and a scale of the row could make
+// (tests/wgmma_rounding.py).
 
 // A scale of 32 columns of a row times the row's power of two, in both halves, and the zero point as the format's own
 // unpacking likes it.

@@ -16,6 +16,7 @@ import bitfold
 import kv_cases
 import numpy as np
 import torch
+import wgmma_rounding
 from bitfold.quantizers import grid as grids
 from cases import DTYPES, bits, block_formats, columns, plane_families, random_planes, to_qtensor, weights
 
@@ -33,6 +34,7 @@ class Case:
     layout: str = "rows"
     bias: bool = False
     importance: bool = False
+    far: bool = False  # scales of a row far apart: linear_wgmma
     infinite: bool = False  # the first row of x has an infinity, of linear_rows' last warp
     outliers: str = ""  # linear_int8: some of "found", "per_row", "copied", "static"
     round: bool = True  # gptq_columns: to the format's grid
@@ -43,6 +45,7 @@ class Case:
         shape = f"{self.m}x{self.n}x{self.k}" if self.m else f"{self.n}x{self.k}"
         words = [self.op, self.format, shape, self.dtype, *(["bias"] if self.bias else [])]
         words += ["importance"] if self.importance else []
+        words += ["far"] if self.far else []
         words += ["infinite"] if self.infinite else []
         words += self.outliers.split()
         words += [] if self.round else ["free"]
@@ -142,6 +145,8 @@ WGMMA = [  # the largest first, as above
       for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
     *(linear(format, 66, 150, 288, "fp16", bias=True) for format in ("q4_0", "q8_0", "mxfp4")),
     linear("int4-g32", 70, 128, 288, multiprocessors=1),  # ends within a chunk; scales of 32 columns, two quarters
+    *(linear(format, 66, 140, 1024, "bf16", far=True, multiprocessors=1)  # powers of two of rows change
+      for format in ("int4-g64-asym", "nf4-b64", "nf4-b64-dq", "q4_k", "q4_0", "q5_1")),
 ]  # fmt: skip
 INT8 = [
     *(
@@ -300,6 +305,19 @@ def last_of_each_format(cases: list[Case]) -> list[Case]:
 # ---- files ----
 
 
+def spread_scales(q: bitfold.QTensor, rng: np.random.Generator) -> None:
+    """Scales of a row (and minima of blocks) become up to 2^10 times smaller, each in its own way."""
+    halves = {"q4_k": 2, "q4_0": 1, "q5_1": 2}.get(q.format)
+    if halves is not None:
+        blocks = q.planes["blocks"].view(q.shape[0], q.shape[1] // columns_of_a_block(q.format), -1)
+        scales = blocks[:, :, : 2 * halves].contiguous().view(torch.float16)
+        powers = torch.from_numpy(rng.integers(-10, 1, (*scales.shape[:2], 1)))
+        blocks[:, :, : 2 * halves] = (scales.float() * 2.0**powers).half().view(torch.uint8)
+        return
+    scales = q.planes["nested_scales" if q.format.endswith("-dq") else "scales"]
+    scales *= 2.0 ** torch.from_numpy(rng.integers(-10, 1, scales.shape))
+
+
 def qtensor(case: Case, rng: np.random.Generator) -> bitfold.QTensor:
     if case.format in block_formats() or (case.format.startswith(("fp", "bf")) and case.format[:3] != "fp4"):
         # Random codes could be infinite.
@@ -308,12 +326,18 @@ def qtensor(case: Case, rng: np.random.Generator) -> bitfold.QTensor:
     return to_qtensor(planes, case.format, case.n, case.k, case.layout)
 
 
-def product(case: Case, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> dict[str, np.ndarray]:
+def product(
+    case: Case,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    rounded: torch.Tensor | None = None,
+) -> dict[str, np.ndarray]:
     """x w^T + bias in float64 and how far from it a kernel may be: one rounding to the result's dtype, and for each
-    product an independent rounding of its weight to fp16, ten standard deviations of it."""
+    product an independent rounding of its weight, or of another number, to fp16, ten standard deviations of it."""
     x, w = x.double(), w.double()
     y = x @ w.T + (0 if bias is None else bias.double())
-    spread = (x.square() @ w.square().T).sqrt()
+    spread = (x.square() @ (w if rounded is None else rounded).square().T).sqrt()
     rounding = torch.finfo(DTYPES[case.dtype]).eps
     exact = case.dtype in ("fp32", "fp64")
     return {
@@ -435,6 +459,8 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
         more, tensors = kv_cases.contents(case, rng)
         return values | more, tensors
     q = qtensor(case, rng)
+    if case.far:
+        spread_scales(q, rng)
     if case.op == "pack":
         codes, _, zeros, *_ = q.unpack()
         tensors = {
@@ -468,7 +494,9 @@ def contents(case: Case) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     if case.infinite:
         x[0, 15 * 128 + 5] = float("inf")
     tensors |= {"x": bits(x)} | ({} if bias is None else {"bias": bits(bias)})
-    return values | matrix(x), tensors | product(case, x, w, bias)
+    with_wgmma = case.m > 32 and case.capability == 90
+    rounded = torch.from_numpy(wgmma_rounding.products(q, w.numpy())) if with_wgmma else None
+    return values | matrix(x), tensors | product(case, x, w, bias, rounded)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ class Instruction:
     address: int
     code: str  # with all that follows its name: LDG.E.128.CONSTANT
     operands: str
+    guard: str = ""  # the predicate before it
 
     @property
     def name(self) -> str:
@@ -84,8 +85,9 @@ def read(bin: Path, library: Path) -> list[Kernel]:
         if match := re.match(r"\s*Function : (\S+)", line):
             kernel = Kernel(match[1])
             found.setdefault(match[1], kernel)
-        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
-            kernel.code.append(Instruction(int(match[1], 16), match[2], match[3].strip()))
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(\S+)\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
+            guard, code, operands = match[2] or "", match[3], match[4].strip()
+            kernel.code.append(Instruction(int(match[1], 16), code, operands, guard))
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("--dump-resource-usage"))
     for name, registers, stack in usage:
         if name in found and found[name].registers == 0:
@@ -191,9 +193,8 @@ FAST = (
 )
 
 
-# Bytes of stack of those that keep a register or two there all the same: outside of their inner loops; int8 (4) with
-# wgmma in that for scales of 32 columns.
-SPILLED = {"linear_tile_kernel<5>": 8, "linear_tile_kernel<11>": 8, "linear_many_kernel<4>": 8}
+# Bytes of stack of those that keep a register or two there all the same, outside of their inner loops.
+SPILLED = {"linear_tile_kernel<5>": 8, "linear_tile_kernel<11>": 8}
 # Hopper's for 9 to 32 rows keep one to three: in loops for 32 rows of x, where sums, operands and fresh sums are 96 of
 # a thread's 112 registers (with 8-bit codes in those for scales of 32 columns).
 SPILLED_FEW = {f"linear_tile_kernel<{row}>": 16 if row == 2 else 8 for row in (2, 3, 4, 11, 21, 22)}
@@ -215,15 +216,9 @@ def products_of_a_load(kernel: Kernel) -> float:
     return counts["FFMA"] / counts["LDS"]
 
 
-def waits_for_all(loop: list[Instruction]) -> int:
-    """How often a loop waits for all products of a warpgroup: once for a unit, but where the compiler couldn't tell
-    their registers from others' and waits for each."""
-    return sum(i.code.startswith("WARPGROUP.DEPBAR") and i.operands.endswith("0x0") for i in loop)
-
-
-def minima(kernel: Kernel) -> int:
-    """Products of minima, which are waited for at once, beside those of two units: of blocks that have minima."""
-    return 2 if kernel.name in {f"linear_many_kernel<{row}>" for row in (11, 13, 15, 17, 18)} else 0
+def waits(loop: list[Instruction], left: int) -> int:
+    """How often a loop waits until a warpgroup has so many groups of products on their way."""
+    return sum(i.code.startswith("WARPGROUP.DEPBAR") and i.operands.endswith(f"0x{left}") for i in loop)
 
 
 # A property of a kernel, and what is to be said where it doesn't hold.
@@ -234,8 +229,12 @@ EXPECTED = [
     (lambda k: not is_wgmma(k) or k.has("HGMMA", "64x64x16", "F32"), "no products of warpgroups with fp32 sums"),
     (lambda k: not is_wgmma(k) or all(re.match(r"R\d+, R\d+, gdesc", i.operands) for i in k.code if i.name == "HGMMA"),
      "products of warpgroups don't take W from registers"),
-    (lambda k: not is_wgmma(k) or all(waits_for_all(loop) <= 2 + minima(k) for loop in k.inner_loops("HGMMA")),
+    # For all products of two units only where a row's power of two changes, and at the end, whose code may lie between;
+    # more often where the compiler couldn't tell their registers from others'.
+    (lambda k: not is_wgmma(k) or all(waits(loop, 0) <= 3 for loop in k.inner_loops("HGMMA")),
      "products of warpgroups are waited for one by one"),
+    (lambda k: not is_wgmma(k) or not any(count(loop)["FFMA"] for loop in k.inner_loops("HGMMA")),
+     "sums of products are scaled"),
     (lambda k: not is_wgmma(k) or k.has("UBLKCP"), "no bulk copies"),
     # kAtStart of wgmma.hpp: with others a block's warpgroups would wait for registers that aren't there.
     (lambda k: not is_wgmma(k) or (k.registers == 168 and k.has("USETMAXREG")), "it doesn't begin with 168 registers"),
@@ -296,9 +295,9 @@ LOOPS = [
     ("ChunkFragments<10>", "Any", "q4_0", 4.5, 0),
     ("ChunkFragments<19>", "Any", "q6_k", 6.5625, 0),
 ]
-# Kernels for more rows with wgmma: their rows of the format table, and the steps of 16 columns that share a scale.
-WGMMAS = [(5, 4, "int4-g128"), (5, 2, "int4-g32"), (8, 4, "nf4-b64"), (10, 2, "q4_0"), (17, 4, "q4_k"),
-          (21, 2, "iq4_xs"), (19, 1, "q6_k")]  # fmt: skip
+# Kernels for more rows with wgmma: their rows of the format table.
+WGMMAS = [(4, "int8"), (5, "int4"), (6, "int3"), (8, "nf4"), (10, "q4_0"), (11, "q4_1"), (17, "q4_k"), (21, "iq4_xs"),
+          (19, "q6_k")]  # fmt: skip
 # Those for 9 to 32 rows of x on Hopper: the rows of the format table, and the scales of a row in 128 columns that are
 # handed round; blocks have theirs in shared memory.
 FEWS = [
@@ -370,7 +369,7 @@ def print_loops(kernels: list[Kernel]) -> None:
     )
     print_table("format, rows of x, instructions, mma, FFMA, loads from shared memory, everything else",
                 list(few_rows(kernels)))  # fmt: skip
-    print_table("format, rows of x, instructions, HGMMA, FFMA, loads from shared memory, everything else, "
+    print_table("format, rows of x, instructions, HGMMA, HMUL2, loads from shared memory, everything else, "
                 "clocks of products, clocks of instructions", list(wgmma_rows(kernels)))  # fmt: skip
 
 
@@ -389,19 +388,42 @@ def few_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
 
 
 def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
-    """Of a unit of 64 columns, for 64, 128 and 256 rows of x; clocks of a multiprocessor's two warpgroups."""
-    for row, span, format in WGMMAS:
+    """Of a unit of 64 columns, for 64, 128 and 256 rows of x; clocks of a multiprocessor's two warpgroups. Without what
+    opens a chunk, every second or fourth unit, its minima, and changes of powers of two."""
+    for row, format in WGMMAS:
         found = [k for k in kernels if k.name == f"linear_many_kernel<{row}>" and is_wgmma(k)]
-        for loop in reversed([loop for k in found for loop in k.inner_loops("HGMMA")]):
-            units = max(waits_for_all(loop), 1)  # two where one is decoded while the other is multiplied
-            counts = Counter({name: number // units for name, number in count(loop).items()})
-            instructions = len(loop) // units
-            quarters, rest = divmod(counts["HGMMA"], 4)
-            if quarters == 3 or rest or counts["FFMA"] != 32 * quarters * 4 // span or instructions > 500:
-                continue  # a loop around others, or of other scales
-            parts = [counts[name] for name in ("HGMMA", "FFMA", "LDS")]
+        ways = [usual_way(loop) for k in found for loop in k.inner_loops("HGMMA")]  # of two units
+        for quarters in (1, 2, 4):
+            of_quarters = [
+                way for way in ways if count(way)["HGMMA"] == 2 * 4 * quarters and waits(way, 1) == 2
+            ]
+            if not of_quarters:
+                continue
+            way = min(of_quarters, key=len)
+            parts = [count(way)[name] // 2 for name in ("HGMMA", "HMUL2", "LDS")]
+            instructions = len(way) // 2
             rest = instructions - sum(parts)
             yield format, 64 * quarters, instructions, *parts, rest, 256 * quarters, 2 * instructions
+
+
+def usual_way(loop: list[Instruction]) -> list[Instruction]:
+    """The shortest way through a loop that decodes, which means many HMUL2 together."""
+    halves = [i.name == "HMUL2" for i in loop]
+    needed = [halves[at] and sum(halves[max(at - 24, 0) : at + 25]) >= 12 for at in range(len(loop))]
+    place = {i.address: at for at, i in enumerate(loop)}
+    shortest: list[list[Instruction] | None] = [None] * len(loop) + [[]]
+    for at, i in reversed(list(enumerate(loop))):
+        ways = []
+        target = re.search(r"0x([0-9a-f]+)$", i.operands) if i.name == "BRA" else None
+        to = place.get(int(target[1], 16)) if target else None
+        if to is not None and to > at and not any(needed[at:to]):
+            ways.append(shortest[to])
+        # The last goes back to the first.
+        if target is None or i.guard or "," in i.operands or at + 1 == len(loop):
+            ways.append(shortest[at + 1])
+        ways = [way for way in ways if way is not None]
+        shortest[at] = [i, *min(ways, key=len)] if ways else None
+    return shortest[0] or []
 
 
 if __name__ == "__main__":
