@@ -407,9 +407,20 @@ def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
 
 
 def usual_way(loop: list[Instruction]) -> list[Instruction]:
-    """The shortest way through a loop that decodes, which means many HMUL2 together."""
+    """The shortest way through a loop that decodes two units, which means many HMUL2 near one another."""
+    for reach in (24, 48, 96):
+        way = shortest_way(loop, reach)
+        if count(way)["HMUL2"] >= 2 * 16:
+            return way
+    return []
+
+
+def shortest_way(loop: list[Instruction], reach: int) -> list[Instruction]:
+    """Past every HMUL2 that has eleven others among so many instructions before and behind it."""
     halves = [i.name == "HMUL2" for i in loop]
-    needed = [halves[at] and sum(halves[max(at - 24, 0) : at + 25]) >= 12 for at in range(len(loop))]
+    needed = [
+        halves[at] and sum(halves[max(at - reach, 0) : at + reach + 1]) >= 12 for at in range(len(loop))
+    ]
     place = {i.address: at for at, i in enumerate(loop)}
     shortest: list[list[Instruction] | None] = [None] * len(loop) + [[]]
     for at, i in reversed(list(enumerate(loop))):
