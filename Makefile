@@ -14,8 +14,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Threads that wait for work sleep: those of tests side by side, and of programs that tests start, would take each other's cores.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
-# A file's tests stay in one process, as its fixtures do; tests/conftest.py says in which order files are handed out.
-SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# A file's tests stay in one process, as its fixtures do; tests/conftest.py says in which order files are handed out. A test
+# that kills its process is named and ends the run: a new process would only run into it again.
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 CPP_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
 BUILD_FILES := $(shell find csrc third_party -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
