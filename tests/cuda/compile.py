@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import machine_code
@@ -81,7 +82,10 @@ def link_module(folder: Path) -> None:
 def main(toolkit: Path, folder: Path, architectures: str) -> None:
     configure(toolkit / "nvcc", folder, architectures)
     library, seconds, cpu, said = compile_kernels(folder)
-    kernels = machine_code.read(toolkit, library)
+    with ThreadPoolExecutor(1) as pool:
+        module = pool.submit(link_module, folder)  # while the disassembler works
+        kernels = machine_code.read(toolkit, library)
+        module.result()
     for kernel in kernels:
         print(
             f"{kernel.registers:4} registers {kernel.stack:6} bytes of stack {kernel.bytes_of('STL'):5} stored "
@@ -100,7 +104,6 @@ def main(toolkit: Path, folder: Path, architectures: str) -> None:
         wrong.append(f"{minutes:.1f} minutes of CPU time, and at most {MOST_MINUTES:g} are allowed")
     if wrong:
         raise SystemExit("\n".join(wrong))
-    link_module(folder)
 
 
 if __name__ == "__main__":

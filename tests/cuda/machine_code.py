@@ -12,8 +12,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,24 +73,38 @@ def is_jump_back(i: Instruction) -> bool:
     return match is not None and int(match[1], 16) < i.address
 
 
+def members(library: Path, folder: Path) -> list[Path]:
+    """A static library's objects with device code, put into `folder`: the disassembler has one core for a file."""
+    if library.suffix != ".a":
+        return [library]
+    names = subprocess.run(["ar", "t", library], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["ar", "x", library.absolute()], check=True, cwd=folder)
+    return [folder / name for name in names if name.endswith(".cu.o")]
+
+
 def read(bin: Path, library: Path) -> list[Kernel]:
     """The kernels in `library`, for the first of its architectures where there are several."""
     environment = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"}
 
-    def cuobjdump(option: str) -> str:
-        command = [bin / "cuobjdump", option, library]
+    def cuobjdump(option: str, file: Path) -> str:
+        command = [bin / "cuobjdump", option, file]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = members(library, Path(folder))
+        dumps = "\n".join(pool.map(lambda file: cuobjdump("-sass", file), objects))
     found: dict[str, Kernel] = {}
     kernel = Kernel("")
-    for line in cuobjdump("-sass").split("\n"):
+    for line in dumps.split("\n"):
         if match := re.match(r"\s*Function : (\S+)", line):
             kernel = Kernel(match[1])
             found.setdefault(match[1], kernel)
         elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(\S+)\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
             guard, code, operands = match[2] or "", match[3], match[4].strip()
             kernel.code.append(Instruction(int(match[1], 16), code, operands, guard))
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("--dump-resource-usage"))
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("--dump-resource-usage", library)
+    )
     for name, registers, stack in usage:
         if name in found and found[name].registers == 0:
             found[name].registers, found[name].stack = int(registers), int(stack)
