@@ -116,7 +116,7 @@ def assert_whole_sums_exact(rng: np.random.Generator, format: str, n: int, batch
         assert_same(bitfold.linear(x, qtensor, bias), rounded(exact, dtype))
 
 
-def assert_same_on_every_schedule(rng: np.random.Generator, format: str, m: int) -> None:
+def assert_same_on_every_schedule(rng: np.random.Generator, format: str, m: int, **gpu: int) -> None:
     """Blocks, warps and lanes in any order, copies late or early; k over several blocks on many multiprocessors."""
     n, k = 140, 1024
     qtensor, w = make(rng, format, n, k)
@@ -125,7 +125,7 @@ def assert_same_on_every_schedule(rng: np.random.Generator, format: str, m: int)
         for multiprocessors in (1, 132):
             results = []
             for schedule in schedules():
-                devices.emulated().configure(multiprocessors=multiprocessors, **schedule)
+                devices.emulated().configure(multiprocessors=multiprocessors, **schedule, **gpu)
                 results.append(bitfold.linear(x, qtensor))
             assert_near(results[0], x, w)
             for result in results[1:]:
@@ -189,19 +189,7 @@ def schedules():
     "format", ["int4-g128-asym", "nf4-b64-dq", "int8-g32", "q2_k", "q4_k", "q6_k", "mxfp4"]
 )
 def test_bits_depend_on_no_schedule(format, m, rng):
-    """Blocks, warps and lanes in any order, copies late or early; k over several blocks on many multiprocessors."""
-    n, k = 140, 1024
-    qtensor, w = make(rng, format, n, k)
-    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
-    with devices.use("emulated"):
-        for multiprocessors in (1, 132):
-            results = []
-            for schedule in schedules():
-                devices.emulated().configure(multiprocessors=multiprocessors, **schedule, **WITHOUT_WGMMA)
-                results.append(bitfold.linear(x, qtensor))
-            assert_near(results[0], x, w)
-            for result in results[1:]:
-                assert_same(result, results[0])
+    assert_same_on_every_schedule(rng, format, m, **WITHOUT_WGMMA)
 
 
 @pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's shared memory can't be chosen")
