@@ -101,13 +101,22 @@ def schedule(seed: str) -> dict[str, Any]:
 # ---- a GPU ----
 
 
+class ToGpu(torch.autograd.Function):
+    """The same view of a copy of a tensor's storage. Its gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        moved = torch.empty(0, dtype=tensor.dtype, device="cuda")
+        storage = tensor.detach().untyped_storage().cuda()
+        return moved.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.cpu()
+
+
 def to_gpu(tensor: Tensor) -> Tensor:
-    """The tensor on the GPU: the same view of a copy of its storage."""
-    if tensor.is_cuda:
-        return tensor
-    storage = tensor.detach().untyped_storage().cuda()
-    moved = torch.empty(0, dtype=tensor.dtype, device="cuda")
-    return moved.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+    return tensor if tensor.is_cuda else ToGpu.apply(tensor)
 
 
 def on_gpu(op: Any) -> Any:

@@ -1,9 +1,6 @@
 // Tensor cores. Twin: gpu/ptx_mma.hpp, which says what each register holds.
 //
-// Of floats, the products of a D element (exact) are added in the order of k in double, then to D, and the sum is
-// rounded to fp32 once. Hardware adds with an alignment and a truncation of its own, which nobody documents: the two
-// agree exactly where sums of the products' units stay below 2^24, as those of small integers do, and to fp32's
-// accuracy elsewhere.
+// Sums of floats are cut off as tensor cores do (tensor_core.hpp): exact where those of small whole numbers are.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// Products of a warpgroup. Twin: gpu/ptx_wgmma.hpp, which says what each register holds. Sums are made as mma's are
-// (ptx_mma.hpp): in the order of k in double, and rounded to fp32 once for each product.
+// Products of a warpgroup. Twin: gpu/ptx_wgmma.hpp, which says what each register holds. Sums are made as mma's are.
 #pragma once
 
 #include <cstdint>

@@ -5,6 +5,7 @@
 #include "cuda/emulator/block.hpp"
 #include "cuda/emulator/runtime.hpp"
 #include "cuda/emulator/sanitizers.hpp"
+#include "cuda/emulator/tensor_core.hpp"
 #include "formats/numeric.hpp"
 
 namespace bitfold::cuda::emulator {
@@ -117,43 +118,39 @@ struct S8 {
   static double value(uint32_t r, int i) { return static_cast<int8_t>(r >> 8 * i); }
 };
 
-using Pair [[gnu::vector_size(16), gnu::may_alias]] = double;  // of neighbouring columns
-
-void add(float& sum, double product, bool zero) {
-  sum = static_cast<float>((zero ? 0.0 : static_cast<double>(sum)) + product);
+template <int Count>
+float sum_of(float before, const double (&products)[Count]) {
+  return add_products(before, products);
 }
-void add(int32_t& sum, double product, bool zero) {  // wraps around
-  sum = static_cast<int32_t>(static_cast<uint32_t>(zero ? 0 : sum) +
-                             static_cast<uint32_t>(static_cast<int64_t>(product)));
+template <int Count>
+int32_t sum_of(int32_t before, const double (&products)[Count]) {  // wraps around
+  auto sum = static_cast<uint32_t>(before);
+  for (const double product : products) sum += static_cast<uint32_t>(static_cast<int32_t>(product));
+  return static_cast<int32_t>(sum);
 }
 
 template <class T, class Sum>
 void multiply(void* const (&arguments)[32], uint32_t) {
   constexpr int kEach = T::kEach;
   constexpr int kK = 8 * kEach;
-  double a[16][kK];
-  alignas(16) double b[kK][8];
+  double a[16][kK], b[8][kK];
   for (int lane = 0; lane < 32; ++lane) {
     const Multiply& m = argument<Multiply>(arguments, lane);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < kEach; ++i) {
       for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][kEach * (t + 4 * (r >> 1)) + i] = T::value(m.a[r], i);
-      for (int r = 0; r < 2; ++r) b[kEach * (t + 4 * r) + i][g] = T::value(m.b[r], i);
+      for (int r = 0; r < 2; ++r) b[g][kEach * (t + 4 * r) + i] = T::value(m.b[r], i);
     }
-  }
-  Pair d[16][4];
-  for (int row = 0; row < 16; ++row) {
-    Pair sums[4] = {};
-    for (int k = 0; k < kK; ++k) {
-      const Pair* columns = reinterpret_cast<const Pair*>(b[k]);
-      for (int j = 0; j < 4; ++j) sums[j] += a[row][k] * columns[j];
-    }
-    for (int j = 0; j < 4; ++j) d[row][j] = sums[j];
   }
   for (int lane = 0; lane < 32; ++lane) {
     const Multiply& m = argument<Multiply>(arguments, lane);
     const int g = lane / 4, t = lane % 4;
-    for (int r = 0; r < 4; ++r) add(static_cast<Sum*>(m.d)[r], d[g + 8 * (r >> 1)][t][r & 1], m.zero);
+    for (int r = 0; r < 4; ++r) {
+      double products[kK];
+      for (int k = 0; k < kK; ++k) products[k] = a[g + 8 * (r >> 1)][k] * b[2 * t + (r & 1)][k];
+      Sum& sum = static_cast<Sum*>(m.d)[r];
+      sum = sum_of(m.zero ? Sum{} : sum, products);
+    }
   }
 }
 constexpr WarpOp kMultiply[] = {{"mma_f16", true, false, multiply<F16, float>},

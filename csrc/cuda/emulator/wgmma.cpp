@@ -7,6 +7,7 @@
 
 #include "cuda/emulator/async_block.hpp"
 #include "cuda/emulator/sanitizers.hpp"
+#include "cuda/emulator/tensor_core.hpp"
 #include "formats/numeric.hpp"
 
 namespace bitfold::cuda::emulator {
@@ -158,7 +159,7 @@ void multiply(PendingProduct& product) {
       const unsigned char* row = seen_by_async(block->shared + matrix.row(column, k), 16, "wgmma", product.where);
       for (int i = 0; i < 8; ++i) {
         const auto code = static_cast<uint16_t>(row[2 * i] | row[2 * i + 1] << 8);
-        b[static_cast<size_t>((k + i) * n + column)] = half_to_float(code);
+        b[static_cast<size_t>(column * kDepth + k + i)] = half_to_float(code);
       }
     }
   }
@@ -171,19 +172,13 @@ void multiply(PendingProduct& product) {
       }
     }
   }
-  std::vector<double> d(static_cast<size_t>(n));
   for (int row = 0; row < 16; ++row) {
-    std::fill(d.begin(), d.end(), 0.0);
-    for (int k = 0; k < kDepth; ++k) {
-      for (int column = 0; column < n; ++column) {
-        d[static_cast<size_t>(column)] += a[row][k] * b[static_cast<size_t>(k * n + column)];
-      }
-    }
     for (int column = 0; column < n; ++column) {
+      double products[kDepth];
+      for (int k = 0; k < kDepth; ++k) products[k] = a[row][k] * b[static_cast<size_t>(column * kDepth + k)];
       const int lane = row % 8 * 4 + column % 8 / 2;
       float& sum = product.sums[lane][static_cast<size_t>(column / 8 * 4 + row / 8 * 2 + column % 2)];
-      const double before = product.lanes[0].accumulate ? static_cast<double>(sum) : 0.0;
-      sum = static_cast<float>(before + d[static_cast<size_t>(column)]);
+      sum = add_products(product.lanes[0].accumulate ? sum : 0.0f, products);
     }
   }
 }
