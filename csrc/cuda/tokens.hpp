@@ -240,8 +240,7 @@ struct Tokens {
                                      int room, float scale) {
     const Arranged<Bf16> arranged(args, pieces, token, x, room, scale);
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      if (j * kTurn >= pieces) break;
+    for (int j = 0; j < kTogether; ++j) {  // those that aren't there too: nothing to jump over, all of them in turns
       const uint4& eight = eights.of[j];
       arranged.leave(j * kTurn + ptx::lane_id() / kQuads, ordered({eight.x, eight.y}, {eight.z, eight.w}));
     }
