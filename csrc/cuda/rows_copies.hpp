@@ -73,16 +73,19 @@ struct Unit {
 
 // A warp's rooms, one after the other and again.
 template <int Bytes>
-struct Room {
-  std::byte* at;
-  std::byte* const begin;
-  std::byte* const end;
-
-  BITFOLD_DEVICE Room(std::byte* ring, int rooms) : at(ring), begin(ring), end(ring + rooms * Bytes) {}
+class Room {
+ public:
+  BITFOLD_DEVICE Room(std::byte* ring, int rooms) : ring_(ring), bytes_(rooms * Bytes) {}
+  BITFOLD_DEVICE std::byte* at() const { return ring_ + at_; }
   BITFOLD_DEVICE void next() {
-    at += Bytes;
-    if (at == end) at = begin;
+    at_ += Bytes;
+    if (at_ == bytes_) at_ = 0;
   }
+
+ private:
+  std::byte* const ring_;
+  const int bytes_;  // of all of them
+  int at_ = 0;
 };
 
 // What goes ahead: the copies of a warp's pieces, unit after unit.
@@ -110,7 +113,7 @@ class Feed {
   BITFOLD_DEVICE void next() {
     if (left_ == 0 && unit_ < units_) aim(), begin_unit();
     if (left_ > 0) {
-      copies_.template fetch<M>(args_.w, room_.at);
+      copies_.template fetch<M>(args_.w, room_.at());
       --left_;
     }
     ptx::cp_async_commit();
@@ -148,7 +151,7 @@ class Feed {
     copies_ = typename Source::Copies(args_.w, int64_t{unit.tile} * 16, unit.first);
   }
   BITFOLD_DEVICE void begin_unit() {
-    copies_.begin(args_.w, left_, head_.at);
+    copies_.begin(args_.w, left_, head_.at());
     head_.next();
   }
 

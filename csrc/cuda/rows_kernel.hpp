@@ -132,7 +132,7 @@ BITFOLD_DEVICE void multiply(const Unit& unit, Feed<Source>& feed, Product<Sourc
     feed.wait();
     ptx::sync_warp();  // all lanes' copies are there, and all have read the room that is filled next
     feed.template next<M>();
-    product.template add<M>(piece, room.at, total);
+    product.template add<M>(piece, room.at(), total);
     room.next();
   }
 }
@@ -195,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
   Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);
   slices.finish(eights);
   auto* sums = reinterpret_cast<float*>(x + args.kept * slices.quads());
+  const Manner manner = Source::manner(args.w);
   int round = units.begin;
 #pragma unroll 1
   for (int turn = units.begin; turn < units.end; turn += kWarps) {
@@ -205,11 +206,11 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
     if (turn + warp < units.end) {
       const Unit unit(args, turn + warp);
       const TokenScales& scales = slices.scales(unit.slice);
-      Product<Source> product(args, memory.tables, unit.tile, slices.x(unit.slice), args.longest, head.at);
+      Product<Source> product(args, memory.tables, unit.tile, slices.x(unit.slice), args.longest, head.at());
       head.next();
       float total[4] = {};
       const bool finite = Source::kSums == 0 || Tokens<Source>::finite(args.x, scales);
-      switch (finite ? Source::manner(args.w) : Manner::Any) {
+      switch (finite ? manner : Manner::Any) {
         case Manner::Plain: multiply<Source, Manner::Plain>(unit, feed, product, room, total); break;
         case Manner::Full: multiply<Source, Manner::Full>(unit, feed, product, room, total); break;
         case Manner::Any: multiply<Source, Manner::Any>(unit, feed, product, room, total); break;

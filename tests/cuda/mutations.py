@@ -139,7 +139,7 @@ WRONG = [
     ("rows_kernel.hpp", "n >= args.n", "n > args.n"),
     ("rows_sums.cu", "row >= args.n", "row > args.n"),
     ("rows_sums.cu", "slice * args.m * args.rows", "slice * args.rows"),
-    ("tokens.hpp", "scales.finite[token] != 0", "true"),
+    ("tokens.hpp", "scales.finite[token] == 0", "false"),
     ("tokens.hpp", "column < args.k", "column <= args.k"),
     ("tokens.hpp", "14 - (field - 127)", "16 - (field - 127)"),
     ("tokens.hpp", "i / kEights * args.m + token", "i / kEights * args.m + token / 2 * 2"),
