@@ -273,14 +273,20 @@ struct ListMemory {
 BITFOLD_DEVICE uint32_t loose(const Int8Op& op, int64_t word) { return reached(op, word) & ~copied(op, word); }
 
 // Line i of a table, of `part` of `parts` of the rows of W and x, of which w and x say the numbers.
-template <class W, class X>
-BITFOLD_DEVICE void write_line(const Int8Op& op, const Int8Table& table, int i, int part, int parts, const W& w,
-                               const X& x) {
-  const auto thread = static_cast<int>(threadIdx.x);
-  float *to_w = table.w + i * op.table_rows, *to_x = table.x + i * op.table_tokens;
-  const int64_t rows = op.n * (part + 1) / parts, tokens = op.x.rows * (part + 1) / parts;
+template <class W>
+BITFOLD_DEVICE void write_rows(const Int8Op& op, const Int8Table& table, int i, int part, int parts, const W& w) {
+  float* to_w = table.w + i * op.table_rows;
+  const int64_t rows = op.n * (part + 1) / parts;
 #pragma unroll 8
-  for (int64_t row = op.n * part / parts + thread; row < rows; row += kThreads) to_w[row] = w(row);
+  for (int64_t row = op.n * part / parts + static_cast<int>(threadIdx.x); row < rows; row += kThreads) {
+    to_w[row] = w(row);
+  }
+}
+template <class X>
+BITFOLD_DEVICE void write_tokens(const Int8Op& op, const Int8Table& table, int i, int part, int parts, const X& x) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  float* to_x = table.x + i * op.table_tokens;
+  const int64_t tokens = op.x.rows * (part + 1) / parts;
 #pragma unroll 4
   for (int64_t row = op.x.rows * part / parts + thread; row < tokens; row += kThreads) to_x[row] = x(row);
 }
@@ -299,6 +305,13 @@ BITFOLD_DEVICE void list_strip(const Int8Op& op, int64_t strip, int lister) {
   if (thread < kStripWords) memory.words[thread] = loose(op, first + thread);
   ptx::sync_block();
   int at = memory.before;
+  constexpr int kPieceWords = kInt8Piece / 32;
+  if (lister == 0 && thread < kStripWords / kPieceWords) {
+    const uint32_t* words = memory.words + kPieceWords * thread;
+    int before = at;
+    for (const uint32_t* word = memory.words; word < words; ++word) before += ptx::popc(*word);
+    op.found[first / kPieceWords + thread] = {static_cast<uint32_t>(before), {words[0], words[1]}, 0};
+  }
   bool huge = false;
   for (int i = 0; i < kStripWords; ++i) {
     for (uint32_t bits = memory.words[i]; bits != 0; bits &= bits - 1, ++at) {
@@ -308,7 +321,8 @@ BITFOLD_DEVICE void list_strip(const Int8Op& op, int64_t strip, int lister) {
       const auto code = [&](int64_t row) {
         return static_cast<float>(ptx::load1(op.codes + row * op.k + column) - int8_zero(op, row));
       };
-      write_line(op, op.loose, at, lister, kListers, code, [&](int64_t row) {
+      if (!op.gathers) write_rows(op, op.loose, at, lister, kListers, code);
+      write_tokens(op, op.loose, at, lister, kListers, [&](int64_t row) {
         const float number = int8_outlier(op, row, column);
         huge = huge || magnitude(number) >= 0x1p120f;
         return number;
@@ -328,7 +342,8 @@ BITFOLD_DEVICE void write_copies(const Int8Op& op, int block, int blocks) {
       const uint16_t bits = ptx::load2(copy + row * op.copies + i);
       return half ? half_to_float(bits) : bf16_to_float(bits);
     };
-    write_line(op, op.exact, i, 0, 1, weight, [&](int64_t row) { return int8_x(op, row, op.columns[i]); });
+    write_rows(op, op.exact, i, 0, 1, weight);
+    write_tokens(op, op.exact, i, 0, 1, [&](int64_t row) { return int8_x(op, row, op.columns[i]); });
   }
 }
 

@@ -29,6 +29,7 @@ struct Shape {
   static constexpr int kLinesOfAll = kRows + kTokens, kLines = kThreads / 4;
   static constexpr int kTurns = ceil_div(kLinesOfAll, kLines), kRowTurns = kRows / kLines;
   static_assert(kRows % kLines == 0);
+  static constexpr int kOutRows = kRows + 4;  // so that the sums of a warp lie in banks of their own
 };
 using Few = Shape<8, 4, 1, 2, 8>;  // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
 // 128 rows, 128 tokens. A warp has 64 of each, half of the registers: what decides is how often shared memory is read.
@@ -52,7 +53,9 @@ struct Memory {
     uint4 stage[S::kStages][S::kLinesOfAll][4];  // W's rows, then tokens
     Int8Token tokens[S::kTokens];
     Table<S> table;
+    float out[S::kTokens][S::kOutRows];
   };
+  Int8Found found[S::kStages];  // of each stage's columns
   Lines<S> lines[S::kThreads];
   int last_row, last_token;
 };
@@ -109,6 +112,7 @@ class Tile {
   BITFOLD_DEVICE void fetch(int piece, int stage) {
     const Lines<S> lines = memory_.lines[threadIdx.x];
     const int64_t column = int64_t{piece} * kInt8Piece + 16 * of_line();
+    if (threadIdx.x == 0 && gathers()) ptx::cp_async<16>(&memory_.found[stage], op_.found + piece);
     const bool there = column < op_.k;  // x's codes have zeros behind k
     const uint8_t* w = op_.codes + row0() * op_.k + (there ? column : 0);
     const auto* x = reinterpret_cast<const uint8_t*>(op_.x_codes) + token0() * op_.stride + column;
@@ -119,6 +123,19 @@ class Tile {
       if (turn < kRowTurns) ptx::cp_async<16>(to, w + lines.bytes[turn], there ? 16 : 0);
       else ptx::cp_async<16>(to, x + lines.bytes[turn]);
     }
+  }
+
+  // Whether outliers of W are picked out of the stages.
+  BITFOLD_DEVICE bool gathers() const { return op_.gathers && op_.found != nullptr; }
+  // Those of a stage, into their table, where the block finds them at the end, or the last of a tile's blocks does.
+  BITFOLD_DEVICE void gather(int stage) const {
+    const auto row = static_cast<int>(threadIdx.x);
+    if (row >= S::kRows) return;
+    each_found(memory_.found[stage], op_.loose.lines, [&](int i, int column) {
+      const auto* codes = reinterpret_cast<const uint8_t*>(memory_.stage[stage][row]);
+      const int code = codes[column] - int8_zero(op_, row0() + smaller(row, memory_.last_row));
+      op_.loose.w[i * op_.table_rows + row0() + row] = static_cast<float>(code);
+    });
   }
 
   BITFOLD_DEVICE void multiply_all() {
@@ -141,6 +158,7 @@ class Tile {
       if (ahead < end) fetch(ahead, stage == 0 ? S::kStages - 1 : stage - 1);
       ptx::cp_async_commit();
       multiply(stage);
+      if (gathers()) gather(stage);
       stage = stage + 1 == S::kStages ? 0 : stage + 1;
     }
   }
@@ -354,14 +372,22 @@ class Tile {
     }
   }
 
+  // By way of shared memory, so that neighbours of y are written together, by a short loop.
   BITFOLD_DEVICE void store() {
-    each([&](int r, int j, int i, int& sum) {
-      const int row = row_of(r, i), token = token_of(j, i);
-      if (row > last_row_ || token > last_token_) return;
-      float y = ptx::int_as_float(sum);
-      if (op_.bias != nullptr) y = ptx::add(y, read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row0() + row));
+    static_assert(kThreads % S::kRows == 0);
+    ptx::sync_block();  // nobody looks at the table any more
+    each([&](int r, int j, int i, int& sum) { memory_.out[token_of(j, i)][row_of(r, i)] = ptx::int_as_float(sum); });
+    ptx::sync_block();
+    const int thread = static_cast<int>(threadIdx.x), row = thread % S::kRows;
+    if (row > last_row_) return;
+    const bool biased = op_.bias != nullptr;
+    const float bias = biased ? read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row0() + row) : 0.0f;
+#pragma unroll 4
+    for (int token = thread / S::kRows; token <= last_token_; token += kThreads / S::kRows) {
+      float y = memory_.out[token][row];
+      if (biased) y = ptx::add(y, bias);
       write_number(op_.y, op_.x.dtype, (token0() + token) * op_.n + row0() + row, y);
-    });
+    }
   }
 
   const Int8Op& op_;
@@ -397,7 +423,10 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks) int8_tile_kernel(const I
 template <class S>
 Int8Tiles tiles_of(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
   const int64_t count = ceil_div<int64_t>(n, S::kRows) * ceil_div<int64_t>(m, S::kTokens);
-  return {count, S::kTileSums, choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), kBlocks * gpu.multiprocessors)};
+  return {.count = count,
+          .sums = S::kTileSums,
+          .splits = choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), kBlocks * gpu.multiprocessors),
+          .gathers = m <= S::kTokens};
 }
 
 template <class S>
@@ -415,7 +444,7 @@ bool is_few(int64_t m) { return m <= Few::kTokens; }
 }  // namespace
 
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, 0, 1};
+  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, 0, 1, true};
   return is_few(m) ? tiles_of<Few>(m, n, k, gpu) : tiles_of<Many>(m, n, k, gpu);
 }
 

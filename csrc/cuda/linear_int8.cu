@@ -10,6 +10,8 @@ constexpr int64_t kFlagRows = 256;   // fewer aren't worth a part of their own
 constexpr int64_t kFlagParts = 8;    // every thread that rounds looks at all of them
 constexpr int64_t kTableShare = 64;  // of k: more outliers than k over this are right, and slow
 constexpr int64_t kBoundary = 256;   // bytes
+constexpr int64_t kPieceWords = kInt8Piece / 32;
+static_assert(kStripWords % kPieceWords == 0);
 
 // Where everything lies in the workspace.
 class Layout8 {
@@ -30,6 +32,7 @@ class Layout8 {
     table_rows = whole(args.w.n);
     table_tokens = whole(m);
     loose_huge = take(finds ? 4 : 0);
+    found = take(finds ? words / kPieceWords * static_cast<int64_t>(sizeof(Int8Found)) : 0);
     loose = table(finds ? lines : 0);
     exact = table(smaller(lines, whole(args.copies)));
     codes = take(m * stride);
@@ -41,7 +44,7 @@ class Layout8 {
     arrivals = take(split ? tiles.count * 4 : 0);
   }
   int64_t words, flag_parts, stride, parts, table_rows, table_tokens;
-  int64_t reached, copied, outliers, outlier_count, loose_huge, codes, steps, sums, partial, arrivals;
+  int64_t reached, copied, outliers, outlier_count, loose_huge, found, codes, steps, sums, partial, arrivals;
   struct Table {
     int64_t w, x, lines;
     Int8Table at(char* base) const {
@@ -102,6 +105,8 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .outlier_count = finds ? reinterpret_cast<int32_t*>(base + at.outlier_count) : nullptr,
       .loose = at.loose.at(base),
       .exact = at.exact.at(base),
+      .found = finds ? reinterpret_cast<Int8Found*>(base + at.found) : nullptr,
+      .gathers = at.tiles.gathers,
       .table_rows = at.table_rows,
       .table_tokens = at.table_tokens,
       .loose_huge = reinterpret_cast<uint32_t*>(base + at.loose_huge),
