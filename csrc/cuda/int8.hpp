@@ -16,11 +16,10 @@ inline constexpr int kInt8Piece = 64;   // columns: 16 bytes for each of the fou
 // How int8_tile is cut.
 struct Int8Tiles {
   int64_t count;
-  int64_t sums;  // of a tile
-  int splits;    // of k, over blocks
-  bool gathers;  // a row of W is read once, by whom its outliers are picked out
+  int64_t tokens;  // multiplied by one launch, and then made numbers by another: a multiple of kInt8Lines, or all
+  int splits;      // of k, over blocks
 };
-// A pure function of the shape and the GPU; none where int8_rows multiplies.
+// A pure function of the shape and the GPU; no tiles where int8_rows multiplies.
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu);
 
 // The outliers without a copy among a piece's columns: which they are, and how many came before.
@@ -30,8 +29,9 @@ struct alignas(16) Int8Found {
   uint32_t none;
 };
 
-// The first columns of a list as fp32, so that whoever multiplies finds neighbours beside one another: what W has there
-// (codes less their zero points, or the copy), and x.
+// The first columns of a list as fp32, so that neighbours lie beside one another: what W has there (codes less their
+// zero points, or the copy), and x. Codes are put there by int8_tile, past which they come; int8_rows needs them
+// itself.
 struct Int8Table {
   float* w;   // [lines, table_rows]
   float* x;   // [lines, table_tokens]
@@ -67,7 +67,6 @@ struct Int8Op {
   // Their columns, and those with a copy.
   Int8Table loose, exact;
   Int8Found* found;  // of each piece of columns; null: none are looked for
-  bool gathers;  // whoever multiplies picks the loose outliers of W out of the pieces it reads: nobody else writes them
   int64_t table_rows, table_tokens;
   // Not 0: an outlier of x in the table is 2^120 or more, and times a code of 8 bits could be no number.
   uint32_t* loose_huge;
@@ -77,17 +76,17 @@ struct Int8Op {
   int32_t* sums;    // [m, parts]: of the codes of kPartColumns columns
   int parts;
 
-  // Of int8_tile, where it cuts k over blocks.
+  // Of int8_tile and int8_finish.
   Int8Tiles tiles;
-  int32_t* partial;    // [tile, split, sum of a tile]: as the tile's threads have them
-  uint32_t* arrivals;  // of splits, for each tile; int8_round makes them zero
+  int32_t* partial;  // [split, x.rows, table_rows]: whole sums
 };
 
 // The launchers, in the order in which linear_int8.cpp calls them.
 void int8_mark(const Int8Op& op, Stream stream);
 void int8_round(const Int8Op& op, Stream stream);
-void int8_rows(const Int8Op& op, Stream stream);  // anything, and fast for at most kInt8Tokens rows of x
-void int8_tile(const Int8Op& op, Stream stream);  // where int8_tiles says that there are any
+void int8_rows(const Int8Op& op, Stream stream);    // anything, and fast for at most kInt8Tokens rows of x
+void int8_tile(const Int8Op& op, Stream stream);    // where int8_tiles says that there are any
+void int8_finish(const Int8Op& op, Stream stream);  // after int8_tile
 inline constexpr int64_t kInt8Tokens = 8;
 
 BITFOLD_DEVICE float int8_x(const Int8Op& op, int64_t row, int64_t column) {
