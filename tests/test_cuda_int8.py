@@ -111,6 +111,21 @@ def test_columns_cut_over_blocks(way):
                     )
 
 
+@pytest.mark.parametrize("way", ["found", "by row and copied"])
+def test_more_tokens_than_are_multiplied_at_a_time(way):
+    """Four waves of blocks of 128 tokens, and the others: a single block for 32 of them, and two."""
+    n, k = 20, 80
+    planes = weight(n, k, "int8-channel-asym")
+    with devices.use("emulated"):
+        devices.emulated().configure(multiprocessors=1, order="priority")
+        for m, dtype in ((1024, torch.bfloat16), (1030, torch.float32), (1100, torch.float16)):
+            x = activations(m, k, dtype)
+            bias = torch.linspace(-1, 1, n).to(dtype)
+            assert_same(
+                torch.ops.bitfold_emulated, x, planes, "int8-channel-asym", n, bias, *WAYS[way](n, k)
+            )
+
+
 @pytest.mark.parametrize("way", ["plain", "found", "by row and copied"])
 def test_a_row_that_is_no_number_stays_alone(way, gpu):
     for m in (3, 20):
