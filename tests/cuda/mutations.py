@@ -214,7 +214,11 @@ WRONG = [
     ("few_copies.hpp", "stage * Stage::kUnits * each", "first_ * Stage::kUnits * each"),
     ("few_copies.hpp", "int64_t{stage} * sums", "int64_t{first_} * sums"),
     ("few_copies.hpp", "column_warp * kHalf / 32", "0"),
-    ("few_copies.hpp", "mine_[0].scale, row", "mine_[0].scale, row % 2"),
+    (
+        "few_copies.hpp",
+        "ptx::shuffle_of_four(mine_[0].scale, row)",
+        "ptx::shuffle_of_four(mine_[0].scale, row % 2)",
+    ),
     ("few_copies.hpp", "lane_ % 4 * 8 + lane_ / 4", "lane_ % 2 * 8 + lane_ / 4"),
     ("few_copies.hpp", "end + 1 - kHalf / 32", "end"),
     ("few_copies.hpp", "bits_[i / 2] >> 16 * (i % 2)", "bits_[i / 2]"),
