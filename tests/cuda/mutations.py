@@ -417,7 +417,7 @@ WRONG = [
     ("kv_chunk.cu", "expf(most_ - most)", "1.0f"),
     ("kv_chunk.cu", "job_.blocks_end * job_.shape.group - job_.first + token", "token"),
     ("kv_chunk.cu", "r < job_.queries", "true"),
-    ("kv_chunk.cu", "place_.chunk - job_.packed_chunks", "0 * place_.chunk"),
+    ("kv_chunk.cu", "(place_.chunk - job_.packed_chunks)", "(0 * place_.chunk)"),
     ("kv_chunk.cu", "sums_[q][i] += constant_[q]", "sums_[q][i] += 0.0f"),
     ("kv_blocks.hpp", "word >> 4 & 0x0f0f0f0fu", "word & 0xf0f0f0fu"),
     # kv_unpack: which page, token, channel and step, and ends
