@@ -128,6 +128,8 @@ FEW = [  # the largest first, as above
     *(linear(format, 9, 288, 1536, "bf16", multiprocessors=132)  # k over several blocks
       for format in ("int4-g128-asym", "q4_k", "q6_k")),
     linear("nf4-b64-dq", 16, 17, 192),
+    *(linear(format, m, 40, 640, multiprocessors=1)  # one load for all scales; the last stage is half of one
+      for format in ("int4-g32", "int4-g32-asym", "int4-g64-asym", "nf4-b32", "nf4-b64-dq") for m in (11, 26)),
     *(linear(format, 25, 256, 288) for format in ("int4-g32", "q4_0", "q8_0")),  # whole rows end within a stage
 ]  # fmt: skip
 WGMMA = [  # the largest first, as above
