@@ -293,8 +293,8 @@ class FewScales {
   template <int Bytes>
   BITFOLD_DEVICE void load_bits(const uint8_t* from) {
     if constexpr (Bytes == 16) {
-      const uint4 all = ptx::load16(from);
-      bits_[0] = all.x, bits_[1] = all.y, bits_[2] = all.z, bits_[3] = all.w;
+      const uint2 all[2] = {ptx::load8(from), ptx::load8(from + 8)};
+      bits_[0] = all[0].x, bits_[1] = all[0].y, bits_[2] = all[1].x, bits_[3] = all[1].y;
     } else if constexpr (Bytes == 8) {
       const uint2 all = ptx::load8(from);
       bits_[0] = all.x, bits_[1] = all.y;

@@ -100,16 +100,15 @@ class PackedAttention {
   // A part of the 32 rows of a step: a group of copies, of none where there is no block.
   template <int RowBytes>
   BITFOLD_DEVICE static void fetch(uint8_t* to, const uint8_t* from, int part, int step) {
-    constexpr int kPieces = kPart / 16;  // of a row
+    constexpr int kPieces = kPart / 16, kRows = kWarp / kPieces;  // of a row; that all lanes have at once
     if (from != nullptr) {
+      const int at = ptx::lane_id() / kPieces * RowBytes + ptx::lane_id() % kPieces * 16 + part * kPart;
       to += step * kStep * RowBytes;
-      from += step * kStep * RowBytes + part * kPart;
+      from += step * kStep * RowBytes + at;
+      const int place = place_of<RowBytes>(at);
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const int row = i * (kWarp / kPieces) + ptx::lane_id() / kPieces;
-        const int at = row * RowBytes + ptx::lane_id() % kPieces * 16;
-        ptx::cp_async<16>(to + (place_of<RowBytes>(at) ^ part * kPart), from + at);
-      }
+      for (int i = 0; i < kPieces; ++i)  // the bits of both places are disjoint
+        ptx::cp_async<16>(to + (place ^ place_of<RowBytes>(i * kRows * RowBytes)), from + i * kRows * RowBytes);
     }
     ptx::cp_async_commit();
   }
@@ -146,9 +145,15 @@ class PackedAttention {
     for (int i = 0; i < 8; ++i)
       out[i] = *reinterpret_cast<const Word*>(codes + i / 4 * 16 * RowBytes + (first ^ i % 4 * RowBytes));
   }
-  // Four floats of rows 32 step + 4 u ..., u: which of its query's eight lanes a lane is.
-  BITFOLD_DEVICE static float4 four(const void* floats, int step) {
-    return static_cast<const float4*>(floats)[8 * step + ptx::lane_id() % 8];
+  // Four floats of those rows of which a lane makes B: i = 0 is the first half of its first step, 1 the second half.
+  BITFOLD_DEVICE float4 four(const void* floats, int i) const {
+    return static_cast<const float4*>(floats)[16 * (i / 2) + 8 * columns_.step + 4 * (i % 2) + t_];
+  }
+  template <int Count>
+  BITFOLD_DEVICE void write(int first_step, const float4 (&x)[Count], float inverse) {
+#pragma unroll
+    for (int i = 0; i < Count; i += 2)
+      Sums::write(columns_, own_.b[first_step + i + columns_.step], x[i], x[i + 1], inverse);
   }
   BITFOLD_DEVICE uint4 operand(int step) const {
     return *reinterpret_cast<const uint4*>(&own_.b[step][4 * ptx::lane_id()]);
@@ -209,8 +214,7 @@ class PackedAttention {
       if constexpr (kOffsets) constant = dot(four(offsets, s), query_[s], constant);
     }
     const typename Sums::Power power(largest_of(largest));
-#pragma unroll
-    for (int s = 0; s < kKeySteps; ++s) Sums::write(columns_, own_.b[s], x[s], power.inverse);
+    write(0, x, power.inverse);
     if constexpr (kOffsets) constant_ = of_query(sum_of(constant));
     ptx::sync_warp();
     fetch_key_floats(next);
@@ -315,8 +319,7 @@ class PackedAttention {
     for (int s = 0; s < kValueSteps; ++s)
       x[s] = products(four(steps, s), four(own_.weights[columns_.query], s), largest);
     const typename Sums::Power power(largest_of(largest));
-#pragma unroll
-    for (int s = 0; s < kValueSteps; ++s) Sums::write(columns_, own_.b[group * kValueSteps + s], x[s], power.inverse);
+    write(group * kValueSteps, x, power.inverse);
     return of_query(power.unit);
   }
   // Tokens that are hidden don't count, whatever their values are.
@@ -387,7 +390,7 @@ class PackedAttention {
   const int groups_;  // of values' steps
   const KvColumns columns_;
   KvBlocks blocks_;
-  float4 query_[kKeySteps];              // of query columns_.query, channels 32 s + 4 u ...
+  float4 query_[kKeySteps];              // of query columns_.query, of those rows (four)
   float constant_ = 0.0f;                // of query t
   float most_ = kKvLowest, sum_ = 0.0f;  // of query t; sum_: this lane's tokens
   float sums_[kParts][kKvWord] = {};     // of query t, channels 64 p + 8 g ...

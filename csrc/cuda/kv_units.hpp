@@ -19,17 +19,18 @@
 
 namespace bitfold::cuda {
 
-// Where a lane's four numbers x of rows 4 u ... of query q go to in B: the even column has `even`, the odd one `odd`.
-// Lanes of neighbouring queries write different columns at once, which lie in different banks.
+// Which numbers of B a lane makes: of every second step from `step` on, rows 4 t ... and 16 + 4 t ... of a query. The
+// query's even column has one half of them, its odd column the other; lanes of neighbouring steps write different
+// columns at once, which lie in different banks.
 struct KvColumns {
-  int query, half, t;
+  int query, step, t;
 
-  BITFOLD_DEVICE KvColumns() : query(ptx::lane_id() / 8), half(ptx::lane_id() / 4 % 2), t(ptx::lane_id() % 4) {}
-  BITFOLD_DEVICE bool odd_first() const { return query % 2 != 0; }
-  BITFOLD_DEVICE void write(uint32_t* b, const uint2& first, const uint2& second) const {
-    const int at = ((2 * query + query % 2) * 4 + t) * 4 + 2 * half;
-    *reinterpret_cast<uint2*>(b + at) = first;
-    *reinterpret_cast<uint2*>(b + (at ^ 16)) = second;
+  BITFOLD_DEVICE KvColumns() : query(ptx::lane_id() / 8), step(ptx::lane_id() / 4 % 2), t(ptx::lane_id() % 4) {}
+  BITFOLD_DEVICE bool odd_first() const { return step != 0; }
+  BITFOLD_DEVICE void write(uint32_t* b, const uint4& first, const uint4& second) const {
+    const int at = ((2 * query + step) * 4 + t) * 4;
+    *reinterpret_cast<uint4*>(b + at) = first;
+    *reinterpret_cast<uint4*>(b + (at ^ 16)) = second;
   }
 };
 
@@ -47,17 +48,18 @@ class KvWholes {
     }
   };
 
-  BITFOLD_DEVICE static void write(const KvColumns& columns, uint32_t* b, const float4& x, float inverse) {
-    const uint32_t d[4] = {digits(x.x * inverse), digits(x.y * inverse), digits(x.z * inverse), digits(x.w * inverse)};
-    const uint32_t low[2] = {ptx::prmt(d[0], d[1], 0x5140u), ptx::prmt(d[2], d[3], 0x5140u)};
-    const uint32_t high[2] = {ptx::prmt(d[0], d[1], 0x7362u), ptx::prmt(d[2], d[3], 0x7362u)};
-    const uint32_t first = columns.odd_first() ? 0x5410u : 0x7632u, second = first ^ (0x5410u ^ 0x7632u);
-    columns.write(b, {ptx::prmt(high[0], high[1], first), ptx::prmt(low[0], low[1], first)},
-                  {ptx::prmt(high[0], high[1], second), ptx::prmt(low[0], low[1], second)});
+  // x: rows 4 t ..., y: rows 16 + 4 t ...
+  BITFOLD_DEVICE static void write(const KvColumns& columns, uint32_t* b, const float4& x, const float4& y,
+                                   float inverse) {
+    uint32_t of_x[4], of_y[4];
+    cross(digits(x.x * inverse), digits(x.y * inverse), digits(x.z * inverse), digits(x.w * inverse), of_x);
+    cross(digits(y.x * inverse), digits(y.y * inverse), digits(y.z * inverse), digits(y.w * inverse), of_y);
+    const uint4 even{of_x[3], of_y[3], of_x[1], of_y[1]}, odd{of_x[2], of_y[2], of_x[0], of_y[0]};
+    columns.write(b, columns.odd_first() ? odd : even, columns.odd_first() ? even : odd);
   }
 
   BITFOLD_DEVICE void add(const Word (&words)[8], const uint4& b) {
-    const uint32_t high[2] = {b.x, b.z}, low[2] = {b.y, b.w};
+    const uint32_t high[2] = {b.x, b.y}, low[2] = {b.z, b.w};
     uint32_t a[4][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -121,10 +123,13 @@ class KvHalves {
     }
   };
 
-  BITFOLD_DEVICE static void write(const KvColumns& columns, uint32_t* b, const float4& x, float inverse) {
-    uint2 number, rest;
+  BITFOLD_DEVICE static void write(const KvColumns& columns, uint32_t* b, const float4& x, const float4& y,
+                                   float inverse) {
+    uint4 number, rest;
     two(x.x * inverse, x.y * inverse, number.x, rest.x);
     two(x.z * inverse, x.w * inverse, number.y, rest.y);
+    two(y.x * inverse, y.y * inverse, number.z, rest.z);
+    two(y.z * inverse, y.w * inverse, number.w, rest.w);
     const bool odd = columns.odd_first();
     columns.write(b, odd ? rest : number, odd ? number : rest);
   }

@@ -86,11 +86,6 @@ UNSEEN = {
     (
         "kv_packed.hpp",
         "ptx::sync_warp();",
-        4,
-    ): "the lanes meet in the shuffles before it, which on a GPU alone promise nothing of what they read",
-    (
-        "kv_packed.hpp",
-        "ptx::sync_warp();",
         5,
     ): "the warp's products come after all that its lanes look at, and are its lanes' together",
     (
