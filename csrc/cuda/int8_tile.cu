@@ -76,10 +76,11 @@ class Tile {
 
   // ---- whole sums ----
 
-  // A thread has the same lines of all stages, kLines apart, and of each the same 16 bytes. Of a line beyond the tile's
-  // last it has the last.
+  // A thread has the same lines of all stages, kLines apart, and of each the same 16 bytes. Of a row beyond the tile's
+  // last it has the last; tokens that aren't there are zeros, since all blocks would ask for the same bytes.
   static constexpr int kLines = S::kLines, kRowTurns = S::kRowTurns;
   static_assert((S::kRows + S::kTokens) * kPartColumns < int64_t{1} << 32);
+  static constexpr uint32_t kNoToken = ~uint32_t{0};  // in the place of where its line begins
 
   BITFOLD_DEVICE static int line_of(int turn) { return turn * kLines + static_cast<int>(threadIdx.x) / 4; }
   BITFOLD_DEVICE static int of_line() { return static_cast<int>(threadIdx.x) % 4; }
@@ -87,9 +88,9 @@ class Tile {
     auto& bytes = memory_.lines[threadIdx.x].bytes;
 #pragma unroll
     for (int turn = 0; turn < S::kTurns; ++turn) {
-      bytes[turn] = turn < kRowTurns
-                        ? static_cast<uint32_t>(smaller(line_of(turn), last_row_) * op_.k)
-                        : static_cast<uint32_t>(smaller(line_of(turn) - S::kRows, last_token_) * op_.stride);
+      const int token = line_of(turn) - S::kRows;
+      if (turn < kRowTurns) bytes[turn] = static_cast<uint32_t>(smaller(line_of(turn), last_row_) * op_.k);
+      else bytes[turn] = token <= last_token_ ? static_cast<uint32_t>(token * op_.stride) : kNoToken;
     }
   }
   BITFOLD_DEVICE void fetch(int piece, int stage) {
@@ -103,8 +104,10 @@ class Tile {
     for (int turn = 0; turn < S::kTurns; ++turn) {
       if (S::kLinesOfAll % kLines != 0 && line_of(turn) >= S::kLinesOfAll) break;
       uint4* to = &memory_.stage[stage][line_of(turn)][of_line()];
-      if (turn < kRowTurns) ptx::cp_async<16>(to, w + lines.bytes[turn], there ? 16 : 0);
-      else ptx::cp_async<16>(to, x + lines.bytes[turn]);
+      const uint32_t line = lines.bytes[turn];
+      const bool is_token = line != kNoToken;
+      if (turn < kRowTurns) ptx::cp_async<16>(to, w + line, there ? 16 : 0);
+      else ptx::cp_async<16>(to, x + (is_token ? line : 0), is_token ? 16 : 0);
     }
   }
 
