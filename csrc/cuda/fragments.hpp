@@ -42,7 +42,6 @@
 //     // What goes ahead. Rows [row, row + 16); past n, the last again.
 //     struct Copies {
 //       Copies(const Matrix& w, int64_t row, int piece);
-//       void prefetch(const Matrix& w, int pieces) const;  // the first pieces, by all lanes; where kRoom > 0
 //       void begin(const Matrix& w, int pieces, std::byte* head) const;  // what all of so many pieces have at once
 //       template <Manner> void fetch(const Matrix& w, std::byte* room);  // the next piece, by all lanes
 //     };

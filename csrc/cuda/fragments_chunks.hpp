@@ -14,6 +14,9 @@ struct BlockMatrix {
   int64_t row_bytes;
 };
 
+// Its blocks, row after row.
+BITFOLD_DEVICE const uint8_t* packed(const BlockMatrix& w) { return w.blocks; }
+
 template <int Row>
 class ChunkFragments {
   using C = Chunk<Row>;
@@ -70,10 +73,6 @@ class ChunkFragments {
       left_ = static_cast<int>(smaller<int64_t>(w.row_bytes - at, 1 << 30));
     }
 
-    BITFOLD_DEVICE void prefetch(const Matrix&, int pieces) const {
-      const int i = ptx::lane_id() % 4;
-      if (i < 2) ptx::prefetch(i == 0 ? next_[0] : next_[1], smaller(pieces * C::kBytes, left_));
-    }
     BITFOLD_DEVICE void begin(const Matrix&, int, std::byte*) const {}
     // The lanes of a row copy 16 bytes each in turn.
     template <Manner>

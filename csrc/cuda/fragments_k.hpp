@@ -57,10 +57,6 @@ class Q4KFragments {
         from_ |= smaller(mine, last_) << 4 * turn;
       }
     }
-    BITFOLD_DEVICE void prefetch(const Matrix& w, int pieces) const {
-      const auto row = static_cast<uint32_t>(ptx::lane_id());
-      if (row <= last_) ptx::prefetch(next_ + row * w.row_bytes, pieces * kBytes);
-    }
     BITFOLD_DEVICE void begin(const Matrix&, int, std::byte*) const {}
     template <Manner>
     BITFOLD_DEVICE void fetch(const Matrix& w, std::byte* room) {

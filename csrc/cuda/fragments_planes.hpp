@@ -105,38 +105,35 @@ class PlaneFragments {
   class Copies {
    public:
     Copies() = default;
-    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece) : piece_(piece) {
-      const auto real = [&](int i) { return smaller<int64_t>(row + i, w.n - 1); };
-      codes_ = w.codes + row * w.row_bytes + int64_t{piece} * kRowBytes;
+    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece)
+        : codes_(w.codes + row * w.row_bytes + int64_t{piece} * kRowBytes),
+          piece_(piece),
+          row_(static_cast<uint32_t>(row)),
+          last_(static_cast<uint32_t>(smaller<int64_t>(w.n - 1 - row, 15))) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        const int chunk = turn * kWarp + ptx::lane_id(), of_row = chunk % kChunksOfRow;
-        const auto below = static_cast<uint32_t>(real(chunk / kChunksOfRow) - row);
-        offsets_[turn] = below * static_cast<uint32_t>(w.row_bytes) + static_cast<uint32_t>(of_row * kChunk);
+        const auto chunk = static_cast<uint32_t>(turn * kWarp + ptx::lane_id());
+        offsets_[turn] =
+            smaller(chunk / kChunksOfRow, last_) * static_cast<uint32_t>(w.row_bytes) + chunk % kChunksOfRow * kChunk;
       }
-      const int64_t mine = real(ptx::lane_id() % 16);
-      scale_ = static_cast<uint32_t>(scale_row_of<Row>(w, mine) * w.row_scales);
-      row_ = row;
-      zeros_ = static_cast<uint32_t>(mine * w.row_zeros);
+      const uint32_t mine = row_ + smaller(static_cast<uint32_t>(ptx::lane_id()) % 16, last_);
+      scale_ = static_cast<uint32_t>(scale_row_of<Row>(w, mine)) * static_cast<uint32_t>(w.row_scales);
+      zeros_ = mine * static_cast<uint32_t>(w.row_zeros);
     }
 
-    BITFOLD_DEVICE void prefetch(const Matrix& w, int pieces) const {
-      const int row = ptx::lane_id() % 16;
-      if (row_ + row >= w.n) return;
-      if (ptx::lane_id() < 16) ptx::prefetch(codes_ + row * w.row_bytes, pieces * kRowBytes);
-      else ptx::prefetch(w.scales + (scale_ + group_of(w, piece_)) * static_cast<uint32_t>(w.scale_bytes), 1);
-    }
     // The scales of all of them.
     BITFOLD_DEVICE void begin(const Matrix& w, int pieces, std::byte* head) const {
       if constexpr (kHead > 0) {
         if (w.scale == Scale::F32) return;
-        const int word = ptx::lane_id() % kHeadPieces;
+        const int word = ptx::lane_id() % kHeadPieces, below = ptx::lane_id() / kHeadPieces;
         if (word >= pieces) return;
+        const auto row_scales = static_cast<uint32_t>(w.row_scales);
+        const uint8_t* from = w.scales + 2 * (row_ * row_scales + static_cast<uint32_t>(piece_ + word) * Sections);
+        std::byte* to = head + below * kHeadStride + word * 4;
 #pragma unroll
         for (int i = 0; i < 16; i += kWarp / kHeadPieces) {
-          const int row = ptx::lane_id() / kHeadPieces + i;
-          const int64_t from = smaller<int64_t>(row_ + row, w.n - 1) * w.row_scales + int64_t{piece_ + word} * Sections;
-          ptx::cp_async<4>(head + row * kHeadStride + word * 4, w.scales + 2 * from);
+          const uint32_t row = smaller(static_cast<uint32_t>(below + i), last_);
+          ptx::cp_async<4>(to + i * kHeadStride, from + 2 * row_scales * row);
         }
       }
     }
@@ -145,9 +142,8 @@ class PlaneFragments {
       const int lane = ptx::lane_id();
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        const int chunk = turn * kWarp + lane;
-        std::byte* to = room + place(chunk);
-        if (kChunks % kWarp == 0 || chunk < kChunks) ptx::cp_async<kChunk>(to, codes_ + offsets_[turn]);
+        std::byte* to = room + place(lane) + turn * (kWarp * kChunk);
+        if (kChunks % kWarp == 0 || turn * kWarp + lane < kChunks) ptx::cp_async<kChunk>(to, codes_ + offsets_[turn]);
       }
       codes_ += kRowBytes;
       const int piece = piece_++;
@@ -189,9 +185,9 @@ class PlaneFragments {
 
     const uint8_t* codes_;  // of the first row's next piece
     int piece_;
+    uint32_t row_, last_;  // the first row, and the last that there is, from that one on
     uint32_t offsets_[kTurns];
     uint32_t scale_, zeros_;  // the row's first scale, and the byte of its first zero point
-    int64_t row_;
   };
 
   struct Slot {
@@ -321,6 +317,8 @@ class PlaneFragments {
     if (kRowBytes == 64) return (row >> 1 & 1) * 2 + (row >> 2 & 1);
     return kSectionBytes == 64 ? (row & 1) * 4 : (row & 3) * 2;
   }
+  // Of the chunks of a lane's first turn; the rows of the others have their chunks moved alike.
+  static_assert(!kMoved || kWarp / kChunksOfRow % (kRowBytes == 64 ? 8 : 4) == 0);
   BITFOLD_DEVICE static int place(int chunk) {
     if (!kMoved) return chunk * kChunk;
     const int row = chunk / kChunksOfRow;

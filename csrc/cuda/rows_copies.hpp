@@ -73,16 +73,19 @@ struct Unit {
 
 // A warp's rooms, one after the other and again.
 template <int Bytes>
-struct Room {
-  std::byte* at;
-  std::byte* const begin;
-  std::byte* const end;
-
-  BITFOLD_DEVICE Room(std::byte* ring, int rooms) : at(ring), begin(ring), end(ring + rooms * Bytes) {}
+class Room {
+ public:
+  BITFOLD_DEVICE Room(std::byte* ring, int rooms) : ring_(ring), bytes_(rooms * Bytes) {}
+  BITFOLD_DEVICE std::byte* at() const { return ring_ + at_; }
   BITFOLD_DEVICE void next() {
-    at += Bytes;
-    if (at == end) at = begin;
+    at_ += Bytes;
+    if (at_ == bytes_) at_ = 0;
   }
+
+ private:
+  std::byte* const ring_;
+  const int bytes_;  // of all of them
+  int at_ = 0;
 };
 
 // What goes ahead: the copies of a warp's pieces, unit after unit.
@@ -95,18 +98,14 @@ class Feed {
         units_(units.end),
         room_(ring, args.rooms),
         head_(ring + args.rooms * Source::kRoom, args.rooms) {
-    if (unit_ < units_) aim();
-    if constexpr (Source::kRoom > 0) {
-      if (left_ > 0) copies_.prefetch(args_.w, smaller(left_, args_.rooms));
+    if (unit_ < units_) {
+      ask_ahead(unit_, kAhead);
+      aim();
     }
   }
+  // What a unit has at once; next() does it for all but the first.
   BITFOLD_DEVICE void begin() {
     if (left_ > 0) begin_unit();
-    next<Manner::Any>();
-  }
-  // The other pieces that there is room for.
-  BITFOLD_DEVICE void fill() {
-    for (int i = 2; i < args_.rooms; ++i) next<Manner::Any>();
   }
 
   // The next piece into the next room of the ring, if there is one; a group of copies in either case.
@@ -114,7 +113,7 @@ class Feed {
   BITFOLD_DEVICE void next() {
     if (left_ == 0 && unit_ < units_) aim(), begin_unit();
     if (left_ > 0) {
-      copies_.template fetch<M>(args_.w, room_.at);
+      copies_.template fetch<M>(args_.w, room_.at());
       --left_;
     }
     ptx::cp_async_commit();
@@ -129,14 +128,30 @@ class Feed {
   }
 
  private:
+  // Bytes of a run of W that each warp asks for ahead, into the second cache: before its first unit, and while it has
+  // one for that after it.
+  static constexpr int kAhead = 12 << 10, kAheadOfNext = 0;
+
+  // Of the rows that the warps have together, a run as long as `unit`, or what of it is asked for ahead. Where a block
+  // has whole tiles, those of its warps lie one after the other.
+  BITFOLD_DEVICE void ask_ahead(int unit, int most) const {
+    if constexpr (Source::kRoom > 0) {
+      if (args_.partials != nullptr || unit >= units_) return;
+      const int64_t each = 16 * args_.w.row_bytes >> args_.slices_log2, from = unit * each;
+      const int64_t bytes = smaller(smaller<int64_t>(each, most), args_.w.n * args_.w.row_bytes - from);
+      if (bytes > 0 && ptx::lane_id() == 0) ptx::prefetch(packed(args_.w) + from, static_cast<int>(bytes));
+    }
+  }
+
   BITFOLD_DEVICE void aim() {
     const Unit unit(args_, unit_);
     unit_ += kWarps;
+    if constexpr (kAheadOfNext > 0) ask_ahead(unit_, kAheadOfNext);
     left_ = unit.end - unit.first;
     copies_ = typename Source::Copies(args_.w, int64_t{unit.tile} * 16, unit.first);
   }
   BITFOLD_DEVICE void begin_unit() {
-    copies_.begin(args_.w, left_, head_.at);
+    copies_.begin(args_.w, left_, head_.at());
     head_.next();
   }
 

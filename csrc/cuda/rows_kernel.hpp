@@ -132,7 +132,7 @@ BITFOLD_DEVICE void multiply(const Unit& unit, Feed<Source>& feed, Product<Sourc
     feed.wait();
     ptx::sync_warp();  // all lanes' copies are there, and all have read the room that is filled next
     feed.template next<M>();
-    product.template add<M>(piece, room.at, total);
+    product.template add<M>(piece, room.at(), total);
     room.next();
   }
 }
@@ -159,10 +159,10 @@ template <class Source>
 BITFOLD_DEVICE void reduce(const Args<Source>& args, int tile, int tiles, const float* sums) {
   const int each = 16 * args.x.m, slices = 1 << args.slices_log2;
   for (int i = static_cast<int>(threadIdx.x); i < tiles * each; i += kThreads) {
-    const int token = i / 16 % args.x.m, row = i % 16;
-    const int64_t n = int64_t{tile + i / each} * 16 + row;
+    const int of_round = i / 16 / args.x.m, token = i / 16 - of_round * args.x.m, row = i % 16;
+    const int64_t n = int64_t{tile + of_round} * 16 + row;
     if (n >= args.n) continue;
-    const float* mine = sums + i / each * slices * each + i % each;
+    const float* mine = sums + of_round * slices * each + token * 16 + row;
     float sum = 0.0f;
 #pragma unroll 4
     for (int slice = 0; slice < slices; ++slice) sum += mine[slice * each];
@@ -185,16 +185,17 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
   ptx::wait_for_earlier();  // for whom W, x and the bias may be to write, and y and the partial sums to read
   ptx::let_later_begin();
   feed.begin();
-  // x is asked for before all that there is room for of W, which it would have to wait for.
   Slices<Source> slices(args, memory.scales, x, warp);
   typename Slices<Source>::Eights eights;
   slices.begin(first, smaller(first + args.kept, last), eights);
-  feed.fill();
+#pragma unroll 1
+  for (int i = 1; i < args.rooms; ++i) feed.template next<Manner::Any>();
   Room<Source::kRoom> room(ring, args.rooms);
   Room<Source::kHead> head(ring + args.rooms * Source::kRoom, args.rooms);
   Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);
   slices.finish(eights);
   auto* sums = reinterpret_cast<float*>(x + args.kept * slices.quads());
+  const Manner manner = Source::manner(args.w);
   int round = units.begin;
 #pragma unroll 1
   for (int turn = units.begin; turn < units.end; turn += kWarps) {
@@ -205,19 +206,22 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
     if (turn + warp < units.end) {
       const Unit unit(args, turn + warp);
       const TokenScales& scales = slices.scales(unit.slice);
-      Product<Source> product(args, memory.tables, unit.tile, slices.x(unit.slice), args.longest, head.at);
+      Product<Source> product(args, memory.tables, unit.tile, slices.x(unit.slice), args.longest, head.at());
       head.next();
       float total[4] = {};
       const bool finite = Source::kSums == 0 || Tokens<Source>::finite(args.x, scales);
-      switch (finite ? Source::manner(args.w) : Manner::Any) {
+      switch (finite ? manner : Manner::Any) {
         case Manner::Plain: multiply<Source, Manner::Plain>(unit, feed, product, room, total); break;
         case Manner::Full: multiply<Source, Manner::Full>(unit, feed, product, room, total); break;
         case Manner::Any: multiply<Source, Manner::Any>(unit, feed, product, room, total); break;
       }
       const int64_t rows = int64_t{args.tiles} * 16;
-      float* to = whole ? sums + (turn + warp - round) * args.x.m * 16
-                        : args.partials + unit.slice * args.x.m * rows + int64_t{unit.tile} * 16;
-      leave<Source>(args, scales, total, to, whole ? 16 : rows);
+      if (whole) {
+        leave<Source>(args, scales, total, sums + (turn + warp - round) * args.x.m * 16, 16);
+      } else {
+        leave<Source>(args, scales, total, args.partials + unit.slice * args.x.m * rows + int64_t{unit.tile} * 16,
+                      rows);
+      }
     }
     const int next = smaller(turn + kWarps, units.end);
     if (whole && (next == units.end || next - round == args.round)) {

@@ -167,11 +167,10 @@ struct Tokens {
     using Number = std::conditional_t<std::is_const_v<Quad>, const float, float>;
     return reinterpret_cast<Number*>(x + pieces * m * kQuads);
   }
-  // Whether all m tokens of a slice are numbers.
+  // Whether all m tokens of a slice are numbers. By all lanes of a warp.
   BITFOLD_DEVICE static bool finite(const TokensArgs& args, const TokenScales& scales) {
-    bool all = true;
-    for (int token = 0; token < args.m; ++token) all = all && scales.finite[token] != 0;
-    return all;
+    const int token = ptx::lane_id();
+    return !ptx::any(token < args.m && scales.finite[token] == 0);
   }
 
   // Where the sums over sub-blocks of `pieces` pieces of m tokens begin.
@@ -240,8 +239,7 @@ struct Tokens {
                                      int room, float scale) {
     const Arranged<Bf16> arranged(args, pieces, token, x, room, scale);
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      if (j * kTurn >= pieces) break;
+    for (int j = 0; j < kTogether; ++j) {  // those that aren't there too: nothing to jump over, all of them in turns
       const uint4& eight = eights.of[j];
       arranged.leave(j * kTurn + ptx::lane_id() / kQuads, ordered({eight.x, eight.y}, {eight.z, eight.w}));
     }
