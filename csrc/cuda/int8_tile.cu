@@ -10,6 +10,7 @@
 //
 // The outliers of W that are wanted with them pass through shared memory here, and are put into their table.
 #include "cuda/int8.hpp"
+#include "cuda/int8_wgmma.hpp"
 
 namespace bitfold::cuda {
 namespace {
@@ -19,8 +20,9 @@ constexpr int64_t kWaves = 4;  // of blocks, before int8_finish makes numbers of
 
 // RowWarps of Warps beside one another in rows, the others in tokens; each has Tiles times 16 rows and Groups times 8
 // tokens.
-template <int Warps_, int RowWarps_, int Tiles_, int Groups_, int Stages_>
+template <int Warps_, int RowWarps_, int Tiles_, int Groups_, int Stages_, bool Wide_>
 struct Shape {
+  static constexpr bool kWide = Wide_;  // whether wgmma multiplies instead, where there is any
   static constexpr int kWarps = Warps_, kThreads = kWarp * kWarps;
   static constexpr int kRowWarps = RowWarps_, kTiles = Tiles_, kGroups = Groups_, kStages = Stages_;
   static constexpr int kRows = kRowWarps * kTiles * 16;
@@ -30,9 +32,10 @@ struct Shape {
   static constexpr int kTurns = ceil_div(kLinesOfAll, kLines), kRowTurns = kRows / kLines;
   static_assert(kRows % kLines == 0);
 };
-using Few = Shape<8, 4, 1, 2, 8>;  // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
+using Few =
+    Shape<8, 4, 1, 2, 8, false>;  // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
 // 128 rows, 128 tokens. A warp has 64 of each, half of the registers: what decides is how often shared memory is read.
-using Many = Shape<4, 2, 4, 8, 4>;
+using Many = Shape<4, 2, 4, 8, 4, true>;
 
 // Where the lines that a thread copies begin, in bytes from the tile's first row or token on: for all pieces, and in
 // shared memory because sums take the registers.
@@ -211,29 +214,38 @@ int choose_splits(int64_t tiles, int64_t pieces, int64_t slots) {
 }
 
 // Blocks that share rows of W come one after the other.
+template <class T, class M>
+BITFOLD_DEVICE void run_tile(const Int8Op& op, M& memory, int tokens) {
+  const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, tokens));
+  T(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
+}
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, kBlocks) int8_tile_kernel(const Int8Op op) {
+__global__ void __launch_bounds__(S::kWide ? kWideThreads : S::kThreads, S::kWide ? 1 : kBlocks)
+    int8_tile_kernel(const Int8Op op) {
+  if constexpr (S::kWide) {
+    if (wgmma_where(op.tiles.wide)) {
+      if (op.tiles.block_tokens == 128) run_tile<WideTile<128>>(op, shared<WideMemory<128>>(), 128);
+      else run_tile<WideTile<256>>(op, shared<WideMemory<256>>(), 256);
+      return;
+    }
+  }
   auto& memory = shared<Memory<S>>();
-  const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, S::kTokens));
-  Tile<S>(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
+  run_tile<Tile<S>>(op, memory, S::kTokens);
 }
 
-template <class S>
-Int8Tiles tiles_of(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  const int64_t slots = kBlocks * gpu.multiprocessors, row_tiles = ceil_div<int64_t>(n, S::kRows);
-  const int64_t tokens = smaller(m, larger<int64_t>(kWaves * slots / row_tiles, 1) * S::kTokens);
-  const int64_t count = row_tiles * ceil_div<int64_t>(tokens, S::kTokens);
-  return {.count = count, .tokens = tokens, .splits = choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), slots)};
-}
-
-template <class S>
-void launch_tiles(const Int8Op& op, Stream stream) {
-  launch({.grid = dim3(static_cast<unsigned>(op.tiles.count), static_cast<unsigned>(op.tiles.splits)),
-          .block = S::kThreads,
-          .shared_bytes = sizeof(Memory<S>),
-          .name = "int8_tile",
-          .stream = stream},
-         int8_tile_kernel<S>, op);
+// How tiles are cut. `slots`: blocks that a GPU has room for.
+struct Cut {
+  int64_t rows, tokens, slots;
+};
+Int8Tiles cut_tiles(const Cut& cut, int64_t m, int64_t n, int64_t k) {
+  const int64_t row_tiles = ceil_div(n, cut.rows);
+  const int64_t tokens = smaller(m, larger<int64_t>(kWaves * cut.slots / row_tiles, 1) * cut.tokens);
+  const int64_t count = row_tiles * ceil_div(tokens, cut.tokens);
+  return {.count = count,
+          .tokens = tokens,
+          .splits = choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), cut.slots),
+          .block_tokens = static_cast<int>(cut.tokens),
+          .wide = false};
 }
 
 bool is_few(int64_t m) { return m <= Few::kTokens; }
@@ -241,12 +253,28 @@ bool is_few(int64_t m) { return m <= Few::kTokens; }
 }  // namespace
 
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, m, 1};
-  return is_few(m) ? tiles_of<Few>(m, n, k, gpu) : tiles_of<Many>(m, n, k, gpu);
+  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, m, 1, 0, false};
+  if (is_few(m)) return cut_tiles({Few::kRows, Few::kTokens, kBlocks * gpu.multiprocessors}, m, n, k);
+  if (!gpu.wgmma || !Many::kWide)
+    return cut_tiles({Many::kRows, Many::kTokens, kBlocks * gpu.multiprocessors}, m, n, k);
+  Int8Tiles tiles = cut_tiles({kWideRows, m <= 128 ? 128 : 256, gpu.multiprocessors}, m, n, k);
+  tiles.wide = true;
+  return tiles;
 }
 
 void int8_tile(const Int8Op& op, Stream stream) {
-  return is_few(op.x.rows) ? launch_tiles<Few>(op, stream) : launch_tiles<Many>(op, stream);
+  const bool few = is_few(op.x.rows);
+  const size_t wide = op.tiles.block_tokens == 128 ? sizeof(WideMemory<128>) : sizeof(WideMemory<256>);
+  launch({.grid = dim3(static_cast<unsigned>(op.tiles.count), static_cast<unsigned>(op.tiles.splits)),
+          .block = few             ? Few::kThreads
+                   : op.tiles.wide ? kWideThreads
+                                   : Many::kThreads,
+          .shared_bytes = static_cast<int64_t>(few             ? sizeof(Memory<Few>)
+                                               : op.tiles.wide ? wide
+                                                               : sizeof(Memory<Many>)),
+          .name = "int8_tile",
+          .stream = stream},
+         few ? int8_tile_kernel<Few> : int8_tile_kernel<Many>, op);
 }
 
 }  // namespace bitfold::cuda
