@@ -16,14 +16,24 @@ inline constexpr int kInt8Piece = 64;   // columns: 16 bytes for each of the fou
 // How int8_tile is cut.
 struct Int8Tiles {
   int64_t count;
-  int64_t sums;  // of a tile
-  int splits;    // of k, over blocks
+  int64_t tokens;  // multiplied by one launch, and then made numbers by another: a multiple of kInt8Lines, or all
+  int splits;      // of k, over blocks
+  int block_tokens;
+  bool wide;  // wgmma multiplies, and W's codes as they are; else they are 128 less
 };
-// A pure function of the shape and the GPU; none where int8_rows multiplies.
+// A pure function of the shape and the GPU; no tiles where int8_rows multiplies.
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu);
 
-// The first columns of a list as fp32, so that whoever multiplies finds neighbours beside one another: what W has there
-// (codes less their zero points, or the copy), and x.
+// The outliers without a copy among a piece's columns: which they are, and how many came before.
+struct alignas(16) Int8Found {
+  uint32_t before;
+  uint32_t columns[2];  // bits
+  uint32_t none;
+};
+
+// The first columns of a list as fp32, so that neighbours lie beside one another: what W has there (codes less their
+// zero points, or the copy), and x. Codes are put there by int8_tile, past which they come; int8_rows needs them
+// itself.
 struct Int8Table {
   float* w;   // [lines, table_rows]
   float* x;   // [lines, table_tokens]
@@ -58,6 +68,7 @@ struct Int8Op {
   int32_t* outlier_count;  // null: none are looked for
   // Their columns, and those with a copy.
   Int8Table loose, exact;
+  Int8Found* found;  // of each piece of columns; null: none are looked for
   int64_t table_rows, table_tokens;
   // Not 0: an outlier of x in the table is 2^120 or more, and times a code of 8 bits could be no number.
   uint32_t* loose_huge;
@@ -67,17 +78,17 @@ struct Int8Op {
   int32_t* sums;    // [m, parts]: of the codes of kPartColumns columns
   int parts;
 
-  // Of int8_tile, where it cuts k over blocks.
+  // Of int8_tile and int8_finish.
   Int8Tiles tiles;
-  int32_t* partial;    // [tile, split, sum of a tile]: as the tile's threads have them
-  uint32_t* arrivals;  // of splits, for each tile; int8_round makes them zero
+  int32_t* partial;  // [split, x.rows, table_rows]: whole sums
 };
 
 // The launchers, in the order in which linear_int8.cpp calls them.
 void int8_mark(const Int8Op& op, Stream stream);
 void int8_round(const Int8Op& op, Stream stream);
-void int8_rows(const Int8Op& op, Stream stream);  // anything, and fast for at most kInt8Tokens rows of x
-void int8_tile(const Int8Op& op, Stream stream);  // where int8_tiles says that there are any
+void int8_rows(const Int8Op& op, Stream stream);    // anything, and fast for at most kInt8Tokens rows of x
+void int8_tile(const Int8Op& op, Stream stream);    // where int8_tiles says that there are any
+void int8_finish(const Int8Op& op, Stream stream);  // after int8_tile
 inline constexpr int64_t kInt8Tokens = 8;
 
 BITFOLD_DEVICE float int8_x(const Int8Op& op, int64_t row, int64_t column) {
@@ -109,9 +120,9 @@ BITFOLD_DEVICE Int8Token int8_token(const Int8Op& op, int64_t token, int part) {
   return {op.steps[token], op.sums[token * op.parts + part]};
 }
 
-// A part's sum as a number: what mma summed is of codes less 128, and the row's zero point is what they are less by.
-BITFOLD_DEVICE float int8_part(int sum, const Int8Row& row, const Int8Token& token) {
-  const auto rest = static_cast<uint32_t>(128 - row.zero) * static_cast<uint32_t>(token.sum);
+// A part's sum as a number: what was summed is of codes less `less`, and the row's zero point is what they are less by.
+BITFOLD_DEVICE float int8_part(int sum, int less, const Int8Row& row, const Int8Token& token) {
+  const auto rest = static_cast<uint32_t>(less - row.zero) * static_cast<uint32_t>(token.sum);
   const auto whole = static_cast<int>(static_cast<uint32_t>(sum) + rest);
   return ptx::mul(static_cast<float>(whole), ptx::mul(token.step, row.scale));
 }
@@ -120,6 +131,19 @@ BITFOLD_DEVICE float int8_part(int sum, const Int8Row& row, const Int8Token& tok
 BITFOLD_DEVICE float int8_outlier(const Int8Op& op, int64_t token, int64_t column) {
   const float x = int8_x(op, token, column);
   return !op.per_row || reaches(op, x) ? x : 0.0f;
+}
+// fn(i, column) for the loose outliers of a piece, of which `column` is counted from its first, that have a place among
+// the first `lines` of the list.
+template <class Fn>
+BITFOLD_DEVICE void each_found(const Int8Found& found, int lines, const Fn& fn) {
+  auto i = static_cast<int>(found.before);
+#pragma unroll
+  for (int word = 0; word < 2; ++word) {
+#pragma unroll 1
+    for (uint32_t bits = found.columns[word]; bits != 0 && i < lines; bits &= bits - 1, ++i) {
+      fn(i, 32 * word + 31 - ptx::clz(bits & (0u - bits)));
+    }
+  }
 }
 BITFOLD_DEVICE int int8_outliers(const Int8Op& op) { return op.outlier_count != nullptr ? *op.outlier_count : 0; }
 

@@ -101,7 +101,7 @@ BITFOLD_DEVICE void mark_strip(const Int8Op& op, MarkMemory& memory) {
   }
 }
 
-__global__ void __launch_bounds__(kMarkThreads) int8_mark_kernel(const Int8Op op) {
+BITFOLD_DEVICE void mark(const Int8Op& op) {
   auto& memory = shared<MarkMemory>();
   const auto thread = static_cast<int>(threadIdx.x);
   const int64_t first = int64_t{blockIdx.x} * kStrip;
@@ -272,15 +272,18 @@ struct ListMemory {
 
 BITFOLD_DEVICE uint32_t loose(const Int8Op& op, int64_t word) { return reached(op, word) & ~copied(op, word); }
 
-// Line i of a table, of `part` of `parts` of the rows of W and x, of which w and x say the numbers.
-template <class W, class X>
-BITFOLD_DEVICE void write_line(const Int8Op& op, const Int8Table& table, int i, int part, int parts, const W& w,
-                               const X& x) {
-  const auto thread = static_cast<int>(threadIdx.x);
-  float *to_w = table.w + i * op.table_rows, *to_x = table.x + i * op.table_tokens;
-  const int64_t rows = op.n * (part + 1) / parts, tokens = op.x.rows * (part + 1) / parts;
+// Line i of a table: the numbers of W, and those of x, of which there are `part` of `parts`.
+template <class W>
+BITFOLD_DEVICE void write_rows(const Int8Op& op, const Int8Table& table, int i, const W& w) {
+  float* to_w = table.w + i * op.table_rows;
 #pragma unroll 8
-  for (int64_t row = op.n * part / parts + thread; row < rows; row += kThreads) to_w[row] = w(row);
+  for (int64_t row = static_cast<int>(threadIdx.x); row < op.n; row += kThreads) to_w[row] = w(row);
+}
+template <class X>
+BITFOLD_DEVICE void write_tokens(const Int8Op& op, const Int8Table& table, int i, int part, int parts, const X& x) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  float* to_x = table.x + i * op.table_tokens;
+  const int64_t tokens = op.x.rows * (part + 1) / parts;
 #pragma unroll 4
   for (int64_t row = op.x.rows * part / parts + thread; row < tokens; row += kThreads) to_x[row] = x(row);
 }
@@ -299,16 +302,20 @@ BITFOLD_DEVICE void list_strip(const Int8Op& op, int64_t strip, int lister) {
   if (thread < kStripWords) memory.words[thread] = loose(op, first + thread);
   ptx::sync_block();
   int at = memory.before;
+  constexpr int kPieceWords = kInt8Piece / 32;
+  if (lister == 0 && thread < kStripWords / kPieceWords) {
+    const uint32_t* words = memory.words + kPieceWords * thread;
+    int before = at;
+    for (const uint32_t* word = memory.words; word < words; ++word) before += ptx::popc(*word);
+    op.found[first / kPieceWords + thread] = {static_cast<uint32_t>(before), {words[0], words[1]}, 0};
+  }
   bool huge = false;
   for (int i = 0; i < kStripWords; ++i) {
     for (uint32_t bits = memory.words[i]; bits != 0; bits &= bits - 1, ++at) {
       const int64_t column = 32 * (first + i) + 31 - ptx::clz(bits & (0u - bits));
       if (thread == 0 && lister == 0) op.outliers[at] = static_cast<int32_t>(column);
       if (at >= op.loose.lines) continue;
-      const auto code = [&](int64_t row) {
-        return static_cast<float>(ptx::load1(op.codes + row * op.k + column) - int8_zero(op, row));
-      };
-      write_line(op, op.loose, at, lister, kListers, code, [&](int64_t row) {
+      write_tokens(op, op.loose, at, lister, kListers, [&](int64_t row) {
         const float number = int8_outlier(op, row, column);
         huge = huge || magnitude(number) >= 0x1p120f;
         return number;
@@ -328,14 +335,14 @@ BITFOLD_DEVICE void write_copies(const Int8Op& op, int block, int blocks) {
       const uint16_t bits = ptx::load2(copy + row * op.copies + i);
       return half ? half_to_float(bits) : bf16_to_float(bits);
     };
-    write_line(op, op.exact, i, 0, 1, weight, [&](int64_t row) { return int8_x(op, row, op.columns[i]); });
+    write_rows(op, op.exact, i, weight);
+    write_tokens(op, op.exact, i, 0, 1, [&](int64_t row) { return int8_x(op, row, op.columns[i]); });
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) int8_round_kernel(const Int8Op op, unsigned listing) {
-  if (blockIdx.x == 0 && op.tiles.splits > 1) {
-    for (auto i = static_cast<int>(threadIdx.x); i < op.tiles.count; i += kThreads) op.arrivals[i] = 0;
-  }
+// One kernel for both steps, which `marks` chooses from.
+__global__ void __launch_bounds__(kThreads, 2) int8_round_kernel(const Int8Op op, bool marks, unsigned listing) {
+  if (marks) return mark(op);
   if (blockIdx.x >= listing) return round_row(op, blockIdx.x - listing);
   if (op.finds) list_strip(op, blockIdx.x / kListers, static_cast<int>(blockIdx.x % kListers));
   write_copies(op, static_cast<int>(blockIdx.x), static_cast<int>(listing));
@@ -349,7 +356,7 @@ void int8_mark(const Int8Op& op, Stream stream) {
           .shared_bytes = sizeof(MarkMemory),
           .name = "int8_mark",
           .stream = stream},
-         int8_mark_kernel, op);
+         int8_round_kernel, op, true, 0u);
 }
 
 void int8_round(const Int8Op& op, Stream stream) {
@@ -359,7 +366,7 @@ void int8_round(const Int8Op& op, Stream stream) {
           .shared_bytes = larger(sizeof(RoundMemory), sizeof(ListMemory)),
           .name = "int8_round",
           .stream = stream},
-         int8_round_kernel, op, listing);
+         int8_round_kernel, op, false, listing);
 }
 
 }  // namespace bitfold::cuda

@@ -100,18 +100,32 @@ BITFOLD_DEVICE void multiply(int (&sums)[4], const uint4& low, const uint4& high
   ptx::mma_s8(sums, second, x_second);
 }
 
-// The first `count` lines of a table for the rows of a tile (`first`: and for the tokens).
-BITFOLD_DEVICE void fetch_lines(const Int8Op& op, const Int8Table& table, Line* lines, int count, int64_t row,
-                                int64_t token, bool first) {
-  constexpr int kFours = kRows / 4, kXFours = kTokens / 4;
+// The first `count` lines of a table for the rows of a tile, and for the tokens.
+BITFOLD_DEVICE void fetch_rows(const Int8Op& op, const Int8Table& table, Line* lines, int count, int64_t row) {
+  constexpr int kFours = kRows / 4;
   for (auto i = static_cast<int>(threadIdx.x); i < count * kFours; i += threads()) {
     const int c = i / kFours, four = i % kFours * 4;
     ptx::cp_async<16>(&lines[c].w[four], table.w + c * op.table_rows + row + four);
   }
-  for (auto i = static_cast<int>(threadIdx.x); first && i < count * kXFours; i += threads()) {
+}
+BITFOLD_DEVICE void fetch_tokens(const Int8Op& op, const Int8Table& table, Line* lines, int count, int64_t token) {
+  constexpr int kXFours = kTokens / 4;
+  for (auto i = static_cast<int>(threadIdx.x); i < count * kXFours; i += threads()) {
     const int c = i / kXFours, four = i % kXFours * 4;
     ptx::cp_async<16>(&lines[c].x[four], table.x + c * op.table_tokens + token + four);
   }
+}
+
+// What a lane has of the outliers in a piece that lies in a room of its ring: a code of each of its rows.
+BITFOLD_DEVICE void gather(const Feed& feed, int room, const Int8Found& found, Line* lines, int count) {
+  each_found(found, count, [&](int i, int column) {
+    if (column / 16 != ptx::lane_id() % 4) return;
+#pragma unroll
+    for (int j = 0; j < 2 * kTiles; ++j) {
+      const auto* codes = reinterpret_cast<const uint8_t*>(feed.room(room, j));
+      lines[i].w[8 * j + ptx::lane_id() / 4] = static_cast<float>(codes[column % 16]);
+    }
+  });
 }
 
 // How many outliers there are, and how many of them have one of the `lines`: first those without a copy.
@@ -128,22 +142,26 @@ struct Outliers {
 struct Sums {
   float loose, exact;
 };
-BITFOLD_DEVICE float sum_of_lines(const Line* lines, int count, int64_t token, int64_t row) {
+// Lines whose weights are so much larger: by a whole number of 8 bits, or by 0.
+BITFOLD_DEVICE float sum_of_lines(const Line* lines, int count, int64_t token, int64_t row, int zero) {
   float sum = 0.0f;
 #pragma unroll 8
-  for (int i = 0; i < count; ++i) sum = ptx::add(sum, ptx::mul(lines[i].x[token % kTokens], lines[i].w[row % kRows]));
+  for (int i = 0; i < count; ++i) {
+    const float weight = ptx::add(lines[i].w[row % kRows], static_cast<float>(-zero));
+    sum = ptx::add(sum, ptx::mul(lines[i].x[token % kTokens], weight));
+  }
   return sum;
 }
 BITFOLD_DEVICE Sums sums_of(const Int8Op& op, const Line* lines, const Outliers& outliers, int64_t token, int64_t row,
                             int zero) {
-  float loose = sum_of_lines(lines, outliers.loose_lines, token, row);
+  float loose = sum_of_lines(lines, outliers.loose_lines, token, row, zero);
 #pragma unroll 4
   for (int i = outliers.loose_lines; i < outliers.loose; ++i) {
     const int64_t column = op.outliers[i];
     const auto code = static_cast<float>(op.codes[row * op.k + column] - zero);
     loose = ptx::add(loose, ptx::mul(int8_outlier(op, token, column), code));
   }
-  float exact = sum_of_lines(lines + outliers.loose_lines, outliers.exact_lines, token, row);
+  float exact = sum_of_lines(lines + outliers.loose_lines, outliers.exact_lines, token, row, 0);
 #pragma unroll 4
   for (int i = outliers.exact_lines; i < outliers.exact; ++i) {
     const float weight = read_float(op.copy, row * op.copies + i);
@@ -171,9 +189,11 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op,
     const int64_t row = tile * kRows + thread % kRows;
     const bool mine = thread < kRows * kTokens && token < op.x.rows && row < op.n;
     const Int8Row w = mine ? int8_row(op, row) : Int8Row{};
-    const bool first = tile == blockIdx.x;
-    fetch_lines(op, op.loose, lines, outliers.loose_lines, tile * kRows, first_token, first);
-    fetch_lines(op, op.exact, lines + outliers.loose_lines, outliers.exact_lines, tile * kRows, first_token, first);
+    if (tile == blockIdx.x) {
+      fetch_tokens(op, op.loose, lines, outliers.loose_lines, first_token);
+      fetch_tokens(op, op.exact, lines + outliers.loose_lines, outliers.exact_lines, first_token);
+    }
+    fetch_rows(op, op.exact, lines + outliers.loose_lines, outliers.exact_lines, tile * kRows);
     if (outliers.loose_lines + outliers.exact_lines > 0) ptx::cp_async_commit();
     float y = 0.0f;
     Sums more{};
@@ -184,10 +204,13 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op,
       for (int64_t piece = part * kPartPieces + ptx::warp_id(); piece < end; piece += warps) {
         uint4 codes{};
         if (there) codes = ptx::load16(x + piece * kInt8Piece);
+        uint4 found{};
+        if (op.found != nullptr) found = ptx::load16(op.found + piece);
         ptx::cp_async_wait<kRooms - 2>();
         uint4 loaded[2 * kTiles];
 #pragma unroll
         for (int i = 0; i < 2 * kTiles; ++i) loaded[i] = *feed.room(room, i);
+        gather(feed, room, {found.x, {found.y, found.z}, 0}, lines, outliers.loose_lines);
         feed.next();  // into the room before this one
         room = room + 1 == kRooms ? 0 : room + 1;
 #pragma unroll
@@ -208,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op,
         for (int warp = 0; warp < warps; ++warp) {
           sum += reinterpret_cast<const int*>(&memory[warp].partial[r / 16][lane])[place];
         }
-        y = ptx::add(y, int8_part(sum, w, int8_token(op, token, part)));
+        y = ptx::add(y, int8_part(sum, 128, w, int8_token(op, token, part)));
         // Between barriers: the next tile's outliers come to the same place.
         if (part == op.parts - 1) more = sums_of(op, lines, outliers, token, row, w.zero);
       }

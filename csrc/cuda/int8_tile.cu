@@ -3,43 +3,40 @@
 //
 // W is the A operand of mma.m16n8k32, x the B operand. Both have a row's 64 columns in 64 bytes, of which a lane's 16
 // are its operands of two steps (int8_rows.cu); eight lanes that read together have 128 bytes in one piece, and so all
-// banks. One loop over columns, no scales in it: the sums are whole numbers. Outliers come to them at the end, from a
-// table of their columns of W and x as fp32 in the memory of the stages: a chain of products and additions for each
-// number, as the definition says.
+// banks. One loop over columns, and nothing but whole sums: those go to memory, and int8_finish (int8_finish.cu) makes
+// numbers of them, with threads enough for it. Where there are fewer tiles than a GPU has room for, k is cut over
+// blocks, each of which has sums of its own; where there are many more, only so many tokens are multiplied at a time
+// that their sums are still in the second cache when they are wanted.
 //
-// Where there are fewer tiles than a GPU has room for, k is cut over blocks: each writes its whole sums to memory, and
-// the last to come adds all of them up and has the rest to do.
+// The outliers of W that are wanted with them pass through shared memory here, and are put into their table.
 #include "cuda/int8.hpp"
+#include "cuda/int8_wgmma.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
-constexpr int kBlocks = 2;  // of a multiprocessor
+constexpr int kBlocks = 2;     // of a multiprocessor
+constexpr int64_t kWaves = 4;  // of blocks, before int8_finish makes numbers of what they left
 
 // RowWarps of Warps beside one another in rows, the others in tokens; each has Tiles times 16 rows and Groups times 8
 // tokens.
-template <int Warps_, int RowWarps_, int Tiles_, int Groups_, int Stages_>
+template <int Warps_, int RowWarps_, int Tiles_, int Groups_, int Stages_, bool Wide_>
 struct Shape {
+  static constexpr bool kWide = Wide_;  // whether wgmma multiplies instead, where there is any
   static constexpr int kWarps = Warps_, kThreads = kWarp * kWarps;
   static constexpr int kRowWarps = RowWarps_, kTiles = Tiles_, kGroups = Groups_, kStages = Stages_;
   static constexpr int kRows = kRowWarps * kTiles * 16;
   static constexpr int kTokens = kWarps / kRowWarps * kGroups * 8;
-  static constexpr int kTileSums = kRows * kTokens;
   // Of a stage: of its lines of 64 bytes a block copies kLines at a time, those of W in the first turns.
   static constexpr int kLinesOfAll = kRows + kTokens, kLines = kThreads / 4;
   static constexpr int kTurns = ceil_div(kLinesOfAll, kLines), kRowTurns = kRows / kLines;
   static_assert(kRows % kLines == 0);
 };
-using Few = Shape<8, 4, 1, 2, 8>;  // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
+using Few =
+    Shape<8, 4, 1, 2, 8, false>;  // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
 // 128 rows, 128 tokens. A warp has 64 of each, half of the registers: what decides is how often shared memory is read.
-using Many = Shape<4, 2, 4, 8, 4>;
+using Many = Shape<4, 2, 4, 8, 4, true>;
 
-template <class S>
-struct Table {  // of as many columns as stages leave room for
-  static constexpr int kColumns = 16 * S::kStages;
-  float w[kColumns][S::kRows];
-  float x[kColumns][S::kTokens];
-};
 // Where the lines that a thread copies begin, in bytes from the tile's first row or token on: for all pieces, and in
 // shared memory because sums take the registers.
 template <class S>
@@ -48,19 +45,14 @@ struct alignas(8 * S::kTurns / 2) Lines {
 };
 template <class S>
 struct Memory {
-  union {
-    uint4 stage[S::kStages][S::kLinesOfAll][4];  // W's rows, then tokens
-    Int8Token tokens[S::kTokens];
-    Table<S> table;
-  };
+  uint4 stage[S::kStages][S::kLinesOfAll][4];  // W's rows, then tokens
+  Int8Found found[S::kStages];                 // of each stage's columns
   Lines<S> lines[S::kThreads];
   int last_row, last_token;
 };
 
 template <class S>
 class Tile {
-  static constexpr int kTableColumns = Table<S>::kColumns, kThreads = S::kThreads;
-
  public:
   BITFOLD_DEVICE Tile(const Int8Op& op, Memory<S>& memory, unsigned row_tile, unsigned token_tile)
       : op_(op),
@@ -75,9 +67,6 @@ class Tile {
     if (threadIdx.x == 0) memory_.last_row = last_row_, memory_.last_token = last_token_;
     multiply_all();
     last_row_ = memory_.last_row, last_token_ = memory_.last_token;
-    if (op_.tiles.splits > 1 && !add_splits()) return;
-    scale();
-    add_outliers();
     store();
   }
 
@@ -109,6 +98,7 @@ class Tile {
   BITFOLD_DEVICE void fetch(int piece, int stage) {
     const Lines<S> lines = memory_.lines[threadIdx.x];
     const int64_t column = int64_t{piece} * kInt8Piece + 16 * of_line();
+    if (threadIdx.x == 0 && gathers()) ptx::cp_async<16>(&memory_.found[stage], op_.found + piece);
     const bool there = column < op_.k;  // x's codes have zeros behind k
     const uint8_t* w = op_.codes + row0() * op_.k + (there ? column : 0);
     const auto* x = reinterpret_cast<const uint8_t*>(op_.x_codes) + token0() * op_.stride + column;
@@ -119,6 +109,18 @@ class Tile {
       if (turn < kRowTurns) ptx::cp_async<16>(to, w + lines.bytes[turn], there ? 16 : 0);
       else ptx::cp_async<16>(to, x + lines.bytes[turn]);
     }
+  }
+
+  // Whether outliers of W are picked out of the stages: by one of those that read the same rows.
+  BITFOLD_DEVICE bool gathers() const { return token_tile_ == 0 && op_.found != nullptr; }
+  BITFOLD_DEVICE void gather(int stage) const {
+    const auto row = static_cast<int>(threadIdx.x);
+    if (row >= S::kRows) return;
+    each_found(memory_.found[stage], op_.loose.lines, [&](int i, int column) {
+      const auto* codes = reinterpret_cast<const uint8_t*>(memory_.stage[stage][row]);
+      const int code = codes[column] - int8_zero(op_, row0() + smaller(row, memory_.last_row));
+      op_.loose.w[i * op_.table_rows + row0() + row] = static_cast<float>(code);
+    });
   }
 
   BITFOLD_DEVICE void multiply_all() {
@@ -141,6 +143,7 @@ class Tile {
       if (ahead < end) fetch(ahead, stage == 0 ? S::kStages - 1 : stage - 1);
       ptx::cp_async_commit();
       multiply(stage);
+      if (gathers()) gather(stage);
       stage = stage + 1 == S::kStages ? 0 : stage + 1;
     }
   }
@@ -169,199 +172,24 @@ class Tile {
     }
   }
 
-  // ---- sums of several blocks ----
+  // ---- sums to memory, where int8_finish finds them ----
 
-  // Where a split has this thread's four.
-  BITFOLD_DEVICE int4* split_sums(unsigned split, int r, int j) const {
-    const int64_t first = (int64_t{blockIdx.x} * op_.tiles.splits + split) * S::kTileSums;
-    return reinterpret_cast<int4*>(op_.partial + first) + (j * S::kTiles + r) * kThreads + threadIdx.x;
-  }
-  // Leaves the sums of all blocks to the last of them, and says which that is.
-  BITFOLD_DEVICE bool add_splits() {
-    const auto splits = static_cast<unsigned>(op_.tiles.splits);
+  BITFOLD_DEVICE void store() const {
+    const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
+    int32_t* to = op_.partial + (blockIdx.y * op_.x.rows + token0()) * op_.table_rows + row0() + warp_row() + g;
 #pragma unroll
     for (int j = 0; j < S::kGroups; ++j) {
 #pragma unroll
-      for (int r = 0; r < S::kTiles; ++r) {
-        int (&four)[4] = sums_[r][j];
-        *split_sums(blockIdx.y, r, j) = int4{four[0], four[1], four[2], four[3]};
-        four[0] = four[1] = four[2] = four[3] = 0;
-      }
-    }
-    ptx::fence();
-    ptx::sync_block();  // all sums are written before the block counts, and nobody looks at the stages any more
-    auto& arrived = *reinterpret_cast<uint32_t*>(&memory_);
-    if (threadIdx.x == 0) arrived = ptx::atomic_add(op_.arrivals + blockIdx.x, 1u);
-    ptx::sync_block();
-    if (arrived != splits - 1) return false;
-    ptx::fence();
-#pragma unroll 1
-    for (unsigned s = 0; s < splits; ++s) {
-#pragma unroll
-      for (int j = 0; j < S::kGroups; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        const int token = warp_token() + 8 * j + 2 * t + i;
+        if (token > last_token_) continue;
 #pragma unroll
         for (int r = 0; r < S::kTiles; ++r) {
-          const float4 four = ptx::load_written16(split_sums(s, r, j));
-          sums_[r][j][0] += ptx::float_as_int(four.x), sums_[r][j][1] += ptx::float_as_int(four.y);
-          sums_[r][j][2] += ptx::float_as_int(four.z), sums_[r][j][3] += ptx::float_as_int(four.w);
+          to[token * op_.table_rows + 16 * r] = sums_[r][j][i];
+          to[token * op_.table_rows + 16 * r + 8] = sums_[r][j][2 + i];
         }
       }
     }
-    return true;
-  }
-
-  // ---- numbers: from here on sums_ has the bits of fp32 ----
-
-  // Of a sum's place: row g + 8 (i / 2), token 2 t + i % 2.
-  BITFOLD_DEVICE int row_of(int r, int i) const { return warp_row() + 16 * r + ptx::lane_id() / 4 + 8 * (i / 2); }
-  BITFOLD_DEVICE int token_of(int j, int i) const { return warp_token() + 8 * j + ptx::lane_id() % 4 * 2 + i % 2; }
-  BITFOLD_DEVICE int64_t real_row(int row) const { return row0() + smaller(row, last_row_); }
-  BITFOLD_DEVICE int64_t real_token(int token) const { return token0() + smaller(token, last_token_); }
-
-  template <class Body>
-  BITFOLD_DEVICE void each(const Body& body) {
-#pragma unroll
-    for (int j = 0; j < S::kGroups; ++j) {
-#pragma unroll
-      for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) body(r, j, i, sums_[r][j][i]);
-      }
-    }
-  }
-
-  BITFOLD_DEVICE void scale() {
-#pragma unroll
-    for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) rows_[r][h] = int8_row(op_, real_row(row_of(r, 2 * h)));
-    }
-    ptx::sync_block();  // nobody looks at the stages any more
-    for (auto token = static_cast<int>(threadIdx.x); token < S::kTokens; token += kThreads) {
-      memory_.tokens[token] = int8_token(op_, real_token(token), 0);
-    }
-    ptx::sync_block();
-    each([&](int r, int j, int i, int& sum) {
-      sum = ptx::float_as_int(ptx::add(0.0f, int8_part(sum, rows_[r][i / 2], memory_.tokens[token_of(j, i)])));
-    });
-  }
-
-  BITFOLD_DEVICE void add_outliers() {
-    const int count = int8_outliers(op_);
-    // A product of 16 bits and 8 is exact: rounded once less, sums are the same.
-    const bool exact = op_.x.dtype != DType::F32 && count <= op_.loose.lines;
-    if (count > 0 && exact && *op_.loose_huge == 0) add_chains<false, true>(count);
-    else add_chains<false, false>(count);
-    add_chains<true, false>(op_.copies);
-  }
-
-  // Adds the sums over `count` columns: those with a copy, or those without. A thread has chains for some of its groups
-  // of tokens at a time, for which there are registers beside the sums.
-  template <bool Copied, bool Fused>
-  BITFOLD_DEVICE void add_chains(int count) {
-    constexpr int kChained = smaller(S::kGroups, 4);
-    static_assert(S::kGroups % kChained == 0);
-    if (count == 0) return;
-    if (count <= kTableColumns) fill<Copied>(0, count);
-#pragma unroll
-    for (int first = 0; first < S::kGroups; first += kChained) {
-      float chains[kChained][S::kTiles][4] = {};
-#pragma unroll 1
-      for (int begin = 0; begin < count; begin += kTableColumns) {
-        const int columns = smaller(count - begin, kTableColumns);
-        if (count > kTableColumns) fill<Copied>(begin, columns);
-#pragma unroll 1
-        for (int c = 0; c < columns; ++c) add_column<Fused>(c, first, chains);
-      }
-#pragma unroll
-      for (int j = 0; j < kChained; ++j) {
-#pragma unroll
-        for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float chain = Copied ? chains[j][r][i] : ptx::mul(rows_[r][i / 2].scale, chains[j][r][i]);
-            int& sum = sums_[r][first + j][i];
-            sum = ptx::float_as_int(ptx::add(ptx::int_as_float(sum), chain));
-          }
-        }
-      }
-    }
-  }
-  // Column c of the table, to the chains of groups from `first` on.
-  template <bool Fused, int Chained>
-  BITFOLD_DEVICE void add_column(int c, int first, float (&chains)[Chained][S::kTiles][4]) const {
-    float w[S::kTiles][2];
-#pragma unroll
-    for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) w[r][h] = memory_.table.w[c][row_of(r, 2 * h)];
-    }
-#pragma unroll
-    for (int j = 0; j < Chained; ++j) {
-      const float2 x = *reinterpret_cast<const float2*>(&memory_.table.x[c][token_of(first + j, 0)]);
-#pragma unroll
-      for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& chain = chains[j][r][i];
-          const float number = i % 2 == 0 ? x.x : x.y, weight = w[r][i / 2];
-          chain = Fused ? ptx::fma(number, weight, chain) : ptx::add(chain, ptx::mul(number, weight));
-        }
-      }
-    }
-  }
-
-  // The table of columns [begin, begin + columns) of a list. Begins and ends with a barrier.
-  template <bool Copied>
-  BITFOLD_DEVICE void fill(int begin, int columns) {
-    static_assert(kInt8Lines % kTableColumns == 0 && kInt8Lines % S::kRows == 0 && kInt8Lines % S::kTokens == 0);
-    ptx::sync_block();
-    const Int8Table& table = Copied ? op_.exact : op_.loose;
-    if (begin < table.lines) {
-      copy_lines<S::kRows>(&memory_.table.w[0][0], table.w + begin * op_.table_rows + row0(), op_.table_rows, columns);
-      copy_lines<S::kTokens>(&memory_.table.x[0][0], table.x + begin * op_.table_tokens + token0(), op_.table_tokens,
-                             columns);
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<0>();
-    } else {
-      gather<Copied>(begin, columns);
-    }
-    ptx::sync_block();
-  }
-  template <int Width>
-  BITFOLD_DEVICE static void copy_lines(float* to, const float* from, int64_t stride, int lines) {
-    constexpr int kFours = Width / 4;
-#pragma unroll 1
-    for (auto i = static_cast<int>(threadIdx.x); i < lines * kFours; i += kThreads)
-      ptx::cp_async<16>(to + i * 4, from + i / kFours * stride + i % kFours * 4);
-  }
-  template <bool Copied>
-  BITFOLD_DEVICE void gather(int begin, int columns) {
-    const int32_t* list = Copied ? op_.columns : op_.outliers;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < columns * S::kRows; i += kThreads) {
-      const int c = i / S::kRows, row = i % S::kRows;
-      const int64_t real = real_row(row);
-      memory_.table.w[c][row] =
-          Copied ? read_float(op_.copy, real * op_.copies + begin + c)
-                 : static_cast<float>(op_.codes[real * op_.k + list[begin + c]] - int8_row(op_, real).zero);
-    }
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < columns * S::kTokens; i += kThreads) {
-      const int c = i / S::kTokens, token = i % S::kTokens;
-      const int64_t real = real_token(token), column = list[begin + c];
-      memory_.table.x[c][token] = Copied ? int8_x(op_, real, column) : int8_outlier(op_, real, column);
-    }
-  }
-
-  BITFOLD_DEVICE void store() {
-    each([&](int r, int j, int i, int& sum) {
-      const int row = row_of(r, i), token = token_of(j, i);
-      if (row > last_row_ || token > last_token_) return;
-      float y = ptx::int_as_float(sum);
-      if (op_.bias != nullptr) y = ptx::add(y, read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row0() + row));
-      write_number(op_.y, op_.x.dtype, (token0() + token) * op_.n + row0() + row, y);
-    });
   }
 
   const Int8Op& op_;
@@ -369,45 +197,55 @@ class Tile {
   const unsigned row_tile_, token_tile_;
   int last_row_, last_token_;  // of the tile
   int sums_[S::kTiles][S::kGroups][4] = {};
-  Int8Row rows_[S::kTiles][2];
 };
 
 // Blocks wait for one another in waves. Beside its own pieces each costs about as much as six of them until the first
-// have arrived, and where k is cut, six more to hand over sums, and one for each split to the block that adds them.
+// have arrived and sums are handed over, and where k is cut, one more for each split to whoever adds them.
 int choose_splits(int64_t tiles, int64_t pieces, int64_t slots) {
-  constexpr int64_t kMost = 16, kBegin = 6, kHand = 6, kFewest = 4;  // kFewest: pieces of a block
+  constexpr int64_t kMost = 16, kBegin = 6, kFewest = 4;  // kFewest: pieces of a block
   int best = 1;
   int64_t least = 0;
   for (int64_t splits = 1; splits <= smaller(kMost, larger<int64_t>(pieces / kFewest, 1)); ++splits) {
     const int64_t waves = ceil_div(tiles * splits, slots);
-    const int64_t cost = waves * (ceil_div(pieces, splits) + kBegin) + (splits > 1 ? kHand + splits : 0);
+    const int64_t cost = waves * (ceil_div(pieces, splits) + kBegin) + splits;
     if (splits == 1 || cost < least) least = cost, best = static_cast<int>(splits);
   }
   return best;
 }
 
 // Blocks that share rows of W come one after the other.
+template <class T, class M>
+BITFOLD_DEVICE void run_tile(const Int8Op& op, M& memory, int tokens) {
+  const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, tokens));
+  T(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
+}
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, kBlocks) int8_tile_kernel(const Int8Op op) {
+__global__ void __launch_bounds__(S::kWide ? kWideThreads : S::kThreads, S::kWide ? 1 : kBlocks)
+    int8_tile_kernel(const Int8Op op) {
+  if constexpr (S::kWide) {
+    if (wgmma_where(op.tiles.wide)) {
+      if (op.tiles.block_tokens == 128) run_tile<WideTile<128>>(op, shared<WideMemory<128>>(), 128);
+      else run_tile<WideTile<256>>(op, shared<WideMemory<256>>(), 256);
+      return;
+    }
+  }
   auto& memory = shared<Memory<S>>();
-  const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, S::kTokens));
-  Tile<S>(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
+  run_tile<Tile<S>>(op, memory, S::kTokens);
 }
 
-template <class S>
-Int8Tiles tiles_of(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  const int64_t count = ceil_div<int64_t>(n, S::kRows) * ceil_div<int64_t>(m, S::kTokens);
-  return {count, S::kTileSums, choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), kBlocks * gpu.multiprocessors)};
-}
-
-template <class S>
-void launch_tiles(const Int8Op& op, Stream stream) {
-  launch({.grid = dim3(static_cast<unsigned>(op.tiles.count), static_cast<unsigned>(op.tiles.splits)),
-          .block = S::kThreads,
-          .shared_bytes = sizeof(Memory<S>),
-          .name = "int8_tile",
-          .stream = stream},
-         int8_tile_kernel<S>, op);
+// How tiles are cut. `slots`: blocks that a GPU has room for.
+struct Cut {
+  int64_t rows, tokens, slots;
+};
+Int8Tiles cut_tiles(const Cut& cut, int64_t m, int64_t n, int64_t k) {
+  const int64_t row_tiles = ceil_div(n, cut.rows);
+  const int64_t tokens = smaller(m, larger<int64_t>(kWaves * cut.slots / row_tiles, 1) * cut.tokens);
+  const int64_t count = row_tiles * ceil_div(tokens, cut.tokens);
+  return {.count = count,
+          .tokens = tokens,
+          .splits = choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), cut.slots),
+          .block_tokens = static_cast<int>(cut.tokens),
+          .wide = false};
 }
 
 bool is_few(int64_t m) { return m <= Few::kTokens; }
@@ -415,12 +253,28 @@ bool is_few(int64_t m) { return m <= Few::kTokens; }
 }  // namespace
 
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, 0, 1};
-  return is_few(m) ? tiles_of<Few>(m, n, k, gpu) : tiles_of<Many>(m, n, k, gpu);
+  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, m, 1, 0, false};
+  if (is_few(m)) return cut_tiles({Few::kRows, Few::kTokens, kBlocks * gpu.multiprocessors}, m, n, k);
+  if (!gpu.wgmma || !Many::kWide)
+    return cut_tiles({Many::kRows, Many::kTokens, kBlocks * gpu.multiprocessors}, m, n, k);
+  Int8Tiles tiles = cut_tiles({kWideRows, m <= 128 ? 128 : 256, gpu.multiprocessors}, m, n, k);
+  tiles.wide = true;
+  return tiles;
 }
 
 void int8_tile(const Int8Op& op, Stream stream) {
-  return is_few(op.x.rows) ? launch_tiles<Few>(op, stream) : launch_tiles<Many>(op, stream);
+  const bool few = is_few(op.x.rows);
+  const size_t wide = op.tiles.block_tokens == 128 ? sizeof(WideMemory<128>) : sizeof(WideMemory<256>);
+  launch({.grid = dim3(static_cast<unsigned>(op.tiles.count), static_cast<unsigned>(op.tiles.splits)),
+          .block = few             ? Few::kThreads
+                   : op.tiles.wide ? kWideThreads
+                                   : Many::kThreads,
+          .shared_bytes = static_cast<int64_t>(few             ? sizeof(Memory<Few>)
+                                               : op.tiles.wide ? wide
+                                                               : sizeof(Memory<Many>)),
+          .name = "int8_tile",
+          .stream = stream},
+         few ? int8_tile_kernel<Few> : int8_tile_kernel<Many>, op);
 }
 
 }  // namespace bitfold::cuda

@@ -10,6 +10,8 @@ constexpr int64_t kFlagRows = 256;   // fewer aren't worth a part of their own
 constexpr int64_t kFlagParts = 8;    // every thread that rounds looks at all of them
 constexpr int64_t kTableShare = 64;  // of k: more outliers than k over this are right, and slow
 constexpr int64_t kBoundary = 256;   // bytes
+constexpr int64_t kPieceWords = kInt8Piece / 32;
+static_assert(kStripWords % kPieceWords == 0);
 
 // Where everything lies in the workspace.
 class Layout8 {
@@ -30,18 +32,19 @@ class Layout8 {
     table_rows = whole(args.w.n);
     table_tokens = whole(m);
     loose_huge = take(finds ? 4 : 0);
+    found = take(finds ? words / kPieceWords * static_cast<int64_t>(sizeof(Int8Found)) : 0);
     loose = table(finds ? lines : 0);
     exact = table(smaller(lines, whole(args.copies)));
     codes = take(m * stride);
     steps = take(m * 4);
     sums = take(m * parts * 4);
     tiles = int8_tiles(m, args.w.n, k, gpu());
-    const bool split = tiles.splits > 1;
-    partial = take(split ? tiles.count * tiles.splits * tiles.sums * 4 : 0);
-    arrivals = take(split ? tiles.count * 4 : 0);
+    const int64_t rest = m % tiles.tokens;
+    const int64_t sums = larger(tiles.tokens * tiles.splits, rest * int8_tiles(rest, args.w.n, k, gpu()).splits);
+    partial = take(tiles.count > 0 ? sums * table_rows * 4 : 0);
   }
   int64_t words, flag_parts, stride, parts, table_rows, table_tokens;
-  int64_t reached, copied, outliers, outlier_count, loose_huge, codes, steps, sums, partial, arrivals;
+  int64_t reached, copied, outliers, outlier_count, loose_huge, found, codes, steps, sums, partial;
   struct Table {
     int64_t w, x, lines;
     Int8Table at(char* base) const {
@@ -63,6 +66,19 @@ class Layout8 {
     return {w, x, lines};
   }
 };
+
+// The op for the tokens [first, end) alone, which have been rounded.
+Int8Op tokens_of(Int8Op op, int64_t first, int64_t end) {
+  const int64_t bytes = op.x.dtype == DType::F32 ? 4 : 2;
+  op.x.data = static_cast<const char*>(op.x.data) + first * op.x.row_stride * bytes;
+  op.x.rows = end - first;
+  op.y = static_cast<char*>(op.y) + first * op.n * bytes;
+  op.loose.x += first, op.exact.x += first;
+  op.x_codes += first * op.stride;
+  op.steps += first, op.sums += first * op.parts;
+  op.tiles = int8_tiles(op.x.rows, op.n, op.k, gpu());
+  return op;
+}
 
 bool empty(const LinearInt8Args& args) { return args.x.rows == 0 || args.w.n == 0; }
 
@@ -102,6 +118,7 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .outlier_count = finds ? reinterpret_cast<int32_t*>(base + at.outlier_count) : nullptr,
       .loose = at.loose.at(base),
       .exact = at.exact.at(base),
+      .found = finds ? reinterpret_cast<Int8Found*>(base + at.found) : nullptr,
       .table_rows = at.table_rows,
       .table_tokens = at.table_tokens,
       .loose_huge = reinterpret_cast<uint32_t*>(base + at.loose_huge),
@@ -112,12 +129,18 @@ void linear_int8(const LinearInt8Args& args, void* workspace, Stream stream) {
       .parts = static_cast<int>(at.parts),
       .tiles = at.tiles,
       .partial = reinterpret_cast<int32_t*>(base + at.partial),
-      .arrivals = reinterpret_cast<uint32_t*>(base + at.arrivals),
   };
   if (finds || args.copies > 0) int8_mark(op, stream);
   int8_round(op, stream);
-  if (op.tiles.count > 0) int8_tile(op, stream);
-  else int8_rows(op, stream);
+  for (int64_t row = 0; row < args.x.rows; row += at.tiles.tokens) {
+    const Int8Op some = tokens_of(op, row, smaller(args.x.rows, row + at.tiles.tokens));
+    if (some.tiles.count == 0) {
+      int8_rows(some, stream);
+    } else {
+      int8_tile(some, stream);
+      int8_finish(some, stream);
+    }
+  }
 }
 
 }  // namespace bitfold::cuda

@@ -13,7 +13,7 @@ endforeach()
 set(BITFOLD_CUDA_EXACT_UNITS
   decode pack
   linear_floor gptq step_search round_fp8 kv_pack kv_unpack
-  linear_int8 int8_round int8_rows int8_tile
+  linear_int8 int8_round int8_rows int8_tile int8_finish
   encode encode_blocks encode_affine encode_symmetric encode_iq4 encode_legacy)
 set(BITFOLD_CUDA_HOST csrc/cuda/linear.cpp csrc/cuda/linear_rows.cpp)
 

@@ -168,7 +168,11 @@ INT8 = [
     ),
     *(  # k over several blocks
         Case("linear_int8", "int8-channel-asym", n, k, m, "bf16", outliers="found", multiprocessors=132)
-        for m, n, k in ((9, 75, 1040), (40, 30, 592))
+        for m, n, k in ((9, 75, 1040), (40, 30, 592), (130, 140, 592))
+    ),
+    *(  # without wgmma
+        Case("linear_int8", "int8-channel-asym", n, k, m, "bf16", outliers="found", multiprocessors=132, capability=80)
+        for m, n, k in ((40, 30, 592), (130, 140, 320))
     ),
 ]
 FLOOR = [

@@ -24,13 +24,16 @@ void wgmma_fence(const Where& where);
 void wgmma_commit(const Where& where);
 void wgmma_wait(int groups, const Where& where);
 
-// One lane's part of a product of 64 x 16 by 16 x n.
+// One lane's part of a product of 64 x 16 by 16 x n halves; without registers of A of 64 x 32 by 32 x n bytes.
 struct Product {
-  float* d;           // n / 2
-  const uint32_t* a;  // 4
+  void* d;            // n / 2 floats, or ints
+  const uint32_t* a;  // 4, or null
   uint64_t b;
   int n;
   bool accumulate;
+  uint64_t a_matrix = 0;
+
+  bool of_bytes() const { return a == nullptr; }
 };
 void wgmma(const Product& product, const Where& where);
 

@@ -1,0 +1,211 @@
+// y of int8_tile's whole sums: they become numbers, and outliers come to them, a chain of products and additions for
+// each number, as the definition says, from the tables of their columns of W and x as fp32.
+//
+// A block has 128 rows of W and 64 tokens, a lane four neighbouring rows of eight tokens: 12 numbers from shared memory
+// for 32 products. Lines of tables come by asynchronous copies while those before them are multiplied.
+#include "cuda/int8.hpp"
+
+namespace bitfold::cuda {
+namespace {
+
+constexpr int kWarps = 8, kThreads = kWarp * kWarps;
+constexpr int kOwnRows = 4, kOwnTokens = 8;  // of a thread
+constexpr int kRows = kOwnRows * kWarp, kTokens = kOwnTokens * kWarps;
+constexpr int kColumns = 32;  // of outliers, that come together
+static_assert(kInt8Lines % kColumns == 0 && kInt8Lines % kRows == 0 && kInt8Lines % kTokens == 0);
+
+struct Table {
+  float w[kColumns][kRows];
+  float x[kColumns][kTokens];
+};
+struct Memory {
+  union {
+    Table tables[2];
+    float y[kTokens][kRows];
+  };
+};
+
+class Block {
+ public:
+  BITFOLD_DEVICE Block(const Int8Op& op, Memory& memory)
+      : op_(op), memory_(memory), row0_(int64_t{blockIdx.x} * kRows), token0_(int64_t{blockIdx.y} * kTokens) {}
+
+  BITFOLD_DEVICE void run() {
+    float y[kOwnTokens][kOwnRows] = {};
+    const int loose = int8_outliers(op_);
+    // A product of 16 bits and 8 is exact: rounded once less, sums are the same.
+    const bool exact = op_.x.dtype != DType::F32 && loose <= op_.loose.lines;
+    if (loose > 0 && exact && *op_.loose_huge == 0) add_columns<false, true>(loose, y);
+    else add_columns<false, false>(loose, y);
+    add_sums(loose > 0, y);
+    if (op_.copies > 0) {
+      float chains[kOwnTokens][kOwnRows] = {};
+      add_columns<true, false>(op_.copies, chains);
+      each([&](int j, int i) { y[j][i] = ptx::add(y[j][i], chains[j][i]); });
+    }
+    store(y);
+  }
+
+ private:
+  BITFOLD_DEVICE static int row() { return kOwnRows * ptx::lane_id(); }
+  BITFOLD_DEVICE static int token() { return kOwnTokens * ptx::warp_id(); }
+  BITFOLD_DEVICE int64_t real_row(int row) const { return smaller(row0_ + row, op_.n - 1); }
+  BITFOLD_DEVICE int64_t real_token(int token) const { return smaller(token0_ + token, op_.x.rows - 1); }
+
+  template <class Body>
+  BITFOLD_DEVICE static void each(const Body& body) {
+#pragma unroll
+    for (int j = 0; j < kOwnTokens; ++j) {
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) body(j, i);
+    }
+  }
+
+  // ---- outliers ----
+
+  // Adds `count` columns to the chains: those with a copy, or those without.
+  template <bool Copied, bool Fused>
+  BITFOLD_DEVICE void add_columns(int count, float (&chains)[kOwnTokens][kOwnRows]) {
+    if (count == 0) return;
+    fetch<Copied>(0, count, 0);
+    int table = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kColumns) {
+      fetch<Copied>(begin + kColumns, count, 1 - table);
+      ptx::cp_async_wait<1>();
+      ptx::sync_block();
+      const int columns = smaller(count - begin, kColumns);
+#pragma unroll 2
+      for (int c = 0; c < columns; ++c) add_column<Fused>(memory_.tables[table], c, chains);
+      ptx::sync_block();  // all have read the table that is filled next
+      table = 1 - table;
+    }
+  }
+  template <bool Fused>
+  BITFOLD_DEVICE static void add_column(const Table& table, int c, float (&chains)[kOwnTokens][kOwnRows]) {
+    const float4 four = *reinterpret_cast<const float4*>(&table.w[c][row()]);
+    const float w[kOwnRows] = {four.x, four.y, four.z, four.w};
+    float x[kOwnTokens];
+#pragma unroll
+    for (int j = 0; j < kOwnTokens; j += 4) {
+      const float4 tokens = *reinterpret_cast<const float4*>(&table.x[c][token() + j]);
+      x[j] = tokens.x, x[j + 1] = tokens.y, x[j + 2] = tokens.z, x[j + 3] = tokens.w;
+    }
+    each([&](int j, int i) {
+      float& chain = chains[j][i];
+      chain = Fused ? ptx::fma(x[j], w[i], chain) : ptx::add(chain, ptx::mul(x[j], w[i]));
+    });
+  }
+
+  // Columns [begin, begin + kColumns) of a list of `count`: a group of copies, whatever there is of them.
+  template <bool Copied>
+  BITFOLD_DEVICE void fetch(int begin, int count, int number) {
+    Table& table = memory_.tables[number];
+    const Int8Table& lines = Copied ? op_.exact : op_.loose;
+    const int columns = smaller(count - begin, kColumns);
+    if (columns > 0 && begin >= lines.lines) {
+      gather<Copied>(begin, columns, table);
+    } else if (columns > 0) {
+      copy<kRows>(&table.w[0][0], lines.w + begin * op_.table_rows + row0_, op_.table_rows, columns);
+      copy<kTokens>(&table.x[0][0], lines.x + begin * op_.table_tokens + token0_, op_.table_tokens, columns);
+    }
+    ptx::cp_async_commit();
+  }
+  template <int Width>
+  BITFOLD_DEVICE static void copy(float* to, const float* from, int64_t stride, int lines) {
+    constexpr int kFours = Width / 4;
+#pragma unroll 1
+    for (auto i = static_cast<int>(threadIdx.x); i < lines * kFours; i += kThreads)
+      ptx::cp_async<16>(to + i * 4, from + i / kFours * stride + i % kFours * 4);
+  }
+  template <bool Copied>
+  BITFOLD_DEVICE void gather(int begin, int columns, Table& table) {
+    const int32_t* list = Copied ? op_.columns : op_.outliers;
+#pragma unroll 1
+    for (auto i = static_cast<int>(threadIdx.x); i < columns * kRows; i += kThreads) {
+      const int c = i / kRows, row = i % kRows;
+      const int64_t real = real_row(row);
+      table.w[c][row] = Copied ? read_float(op_.copy, real * op_.copies + begin + c)
+                               : static_cast<float>(op_.codes[real * op_.k + list[begin + c]] - int8_zero(op_, real));
+    }
+#pragma unroll 1
+    for (auto i = static_cast<int>(threadIdx.x); i < columns * kTokens; i += kThreads) {
+      const int c = i / kTokens, token = i % kTokens;
+      const int64_t real = real_token(token), column = list[begin + c];
+      table.x[c][token] = Copied ? int8_x(op_, real, column) : int8_outlier(op_, real, column);
+    }
+  }
+
+  // ---- whole sums ----
+
+  // y of them, to which the chains of outliers without a copy come, if there are any.
+  BITFOLD_DEVICE void add_sums(bool loose, float (&y)[kOwnTokens][kOwnRows]) const {
+    int sums[kOwnTokens][kOwnRows] = {};
+    const int32_t* from = op_.partial + row0_ + row();
+#pragma unroll 1
+    for (int split = 0; split < op_.tiles.splits; ++split, from += op_.x.rows * op_.table_rows) {
+#pragma unroll
+      for (int j = 0; j < kOwnTokens; ++j) {
+        const uint4 four = ptx::load16(from + real_token(token() + j) * op_.table_rows);
+        const uint32_t more[kOwnRows] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i) sums[j][i] += static_cast<int>(more[i]);
+      }
+    }
+    Int8Row rows[kOwnRows];
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) rows[i] = int8_row(op_, real_row(row() + i));
+#pragma unroll
+    for (int j = 0; j < kOwnTokens; ++j) {
+      const Int8Token what = int8_token(op_, real_token(token() + j), 0);
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+        const float number = ptx::add(0.0f, int8_part(sums[j][i], op_.tiles.wide ? 0 : 128, rows[i], what));
+        y[j][i] = loose ? ptx::add(number, ptx::mul(rows[i].scale, y[j][i])) : number;
+      }
+    }
+  }
+
+  // By way of shared memory, which nobody looks at any more: a short loop, in which neighbours are written together.
+  BITFOLD_DEVICE void store(const float (&y)[kOwnTokens][kOwnRows]) {
+#pragma unroll
+    for (int j = 0; j < kOwnTokens; ++j) {
+      *reinterpret_cast<float4*>(&memory_.y[token() + j][row()]) = {y[j][0], y[j][1], y[j][2], y[j][3]};
+    }
+    ptx::sync_block();
+    static_assert(kThreads % kRows == 0);
+    const int thread = static_cast<int>(threadIdx.x), row = thread % kRows;
+    if (row0_ + row >= op_.n) return;
+    const auto tokens = static_cast<int>(smaller<int64_t>(op_.x.rows - token0_, kTokens));
+    const bool biased = op_.bias != nullptr;
+    const float bias = biased ? read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row0_ + row) : 0.0f;
+#pragma unroll 4
+    for (int token = thread / kRows; token < tokens; token += kThreads / kRows) {
+      const float number = memory_.y[token][row];
+      write_number(op_.y, op_.x.dtype, (token0_ + token) * op_.n + row0_ + row,
+                   biased ? ptx::add(number, bias) : number);
+    }
+  }
+
+  const Int8Op& op_;
+  Memory& memory_;
+  const int64_t row0_, token0_;
+};
+
+__global__ void __launch_bounds__(kThreads, 2) int8_finish_kernel(const Int8Op op) {
+  Block(op, shared<Memory>()).run();
+}
+
+}  // namespace
+
+void int8_finish(const Int8Op& op, Stream stream) {
+  launch({.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(op.n, kRows)),
+                       static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, kTokens))),
+          .block = kThreads,
+          .shared_bytes = sizeof(Memory),
+          .name = "int8_finish",
+          .stream = stream},
+         int8_finish_kernel, op);
+}
+
+}  // namespace bitfold::cuda
