@@ -8,6 +8,7 @@ namespace bitfold::cuda {
 template <int Row>
 struct PlaneChunk {
   using Codes = PlaneCodes<Row>;
+  static constexpr int kRow = Row;
   static constexpr int kBits = kFormats[Row].bits;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr bool kNested = kFormats[Row].nested;

@@ -88,6 +88,7 @@ class FewCopies : FewBlock<Row> {
       if (!p_.in_words) copy_bytes(stage, to);
       else if (rows_ < kFewRows || (ends && stage + 1 == stages_)) copy_words<true>(stage, to);
       else copy_words<false>(stage, to);
+      if constexpr (C::kPlanes) prefetch_scales(stage);
       ptx::cp_async_arrive(full);
       ptx::barrier_arrive(full);
       turn.next(p_.shape.w_stages);
@@ -145,6 +146,30 @@ class FewCopies : FewBlock<Row> {
       for (int b = 0; b < 16; ++b) place[b] = at + b < length ? ptx::load1(from + b) : uint8_t{0};
     }
   }
+  // Those who multiply ask for a stage's scales and zero points one stage before, which is less than memory may take. A
+  // row's sectors, of 32 bytes, are asked for as its stages come to them.
+  BITFOLD_DEVICE void prefetch_scales(int stage) const {
+    constexpr int kPieces = Stage::kColumns / 32;
+    const PlaneMatrix& w = p_.planes;
+    const auto end = static_cast<uint32_t>((p_.k - 1) / 32), piece = static_cast<uint32_t>(stage * kPieces);
+    const uint32_t first = w.pieces.divide(smaller(piece, end));
+    const uint32_t last = w.pieces.divide(smaller(piece + kPieces - 1, end));
+    const auto come_to = [&](const uint8_t* begin, const uint8_t* from, const uint8_t* to) {
+      const auto sector = [](const uint8_t* byte) { return reinterpret_cast<uintptr_t>(byte) / 32; };
+      if (from == begin || stage == first_ || sector(from - 1) != sector(to)) ptx::prefetch_sector(to);
+    };
+#pragma unroll 1
+    for (int i = thread_; i < rows_; i += kFewCopy) {
+      const int64_t row = row0_ + i;
+      const uint8_t* scales = w.scales + scale_row_of<C::kRow>(w, row) * w.row_scales * w.scale_bytes;
+      come_to(scales, scales + first * w.scale_bytes, scales + last * w.scale_bytes);
+      if constexpr (C::kInteger) {
+        if (w.zeros == nullptr) continue;
+        const uint8_t* zeros = w.zeros + row * w.row_zeros;
+        come_to(zeros, zeros + first * C::kBits / 8, zeros + last * C::kBits / 8);
+      }
+    }
+  }
   // x of a stage's units, and its sums, lie together.
   BITFOLD_DEVICE void copy_x(int stage, uint8_t* to, ptx::Barrier* full) const {
     const int64_t each = int64_t{p_.groups} * kUnitBytes;
@@ -160,63 +185,157 @@ class FewCopies : FewBlock<Row> {
 };
 
 // Scales of planes: a warp's own, of its 32 rows and its half of a stage's columns, Entries of them for a row, each of
-// Span steps (or one for all). Those of the next stage are on their way while one is multiplied. Plain: the format's
-// usual scales, and no zero points. Keeps: where its row's lie, for which many tokens leave no registers.
+// Span steps (or one for all). Those of the next stage are on their way while one is multiplied: nothing looks at what
+// is loaded before open(). Plain: the format's usual scales, and no zero points. Keeps: where its row's lie, for which
+// many tokens leave no registers.
 template <class C, int Span, bool One, bool Plain, bool Keeps>
 class FewScales {
   using Stage = FewStage<C>;
   static constexpr int kHalf = Stage::kColumns / 2;  // columns
   static constexpr int kEntries = One ? 1 : kHalf / (16 * Span);
+  static constexpr int kPieces = Span / 2;  // of 32 columns, to an entry
+  static constexpr int kBits = C::kBits;
+  static constexpr uint32_t kMask = (1u << kBits) - 1;
+  static constexpr bool kNested = C::kNested && !Plain, kZeros = C::kInteger && !Plain;
 
  public:
   static constexpr bool kOne = One;
 
   // first: the row of the warp's first. A lane has row 8 t + g, which is row 8 i + g of tile r where t = 2 r + i.
-  BITFOLD_DEVICE FewScales(const TileParameter& p, int64_t first, int column_warp)
-      : p_(p), first_(first), piece_(static_cast<uint32_t>(column_warp * kHalf / 32)) {
+  // dynamic_map: what codes of nested scales mean.
+  BITFOLD_DEVICE FewScales(const TileParameter& p, int64_t first, int lane, int column_warp, const float* dynamic_map)
+      : p_(p),
+        first_(first),
+        lane_(lane),
+        piece_(static_cast<uint32_t>(column_warp * kHalf / 32)),
+        dynamic_map_(dynamic_map) {
     if constexpr (Keeps) row_ = find_row();
+    if constexpr (kNested && Keeps) nested_offset_ = find_nested_offset();
   }
 
   BITFOLD_DEVICE void load(int stage) {
-    const uint32_t first = piece_ + static_cast<uint32_t>(stage * (Stage::kColumns / 32));
-    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
     const auto row = Keeps ? row_ : find_row();
+    if (together()) {
+      const uint32_t group = group_of(stage, 0);
+      if (stored() == Scale::F32) load_bits<4 * kEntries>(row.scales + 4 * group);
+      else if (kNested && stored() == Scale::Nested) load_bits<kEntries>(row.scales + group);
+      else load_bits<2 * kEntries>(row.scales + 2 * group);
+      if (kNested && stored() == Scale::Nested) more_[0] = load_nested(row, group);
+      if constexpr (kZeros) {
+        if (p_.planes.zeros != nullptr) load_zeros(row.zeros, group);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
-      const uint32_t group = p_.planes.pieces.divide(smaller(first + static_cast<uint32_t>(i * Span / 2), end));
-      loaded_[i] = C::load_scale(p_.planes, row, group, stored(), !Plain && p_.planes.zeros != nullptr);
+      const uint32_t group = group_of(stage, i);
+      if (stored() == Scale::F32) bits_[i] = ptx::load4(row.scales + 4 * group);
+      else if (kNested && stored() == Scale::Nested) bits_[i] = ptx::load1(row.scales + group);
+      else bits_[i] = ptx::load2(row.scales + 2 * group);
+      if (kNested && stored() == Scale::Nested) more_[i] = load_nested(row, group);
+      if constexpr (kZeros) {
+        if (p_.planes.zeros != nullptr) {
+          // Codes of three bits lie across bytes.
+          more_[i] = kBits == 3 ? C::load_zero_of(row.zeros, group) : ptx::load1(row.zeros + group * kBits / 8);
+        }
+      }
     }
   }
   // Those that have come, of this lane's rows.
-  BITFOLD_DEVICE void open() {
+  BITFOLD_DEVICE void open(int stage) {
+    const bool together = this->together();
 #pragma unroll
-    for (int i = 0; i < kEntries; ++i) mine_[i] = C::scale_zero(p_.planes, loaded_[i], stored());
+    for (int i = 0; i < kEntries; ++i) {
+      LoadedScaleZero loaded{.bits = bits_[i], .more = 0};
+      if (together) {
+        if (kNested && stored() == Scale::Nested) loaded.bits = bits_[0] >> 8 * i & 255u;
+        else if (stored() != Scale::F32) loaded.bits = bits_[i / 2] >> 16 * (i % 2);
+      }
+      if constexpr (kNested) loaded.more = together ? more_[0] : more_[i];
+      if constexpr (kZeros) loaded.more = p_.planes.zeros == nullptr ? 1u << (kBits - 1) : zero_of(stage, i, together);
+      mine_[i] = C::scale_zero(p_.planes, loaded, stored(), dynamic_map_,
+                               Keeps || !kNested ? nested_offset_ : find_nested_offset());
+    }
     if constexpr (One) {
 #pragma unroll
-      for (int row = 0; row < 2 * kTiles; ++row) all_[row] = ptx::shuffle(mine_[0].scale, lane_of(row));
+      for (int row = 0; row < 2 * kTiles; ++row) all_[row] = ptx::shuffle_of_four(mine_[0].scale, row);
     }
   }
   // Of row 8 i + g of tile r.
   BITFOLD_DEVICE float scale(int entry, int r, int i) const {
-    return One ? all_[2 * r + i] : ptx::shuffle(mine_[entry].scale, lane_of(2 * r + i));
+    return One ? all_[2 * r + i] : ptx::shuffle_of_four(mine_[entry].scale, 2 * r + i);
   }
   BITFOLD_DEVICE uint32_t zero(int entry, int r, int i) const {
-    return ptx::shuffle(mine_[entry].zero, lane_of(2 * r + i));
+    return ptx::shuffle_of_four(mine_[entry].zero, 2 * r + i);
   }
 
  private:
   BITFOLD_DEVICE auto find_row() const {
-    const int row = ptx::lane_id() % 4 * 8 + ptx::lane_id() / 4;
+    const int row = lane_ % 4 * 8 + lane_ / 4;
     return C::scale_row(p_.planes, smaller<int64_t>(first_ + row, p_.n - 1));
   }
-  BITFOLD_DEVICE static int lane_of(int row) { return ptx::lane_id() / 4 * 4 + row; }
+  BITFOLD_DEVICE float find_nested_offset() const {
+    return p_.planes.scale == Scale::Nested ? *p_.planes.nested_offset : 0.0f;
+  }
   BITFOLD_DEVICE Scale stored() const { return Plain ? C::kStored : p_.planes.scale; }
+  // Whether one load brings all entries.
+  BITFOLD_DEVICE bool together() const { return kEntries > 1 && p_.scales_together; }
+
+  // Of entry i; of the last one of the row where that ends before. Together: entries that are there are all there.
+  BITFOLD_DEVICE uint32_t group_of(int stage, int i) const {
+    const uint32_t first = piece_ + static_cast<uint32_t>(stage * (Stage::kColumns / 32));
+    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
+    if (together()) return smaller(first, end + 1 - kHalf / 32) / kPieces + static_cast<uint32_t>(i);
+    return p_.planes.pieces.divide(smaller(first + static_cast<uint32_t>(i * kPieces), end));
+  }
+  template <int Bytes>
+  BITFOLD_DEVICE void load_bits(const uint8_t* from) {
+    if constexpr (Bytes == 16) {
+      const uint4 all = ptx::load16(from);
+      bits_[0] = all.x, bits_[1] = all.y, bits_[2] = all.z, bits_[3] = all.w;
+    } else if constexpr (Bytes == 8) {
+      const uint2 all = ptx::load8(from);
+      bits_[0] = all.x, bits_[1] = all.y;
+    } else if constexpr (Bytes == 4) {
+      bits_[0] = ptx::load4(from);
+    } else if constexpr (Bytes == 2) {
+      bits_[0] = ptx::load2(from);
+    } else {
+      bits_[0] = ptx::load1(from);
+    }
+  }
+  BITFOLD_DEVICE uint32_t load_nested(const typename C::ScaleRow& row, uint32_t group) const {
+    return ptx::load4(p_.planes.nested_scales + (row.first + group) / kNestedGroup);
+  }
+  BITFOLD_DEVICE void load_zeros(const uint8_t* zeros, uint32_t group) {
+    if constexpr (kBits == 3) {
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) more_[i] = C::load_zero_of(zeros, group + static_cast<uint32_t>(i));
+    } else if constexpr (kEntries * kBits > 8) {
+      more_[0] = ptx::load2(zeros + group * kBits / 8);
+    } else {
+      more_[0] = ptx::load1(zeros + group * kBits / 8);
+    }
+  }
+  BITFOLD_DEVICE uint32_t zero_of(int stage, int i, bool together) const {
+    if constexpr (kBits == 3) {
+      return more_[i];
+    } else {
+      if (together) return more_[0] >> (group_of(stage, 0) * kBits % 8 + static_cast<uint32_t>(i * kBits)) & kMask;
+      return more_[i] >> group_of(stage, i) * kBits % 8 & kMask;
+    }
+  }
 
   const TileParameter& p_;
   const int64_t first_;
+  const int lane_;
   const uint32_t piece_;  // of 32 columns
+  const float* const dynamic_map_;
+  float nested_offset_ = 0.0f;
   typename C::ScaleRow row_;
-  LoadedScaleZero loaded_[kEntries];
+  // As they were loaded: a scale's bits, or those of all; a zero point with its neighbours, or what multiplies a nested
+  // scale.
+  uint32_t bits_[kEntries], more_[kEntries];
   ScaleZero mine_[kEntries];
   float all_[One ? 2 * kTiles : 1];
 };

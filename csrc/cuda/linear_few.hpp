@@ -62,9 +62,9 @@ class FewProducts : FewBlock<Row> {
  public:
   BITFOLD_DEVICE FewProducts(const TileParameter& p, const FewSize& size)
       : Block(p, size),
-        lane_(ptx::lane_id()),
-        row_warp_(ptx::warp_id() % kFewRowWarps),
-        column_warp_(ptx::warp_id() / kFewRowWarps) {}
+        lane_(kKeeps ? ptx::shuffle(ptx::lane_id(), ptx::lane_id()) : ptx::lane_id()),
+        row_warp_(warp() % kFewRowWarps),
+        column_warp_(warp() / kFewRowWarps) {}
 
   BITFOLD_DEVICE void run() {
     if constexpr (kFormats[Row].grid == Grid::Codebook) {
@@ -82,7 +82,7 @@ class FewProducts : FewBlock<Row> {
     if constexpr (kPlanes) {
       const bool one = Stage::kColumns == 256 ? p_.wide_groups : p_.whole_units;
       const bool plain = p_.planes.zeros == nullptr && p_.planes.scale == C::kStored;
-      if (!p_.whole_units) go_planes<C::kSpan, false, false>();
+      if (!p_.whole_units) plain ? go_planes<C::kSpan, false, true>() : go_planes<C::kSpan, false, false>();
       else if (one) plain ? go_planes<kUnitSteps, true, true>() : go_planes<kUnitSteps, true, false>();
       else plain ? go_planes<kUnitSteps, false, true>() : go_planes<kUnitSteps, false, false>();
     } else {
@@ -93,9 +93,15 @@ class FewProducts : FewBlock<Row> {
   }
 
  private:
+  // Brought by a shuffle, as the lane is: what comes from a special register is asked for again and again instead of
+  // kept, for tens of clocks each time.
+  BITFOLD_DEVICE static int warp() { return kKeeps ? ptx::shuffle(ptx::warp_id(), 0) : ptx::warp_id(); }
+
   template <int Span, bool One, bool Plain>
   BITFOLD_DEVICE void go_planes() {
-    FewScales<C, Span, One, Plain, kKeeps> scales(p_, row0_ + first_row(), column_warp_);
+    const float* dynamic_map = nullptr;
+    if constexpr (C::kNested) dynamic_map = tables().dynamic_map;
+    FewScales<C, Span, One, Plain, kKeeps> scales(p_, row0_ + first_row(), lane_, column_warp_, dynamic_map);
     scales.load(first_);
     go<Span, kInteger && !Plain>(scales);
   }
@@ -106,17 +112,17 @@ class FewProducts : FewBlock<Row> {
     Turn turn;
 #pragma unroll 1
     for (int stage = first_; stage < last_; ++stage) {
-      if constexpr (kPlanes) {
-        scales.open();
-        scales.load(stage + 1);
-      }
       ptx::barrier_wait(&this->barriers().full[turn.slot], turn.parity);
       const uint8_t* bytes = this->stage(turn.slot);
       open(bytes, stage);
       const int there = this->units(stage) - column_warp_ * kUnits;
+      // Without a branch the next unit's loads come before this one's products.
+      const bool all = kPlanes && kKeeps && there >= kUnits;
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        if (unit < there) multiply<Span, Zeros>(scales, unit, bytes);
+      for (int unit = 0; all && unit < kUnits; ++unit) multiply<Span, Zeros>(scales, stage, unit, bytes);
+#pragma unroll
+      for (int unit = 0; !all && unit < kUnits; ++unit) {
+        if (unit < there) multiply<Span, Zeros>(scales, stage, unit, bytes);
       }
       if constexpr (C::kMins > 0) {
         if (stage % kFewColumnWarps == column_warp_) subtract_mins(bytes);
@@ -186,11 +192,12 @@ class FewProducts : FewBlock<Row> {
 
   // The operands of one of the warp's units, and what their sums are multiplied with.
   template <int Span, bool Zeros, class Scales>
-  BITFOLD_DEVICE void decode(const Scales& scales, int unit, const uint8_t* bytes, uint32_t (&a)[kTiles][kUnitSteps][4],
-                             float (&scale)[kTiles][kUnitSteps / Span][2]) const {
+  BITFOLD_DEVICE void decode(Scales& scales, int stage, int unit, const uint8_t* bytes,
+                             uint32_t (&a)[kTiles][kUnitSteps][4], float (&scale)[kTiles][kUnitSteps / Span][2]) const {
     if constexpr (kPlanes) {
       uint32_t words[kTiles][2][4];
       load_words(bytes, column_warp_ * kUnits + unit, words);
+      if (kScalesFirst<Zeros> && unit == 0) next_scales(scales, stage);
       constexpr bool kNarrow = C::kNarrow;
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
@@ -226,12 +233,22 @@ class FewProducts : FewBlock<Row> {
     }
   }
 
+  // Scales are looked at when nothing else of the stage can go on without them, or first, where zero points are needed
+  // or registers are few.
+  template <bool Zeros>
+  static constexpr bool kScalesFirst = Zeros || !kKeeps;
+  template <class Scales>
+  BITFOLD_DEVICE void next_scales(Scales& scales, int stage) const {
+    scales.open(stage);
+    scales.load(stage + 1);
+  }
+
   // One unit of the warp's rows with all tokens.
   template <int Span, bool Zeros, class Scales>
-  BITFOLD_DEVICE void multiply(const Scales& scales, int unit, const uint8_t* bytes) {
+  BITFOLD_DEVICE void multiply(Scales& scales, int stage, int unit, const uint8_t* bytes) {
     uint32_t a[kTiles][kUnitSteps][4];
     float scale[kTiles][kUnitSteps / Span][2];
-    decode<Span, Zeros>(scales, unit, bytes, a, scale);
+    decode<Span, Zeros>(scales, stage, unit, bytes, a, scale);
     // [group][2][lane]
     const int block = column_warp_ * kUnits + unit;
     const auto* x = reinterpret_cast<const uint4*>(bytes + at_.x + block * kUnitBytesOfX) + lane_;
@@ -259,6 +276,7 @@ class FewProducts : FewBlock<Row> {
         }
         if (s % Span < Span - 1) continue;
         if constexpr (kPlanes) {
+          if (!kScalesFirst<Zeros> && unit == 0 && pair == 0 && s == Span - 1) next_scales(scales, stage);
 #pragma unroll
           for (int r = 0; r < kTiles; ++r) {
 #pragma unroll

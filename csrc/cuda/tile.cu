@@ -193,6 +193,13 @@ int64_t linear_tile_workspace(const LinearArgs& args) {
   return workspace_of(size, shape, args.x.rows, args.w.k).end;
 }
 
+// (k % 128 makes the groups of a row whole fours, or pairs.)
+static bool scales_together(const Weight& w) {
+  const int64_t group = w.format.group;
+  return (group == 32 || group == 64) && w.k % 128 == 0 && reinterpret_cast<uintptr_t>(w.scales) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(w.zeros) % 2 == 0;
+}
+
 void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
   if (args.w.n == 0) return;
   const Unit& unit = unit_of(args.w.format.row);
@@ -210,6 +217,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .planes = unit.planes(args.w),
       .wide_groups = args.w.format.group < 1 || args.w.format.group % 128 == 0,
       .whole_units = args.w.format.group < 1 || args.w.format.group % kUnit == 0,
+      .scales_together = scales_together(args.w),
       .x = base + at.x,
       .sums = base + at.sums,
       .factors = reinterpret_cast<const float*>(base + at.factors),

@@ -118,6 +118,9 @@ struct TileParameter {
   PlaneMatrix planes;
   bool wide_groups;  // whether 128 columns share a scale
   bool whole_units;  // whether 64 do
+  // Whether groups are as small as their run of the kernel has them (64 columns with whole_units, else 32) and those of
+  // 128 columns of a row lie together, aligned: one load then brings their scales.
+  bool scales_together;
 
   const uint8_t* x;      // [unit][group][2][lane] 16 bytes, or as wgmma.hpp says
   const uint8_t* sums;   // [chunk][group][lane] hi and lo of sums

@@ -66,6 +66,9 @@ BITFOLD_DEVICE uint16_t load_fresh2(const void* global, const Where& where = Whe
 BITFOLD_DEVICE void prefetch(const void* global, int bytes, const Where& where = Where::current()) {
   emulator::check_access(global, 1, bytes, where);
 }
+BITFOLD_DEVICE void prefetch_sector(const void* global, const Where& where = Where::current()) {
+  emulator::check_access(global, 1, 1, where);
+}
 
 BITFOLD_DEVICE void store_streaming16(void* global, uint4 value, const Where& where = Where::current()) {
   detail::store(global, value, where);

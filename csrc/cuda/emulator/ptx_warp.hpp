@@ -36,6 +36,10 @@ BITFOLD_DEVICE T shuffle(T value, int lane, const Where& where = Where::current(
   return detail::shuffle_from(value, lane & 31, where);
 }
 template <class T>
+BITFOLD_DEVICE T shuffle_of_four(T value, int lane, const Where& where = Where::current()) {
+  return detail::shuffle_from(value, lane_id() / 4 * 4 + lane % 4, where);
+}
+template <class T>
 BITFOLD_DEVICE T shuffle_xor(T value, int mask, const Where& where = Where::current()) {
   return detail::shuffle_from(value, (lane_id() ^ mask) & 31, where);
 }

@@ -76,6 +76,9 @@ BITFOLD_DEVICE void prefetch(const void* global, int bytes) {
 #endif
 }
 
+// The same for the sector that has this byte, and a thread's own.
+BITFOLD_DEVICE void prefetch_sector(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // ---- global memory that the kernel doesn't read again ----
 
 BITFOLD_DEVICE void store_streaming16(void* global, uint4 value) { __stcs(static_cast<uint4*>(global), value); }

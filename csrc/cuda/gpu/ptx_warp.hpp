@@ -24,6 +24,11 @@ template <class T>
 BITFOLD_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+// The value of lane `lane` of the four that this one is among: the number may be a constant, which takes no register.
+template <class T>
+BITFOLD_DEVICE T shuffle_of_four(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane, 4);
+}
 template <class T>
 BITFOLD_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
