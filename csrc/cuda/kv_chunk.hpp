@@ -49,9 +49,9 @@ BITFOLD_DEVICE float kv_bias(const KvJob& job, int head, int64_t r, int64_t key)
 
 // Where query r of a head begins.
 BITFOLD_DEVICE int64_t kv_query(const KvJob& job, int head, int64_t r) {
-  const int64_t query_head = head % job.heads * job.shared + r / job.rows;
-  return head / job.heads * job.query_strides[0] + query_head * job.query_strides[1] +
-         r % job.rows * job.query_strides[2];
+  const auto heads = static_cast<int>(job.heads), rows = static_cast<int>(job.rows), row = static_cast<int>(r);
+  const int64_t query_head = head % heads * job.shared + row / rows;
+  return head / heads * job.query_strides[0] + query_head * job.query_strides[1] + row % rows * job.query_strides[2];
 }
 
 // What a chunk leaves of query r: the largest score, the sum of weights, sums of values.

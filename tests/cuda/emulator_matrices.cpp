@@ -95,7 +95,8 @@ __global__ void multiply(Registers<Sum>* all, int kind, bool zero) {
   const auto& a = all->a[threadIdx.x];
   const auto& b = all->b[threadIdx.x];
   if constexpr (std::is_same_v<Sum, int>) {
-    zero ? ptx::mma_s8_zero(d, a, b) : ptx::mma_s8(d, a, b);
+    if (kind == 1) ptx::mma_u8s8(d, a, b);
+    else zero ? ptx::mma_s8_zero(d, a, b) : ptx::mma_s8(d, a, b);
   } else if (kind == 0) {
     zero ? ptx::mma_f16_zero(d, a, b) : ptx::mma_f16(d, a, b);
   } else {
@@ -107,7 +108,8 @@ __global__ void multiply(Registers<Sum>* all, int kind, bool zero) {
 // sums in float64, over the sum of absolute products.
 template <class Sum>
 double multiply_and_compare(int kind, int each, bool zero, const std::function<uint32_t()>& draw,
-                            const std::function<double(uint32_t)>& value, const std::function<Sum()>& draw_sum) {
+                            const std::function<double(uint32_t)>& value, const std::function<Sum()>& draw_sum,
+                            const std::function<double(uint32_t)>& value_of_a = nullptr) {
   const int depth = 8 * each, bits = 32 / each;
   Registers<Sum> registers;
   double a[16][32], b[32][8], c[16][8];
@@ -116,7 +118,7 @@ double multiply_and_compare(int kind, int each, bool zero, const std::function<u
       const uint32_t code = draw();
       const Spot s = spot_a(row, k, each);
       registers.a[s.lane][s.r] |= code << bits * s.part;
-      a[row][k] = value(code);
+      a[row][k] = value_of_a ? value_of_a(code) : value(code);
     }
     for (int column = 0; column < 8; ++column) {
       const uint32_t code = draw();
@@ -203,6 +205,8 @@ CASE(mma_of_bytes_is_exact) {
       expect(multiply_and_compare<int>(0, 4, zero, [&] { return random() & 255u; }, value, sums) == 0, "bytes");
       expect(multiply_and_compare<int>(0, 4, zero, [&] { return 128u; }, value, sums) == 0, "smallest");
     }
+    const auto whole = [](uint32_t code) -> double { return code; };
+    expect(multiply_and_compare<int>(1, 4, false, [&] { return random() & 255u; }, value, sums, whole) == 0, "u8 s8");
   });
 }
 

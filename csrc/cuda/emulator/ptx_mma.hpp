@@ -53,5 +53,9 @@ BITFOLD_DEVICE void mma_s8_zero(int (&d)[4], const uint32_t (&a)[4], const uint3
                                 const Where& where = Where::current()) {
   emulator::mma(emulator::Operands::S8, d, a, b, true, where);
 }
+BITFOLD_DEVICE void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             const Where& where = Where::current()) {
+  emulator::mma(emulator::Operands::U8S8, d, a, b, false, where);
+}
 
 }  // namespace bitfold::cuda::ptx

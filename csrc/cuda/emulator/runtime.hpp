@@ -119,7 +119,7 @@ void cp_async_wait(int groups);
 
 void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* shared, const Where& where);
 
-enum class Operands : uint8_t { F16, Bf16, S8 };
+enum class Operands : uint8_t { F16, Bf16, S8, U8S8 };
 void mma(Operands operands, void* d, const uint32_t* a, const uint32_t* b, bool zero, const Where& where);
 
 }  // namespace emulator

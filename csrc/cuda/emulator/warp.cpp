@@ -117,6 +117,10 @@ struct S8 {
   static constexpr int kEach = 4;
   static double value(uint32_t r, int i) { return static_cast<int8_t>(r >> 8 * i); }
 };
+struct U8 {
+  static constexpr int kEach = 4;
+  static double value(uint32_t r, int i) { return static_cast<uint8_t>(r >> 8 * i); }
+};
 
 template <int Count>
 float sum_of(float before, const double (&products)[Count]) {
@@ -129,7 +133,7 @@ int32_t sum_of(int32_t before, const double (&products)[Count]) {  // wraps arou
   return static_cast<int32_t>(sum);
 }
 
-template <class T, class Sum>
+template <class T, class Sum, class OfB = T>
 void multiply(void* const (&arguments)[32], uint32_t) {
   constexpr int kEach = T::kEach;
   constexpr int kK = 8 * kEach;
@@ -139,7 +143,7 @@ void multiply(void* const (&arguments)[32], uint32_t) {
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < kEach; ++i) {
       for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][kEach * (t + 4 * (r >> 1)) + i] = T::value(m.a[r], i);
-      for (int r = 0; r < 2; ++r) b[g][kEach * (t + 4 * r) + i] = T::value(m.b[r], i);
+      for (int r = 0; r < 2; ++r) b[g][kEach * (t + 4 * r) + i] = OfB::value(m.b[r], i);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -155,7 +159,8 @@ void multiply(void* const (&arguments)[32], uint32_t) {
 }
 constexpr WarpOp kMultiply[] = {{"mma_f16", true, false, multiply<F16, float>},
                                 {"mma_bf16", true, false, multiply<Bf16, float>},
-                                {"mma_s8", true, false, multiply<S8, int32_t>}};
+                                {"mma_s8", true, false, multiply<S8, int32_t>},
+                                {"mma_u8s8", true, false, multiply<U8, int32_t, S8>}};
 
 }  // namespace
 
