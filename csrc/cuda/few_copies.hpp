@@ -88,7 +88,9 @@ class FewCopies : FewBlock<Row> {
       if (!p_.in_words) copy_bytes(stage, to);
       else if (rows_ < kFewRows || (ends && stage + 1 == stages_)) copy_words<true>(stage, to);
       else copy_words<false>(stage, to);
-      if constexpr (C::kPlanes) prefetch_scales(stage);
+      if constexpr (C::kPlanes) {
+        if (!p_.wide_groups) prefetch_scales(stage);
+      }
       ptx::cp_async_arrive(full);
       ptx::barrier_arrive(full);
       turn.next(p_.shape.w_stages);

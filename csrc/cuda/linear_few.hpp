@@ -15,7 +15,9 @@
 namespace bitfold::cuda {
 
 // Blocks have their scales with them.
-struct NoScales {};
+struct NoScales {
+  static constexpr bool kOne = false;
+};
 
 // How planes' codes are opened; blocks do it themselves.
 template <int Row, bool Planes>
@@ -112,12 +114,13 @@ class FewProducts : FewBlock<Row> {
     Turn turn;
 #pragma unroll 1
     for (int stage = first_; stage < last_; ++stage) {
+      if constexpr (kScalesAhead<Zeros, Scales>) next_scales(scales, stage);
       ptx::barrier_wait(&this->barriers().full[turn.slot], turn.parity);
       const uint8_t* bytes = this->stage(turn.slot);
       open(bytes, stage);
       const int there = this->units(stage) - column_warp_ * kUnits;
       // Without a branch the next unit's loads come before this one's products.
-      const bool all = kPlanes && kKeeps && there >= kUnits;
+      const bool all = kPlanes && kKeeps && !Scales::kOne && there >= kUnits;
 #pragma unroll
       for (int unit = 0; all && unit < kUnits; ++unit) multiply<Span, Zeros>(scales, stage, unit, bytes);
 #pragma unroll
@@ -197,7 +200,7 @@ class FewProducts : FewBlock<Row> {
     if constexpr (kPlanes) {
       uint32_t words[kTiles][2][4];
       load_words(bytes, column_warp_ * kUnits + unit, words);
-      if (kScalesFirst<Zeros> && unit == 0) next_scales(scales, stage);
+      if (!kScalesAhead<Zeros, Scales> && kScalesFirst<Zeros> && unit == 0) next_scales(scales, stage);
       constexpr bool kNarrow = C::kNarrow;
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
@@ -234,7 +237,9 @@ class FewProducts : FewBlock<Row> {
   }
 
   // Scales are looked at when nothing else of the stage can go on without them, or first, where zero points are needed
-  // or registers are few.
+  // or registers are few; one for all of a stage before it has come.
+  template <bool Zeros, class Scales>
+  static constexpr bool kScalesAhead = Scales::kOne && !Zeros;
   template <bool Zeros>
   static constexpr bool kScalesFirst = Zeros || !kKeeps;
   template <class Scales>
@@ -276,7 +281,8 @@ class FewProducts : FewBlock<Row> {
         }
         if (s % Span < Span - 1) continue;
         if constexpr (kPlanes) {
-          if (!kScalesFirst<Zeros> && unit == 0 && pair == 0 && s == Span - 1) next_scales(scales, stage);
+          if (!kScalesAhead<Zeros, Scales> && !kScalesFirst<Zeros> && unit == 0 && pair == 0 && s == Span - 1)
+            next_scales(scales, stage);
 #pragma unroll
           for (int r = 0; r < kTiles; ++r) {
 #pragma unroll

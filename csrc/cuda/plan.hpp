@@ -25,13 +25,13 @@ constexpr bool tile_supports(const Format& format) {
 }
 
 // Whether more rows than kTileBesideWgmma are better multiplied by wgmma with weights decoded in registers, or decoded
-// once and multiplied by torch. Clocks of a multiprocessor, of 1.8 GHz, for 64 columns of 128 rows of W and 64 of x, as
-// an H200 took them when the kernel scaled sums instead of operands, not measured since: torch's product 365 (256 of
-// wgmma, 0.7 of whose rate cuBLAS has), bitfold's 470, and of Q6_K, whose sums are scaled every 16 columns, 765. Beside
+// once and multiplied by torch. Clocks of a multiprocessor, of 1.75 GHz, for 64 columns of 128 rows of W and 64 of x,
+// as an H200 took them at 00e05ac with 512 rows of x: torch's product 312 (256 of wgmma, 0.8 of whose rate cuBLAS has),
+// bitfold's 380 to 440, and of Q6_K, as far as 192 rows tell, 470. Beside
 // them, of the 18 bytes that a multiprocessor gets of memory in a clock: torch's product needs weights of 16 bits
 // written, bitfold's x in another order, read and written.
 constexpr bool wgmma_wins(const Format& format, int64_t m, int64_t n) {
-  constexpr int64_t kTorch = 365, kWgmma = 470, kWgmmaQ6K = 765, kBytesPerClock = 18;
+  constexpr int64_t kTorch = 312, kWgmma = 405, kWgmmaQ6K = 470, kBytesPerClock = 18;
   if (m <= kTile) return true;
   const int64_t more = (format.row == kQ6K ? kWgmmaQ6K : kWgmma) - kTorch;
   const int64_t decoding = 128 * 64 * (16 + format.bits()) / 8 / kBytesPerClock;
