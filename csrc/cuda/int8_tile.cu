@@ -220,7 +220,9 @@ BITFOLD_DEVICE void run_tile(const Int8Op& op, M& memory, int tokens) {
   T(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
 }
 template <class S>
-__global__ void __launch_bounds__(S::kWide ? kWideThreads : S::kThreads, S::kWide ? 1 : kBlocks)
+constexpr bool kByWgmma = S::kWide && kWgmma;
+template <class S>
+__global__ void __launch_bounds__(kByWgmma<S> ? kWideThreads : S::kThreads, kByWgmma<S> ? 1 : kBlocks)
     int8_tile_kernel(const Int8Op op) {
   if constexpr (S::kWide) {
     if (wgmma_where(op.tiles.wide)) {

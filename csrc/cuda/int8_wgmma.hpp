@@ -4,7 +4,7 @@
 // is always on its way: a stage is given back when the product after its own has been issued.
 //
 // W's codes are multiplied as they are, without a sign. Lines of a stage lie as the operands of wgmma: eight of them by
-// 16 bytes make a core matrix. A warp copies eight lines at once, lane by lane into neighbouring places.
+// 16 bytes make a core matrix. Four lanes copy a line's 64 bytes, since caches are asked for pieces of what eight do.
 #pragma once
 
 #include "cuda/int8.hpp"
@@ -16,11 +16,14 @@ inline constexpr int kWideProducts = 2 * kWarpgroup;  // threads that multiply
 inline constexpr int kWideThreads = kWideProducts + kWarpgroup;
 static_assert(kWideRows == kWideProducts / kWarpgroup * 64);
 
+// Between core matrices, so that the two lines that eight lanes copy lie in banks of their own.
+inline constexpr int kApart = 2;
+
 template <int Tokens>
 struct WideMemory {
-  static constexpr int kStages = Tokens == 128 ? 12 : 8;
+  static constexpr int kStages = Tokens == 128 ? 10 : 7;
   static constexpr int kLines = kWideRows + Tokens;  // W's rows, then tokens
-  uint4 stage[kStages][kLines / 8][kInt8Piece / 16][8];
+  uint4 stage[kStages][kLines / 8][kInt8Piece / 16][8 + kApart];
   Int8Found found[kStages];  // of each stage's columns
   ptx::Barrier full[kStages], empty[kStages];
 };
@@ -30,7 +33,7 @@ template <int Tokens>
 class WideTile {
   using Memory = WideMemory<Tokens>;
   static constexpr int kStages = Memory::kStages;
-  static constexpr int kCore = 8 * 16;                    // bytes of a core matrix
+  static constexpr int kCore = (8 + kApart) * 16;         // bytes from a core matrix to the next
   static constexpr int kEight = kInt8Piece / 16 * kCore;  // of eight lines
   static constexpr int kStageBytes = Memory::kLines / 8 * kEight;
 
@@ -70,7 +73,7 @@ class WideTile {
   static constexpr int kRowTurns = kWideRows / kTurnLines;
 
   BITFOLD_DEVICE void bring(int thread) {
-    const int line = thread / kWarp * 8 + thread % 8, of_line = thread % kWarp / 8;
+    const int line = thread / 4, of_line = thread % 4;
     uint32_t from[kTurns];  // where the lines begin, in bytes from the tile's first row or token on
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -91,7 +94,7 @@ class WideTile {
       if (thread == 0 && gathers()) ptx::cp_async<16>(&memory_.found[stage], op_.found + piece);
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        uint4* into = to + turn * kTurnLines * (kInt8Piece / 16);
+        uint4* into = to + turn * (kTurnLines / 8) * (kEight / 16);
         if (turn < kRowTurns) ptx::cp_async<16>(into, w + from[turn] + (there ? column : 0), there ? 16 : 0);
         else ptx::cp_async<16>(into, x + from[turn] + column);
       }
