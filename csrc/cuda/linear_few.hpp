@@ -58,13 +58,16 @@ class FewProducts : FewBlock<Row> {
   static constexpr int kUnits = Stage::kUnits / kFewColumnWarps;  // of a warp
   static constexpr bool kPlanes = C::kPlanes;
   static constexpr bool kKeeps = Groups == 2;  // sums of more tokens leave no registers for them
+  // Whether a lane's and a warp's numbers stay in registers. Where codes are looked up they don't: the compiler then
+  // adds the table's place to each in an instruction of its own.
+  static constexpr bool kKeepsNumbers = kKeeps && kFormats[Row].grid != Grid::Codebook;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr int kBits = kFormats[Row].bits;
 
  public:
   BITFOLD_DEVICE FewProducts(const TileParameter& p, const FewSize& size)
       : Block(p, size),
-        lane_(kKeeps ? ptx::shuffle(ptx::lane_id(), ptx::lane_id()) : ptx::lane_id()),
+        lane_(kKeepsNumbers ? ptx::shuffle(ptx::lane_id(), ptx::lane_id()) : ptx::lane_id()),
         row_warp_(warp() % kFewRowWarps),
         column_warp_(warp() / kFewRowWarps) {}
 
@@ -97,7 +100,7 @@ class FewProducts : FewBlock<Row> {
  private:
   // Brought by a shuffle, as the lane is: what comes from a special register is asked for again and again instead of
   // kept, for tens of clocks each time.
-  BITFOLD_DEVICE static int warp() { return kKeeps ? ptx::shuffle(ptx::warp_id(), 0) : ptx::warp_id(); }
+  BITFOLD_DEVICE static int warp() { return kKeepsNumbers ? ptx::shuffle(ptx::warp_id(), 0) : ptx::warp_id(); }
 
   template <int Span, bool One, bool Plain>
   BITFOLD_DEVICE void go_planes() {
@@ -120,7 +123,7 @@ class FewProducts : FewBlock<Row> {
       open(bytes, stage);
       const int there = this->units(stage) - column_warp_ * kUnits;
       // Without a branch the next unit's loads come before this one's products.
-      const bool all = kPlanes && kKeeps && !Scales::kOne && there >= kUnits;
+      const bool all = kPlanes && kKeepsNumbers && !Scales::kOne && there >= kUnits;
 #pragma unroll
       for (int unit = 0; all && unit < kUnits; ++unit) multiply<Span, Zeros>(scales, stage, unit, bytes);
 #pragma unroll
