@@ -129,6 +129,7 @@ def test_attention_to_blocks_of_64_tokens(format, head, value_group, device, rng
     of_64(heads=1, shared=3, rows=2, blocks=37, recent=0, first=63, page=8)
     of_64(heads=1, blocks=9, recent=17, first=64 * 8 + 1, mask="float", dtype=torch.float16)
     of_64(heads=1, shared=8, blocks=1, recent=1, mask="heads", dtype=torch.bfloat16)
+    of_64(heads=100, blocks=4, recent=70)  # no room for many chunks of exact tokens
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -23,7 +23,7 @@ int tile_of(const KvAttentionArgs& a) {
 
 // How the tokens are cut, whatever the batch: blocks from the first that has a token that counts.
 struct Cut {
-  int64_t first_block, blocks_end, chunk_blocks, exact_chunks, chunks;
+  int64_t first_block, blocks_end, chunk_blocks, exact_tokens, exact_chunks, chunks;
   explicit Cut(const KvAttentionArgs& a);
 };
 
@@ -31,15 +31,22 @@ Cut::Cut(const KvAttentionArgs& a)
     : first_block(a.first / a.shape.group),
       blocks_end(kv_blocks(a.pages, a.page_count)),
       chunk_blocks(larger<int64_t>(1, kKvChunk / a.shape.group)),
-      exact_chunks(bitfold::ceil_div(a.recent, kKvExact)),
-      chunks(exact_chunks) {
+      exact_tokens(kKvExact) {
   const int64_t blocks = blocks_end - first_block;
   if (is_packed(a.shape)) {  // one wave of blocks of threads, if there are no more sequences and turns
     const int64_t tiles = bitfold::ceil_div(a.query_heads / a.heads * a.rows, int64_t{kKvPackedTile});
     const int64_t warps = kKvPackedBlocks * gpu().multiprocessors * kKvWarps;
     const int64_t turns = bitfold::ceil_div(blocks * a.heads * tiles, warps);
     chunk_blocks = kKvWarps * smaller(larger<int64_t>(turns, 1), kKvPackedTurns);
+    // Exact tokens of the same wave: in fewer chunks, where there is no room for many.
+    const auto fits = [&] {
+      const int64_t of_head = bitfold::ceil_div(blocks, chunk_blocks) + bitfold::ceil_div(a.recent, exact_tokens);
+      return of_head * a.heads * tiles <= warps / kKvWarps;
+    };
+    while (exact_tokens < kKvPackedGroup && !fits()) exact_tokens *= 2;
   }
+  exact_chunks = bitfold::ceil_div(a.recent, exact_tokens);
+  chunks = exact_chunks;
   while (!is_packed(a.shape) && blocks > kKvChunks * chunk_blocks) chunk_blocks *= 2;
   // A launch's chunks are its own.
   each_kv_launch(a.pages, a.page_count, first_block, [&](const KvRun*, int, int64_t begin, int64_t end) {
@@ -77,6 +84,7 @@ KvJob job_of(const KvAttentionArgs& a, const Cut& cut, float* parts) {
           .block_begin = cut.first_block,
           .block_end = cut.first_block,
           .blocks_end = cut.blocks_end,
+          .exact_tokens = cut.exact_tokens,
           .chunk_blocks = cut.chunk_blocks,
           .packed_chunks = 0,
           .chunk_begin = 0,

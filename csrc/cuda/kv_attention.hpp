@@ -13,7 +13,7 @@ inline constexpr int kKvThreads = 128, kKvWarps = kKvThreads / kWarp;
 inline constexpr int kKvSlots = kKvThreads * kKvWord;  // of sums of one query that threads have between them
 inline constexpr int64_t kKvChunk = 256;               // tokens at least, as whole blocks
 inline constexpr int64_t kKvChunks = 64;               // of one head, as long as a chunk may have twice as many tokens
-inline constexpr int64_t kKvExact = 16;                // exact tokens of a chunk
+inline constexpr int64_t kKvExact = 16;                // exact tokens of a chunk, where blocks aren't short of room
 inline constexpr int64_t kKvWide = 1024;               // heads beyond this are done in slices, with one query at a time
 
 // Blocks that units for matrices attend to (kv_packed.hpp), a warp to each.
@@ -42,7 +42,8 @@ struct KvJob {
   float scale;
   // The blocks of this launch, their chunks among all, and whether exact tokens come after them.
   int64_t block_begin, block_end;
-  int64_t blocks_end;  // of all launches
+  int64_t blocks_end;    // of all launches
+  int64_t exact_tokens;  // of a chunk
   int64_t chunk_blocks, packed_chunks, chunk_begin, launch_chunks, chunks;
   float* parts;  // [batch, heads, chunks, queries, head + 2]: the largest score, the sum of weights, sums of values
   int run_count;

@@ -80,9 +80,13 @@ class Attention {
   }
 
   BITFOLD_DEVICE void run() {
+    const bool exact = place_.chunk >= job_.packed_chunks;
+    const int64_t token = exact ? (place_.chunk - job_.packed_chunks) * job_.exact_tokens : 0;
+    const int count = exact ? static_cast<int>(smaller(job_.exact_tokens, job_.recent - token)) : 0;
+    ask_for(token, count);
     read_query();
     ptx::sync_block();
-    if (place_.chunk < job_.packed_chunks) {
+    if (!exact) {
       const int64_t begin = job_.block_begin + place_.chunk * job_.chunk_blocks;
       const int64_t end = smaller(begin + job_.chunk_blocks, job_.block_end);
       const uint8_t* block = blocks_.at(begin);
@@ -93,8 +97,7 @@ class Attention {
         block = next;
       }
     } else {
-      const int64_t begin = (place_.chunk - job_.packed_chunks) * kKvExact;
-      attend_exactly(begin, static_cast<int>(smaller(kKvExact, job_.recent - begin)));
+      attend_exactly(token, count);
     }
     write();
   }
@@ -230,6 +233,17 @@ class Attention {
   }
 
   // ---- exact tokens ----
+
+  // Threads take rows one after the other, which are all on their way to the second cache by then.
+  BITFOLD_DEVICE void ask_for(int64_t token, int count) {
+    for (auto i = static_cast<int>(threadIdx.x); i < 2 * count; i += kKvThreads) {
+      const bool key = i < count;
+      const MatrixIn& in = key ? job_.keys : job_.values;
+      const int bytes = in.dtype == DType::F64 ? 8 : in.dtype == DType::F32 ? 4 : 2;
+      const int64_t at = number(key ? job_.key_strides : job_.value_strides, token + (key ? i : i - count));
+      ptx::prefetch(static_cast<const char*>(in.data) + at * bytes, head() * bytes);
+    }
+  }
 
   BITFOLD_DEVICE void attend_exactly(int64_t token, int count) {
     const int64_t head = job_.shape.head;

@@ -274,7 +274,7 @@ class PackedAttention {
     float units[kParts];
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      if (p > 0 && groups_ == 1) {
+      if (is_as_before(p)) {
         units[p] = units[0];
       } else {
         units[p] = weigh_steps(steps + p * kTokens, p);
@@ -305,6 +305,8 @@ class PackedAttention {
       for (int i = 0; i < kKvWord; ++i) sums_[p][i] = sums.sum(i, units[p], sums_[p][i] * shrunk);
     }
   }
+  // Whether a part of a row of values has the steps of the first one.
+  BITFOLD_DEVICE bool is_as_before(int part) const { return part > 0 && groups_ == 1; }
   // The weights of tokens times their steps as B; returns their unit.
   BITFOLD_DEVICE float weigh_steps(const float* steps, int group) {
     float4 x[kValueSteps];
@@ -349,7 +351,7 @@ class PackedAttention {
     float offsets[kParts] = {};
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      if (kOffsets) offsets[p] = p > 0 && groups_ == 1 ? offsets[0] : of_query(sum_of(offset_sums_[p]));
+      if (kOffsets) offsets[p] = is_as_before(p) ? offsets[0] : of_query(sum_of(offset_sums_[p]));
       auto* to = reinterpret_cast<float4*>(&mine.sums[t_][64 * p + 8 * g_]);
       const float more = offsets[p];
       to[0] = {sums_[p][0] + more, sums_[p][1] + more, sums_[p][2] + more, sums_[p][3] + more};
