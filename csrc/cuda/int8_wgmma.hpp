@@ -95,8 +95,12 @@ class WideTile {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         uint4* into = to + turn * (kTurnLines / 8) * (kEight / 16);
-        if (turn < kRowTurns) ptx::cp_async<16>(into, w + from[turn] + (there ? column : 0), there ? 16 : 0);
-        else ptx::cp_async<16>(into, x + from[turn] + column);
+        if (turn < kRowTurns) {
+          ptx::cp_async<16>(into, w + from[turn] + (there ? column : 0), there ? 16 : 0);
+        } else {  // zeros for tokens that aren't there: all blocks would queue for the last one
+          const bool is_token = turn * kTurnLines + line - kWideRows <= last_token_;
+          ptx::cp_async<16>(into, x + from[turn] + column, is_token ? 16 : 0);
+        }
       }
       ptx::cp_async_arrive(&memory_.full[stage]);
       if (++stage == kStages) stage = 0, parity ^= 1;
