@@ -121,9 +121,7 @@ def test_more_tokens_than_are_multiplied_at_a_time(way):
         for m, dtype in ((1024, torch.bfloat16), (1030, torch.float32), (1100, torch.float16)):
             x = activations(m, k, dtype)
             bias = torch.linspace(-1, 1, n).to(dtype)
-            assert_same(
-                torch.ops.bitfold_emulated, x, planes, "int8-channel-asym", n, bias, *WAYS[way](n, k)
-            )
+            assert_same(torch.ops.bitfold_emulated, x, planes, "int8-channel-asym", n, bias, *WAYS[way](n, k))
 
 
 @pytest.mark.parametrize("way", ["plain", "found", "by row and copied"])

@@ -160,7 +160,11 @@ WRONG = [
     ("tokens.hpp", "i / kEights * args.m + token", "i / kEights * args.m + token / 2 * 2"),
     ("tokens.hpp", "four(second_run(pair, t))", "four(Source::column(step, t, 0))"),
     ("tokens.hpp", "j * kTurn + piece < pieces", "j * kTurn + piece <= pieces"),
-    ("fragments_planes.hpp", "smaller(static_cast<uint32_t>(below + i), last_)", "static_cast<uint32_t>(below + i)"),
+    (
+        "fragments_planes.hpp",
+        "smaller(static_cast<uint32_t>(below + i), last_)",
+        "static_cast<uint32_t>(below + i)",
+    ),
     ("fragments_planes.hpp", "word >= pieces", "false"),
     ("fragments_k.hpp", "smaller(mine, last_)", "mine"),
     ("tokens.hpp", "power_of_two(Source::down(2 * pair + step, r) - 24)", "power_of_two(-24)"),
@@ -174,7 +178,11 @@ WRONG = [
         "tables.pair(words[step / 2], 2 * (step % 2) + r)",
         "tables.pair(words[step / 2], 2 * (step % 2) + 1 - r)",
     ),
-    ("fragments_planes.hpp", "smaller(chunk / kChunksOfRow, last_)", "smaller(chunk / kChunksOfRow / 2, last_)"),
+    (
+        "fragments_planes.hpp",
+        "smaller(chunk / kChunksOfRow, last_)",
+        "smaller(chunk / kChunksOfRow / 2, last_)",
+    ),
     ("fragments_planes.hpp", "smaller<int64_t>(w.n - 1 - row, 15)", "15"),
     ("fragments_planes.hpp", "t * (kSectionBytes / 4)", "(t ^ 1) * (kSectionBytes / 4)"),
     ("fragments_planes.hpp", "(scale_ ^ slot.group) & 1", "slot.group & 1"),
@@ -185,7 +193,11 @@ WRONG = [
         "w.zeros == nullptr && stored == stored_as<Manner::Plain>(w)",
         "stored == stored_as<Manner::Plain>(w)",
     ),
-    ("fragments_planes.hpp", "mine * static_cast<uint32_t>(w.row_zeros)", "row_ * static_cast<uint32_t>(w.row_zeros)"),
+    (
+        "fragments_planes.hpp",
+        "mine * static_cast<uint32_t>(w.row_zeros)",
+        "row_ * static_cast<uint32_t>(w.row_zeros)",
+    ),
     (
         "fragments_planes.hpp",
         "w.scale == Scale::F32 || (kNested && w.scale == Scale::Nested)",
