@@ -49,7 +49,7 @@ def test_a_kernel_that_begins_early_waits_before_it_touches_memory():
 
 
 def test_the_stack_that_is_known_is_of_one_body_of_a_kernel():
-    body = kernel("linear_tile_kernel<5>", *ROWS, stack=8)
+    body = kernel("linear_tile_kernel<11>", *ROWS, stack=8)
     assert not machine_code.spills(body)
     body.code += kernel("", "USETMAXREG 112").code
     assert machine_code.spills(body)
