@@ -273,7 +273,7 @@ WRONG = [
         "static_cast<int>(blockIdx.z) * (p.shape.tokens / kQuarter)",
         "static_cast<int>(blockIdx.z)",
     ),
-    ("wgmma_copies.hpp", "p.groups / 8 - quarter0_", "p.shape.tokens / kQuarter"),
+    ("wgmma_copies.hpp", "p.groups / 8 - quarter0_", "p.groups / 8 - quarter0_ - 1"),
     ("wgmma_copies.hpp", "!kSkewed<C> && p_.k % C::kColumns == 0", "true"),
     ("wgmma_copies.hpp", "last_row_ + 1 < kTileRows", "false"),
     ("wgmma_copies.hpp", "p_.row_bytes + 16 * (kPieceStep - kPieces<C>)", "16 * (kPieceStep - kPieces<C>)"),
