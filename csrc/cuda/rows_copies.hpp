@@ -128,9 +128,8 @@ class Feed {
   }
 
  private:
-  // Bytes of a run of W that each warp asks for ahead, into the second cache: before its first unit, and while it has
-  // one for that after it.
-  static constexpr int kAhead = 12 << 10, kAheadOfNext = 0;
+  // Bytes of a run of W that each warp asks for ahead, into the second cache, before its first unit.
+  static constexpr int kAhead = 12 << 10;
 
   // Of the rows that the warps have together, a run as long as `unit`, or what of it is asked for ahead. Where a block
   // has whole tiles, those of its warps lie one after the other.
@@ -146,7 +145,6 @@ class Feed {
   BITFOLD_DEVICE void aim() {
     const Unit unit(args_, unit_);
     unit_ += kWarps;
-    if constexpr (kAheadOfNext > 0) ask_ahead(unit_, kAheadOfNext);
     left_ = unit.end - unit.first;
     copies_ = typename Source::Copies(args_.w, int64_t{unit.tile} * 16, unit.first);
   }
