@@ -85,8 +85,9 @@ def test_bits(format, way, gpu):
         assert_same(gpu, activations(m, k, dtype), weight(n, k, format), format, n, bias, *WAYS[way](n, k))
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("way", ["plain", "found", "found and copied"])
-def test_columns_cut_over_blocks(way):
+def test_columns_cut_over_blocks(way, capability):
     """The last of several blocks adds the sums of all: the CPU's bits whatever it is, and whatever lay in memory."""
     m, n, k = 40, 70, 2064
     planes, x = weight(n, k, "int8-channel-asym-sbf16"), activations(m, k, torch.bfloat16)
@@ -97,7 +98,12 @@ def test_columns_cut_over_blocks(way):
                 (("sequential", "late"), ("priority", "early"), ("priority", "random"))
             ):
                 emulator.configure(
-                    multiprocessors=multiprocessors, seed=seed, order=order, delivery=delivery, poison=0xFF
+                    multiprocessors=multiprocessors,
+                    seed=seed,
+                    order=order,
+                    delivery=delivery,
+                    poison=0xFF,
+                    capability=capability,
                 )
                 for rows in (m, 11):
                     assert_same(
@@ -111,13 +117,14 @@ def test_columns_cut_over_blocks(way):
                     )
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("way", ["found", "by row and copied"])
-def test_more_tokens_than_are_multiplied_at_a_time(way):
-    """Four waves of blocks of 128 tokens, and the others: a single block for 32 of them, and two."""
+def test_more_tokens_than_are_multiplied_at_a_time(way, capability):
+    """Four waves of blocks of 128 tokens, or of 256, and the others, few and many."""
     n, k = 20, 80
     planes = weight(n, k, "int8-channel-asym")
     with devices.use("emulated"):
-        devices.emulated().configure(multiprocessors=1, order="priority")
+        devices.emulated().configure(multiprocessors=1, order="priority", capability=capability)
         for m, dtype in ((1024, torch.bfloat16), (1030, torch.float32), (1100, torch.float16)):
             x = activations(m, k, dtype)
             bias = torch.linspace(-1, 1, n).to(dtype)

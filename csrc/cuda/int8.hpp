@@ -18,6 +18,8 @@ struct Int8Tiles {
   int64_t count;
   int64_t tokens;  // multiplied by one launch, and then made numbers by another: a multiple of kInt8Lines, or all
   int splits;      // of k, over blocks
+  int block_tokens;
+  bool wide;  // wgmma multiplies, and W's codes as they are; else they are 128 less
 };
 // A pure function of the shape and the GPU; no tiles where int8_rows multiplies.
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu);
@@ -118,9 +120,9 @@ BITFOLD_DEVICE Int8Token int8_token(const Int8Op& op, int64_t token, int part) {
   return {op.steps[token], op.sums[token * op.parts + part]};
 }
 
-// A part's sum as a number: what mma summed is of codes less 128, and the row's zero point is what they are less by.
-BITFOLD_DEVICE float int8_part(int sum, const Int8Row& row, const Int8Token& token) {
-  const auto rest = static_cast<uint32_t>(128 - row.zero) * static_cast<uint32_t>(token.sum);
+// A part's sum as a number: what was summed is of codes less `less`, and the row's zero point is what they are less by.
+BITFOLD_DEVICE float int8_part(int sum, int less, const Int8Row& row, const Int8Token& token) {
+  const auto rest = static_cast<uint32_t>(less - row.zero) * static_cast<uint32_t>(token.sum);
   const auto whole = static_cast<int>(static_cast<uint32_t>(sum) + rest);
   return ptx::mul(static_cast<float>(whole), ptx::mul(token.step, row.scale));
 }

@@ -160,7 +160,7 @@ class Block {
       const Int8Token what = int8_token(op_, real_token(token() + j), 0);
 #pragma unroll
       for (int i = 0; i < kOwnRows; ++i) {
-        const float number = ptx::add(0.0f, int8_part(sums[j][i], rows[i], what));
+        const float number = ptx::add(0.0f, int8_part(sums[j][i], op_.tiles.wide ? 0 : 128, rows[i], what));
         y[j][i] = loose ? ptx::add(number, ptx::mul(rows[i].scale, y[j][i])) : number;
       }
     }

@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op,
         for (int warp = 0; warp < warps; ++warp) {
           sum += reinterpret_cast<const int*>(&memory[warp].partial[r / 16][lane])[place];
         }
-        y = ptx::add(y, int8_part(sum, w, int8_token(op, token, part)));
+        y = ptx::add(y, int8_part(sum, 128, w, int8_token(op, token, part)));
         // Between barriers: the next tile's outliers come to the same place.
         if (part == op.parts - 1) more = sums_of(op, lines, outliers, token, row, w.zero);
       }

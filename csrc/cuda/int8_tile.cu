@@ -10,6 +10,7 @@
 //
 // The outliers of W that are wanted with them pass through shared memory here, and are put into their table.
 #include "cuda/int8.hpp"
+#include "cuda/int8_wgmma.hpp"
 
 namespace bitfold::cuda {
 namespace {
@@ -18,9 +19,10 @@ constexpr int kBlocks = 2;     // of a multiprocessor
 constexpr int64_t kWaves = 4;  // of blocks, before int8_finish makes numbers of what they left
 
 // RowWarps of Warps beside one another in rows, the others in tokens; each has Tiles times 16 rows and Groups times 8
-// tokens.
-template <int Warps_, int RowWarps_, int Tiles_, int Groups_, int Stages_>
+// tokens. Few: with wgmma (int8_wgmma.hpp) for at most 64 tokens, else for more.
+template <bool Few_, int Warps_, int RowWarps_, int Tiles_, int Groups_, int Stages_>
 struct Shape {
+  static constexpr bool kFew = Few_;
   static constexpr int kWarps = Warps_, kThreads = kWarp * kWarps;
   static constexpr int kRowWarps = RowWarps_, kTiles = Tiles_, kGroups = Groups_, kStages = Stages_;
   static constexpr int kRows = kRowWarps * kTiles * 16;
@@ -30,9 +32,9 @@ struct Shape {
   static constexpr int kTurns = ceil_div(kLinesOfAll, kLines), kRowTurns = kRows / kLines;
   static_assert(kRows % kLines == 0);
 };
-using Few = Shape<8, 4, 1, 2, 8>;  // 64 rows, 32 tokens: as many blocks as there are multiprocessors where n is 8192
+using Few = Shape<true, 8, 4, 1, 2, 8>;  // 64 rows, 32 tokens: a block for each multiprocessor where n is 8192
 // 128 rows, 128 tokens. A warp has 64 of each, half of the registers: what decides is how often shared memory is read.
-using Many = Shape<4, 2, 4, 8, 4>;
+using Many = Shape<false, 4, 2, 4, 8, 4>;
 
 // Where the lines that a thread copies begin, in bytes from the tile's first row or token on: for all pieces, and in
 // shared memory because sums take the registers.
@@ -199,6 +201,18 @@ class Tile {
   int sums_[S::kTiles][S::kGroups][4] = {};
 };
 
+// How tiles are cut: their rows, tokens and columns of a stage, and the blocks that a GPU has room for.
+struct Cut {
+  int64_t rows, tokens, columns, slots;
+};
+template <class S>
+Cut cut_of(const Gpu& gpu) {
+  return {S::kRows, S::kTokens, kInt8Piece, kBlocks * gpu.multiprocessors};
+}
+Cut wide_cut(int64_t m, const Gpu& gpu) {
+  return {kWideRows, m <= 64 ? 64 : m <= 128 ? 128 : 256, kBoxBytes, gpu.multiprocessors};
+}
+
 // Blocks wait for one another in waves. Beside its own pieces each costs about as much as six of them until the first
 // have arrived and sums are handed over, and where k is cut, one more for each split to whoever adds them.
 int choose_splits(int64_t tiles, int64_t pieces, int64_t slots) {
@@ -213,43 +227,82 @@ int choose_splits(int64_t tiles, int64_t pieces, int64_t slots) {
   return best;
 }
 
+Int8Tiles cut_tiles(const Cut& cut, int64_t m, int64_t n, int64_t k) {
+  const int64_t row_tiles = ceil_div(n, cut.rows);
+  const int64_t tokens = smaller(m, larger<int64_t>(kWaves * cut.slots / row_tiles, 1) * cut.tokens);
+  const int64_t count = row_tiles * ceil_div(tokens, cut.tokens);
+  return {.count = count,
+          .tokens = tokens,
+          .splits = choose_splits(count, ceil_div(k, cut.columns), cut.slots),
+          .block_tokens = static_cast<int>(cut.tokens),
+          .wide = false};
+}
+
 // Blocks that share rows of W come one after the other.
-template <class S>
-__global__ void __launch_bounds__(S::kThreads, kBlocks) int8_tile_kernel(const Int8Op op) {
-  auto& memory = shared<Memory<S>>();
-  const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, S::kTokens));
-  Tile<S>(op, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
+template <class Tile, class Parameter, class Memory>
+BITFOLD_DEVICE void run_tile(const Parameter& parameter, int64_t tokens, int of_block, Memory& memory) {
+  const auto token_tiles = static_cast<unsigned>(ceil_div<int64_t>(tokens, of_block));
+  Tile(parameter, memory, blockIdx.x / token_tiles, blockIdx.x % token_tiles).run();
+}
+template <int Tokens>
+BITFOLD_DEVICE void run_wide(const Int8Boxes& boxes) {
+  run_tile<WideTile<Tokens>>(boxes, boxes.op.x.rows, Tokens, shared<WideMemory<Tokens>>());
 }
 
 template <class S>
-Int8Tiles tiles_of(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  const int64_t slots = kBlocks * gpu.multiprocessors, row_tiles = ceil_div<int64_t>(n, S::kRows);
-  const int64_t tokens = smaller(m, larger<int64_t>(kWaves * slots / row_tiles, 1) * S::kTokens);
-  const int64_t count = row_tiles * ceil_div<int64_t>(tokens, S::kTokens);
-  return {.count = count, .tokens = tokens, .splits = choose_splits(count, ceil_div<int64_t>(k, kInt8Piece), slots)};
+__global__ void __launch_bounds__(kWgmma ? kWideThreads : S::kThreads, kWgmma ? 1 : kBlocks)
+    int8_tile_kernel(const __grid_constant__ Int8Boxes boxes) {
+  const Int8Op& op = boxes.op;
+  if (wgmma_where(op.tiles.wide)) {
+    if constexpr (S::kFew) run_wide<64>(boxes);
+    else if (op.tiles.block_tokens == 128) run_wide<128>(boxes);
+    else run_wide<256>(boxes);
+  } else {
+    run_tile<Tile<S>>(op, op.x.rows, S::kTokens, shared<Memory<S>>());
+  }
+}
+
+// A block, and the bytes that it shares.
+struct Block {
+  int threads;
+  size_t bytes;
+};
+template <class S>
+Block block_of(const Int8Tiles& tiles) {
+  if (!tiles.wide) return {S::kThreads, sizeof(Memory<S>)};
+  return {kWideThreads, tiles.block_tokens == 64    ? sizeof(WideMemory<64>)
+                        : tiles.block_tokens == 128 ? sizeof(WideMemory<128>)
+                                                    : sizeof(WideMemory<256>)};
 }
 
 template <class S>
 void launch_tiles(const Int8Op& op, Stream stream) {
+  Int8Boxes boxes{.op = op, .w = {}, .x = {}};
+  if (op.tiles.wide) {
+    boxes.w = tensor_map({op.codes, op.n, op.k, op.k, kWideRows});
+    boxes.x = tensor_map({op.x_codes, op.x.rows, op.stride, op.stride, op.tiles.block_tokens});
+  }
+  const Block block = block_of<S>(op.tiles);
   launch({.grid = dim3(static_cast<unsigned>(op.tiles.count), static_cast<unsigned>(op.tiles.splits)),
-          .block = S::kThreads,
-          .shared_bytes = sizeof(Memory<S>),
+          .block = static_cast<unsigned>(block.threads),
+          .shared_bytes = static_cast<int64_t>(block.bytes),
           .name = "int8_tile",
           .stream = stream},
-         int8_tile_kernel<S>, op);
+         int8_tile_kernel<S>, boxes);
 }
-
-bool is_few(int64_t m) { return m <= Few::kTokens; }
 
 }  // namespace
 
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, m, 1};
-  return is_few(m) ? tiles_of<Few>(m, n, k, gpu) : tiles_of<Many>(m, n, k, gpu);
+  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, m, 1, 0, false};
+  if (!gpu.wgmma) return cut_tiles(m <= Few::kTokens ? cut_of<Few>(gpu) : cut_of<Many>(gpu), m, n, k);
+  Int8Tiles tiles = cut_tiles(wide_cut(m, gpu), m, n, k);
+  tiles.wide = true;
+  return tiles;
 }
 
 void int8_tile(const Int8Op& op, Stream stream) {
-  return is_few(op.x.rows) ? launch_tiles<Few>(op, stream) : launch_tiles<Many>(op, stream);
+  return op.tiles.block_tokens <= 64 ? launch_tiles<Few>(op, stream) : launch_tiles<Many>(op, stream);
 }
 
 }  // namespace bitfold::cuda

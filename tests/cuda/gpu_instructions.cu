@@ -1,10 +1,11 @@
 // Hopper's instructions on a Hopper: the product of emulator_wgmma.cpp, whose layouts and waits are as the PTX ISA's
-// text says, against float64. Whole numbers are exact.
+// text says, against float64, and that of emulator_boxes.cpp. Whole numbers are exact.
 //
 //   nvcc -std=c++20 --expt-relaxed-constexpr -arch=sm_90a -Icsrc tests/cuda/gpu_instructions.cu -o gpu_instructions
 #include <cstdio>
 #include <random>
 
+#include "box_kernel.hpp"
 #include "wgmma_kernel.hpp"
 
 namespace bitfold::cuda::test {
@@ -62,12 +63,26 @@ bool all_ways() {
   return right;
 }
 
+template <int N>
+bool by_boxes() {
+  std::mt19937 random(1);
+  BoxData<N> data([&] { return static_cast<unsigned>(random()); });
+  const OnGpu<uint8_t> a(data.start(data.a), data.a.size() - 16), b(data.start(data.b), data.b.size() - 16);
+  const OnGpu<int> d(data.d.data(), data.d.size());
+  launch(
+      {dim3(1), dim3(128), sizeof(BoxRoom<N>), "multiply_boxes", nullptr}, multiply_boxes<N, BoxMistake::None>,
+      BoxJob{tensor_map(data.matrix(a.data, 64)), tensor_map(data.matrix(b.data, N)), data.kByte, data.kLine, d.data});
+  d.fetch(data.d.data());
+  return report(("N " + std::to_string(N) + ", bytes that come by boxes").c_str(), data.is_right() ? 0 : 1, 0);
+}
+
 }  // namespace
 }  // namespace bitfold::cuda::test
 
 int main() {
   try {
-    const bool right = bitfold::cuda::test::all_ways<64>() & bitfold::cuda::test::all_ways<128>();
+    using namespace bitfold::cuda::test;
+    const bool right = all_ways<64>() & all_ways<128>() & by_boxes<64>() & by_boxes<128>() & by_boxes<256>();
     std::puts(right ? "all right" : "some are wrong");
     return right ? 0 : 1;
   } catch (const std::exception& error) {

@@ -168,9 +168,14 @@ INT8 = [
             ("int8-channel", 11, 20, 272, "fp32", "found", False),
         )
     ),
-    *(  # k over several blocks
-        Case("linear_int8", "int8-channel-asym", n, k, m, "bf16", outliers="found", multiprocessors=132)
-        for m, n, k in ((9, 75, 1040), (40, 30, 592))
+    # More columns than wgmma's stages have at once, by one block.
+    Case("linear_int8", "int8-channel-asym", 20, 1104, 130, "bf16", outliers="found", multiprocessors=1),
+    *(  # k over several blocks, with wgmma and without
+        Case(
+            "linear_int8", "int8-channel-asym", n, k, m, "bf16", outliers="found", multiprocessors=132, **gpu
+        )
+        for gpu in ({}, {"capability": 80})
+        for m, n, k in ((9, 75, 1040), (40, 30, 592), (130, 140, 320))
     ),
 ]
 FLOOR = [

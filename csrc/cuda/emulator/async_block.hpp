@@ -15,8 +15,10 @@ namespace bitfold::cuda::emulator {
 
 struct BulkCopy {
   unsigned char* shared;
-  const unsigned char* global;
   unsigned bytes;
+  const unsigned char* global;  // or null: a box of a matrix, from this byte of this line on
+  ByteMatrix matrix = {};
+  int64_t byte = 0, line = 0;
 };
 // An arrival that comes when the thread's first `copies` cp_async are there.
 struct CopiesArrival {
@@ -42,9 +44,11 @@ struct AsyncBarrier {
 // A product that was issued and isn't done: a warp's 16 rows.
 struct PendingProduct {
   Product lanes[32];
-  uint32_t a[32][4];            // at the issue
-  std::vector<float> sums[32];  // what the product is added to; if that isn't done either, it will bring them
+  uint32_t a[32][4];  // at the issue
+  std::vector<uint32_t>
+      sums[32];  // bits of what the product is added to; if that isn't done either, it will bring them
   int group = 0;
+  int warp = 0;  // of the warpgroup
   Where where;
 };
 

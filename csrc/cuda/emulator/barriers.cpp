@@ -1,4 +1,5 @@
 // Barriers in shared memory, copies that arrive at them, and what the async proxy sees.
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -33,16 +34,38 @@ AsyncBarrier& find(void* address, const char* what, const Where& where) {
 // The two bytes that a phase's arrivals and waits are ordered by lie where the barrier does.
 unsigned char* token(void* address, unsigned phase) { return static_cast<unsigned char*>(address) + (phase & 1u); }
 
+// read(global, bytes, shared) for each piece that a copy reads, and where in shared memory it is to lie.
+template <class Read>
+void each_piece(const BulkCopy& copy, const Read& read) {
+  if (copy.global != nullptr) return read(copy.global, static_cast<int64_t>(copy.bytes), copy.shared);
+  const ByteMatrix& matrix = copy.matrix;
+  for (int64_t i = 0; i < matrix.box_lines; ++i) {
+    if (copy.line + i < 0 || copy.line + i >= matrix.lines) continue;
+    for (int64_t c = 0; c < kBoxBytes; c += 16) {
+      const int64_t left = matrix.bytes - copy.byte - c;
+      if (copy.byte + c < 0 || left <= 0) continue;
+      read(static_cast<const unsigned char*>(matrix.data) + (copy.line + i) * matrix.line_bytes + copy.byte + c,
+           std::min<int64_t>(left, 16), copy.shared + i * kBoxBytes + (c ^ i % 8 * 16));
+    }
+  }
+}
+
 void deliver(const BulkCopy& copy) {
   const Unseen unseen;
-  std::memcpy(copy.shared, copy.global, copy.bytes);
-  std::memcpy(&async().seen[static_cast<size_t>(offset(copy.shared))], copy.global, copy.bytes);
+  unsigned char* seen = &async().seen[static_cast<size_t>(offset(copy.shared))];
+  std::memset(copy.shared, 0, copy.bytes);
+  each_piece(copy, [](const unsigned char* from, int64_t bytes, unsigned char* to) {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  });
+  std::memcpy(seen, copy.shared, copy.bytes);
 }
 
 // The copy as something that another thread does, between its issue and the end of the phase.
 void show_to_tsan(Thread& self, const BulkCopy& copy, unsigned char* token) {
   enter_engine(self, token);
-  __tsan_read_range(const_cast<unsigned char*>(copy.global), copy.bytes);
+  each_piece(copy, [](const unsigned char* from, int64_t bytes, unsigned char*) {
+    __tsan_read_range(const_cast<unsigned char*>(from), static_cast<unsigned long>(bytes));
+  });
   __tsan_write_range(copy.shared, copy.bytes);
   leave_engine(self, token);
 }
@@ -172,30 +195,72 @@ void cp_async_arrive(void* address, const Where& where) {
   advance(barrier);
 }
 
+namespace {
+
+// One that goes to the barrier at the address, now or later.
+void begin(const BulkCopy& copy, void* address, const char* what, const Where& where) {
+  const auto bytes = static_cast<int>(copy.bytes);
+  check_shared_range(copy.shared, bytes, what, where);
+  AsyncBarrier& barrier = find(address, what, where);
+  if (!barrier.visible)
+    fail(std::string(what) + " to a barrier without a fence_barrier_init after its barrier_init", where);
+  seen_by_async(copy.shared, bytes, what, where);
+  if (with_tsan()) show_to_tsan(*current, copy, token(address, barrier.phase));
+  const Delivery delivery = config().delivery;
+  if (delivery == Delivery::Early || (delivery == Delivery::Random && random_bits() & 1u)) {
+    deliver(copy);
+    barrier.bytes -= copy.bytes;
+    return advance(barrier);
+  }
+  const Unseen unseen;
+  std::memset(copy.shared, config().poison, copy.bytes);
+  std::memset(&async().seen[static_cast<size_t>(offset(copy.shared))], config().poison, copy.bytes);
+  barrier.bulk_copies.push_back(copy);
+  advance(barrier);
+}
+
+}  // namespace
+
 void copy_bulk(void* shared, const void* global, unsigned bytes, void* address, const Where& where) {
-  Thread& self = *current;
   if (bytes == 0 || bytes % 16 != 0) {
     fail("copy_bulk is of a multiple of 16 bytes, got " + std::to_string(bytes), where);
   }
   check_access(shared, 16, 0, where);
   check_access(global, 16, static_cast<int>(bytes), where);
-  check_shared_range(shared, static_cast<int>(bytes), "copy_bulk", where);
-  AsyncBarrier& barrier = find(address, "copy_bulk", where);
-  if (!barrier.visible) fail("copy_bulk to a barrier without a fence_barrier_init after its barrier_init", where);
-  const BulkCopy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes};
-  seen_by_async(copy.shared, static_cast<int>(bytes), "copy_bulk", where);
-  if (with_tsan()) show_to_tsan(self, copy, token(address, barrier.phase));
-  const Delivery delivery = config().delivery;
-  if (delivery == Delivery::Early || (delivery == Delivery::Random && random_bits() & 1u)) {
-    deliver(copy);
-    barrier.bytes -= bytes;
-    return advance(barrier);
+  begin({static_cast<unsigned char*>(shared), bytes, static_cast<const unsigned char*>(global)}, address, "copy_bulk",
+        where);
+}
+
+// ---- boxes of matrices ----
+
+void check_matrix(const ByteMatrix& matrix) {
+  const auto wrong = [](const std::string& what, int64_t value, const char* must) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: " + what + " is " + std::to_string(value) + ", and must be " +
+                             must);
+  };
+  constexpr int64_t kMost = int64_t{1} << 32;
+  if (reinterpret_cast<uintptr_t>(matrix.data) % 16 != 0) wrong("the data's address", 0, "a multiple of 16");
+  if (matrix.line_bytes % 16 != 0 || matrix.line_bytes <= 0 || matrix.line_bytes >= kMost << 8)
+    wrong("line_bytes", matrix.line_bytes, "a multiple of 16, from 16 up and below 2^40");
+  if (matrix.lines < 1 || matrix.lines > kMost) wrong("lines", matrix.lines, "1 to 2^32");
+  if (matrix.bytes < 1 || matrix.bytes > kMost) wrong("bytes", matrix.bytes, "1 to 2^32");
+  if (matrix.box_lines < 1 || matrix.box_lines > 256) wrong("box_lines", matrix.box_lines, "1 to 256");
+}
+
+void copy_box(void* shared, const TensorMap& map, int byte, int line, void* address, const Where& where) {
+  if (offset(shared) % 1024 != 0) {
+    fail("copy_box goes to a multiple of 1024 of shared memory, got byte " + std::to_string(offset(shared)), where);
   }
-  const Unseen unseen;
-  std::memset(copy.shared, config().poison, bytes);
-  std::memset(&async().seen[static_cast<size_t>(offset(shared))], config().poison, bytes);
-  barrier.bulk_copies.push_back(copy);
-  advance(barrier);
+  const BulkCopy copy{static_cast<unsigned char*>(shared),
+                      static_cast<unsigned>(map.matrix.box_lines * kBoxBytes),
+                      nullptr,
+                      map.matrix,
+                      byte,
+                      line};
+  each_piece(copy, [&](const unsigned char* from, int64_t bytes, unsigned char*) {
+    check_access(from, 1, static_cast<int>(bytes), where);
+  });
+  begin(copy, address, "copy_box", where);
 }
 
 // ---- the end, and deadlocks ----

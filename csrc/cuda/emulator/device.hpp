@@ -11,6 +11,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define BITFOLD_DEVICE inline
 #define BITFOLD_HOST_DEVICE inline
 

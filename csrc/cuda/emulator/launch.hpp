@@ -7,6 +7,7 @@
 #include <memory>
 #include <tuple>
 
+#include "cuda/emulator/async.hpp"
 #include "cuda/emulator/device.hpp"
 
 namespace bitfold::cuda {
@@ -41,6 +42,11 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
         std::apply(c.kernel, c.parameters);
       },
       std::make_shared<Call>(Call{kernel, {arguments...}}));
+}
+
+inline TensorMap tensor_map(const ByteMatrix& matrix) {
+  emulator::check_matrix(matrix);
+  return {matrix};
 }
 
 // The device that is emulated: by default as large as an H200.

@@ -36,6 +36,10 @@ BITFOLD_DEVICE void copy_bulk(void* shared, const void* global, unsigned bytes, 
                               const Where& where = Where::current()) {
   emulator::copy_bulk(shared, global, bytes, barrier, where);
 }
+BITFOLD_DEVICE void copy_box(void* shared, const TensorMap& map, int byte, int line, Barrier* barrier,
+                             const Where& where = Where::current()) {
+  emulator::copy_box(shared, map, byte, line, barrier, where);
+}
 BITFOLD_DEVICE void fence_async() { emulator::fence_async(); }
 
 }  // namespace bitfold::cuda::ptx

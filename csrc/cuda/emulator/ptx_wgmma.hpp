@@ -14,6 +14,9 @@ BITFOLD_DEVICE uint64_t wgmma_matrix(const void* shared, int leading_bytes, int 
                                      const Where& where = Where::current()) {
   return emulator::wgmma_matrix(shared, leading_bytes, stride_bytes, where);
 }
+BITFOLD_DEVICE uint64_t wgmma_box(const void* shared, const Where& where = Where::current()) {
+  return emulator::wgmma_box(shared, where);
+}
 BITFOLD_DEVICE void wgmma_fence(const Where& where = Where::current()) { emulator::wgmma_fence(where); }
 BITFOLD_DEVICE void wgmma_commit(const Where& where = Where::current()) { emulator::wgmma_commit(where); }
 template <int N>
@@ -23,6 +26,8 @@ BITFOLD_DEVICE void wgmma_wait(const Where& where = Where::current()) {
 }
 template <int Sums>
 BITFOLD_DEVICE void wgmma_keep(float (&)[Sums]) {}
+template <int Sums>
+BITFOLD_DEVICE void wgmma_keep(int (&)[Sums]) {}
 template <int Steps>
 BITFOLD_DEVICE void wgmma_keep(uint32_t (&)[Steps][4]) {}
 
@@ -32,6 +37,13 @@ BITFOLD_DEVICE void wgmma_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_
                               const Where& where = Where::current()) {
   static_assert(N == 64 || N == 128);
   emulator::wgmma({.d = d, .a = a, .b = b, .n = N, .accumulate = accumulate}, where);
+}
+
+template <int N>
+BITFOLD_DEVICE void wgmma_u8s8(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
+                               const Where& where = Where::current()) {
+  static_assert(N == 64 || N == 128 || N == 256);
+  emulator::wgmma({.d = d, .a = nullptr, .b = b, .n = N, .accumulate = accumulate, .a_matrix = a}, where);
 }
 
 template <int Count>

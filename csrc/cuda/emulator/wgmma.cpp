@@ -18,24 +18,34 @@ constexpr uint32_t kInFlight = 0x7fedcba9u;  // what sums hold until they are th
 
 // ---- the matrix in shared memory ----
 
+constexpr uint64_t kOfBoxes = uint64_t{1} << 62;  // lines as copy_box turns them
+
 struct Matrix {
   int64_t start, leading, stride;
+  bool of_boxes;
 
-  int64_t row(int column, int k) const { return start + column / 8 * stride + k / 8 * leading + column % 8 * 16; }
+  // Where the eight halves or 16 bytes from k on begin.
+  int64_t row(int column, int k) const {
+    if (!of_boxes) return start + column / 8 * stride + k / 8 * leading + column % 8 * 16;
+    const int64_t at = start + column / 8 * stride + column % 8 * kBoxBytes + k / 8 * 16;
+    return at ^ (at >> 7 & 7) << 4;
+  }
 };
 
 Matrix decode(uint64_t descriptor) {
   const auto field = [=](int bit) { return static_cast<int64_t>(descriptor >> bit & 0x3fffu) << 4; };
-  return {field(0), field(16), field(32)};
+  return {field(0), field(16), field(32), (descriptor & kOfBoxes) != 0};
 }
 
 void check_matrix(uint64_t descriptor, int n, const Where& where) {
-  constexpr uint64_t kFields = 0x00003fff3fff3fffu;
-  if (descriptor & ~kFields) fail("a descriptor of wgmma has bits that mean swizzling or nothing", where);
+  constexpr uint64_t kFields = kOfBoxes | 0x00003fff3fff3fffu;
+  if (descriptor & ~kFields) fail("a descriptor of wgmma has bits that mean other swizzles or nothing", where);
   const Matrix b = decode(descriptor);
+  if (b.of_boxes && (b.start % 1024 > 112 || b.stride % 1024 != 0))
+    fail("lines of boxes lie in shared memory from a multiple of 1024 on", where);
   for (int column = 0; column < n; column += 8) {
     for (int k = 0; k < kDepth; k += 8) {
-      const int64_t begin = b.row(column, k), end = begin + 128;
+      const int64_t begin = b.row(column, k), end = begin + (b.of_boxes ? 1024 - begin % 1024 : 128);
       if (end > block->shape.shared_bytes) {
         fail("wgmma at bytes " + std::to_string(begin) + " ... " + std::to_string(end - 1) + " of " +
                  std::to_string(block->shape.shared_bytes) + " of shared memory",
@@ -50,10 +60,14 @@ void show_to_tsan(Thread& self, const Product& product) {
   const Matrix b = decode(product.b);
   unsigned char* token = &self.product_tokens[self.product_groups % kProductTokens];
   enter_engine(self, token);
-  const int rows = 2 * product.n / 32;  // of 8 k each
-  for (int i = self.index % 32 * rows; i < (self.index % 32 + 1) * rows; ++i) {
-    __tsan_read_range(block->shared + b.row(i / 16 * 8 + i % 8, i / 8 % 2 * 8), 16);
-  }
+  const auto read = [&](const Matrix& matrix, int n) {
+    const int rows = 2 * n / 32;  // of 16 bytes each
+    for (int i = self.index % 32 * rows; i < (self.index % 32 + 1) * rows; ++i) {
+      __tsan_read_range(block->shared + matrix.row(i / 16 * 8 + i % 8, i / 8 % 2 * 8), 16);
+    }
+  };
+  read(b, product.n);
+  if (product.of_bytes()) read(decode(product.a_matrix), 64);
   leave_engine(self, token);
 }
 
@@ -150,7 +164,38 @@ void check_fenced(WarpOfGroup& warp, const PendingProduct& product, const Regist
 // ---- products ----
 
 // The warp's 16 rows, into `sums`.
+uint32_t& sum_at(PendingProduct& product, int row, int column) {
+  return product.sums[row % 8 * 4 + column % 8 / 2][static_cast<size_t>(column / 8 * 4 + row / 8 * 2 + column % 2)];
+}
+// A's bytes have no sign, B's have one; sums wrap around.
+void multiply_bytes(PendingProduct& product) {
+  const Product& first = product.lanes[0];
+  const Matrix a = decode(first.a_matrix), b = decode(first.b);
+  struct Line {
+    unsigned char of[32];
+  };
+  const auto read = [&](const Matrix& matrix, int row) {
+    Line line;
+    for (int half = 0; half < 2; ++half) {
+      std::memcpy(line.of + 16 * half,
+                  seen_by_async(block->shared + matrix.row(row, 8 * half), 16, "wgmma", product.where), 16);
+    }
+    return line;
+  };
+  Line rows[16];
+  for (int row = 0; row < 16; ++row) rows[row] = read(a, 16 * product.warp + row);
+  for (int column = 0; column < first.n; ++column) {
+    const Line of_b = read(b, column);
+    for (int row = 0; row < 16; ++row) {
+      int sum = 0;
+      for (int i = 0; i < 32; ++i) sum += rows[row].of[i] * static_cast<int8_t>(of_b.of[i]);
+      uint32_t& to = sum_at(product, row, column);
+      to = (first.accumulate ? to : 0u) + static_cast<uint32_t>(sum);
+    }
+  }
+}
 void multiply(PendingProduct& product) {
+  if (product.lanes[0].of_bytes()) return multiply_bytes(product);
   const int n = product.lanes[0].n;
   const Matrix matrix = decode(product.lanes[0].b);
   std::vector<double> b(static_cast<size_t>(kDepth * n));
@@ -176,9 +221,9 @@ void multiply(PendingProduct& product) {
     for (int column = 0; column < n; ++column) {
       double products[kDepth];
       for (int k = 0; k < kDepth; ++k) products[k] = a[row][k] * b[static_cast<size_t>(column * kDepth + k)];
-      const int lane = row % 8 * 4 + column % 8 / 2;
-      float& sum = product.sums[lane][static_cast<size_t>(column / 8 * 4 + row / 8 * 2 + column % 2)];
-      sum = add_products(product.lanes[0].accumulate ? sum : 0.0f, products);
+      uint32_t& sum = sum_at(product, row, column);
+      const float before = product.lanes[0].accumulate ? std::bit_cast<float>(sum) : 0.0f;
+      sum = std::bit_cast<uint32_t>(add_products(before, products));
     }
   }
 }
@@ -187,12 +232,16 @@ void check_untouched(const PendingProduct& product) {
   for (int lane = 0; lane < 32; ++lane) {
     const Product& p = product.lanes[lane];
     check_access(p.d, 4, 2 * p.n, product.where);
-    check_access(p.a, 4, 16, product.where);
-    if (std::memcmp(p.a, product.a[lane], 16) != 0) {
-      fail("A's registers were written before the end of wgmma was waited for, which was issued", product.where);
+    if (!p.of_bytes()) {
+      check_access(p.a, 4, 16, product.where);
+      if (std::memcmp(p.a, product.a[lane], 16) != 0) {
+        fail("A's registers were written before the end of wgmma was waited for, which was issued", product.where);
+      }
     }
     for (int i = 0; i < p.n / 2; ++i) {
-      if (std::bit_cast<uint32_t>(p.d[i]) != kInFlight) {
+      uint32_t bits;
+      std::memcpy(&bits, static_cast<const char*>(p.d) + 4 * i, 4);
+      if (bits != kInFlight) {
         fail("sums were written before the end of wgmma was waited for, which was issued", product.where);
       }
     }
@@ -212,7 +261,7 @@ void finish(WarpOfGroup& warp, size_t count) {
       continue;
     }
     for (int lane = 0; lane < 32; ++lane) {
-      std::copy(product.sums[lane].begin(), product.sums[lane].end(), product.lanes[lane].d);
+      std::memcpy(product.lanes[lane].d, product.sums[lane].data(), 4 * product.sums[lane].size());
     }
     know(warp, product, d_of(product.lanes[0]));
   }
@@ -225,25 +274,28 @@ void issue(void* const (&arguments)[32], uint32_t) {
   PendingProduct product;
   product.where = current->warp->where;
   product.group = warp.committed;
+  product.warp = warp_index() % 4;
   for (int lane = 0; lane < 32; ++lane) product.lanes[lane] = *static_cast<const Product*>(arguments[lane]);
   const Product& first = product.lanes[0];
   for (const Product& p : product.lanes) {
-    if (p.b != first.b || p.accumulate != first.accumulate) {
+    if (p.b != first.b || p.a_matrix != first.a_matrix || p.accumulate != first.accumulate) {
       fail("the lanes of the warp give wgmma different arguments", product.where);
     }
   }
-  come_to_step(first.b, first.accumulate);
+  come_to_step(first.b ^ std::rotl(first.a_matrix, 13), first.accumulate);
   if (!warp.fenced) fail("wgmma before the first wgmma_fence", product.where);
   check_matrix(first.b, first.n, product.where);
-  check_fenced(warp, product, a_of());
+  if (first.of_bytes()) check_matrix(first.a_matrix, 64, product.where);
+  else check_fenced(warp, product, a_of());
   const bool follows = std::any_of(warp.products.begin(), warp.products.end(),
                                    [&](const PendingProduct& p) { return p.lanes[0].d == first.d; });
   if (!follows) check_fenced(warp, product, d_of(first));
   for (int lane = 0; lane < 32; ++lane) {
     const Product& p = product.lanes[lane];
-    std::memcpy(product.a[lane], p.a, sizeof(product.a[lane]));
-    product.sums[lane].assign(p.d, p.d + p.n / 2);
-    std::fill_n(p.d, p.n / 2, std::bit_cast<float>(kInFlight));
+    if (!p.of_bytes()) std::memcpy(product.a[lane], p.a, sizeof(product.a[lane]));
+    product.sums[lane].resize(static_cast<size_t>(p.n / 2));
+    std::memcpy(product.sums[lane].data(), p.d, 2 * static_cast<size_t>(p.n));
+    for (int i = 0; i < p.n / 2; ++i) std::memcpy(static_cast<char*>(p.d) + 4 * i, &kInFlight, 4);
   }
   warp.products.push_back(std::move(product));
   const Delivery delivery = config().delivery;
@@ -305,11 +357,14 @@ uint64_t wgmma_matrix(const void* shared, int leading_bytes, int stride_bytes, c
          field(stride_bytes, "stride_bytes") << 32;
 }
 
+uint64_t wgmma_box(const void* shared, const Where& where) { return kOfBoxes | wgmma_matrix(shared, 16, 1024, where); }
+
 void wgmma_fence(const Where& where) { collective(kFence, nullptr, where); }
 
 void wgmma(const Product& product, const Where& where) {
   Product mine = product;
   check_matrix(mine.b, mine.n, where);
+  if (mine.of_bytes()) check_matrix(mine.a_matrix, 64, where);
   if (with_tsan()) show_to_tsan(*current, mine);
   collective(kProduct, &mine, where);
 }

@@ -2,6 +2,7 @@
 // emulator/launch.hpp. Every failure is a std::runtime_error of one sentence.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -11,6 +12,9 @@
 namespace bitfold::cuda {
 
 using Stream = void*;
+
+// A line of a box (ByteMatrix), of which eight are turned in shared memory as wgmma likes them.
+inline constexpr int kBoxBytes = 128;
 
 struct Launch {
   dim3 grid;
@@ -48,6 +52,47 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
   config.attrs = &early;
   config.numAttrs = how.early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), how.name);
+}
+
+// A matrix of bytes in global memory, in lines, as kernels on Hopper copy it (ptx::copy_box): by boxes of some lines by
+// kBoxBytes. The data and line_bytes are multiples of 16; what of a box lies beyond the last line or byte is zero.
+struct ByteMatrix {
+  const void* data;
+  int64_t lines, bytes;  // of a line
+  int64_t line_bytes;    // from a line to the next
+  int box_lines;         // at most 256
+};
+// A parameter of a kernel, or part of one that is __grid_constant__.
+using TensorMap = CUtensorMap;
+
+inline TensorMap tensor_map(const ByteMatrix& matrix) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    check(status, "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess || function == nullptr)
+      throw std::runtime_error("cuTensorMapEncodeTiled: this driver is older than CUDA 12.0 and lacks it");
+    return reinterpret_cast<Encode>(function);
+  }();
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.bytes), static_cast<cuuint64_t>(matrix.lines)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.line_bytes)};
+  const cuuint32_t box[] = {kBoxBytes, static_cast<cuuint32_t>(matrix.box_lines)}, steps[] = {1, 1};
+  TensorMap map;
+  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix.data), sizes, strides,
+                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status) + " for " +
+                             std::to_string(matrix.lines) + " lines of " + std::to_string(matrix.bytes) + " bytes");
+  }
+  return map;
 }
 
 // The current device: capability is 90 for 9.0; shared_bytes is what one block may have.

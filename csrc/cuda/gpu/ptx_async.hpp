@@ -10,11 +10,15 @@
 //     ended; what was written before the arrivals (.release is the default) is seen after the wait (.acquire).
 //   "cp.async.mbarrier.arrive", .noinc: the arrival is one of those that barrier_init counted.
 //   "cp.async.bulk": it writes by the async proxy, which wgmma reads by; addresses and bytes are multiples of 16.
+//   "cp.async.bulk.tensor", "Tensors" (bound checks, "128B swizzle mode"): copy_box, by a map in the kernel's
+//   parameters
+//     (launch.hpp).
 //   "Async proxy": stores and cp.async (not bulk) write by the generic proxy, and need fence.proxy.async between.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/gpu/launch.hpp"
 #include "cuda/gpu/ptx_memory.hpp"
 #include "cuda/gpu/ptx_warp.hpp"
 
@@ -96,6 +100,21 @@ BITFOLD_DEVICE void copy_bulk(void* shared, const void* global, unsigned bytes, 
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+#else
+  trap();
+#endif
+}
+
+// The same of a box of a matrix, from this byte of this line on: kBoxBytes of each of its lines, on end, and of eight
+// lines (1024 bytes, from a multiple of 1024 on) 16 bytes at c change places with those at c ^ line % 8. All bytes of a
+// box count, those beyond the matrix too, which are zero.
+BITFOLD_DEVICE void copy_box(void* shared, const TensorMap& map, int byte, int line, Barrier* barrier) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(shared)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(byte), "r"(line), "r"(shared_address(barrier))
+      : "memory");
 #else
   trap();
 #endif
