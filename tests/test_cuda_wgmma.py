@@ -101,6 +101,17 @@ def test_blocks_of_every_size(format, rng):
             assert_same(bitfold.linear(x[:m], qtensor), together[:m])
 
 
+@pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
+def test_at_most_64_rows_of_x(gpu, format, rng):
+    """Blocks of 256 rows of W: where waves of smaller ones take longer, as with one multiprocessor."""
+    m, n, k = 40, 300 if gpu == "emulated" else 17000, whole(format, 544)
+    if gpu == "emulated":
+        devices.emulated().configure(multiprocessors=1, order="priority")
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.float16)
+    assert_near(bitfold.linear(x, qtensor), x, w)
+
+
 @pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's schedule can't be chosen")
 @pytest.mark.parametrize("m", [40, 100])
 @pytest.mark.parametrize(

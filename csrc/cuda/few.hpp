@@ -61,6 +61,7 @@ inline TileShape few_shape(const FewSize& size, int64_t m, int64_t n, int64_t k,
   constexpr int64_t kMostSplits = 16, kOverhead = 3;
   TileShape shape{};
   shape.few = true;
+  shape.rows = kFewRows;
   shape.tokens = m <= 16 ? 16 : 32;
   const auto fit = [&](int stages) {
     const FewPlaces at = few_places(size, shape.tokens / 8, stages);

@@ -306,20 +306,27 @@ class Tile : TileCopies<Row, Tokens> {
   typename ScaleRowOf<C>::Type scale_row_;
 };
 
-// Few tokens and more: a kernel each, with the code that a GPU is best at. Either may begin before `arrange` has ended.
+// Few tokens and more: a kernel each, with the code that a GPU is best at; on Hopper "few" are those of blocks of 640
+// threads, at most 64. Either may begin before `arrange` has ended.
 template <int Row>
 __global__ void __launch_bounds__(kWgmma ? kFewThreads : kTileThreads, kWgmma ? 1 : 2)
     linear_tile_kernel(const TileParameter p) {
   ptx::wait_for_earlier();
   ptx::let_later_begin();
-  if (wgmma_where(p.shape.few)) linear_few<Row>(p);
-  else Tile<Row, kFewTokens>(p).run();
+  static_assert(kFewThreads == kWgmmaThreads<kManyRows>);
+  if (wgmma_where(p.shape.few || p.shape.wgmma)) {
+    if (p.shape.few) linear_few<Row>(p);
+    else linear_wgmma<Row, kManyRows>(p);
+  } else {
+    Tile<Row, kFewTokens>(p).run();
+  }
 }
 template <int Row>
-__global__ void __launch_bounds__(kWgmma ? kWgmmaThreads : kTileThreads, 1) linear_many_kernel(const TileParameter p) {
+__global__ void __launch_bounds__(kWgmma ? kWgmmaThreads<kTileRows> : kTileThreads, 1)
+    linear_many_kernel(const TileParameter p) {
   ptx::wait_for_earlier();
   ptx::let_later_begin();
-  if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row>(p);
+  if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row, kTileRows>(p);
   else Tile<Row, kManyTokens>(p).run();
 }
 
@@ -351,12 +358,12 @@ PlaneMatrix tile_planes<BITFOLD_PART>(const Weight& w) {
 }
 template <>
 void tile_launch<BITFOLD_PART>(const TileParameter& p, Stream stream) {
-  const bool few = p.shape.few || p.shape.tokens == kFewTokens;
+  const bool few = p.shape.few || p.shape.tokens == kFewTokens || p.shape.rows == kManyRows;
   launch({.grid = {static_cast<unsigned>(p.shape.row_blocks), static_cast<unsigned>(p.shape.splits),
                    static_cast<unsigned>(p.shape.token_blocks)},
-          .block = p.shape.wgmma ? kWgmmaThreads
-                   : p.shape.few ? kFewThreads
-                                 : kTileThreads,
+          .block = !p.shape.wgmma && !p.shape.few ? kTileThreads
+                   : few                          ? kFewThreads
+                                                  : kWgmmaThreads<kTileRows>,
           .shared_bytes = p.shape.shared_bytes,
           .name = few ? "linear_tile" : "linear_many",
           .stream = stream,

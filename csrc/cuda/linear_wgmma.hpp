@@ -13,9 +13,9 @@
 
 namespace bitfold::cuda {
 
-template <int Row>
-class WgmmaProducts : WgmmaBlock<Row> {
-  using Block = WgmmaBlock<Row>;
+template <int Row, int Rows>
+class WgmmaProducts : WgmmaBlock<Row, Rows> {
+  using Block = WgmmaBlock<Row, Rows>;
   using C = Chunk<Row>;
   using Block::at_;
   using Block::first_;
@@ -36,10 +36,14 @@ class WgmmaProducts : WgmmaBlock<Row> {
       : Block(p), lane_(ptx::lane_id()), row_(16 * ptx::warp_id() + lane_ / 4), power_{kFinest, kFinest} {}
 
   BITFOLD_DEVICE void run() {
-    if (quarters_ == 1) return multiply_all<1>();
-    if (quarters_ == 2) return multiply_all<2>();
-    if (quarters_ == 3) return multiply_all<3>();
-    multiply_all<4>();
+    if constexpr (Rows == kManyRows) {
+      multiply_all<1>();
+    } else {
+      if (quarters_ == 1) return multiply_all<1>();
+      if (quarters_ == 2) return multiply_all<2>();
+      if (quarters_ == 3) return multiply_all<3>();
+      multiply_all<4>();
+    }
   }
 
  private:
@@ -53,16 +57,16 @@ class WgmmaProducts : WgmmaBlock<Row> {
     }
     multiply(sums);
     const float down[2] = {inverse(power_[0]), inverse(power_[1])};
-    TileSums<0>(p_, memory_ + at_.out, quarter0_ * (kQuarter / 8)).finish([&](float* out) {
+    TileSums<0, Rows, kWgmmaMultiply<Rows>>(p_, memory_ + at_.out, quarter0_ * (kQuarter / 8)).finish([&](float* out) {
 #pragma unroll
       for (int q = 0; q < Quarters; ++q) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           const int token = kQuarter * q + 8 * (i / 4) + lane_ % 4 * 2 + i % 2;
-          out[token * kOutStride + row_ + 8 * (i / 2 % 2)] = ptx::mul(sums[q][i], down[i / 2 % 2]);
+          out[token * out_stride(Rows) + row_ + 8 * (i / 2 % 2)] = ptx::mul(sums[q][i], down[i / 2 % 2]);
         }
       }
-      ptx::bar_sync(kSumsBarrier, kTileThreads);
+      ptx::bar_sync(kSumsBarrier, kWgmmaMultiply<Rows>);
     });
   }
 
@@ -279,14 +283,15 @@ class WgmmaProducts : WgmmaBlock<Row> {
 };
 
 // All of a block's threads.
-template <int Row>
+template <int Row, int Rows>
 BITFOLD_DEVICE void linear_wgmma(const TileParameter& p) {
   using C = Chunk<Row>;
   auto* memory = shared<Bytes>().bytes;
   auto& head = *reinterpret_cast<WgmmaHead*>(memory);
   const auto thread = static_cast<int>(threadIdx.x);
   if constexpr (C::kTables > 0) {
-    C::fill(p.planes.row, memory + wgmma_places(chunk_size<C>(), kQuarter, 0, 0).tables, thread, kWgmmaThreads);
+    C::fill(p.planes.row, memory + wgmma_places(chunk_size<C>(), Rows, kQuarter, 0, 0).tables, thread,
+            kWgmmaThreads<Rows>);
   }
   if constexpr (C::kPlanes) {
     if (p.planes.scale == Scale::Nested && thread < 256) head.dynamic_map[thread] = kDynamicMap[thread];
@@ -294,21 +299,21 @@ BITFOLD_DEVICE void linear_wgmma(const TileParameter& p) {
   if (thread == 0) {
     for (int i = 0; i < p.shape.x_stages; ++i) {
       ptx::barrier_init(&head.x_full[i], 1);
-      ptx::barrier_init(&head.x_empty[i], kTileThreads / kWarp);
+      ptx::barrier_init(&head.x_empty[i], kWgmmaMultiply<Rows> / kWarp);
     }
     for (int i = 0; i < p.shape.w_stages; ++i) {
-      ptx::barrier_init(&head.w_full[i], WgmmaCopies<Row>::kWArrivals);
-      ptx::barrier_init(&head.w_empty[i], kTileThreads / kWarp);
+      ptx::barrier_init(&head.w_full[i], WgmmaCopies<Row, Rows>::kWArrivals);
+      ptx::barrier_init(&head.w_empty[i], kWgmmaMultiply<Rows> / kWarp);
     }
     ptx::fence_barrier_init();
   }
   ptx::sync_block();
-  if (thread < kTileThreads) {
-    ptx::registers_up<kUp<C>>();
-    WgmmaProducts<Row>(p).run();
+  if (thread < kWgmmaMultiply<Rows>) {
+    ptx::registers_up<kUp<C, Rows>>();
+    WgmmaProducts<Row, Rows>(p).run();
   } else {
-    ptx::registers_down<kDownTo<C>>();
-    WgmmaCopies<Row>(p, thread - kTileThreads).run();
+    ptx::registers_down<kDownTo<C, Rows>>();
+    WgmmaCopies<Row, Rows>(p, thread - kWgmmaMultiply<Rows>).run();
   }
 }
 

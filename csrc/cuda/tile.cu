@@ -50,6 +50,7 @@ int choose_splits(int64_t blocks, int64_t chunks, int64_t slots) {
 TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
   const int64_t half = (gpu.shared_bytes + kReserved) / 2 - kReserved;
   TileShape shape{};
+  shape.rows = kTileRows;
   int per_multiprocessor = 1;
   bool fits = false;
   for (const int tokens : {kManyTokens, kFewTokens}) {
@@ -75,19 +76,20 @@ TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu&
 
 namespace {
 
-// Clocks of a unit, as an H200 took them at 00e05ac (int4 with groups of 128): those of what comes once, decoding above
-// all, and those of a quarter.
-constexpr int64_t wgmma_clocks(int64_t quarters) { return 465 + 275 * quarters; }
+// Clocks of a unit. With kTileRows, as an H200 took them at 00e05ac (int4 with groups of 128): those of what comes
+// once, decoding above all, and those of a quarter. With kManyRows, counted: of four warps of a scheduler one always
+// waits.
+constexpr int64_t wgmma_clocks(int rows, int64_t quarters) { return rows == kManyRows ? 850 : 465 + 275 * quarters; }
 
 bool fit_wgmma(ChunkSize size, int64_t room, TileShape* shape) {
   // Of x, of W: x for some units, and W for a chunk more than what is multiplied.
   constexpr int kStages[][2] = {{8, 6}, {8, 4}, {8, 3}, {6, 3}, {4, 4}, {4, 3}, {4, 2}, {3, 3}, {3, 2}, {2, 2}};
   static_assert(kStages[0][0] <= kWgmmaStages && kStages[0][1] <= kWgmmaStages);
   for (const auto& [x, w] : kStages) {
-    const WgmmaPlaces at = wgmma_places(size, shape->tokens, x, w);
+    const WgmmaPlaces at = wgmma_places(size, shape->rows, shape->tokens, x, w);
     shape->x_stages = x;
     shape->w_stages = w;
-    shape->shared_bytes = larger<int64_t>(at.end, at.out + int64_t{4} * shape->tokens * kOutStride);
+    shape->shared_bytes = larger<int64_t>(at.end, at.out + int64_t{4} * shape->tokens * out_stride(shape->rows));
     if (shape->shared_bytes <= room) return true;
   }
   return false;
@@ -103,25 +105,28 @@ TileShape wgmma_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu
   TileShape best{};
   int64_t least = 0;
   // Where it costs the same, fewer quarters: they leave room for more stages.
-  for (int each = 1; each <= kMostQuarters; ++each) {
+  const auto try_blocks = [&](int rows, int each) {
     TileShape shape{};
     shape.wgmma = true;
+    shape.rows = rows;
     shape.tokens = each * kQuarter;
-    if (!fit_wgmma(size, gpu.shared_bytes, &shape)) continue;
-    shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, kTileRows));
+    if (!fit_wgmma(size, gpu.shared_bytes, &shape)) return;
+    shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, rows));
     shape.token_blocks = static_cast<int>(ceil_div<int64_t>(quarters, each));
     const int64_t most = smaller<int64_t>(each, quarters);
     for (int64_t splits = 1; splits <= smaller(kMostSplits, larger<int64_t>(chunks / 2, 1)); ++splits) {
       const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks * splits;
       const int64_t waves = ceil_div<int64_t>(blocks, gpu.multiprocessors);
-      const int64_t cost = waves * (ceil_div(units, splits) * wgmma_clocks(most) + kBegin + most * kEnd +
+      const int64_t cost = waves * (ceil_div(units, splits) * wgmma_clocks(rows, most) + kBegin + most * kEnd +
                                     (splits > 1 ? most * kAddUp : 0));
       if (least != 0 && cost >= least) continue;
       least = cost;
       shape.splits = static_cast<int>(splits);
       best = shape;
     }
-  }
+  };
+  if (quarters == 1) try_blocks(kManyRows, 1);
+  for (int each = 1; each <= kMostQuarters; ++each) try_blocks(kTileRows, each);
   if (least == 0) throw std::runtime_error("linear_wgmma: this GPU has too little shared memory");
   return best;
 }
@@ -162,14 +167,13 @@ Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_
   const auto aligned = [](int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; };
   const int64_t groups = tile_groups(shape, m), chunks = ceil_div<int64_t>(k, size.columns);
   const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks;
-  const int64_t rows = shape.few ? kFewRows : kTileRows;
   const bool split = shape.splits > 1;
   Workspace at{};
   at.sums = aligned(at.x + chunks * size.units() * groups * kUnitBytes);
   at.factors = aligned(at.sums + chunks * groups * size.sums);
   at.peaks = aligned(at.factors + groups * 8 * 4);
   at.partial = aligned(at.peaks + m * kMostPeaks * 4);
-  at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * rows * 4 : 0));
+  at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * shape.rows * 4 : 0));
   at.end = aligned(at.arrivals + (split ? blocks * 4 : 0));
   return at;
 }

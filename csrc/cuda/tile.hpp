@@ -49,6 +49,7 @@ struct FewSize {
 struct TileShape {
   bool wgmma;              // the kernel of wgmma.hpp
   bool few;                // the kernel of few.hpp
+  int rows;                // of W, of a block
   int tokens;              // of a block: kFewTokens or kManyTokens; with wgmma whole quarters; of few.hpp 16 or 32
   int x_stages, w_stages;  // that wait in shared memory
   int splits;              // of k, over blocks

@@ -1,7 +1,8 @@
 // What the parts of the kernel for many tokens share where there is wgmma: how it is cut, and where it has what.
 //
 // y^T = W x^T, as in the tile kernel (tile.hpp): a block has kTileRows rows of W, up to 256 tokens and a range of
-// chunks of k. Two warpgroups of it multiply, 64 rows each, and one brings what they multiply to shared memory. Tokens
+// chunks of k; or kManyRows, and 64 tokens. Two or four warpgroups of it multiply, 64 rows each, and one brings what
+// they multiply to shared memory. Four hide better what each waits for, but have no registers for more tokens. Tokens
 // go by quarters of 64: one is the B of a product, and x lies in memory as quarters of a unit (64 columns), which are
 // that operand: [step of 16 columns][b0 or b1][8 tokens][token][4 pairs of columns in a format's order], 16 bytes a
 // token.
@@ -14,24 +15,32 @@ namespace bitfold::cuda {
 inline constexpr int kStepBytes = kQuarterBytes / kUnitSteps;
 
 inline constexpr int kWarpgroup = 4 * kWarp;
-inline constexpr int kWgmmaThreads = kTileThreads + kWarpgroup;  // the last of them copy
-inline constexpr int kWgmmaStages = 8;                           // at most
-static_assert(kTileThreads == 2 * kWarpgroup && kTileRows == 2 * 64 && kTileRows == kWarpgroup);
+inline constexpr int kManyRows = 2 * kTileRows;
+template <int Rows>
+inline constexpr int kWgmmaMultiply = Rows / 64 * kWarpgroup;  // threads
+template <int Rows>
+inline constexpr int kWgmmaThreads = kWgmmaMultiply<Rows> + kWarpgroup;  // the last of them copy
+inline constexpr int kWgmmaStages = 8;                                   // at most
+static_assert(kWgmmaMultiply<kTileRows> == kTileThreads && kTileRows == kWarpgroup);
 
 // Registers of a thread: as a block begins, as they are for those who multiply, and for those who copy, who have more
 // to do where scales lie in a plane. A block's are as many as it began with: those who go up would wait for more for
 // ever.
-inline constexpr int kAtStart = 65536 / kWgmmaThreads / 8 * 8;
-template <class C>
-inline constexpr int kUp = C::kPlanes ? 216 : 232;
-template <class C>
-inline constexpr int kDownTo = (kAtStart * kWgmmaThreads - kUp<C> * kTileThreads) / kWarpgroup;
+template <int Rows>
+inline constexpr int kAtStart = 65536 / kWgmmaThreads<Rows> / 8 * 8;
+template <class C, int Rows>
+inline constexpr int kUp = Rows == kManyRows ? 104
+                           : C::kPlanes      ? 216
+                                             : 232;
+template <class C, int Rows>
+inline constexpr int kDownTo =
+    (kAtStart<Rows> * kWgmmaThreads<Rows> - kUp<C, Rows> * kWgmmaMultiply<Rows>) / kWarpgroup;
 
 // Of the stages of x and W: filled, and free again; whether a stage of W changes a row's power of two, for each tile of
 // 16 rows; and what codes of nested scales mean.
 struct WgmmaHead {
   ptx::Barrier x_full[kWgmmaStages], x_empty[kWgmmaStages], w_full[kWgmmaStages], w_empty[kWgmmaStages];
-  alignas(16) uint32_t changes[kWgmmaStages][kTileRows / 16];
+  alignas(16) uint32_t changes[kWgmmaStages][kManyRows / 16];
   float dynamic_map[256];
 };
 
@@ -81,15 +90,16 @@ BITFOLD_DEVICE float power_for(float peak, float power) {
 struct WgmmaPlaces {
   int out, tables, scales, sums, x, w, end;
 };
-BITFOLD_HOST_DEVICE constexpr WgmmaPlaces wgmma_places(ChunkSize size, int tokens, int x_stages, int w_stages) {
+BITFOLD_HOST_DEVICE constexpr WgmmaPlaces wgmma_places(ChunkSize size, int rows, int tokens, int x_stages,
+                                                       int w_stages) {
   WgmmaPlaces at{};
   at.out = at.tables = 2048;
   static_assert(sizeof(WgmmaHead) <= 2048);
   at.scales = at.tables + size.tables;
-  at.sums = at.scales + w_stages * kTileRows * size.row_scales;
+  at.sums = at.scales + w_stages * rows * size.row_scales;
   at.x = at.sums + w_stages * (tokens / 8) * size.sums;
   at.w = at.x + x_stages * (tokens / kQuarter) * kQuarterBytes;
-  at.end = at.w + w_stages * kTileRows * size.stride;
+  at.end = at.w + w_stages * rows * size.stride;
   return at;
 }
 

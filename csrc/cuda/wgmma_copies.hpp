@@ -17,7 +17,7 @@ struct Turn {
 };
 
 // What a block of threads has, and where it lies.
-template <int Row>
+template <int Row, int Rows>
 class WgmmaBlock {
  protected:
   using C = Chunk<Row>;
@@ -27,15 +27,15 @@ class WgmmaBlock {
   BITFOLD_DEVICE explicit WgmmaBlock(const TileParameter& p)
       : p_(p),
         memory_(shared<Bytes>().bytes),
-        at_(wgmma_places(chunk_size<C>(), p.shape.tokens, p.shape.x_stages, p.shape.w_stages)),
-        row0_(int64_t{blockIdx.x} * kTileRows),
+        at_(wgmma_places(chunk_size<C>(), Rows, p.shape.tokens, p.shape.x_stages, p.shape.w_stages)),
+        row0_(int64_t{blockIdx.x} * Rows),
         quarter0_(static_cast<int>(blockIdx.z) * (p.shape.tokens / kQuarter)),
         quarters_(smaller(p.shape.tokens / kQuarter, p.groups / 8 - quarter0_)),
         first_(static_cast<int>(int64_t{p.chunks} * blockIdx.y / p.shape.splits)),
         last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)) {}
 
   BITFOLD_DEVICE WgmmaHead& head() const { return *reinterpret_cast<WgmmaHead*>(memory_); }
-  BITFOLD_DEVICE uint8_t* w_stage(int slot) const { return memory_ + at_.w + slot * (kTileRows * kStride<C>); }
+  BITFOLD_DEVICE uint8_t* w_stage(int slot) const { return memory_ + at_.w + slot * (Rows * kStride<C>); }
   BITFOLD_DEVICE uint8_t* x_stage(int slot) const {
     return memory_ + at_.x + slot * (p_.shape.tokens / kQuarter * kQuarterBytes);
   }
@@ -44,7 +44,7 @@ class WgmmaBlock {
   }
   // Of a row, kSpans on end, and behind them the row's power of two.
   BITFOLD_DEVICE ScaledZero* scales_of(int slot, int row) const {
-    return reinterpret_cast<ScaledZero*>(memory_ + at_.scales + (slot * kTileRows + row) * kScaleBytes<C>);
+    return reinterpret_cast<ScaledZero*>(memory_ + at_.scales + (slot * Rows + row) * kScaleBytes<C>);
   }
   BITFOLD_DEVICE float& power_of(int slot, int row) const {
     return *reinterpret_cast<float*>(scales_of(slot, row) + kSpans);
@@ -66,9 +66,9 @@ class WgmmaBlock {
 };
 
 // The warpgroup that copies.
-template <int Row>
-class WgmmaCopies : WgmmaBlock<Row> {
-  using Block = WgmmaBlock<Row>;
+template <int Row, int Rows>
+class WgmmaCopies : WgmmaBlock<Row, Rows> {
+  using Block = WgmmaBlock<Row, Rows>;
   using C = Chunk<Row>;
   using Block::at_;
   using Block::first_;
@@ -87,7 +87,7 @@ class WgmmaCopies : WgmmaBlock<Row> {
   static constexpr int kWArrivals = 2 * kCopiers + (C::kMins > 0 ? 1 : 0);
 
   BITFOLD_DEVICE WgmmaCopies(const TileParameter& p, int thread)
-      : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(kTileRows, p.n - row0_) - 1)) {
+      : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(Rows, p.n - row0_) - 1)) {
     if constexpr (C::kPlanes) {
       if (p.planes.scale == Scale::Nested) nested_offset_ = *p.planes.nested_offset;
     }
@@ -119,54 +119,67 @@ class WgmmaCopies : WgmmaBlock<Row> {
   BITFOLD_DEVICE void bring_w() {
     WgmmaHead& head = this->head();
     // Chunks of which all is there; where rows are that long that steps would need 64 bits, none goes that way.
-    const int whole = !p_.in_words || last_row_ + 1 < kTileRows || p_.row_bytes >> 24 != 0 ? 0
-                      : !kSkewed<C> && p_.k % C::kColumns == 0                             ? p_.chunks
-                                                                                           : p_.chunks - 1;
+    const int whole = !p_.in_words || last_row_ + 1 < Rows || p_.row_bytes >> 24 != 0 ? 0
+                      : !kSkewed<C> && p_.k % C::kColumns == 0                        ? p_.chunks
+                                                                                      : p_.chunks - 1;
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
-    // Scales are asked for so many chunks ahead, as far as registers go.
+    // Scales are asked for two batches ahead, or one, as far as registers go.
     constexpr int kAhead = kTurnsOfScales * Scales <= 6 ? 2 : 1;
     LoadedScaleZero scales[kAhead][kTurnsOfScales][Scales];
-    float power[kTurnsOfScales];
+    float power[kBatches][kTurnsOfScales];
 #pragma unroll
-    for (float& one : power) one = kFinest;
-    const auto load = [&](int chunk, LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
+    for (auto& of_batch : power) {
+#pragma unroll
+      for (float& one : of_batch) one = kFinest;
+    }
+    const auto load = [&](int chunk, int batch, LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
       if constexpr (C::kPlanes) {
 #pragma unroll
-        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<Usual>(chunk, turn, of[turn]);
+        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<Usual>(chunk, batch, turn, of[turn]);
       }
     };
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(first_ + i, scales[i]);
+    for (int i = 0; i < kAhead; ++i) load(first_ + i / kBatches, i % kBatches, scales[i]);
     Turn w;
     int chunk = first_;
-    const auto bring = [&](LoadedScaleZero(&mine)[kTurnsOfScales][Scales]) {
+    // mine: what was loaded of the first batch, and of the next.
+    const auto bring = [&](auto&... mine) {
       ptx::barrier_wait(&head.w_empty[w.slot], w.parity ^ 1);
       if (chunk < whole) copy_whole(from, w.slot);
       else copy_edge(chunk, w.slot);
       ptx::cp_async_arrive(&head.w_full[w.slot]);
-      if constexpr (C::kPlanes) {
+      int batch = 0;
+      const auto store = [&](auto& loaded) {
+        if constexpr (C::kPlanes) {
 #pragma unroll
-        for (int turn = 0; turn < kTurnsOfScales; ++turn) {
-          store_scales<Usual>(chunk, turn, mine[turn], w.slot, power[turn]);
+          for (int turn = 0; turn < kTurnsOfScales; ++turn) {
+            store_scales<Usual>(chunk, batch, turn, loaded[turn], w.slot, power[batch][turn]);
+          }
         }
-      }
-      ptx::barrier_arrive(&head.w_full[w.slot]);
-      load(chunk + kAhead, mine);
+        ++batch;
+        if (batch == kBatches) ptx::barrier_arrive(&head.w_full[w.slot]);
+        load(chunk + (batch - 1 + kAhead) / kBatches, (batch - 1 + kAhead) % kBatches, loaded);
+      };
+      (store(mine), ...);
       from += C::kBytes;
       w.next(p_.shape.w_stages);
       ++chunk;
     };
 #pragma unroll 1
     while (chunk < last_) {
-      bring(scales[0]);
-      if (kAhead > 1 && chunk < last_) bring(scales[kAhead - 1]);
+      if constexpr (kBatches == 2) {
+        bring(scales[0], scales[kAhead - 1]);
+      } else {
+        bring(scales[0]);
+        if (kAhead > 1 && chunk < last_) bring(scales[kAhead - 1]);
+      }
     }
   }
 
   // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kCopiers at a time. from: of this
   // thread's first row.
   BITFOLD_DEVICE void copy_whole(const uint8_t* from, int slot) const {
-    constexpr int kAll = kTileRows * kPieces<C>, kRowStep = kCopiers / kPieces<C>, kPieceStep = kCopiers % kPieces<C>;
+    constexpr int kAll = Rows * kPieces<C>, kRowStep = kCopiers / kPieces<C>, kPieceStep = kCopiers % kPieces<C>;
     // Made anew, so that where each turn's piece lies isn't kept in registers.
     const int64_t step = ptx::anew(static_cast<int>(kRowStep * p_.row_bytes));
     int piece = thread_ % kPieces<C>;
@@ -194,7 +207,7 @@ class WgmmaCopies : WgmmaBlock<Row> {
     const int64_t begin = int64_t{chunk} * C::kBytes;
     const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
 #pragma unroll 1
-    for (int i = thread_; i < kTileRows * kPieces<C>; i += kCopiers) {
+    for (int i = thread_; i < Rows * kPieces<C>; i += kCopiers) {
       const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
       const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
       uint8_t* to = this->w_stage(slot) + row * kStride<C> + at;
@@ -210,9 +223,9 @@ class WgmmaCopies : WgmmaBlock<Row> {
     }
   }
 
-  // ---- scales of planes: a thread has four of a row (128 columns) in each turn ----
+  // ---- scales of planes: a thread has four of a row (128 columns) in each turn of a batch, which is kTileRows ----
 
-  static constexpr int kQuad = 4, kQuads = kSpans / kQuad;
+  static constexpr int kQuad = 4, kQuads = kSpans / kQuad, kBatches = Rows / kTileRows;
   static_assert(kSpans % kQuad == 0);
   // Zero points stay in their bytes until they are wanted, so that nothing waits for them before; those of 3 bits may
   // lie in two.
@@ -222,10 +235,11 @@ class WgmmaCopies : WgmmaBlock<Row> {
   }();
   static constexpr int kTurnsOfScales = (kTileRows * kQuads + kCopiers - 1) / kCopiers;
   template <bool Usual, int Scales>
-  BITFOLD_DEVICE void load_scales(int chunk, int turn, LoadedScaleZero (&loaded)[Scales]) const {
+  BITFOLD_DEVICE void load_scales(int chunk, int batch, int turn, LoadedScaleZero (&loaded)[Scales]) const {
     const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
     if (i >= kTileRows * kQuads) return;
-    const auto row = C::scale_row(p_.planes, row0_ + smaller(i / kQuads, last_row_));
+    const auto of_batch = static_cast<unsigned>(batch * kTileRows);
+    const auto row = C::scale_row(p_.planes, row0_ + smaller(of_batch + i / kQuads, last_row_));
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
       const uint32_t group = group_of<Scales>(chunk, i, s);
@@ -244,11 +258,11 @@ class WgmmaCopies : WgmmaBlock<Row> {
   }
   // power: of the row, so far.
   template <bool Usual, int Scales>
-  BITFOLD_DEVICE void store_scales(int chunk, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
+  BITFOLD_DEVICE void store_scales(int chunk, int batch, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
                                    float& power) const {
     const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
     if (i >= kTileRows * kQuads) return;  // whole warps
-    const int row = static_cast<int>(i / kQuads);
+    const int row = batch * kTileRows + static_cast<int>(i / kQuads);
     auto* to = reinterpret_cast<uint4*>(this->scales_of(slot, row) + i % kQuads * kQuad);
     ScaleZero made[Scales];
     float peak = 0.0f;

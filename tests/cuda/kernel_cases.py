@@ -139,6 +139,11 @@ WGMMA = [  # the largest first, as above
     linear("nf4-b64", 130, 450, 128, "bf16", bias=True, multiprocessors=1),
     linear("nf4-b64", 40, 75, 1280, "bf16", multiprocessors=1),  # more chunks than stages
     linear("q4_k", 40, 40, 2560, "bf16", multiprocessors=1),  # the same with minima
+    *(linear(format, m, 300, 544, multiprocessors=1)  # blocks of 256 rows, and what is left of one
+      for format, m in (("int4-g128", 64), ("int4-g32-asym", 40), ("int8-g32", 33), ("nf4-b64-dq", 40), ("q8_0", 60))),
+    linear("q4_k", 50, 300, 512, multiprocessors=1),
+    linear("int4-g64", 64, 600, 2560, multiprocessors=3),  # more chunks than stages, k over blocks
+    *(linear(format, 36, 260, 1024, "bf16", far=True, multiprocessors=1) for format in ("int4-g64-asym", "q5_1")),
     *(linear(format, 70, 140, 1024, "bf16", multiprocessors=132)  # k over several blocks
       for format in ("int4-g128-asym", "q4_k", "q6_k", "q2_k")),
     *(linear(format, m, 75, 512, dtype) for format in (*PLANES, *block_formats())
