@@ -313,20 +313,20 @@ __global__ void __launch_bounds__(kWgmma ? kFewThreads : kTileThreads, kWgmma ? 
     linear_tile_kernel(const TileParameter p) {
   ptx::wait_for_earlier();
   ptx::let_later_begin();
-  static_assert(kFewThreads == kWgmmaThreads<kManyRows>);
+  static_assert(kFewThreads == kWgmmaThreads<1>);
   if (wgmma_where(p.shape.few || p.shape.wgmma)) {
     if (p.shape.few) linear_few<Row>(p);
-    else linear_wgmma<Row, kManyRows>(p);
+    else linear_wgmma<Row, 1>(p);
   } else {
     Tile<Row, kFewTokens>(p).run();
   }
 }
 template <int Row>
-__global__ void __launch_bounds__(kWgmma ? kWgmmaThreads<kTileRows> : kTileThreads, 1)
+__global__ void __launch_bounds__(kWgmma ? kWgmmaThreads<2> : kTileThreads, 1)
     linear_many_kernel(const TileParameter p) {
   ptx::wait_for_earlier();
   ptx::let_later_begin();
-  if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row, kTileRows>(p);
+  if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row, 2>(p);
   else Tile<Row, kManyTokens>(p).run();
 }
 
@@ -358,12 +358,12 @@ PlaneMatrix tile_planes<BITFOLD_PART>(const Weight& w) {
 }
 template <>
 void tile_launch<BITFOLD_PART>(const TileParameter& p, Stream stream) {
-  const bool few = p.shape.few || p.shape.tokens == kFewTokens || p.shape.rows == kManyRows;
+  const bool few = p.shape.few || p.shape.tokens == kFewTokens || (p.shape.wgmma && p.shape.tokens == kQuarter);
   launch({.grid = {static_cast<unsigned>(p.shape.row_blocks), static_cast<unsigned>(p.shape.splits),
                    static_cast<unsigned>(p.shape.token_blocks)},
           .block = !p.shape.wgmma && !p.shape.few ? kTileThreads
                    : few                          ? kFewThreads
-                                                  : kWgmmaThreads<kTileRows>,
+                                                  : kWgmmaThreads<2>,
           .shared_bytes = p.shape.shared_bytes,
           .name = few ? "linear_tile" : "linear_many",
           .stream = stream,

@@ -13,18 +13,18 @@
 
 namespace bitfold::cuda {
 
-template <int Row, int Rows>
-class WgmmaProducts : WgmmaBlock<Row, Rows> {
-  using Block = WgmmaBlock<Row, Rows>;
+template <int Row, int Quarters>
+class WgmmaProducts : WgmmaBlock<Row, Quarters> {
+  using Block = WgmmaBlock<Row, Quarters>;
   using C = Chunk<Row>;
   using Block::at_;
   using Block::first_;
+  using Block::kRows;
   using Block::kUnits;
   using Block::last_;
   using Block::memory_;
   using Block::p_;
   using Block::quarter0_;
-  using Block::quarters_;
   using Block::row0_;
   static constexpr int kSums = kQuarter / 2;  // of a thread, for a quarter
   static constexpr int kCoreBytes = 128;      // 8 tokens, 16 bytes each
@@ -36,19 +36,6 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
       : Block(p), lane_(ptx::lane_id()), row_(16 * ptx::warp_id() + lane_ / 4), power_{kFinest, kFinest} {}
 
   BITFOLD_DEVICE void run() {
-    if constexpr (Rows == kManyRows) {
-      multiply_all<1>();
-    } else {
-      if (quarters_ == 1) return multiply_all<1>();
-      if (quarters_ == 2) return multiply_all<2>();
-      if (quarters_ == 3) return multiply_all<3>();
-      multiply_all<4>();
-    }
-  }
-
- private:
-  template <int Quarters>
-  BITFOLD_DEVICE void multiply_all() {
     float sums[Quarters][kSums];
 #pragma unroll
     for (int q = 0; q < Quarters; ++q) {
@@ -57,17 +44,18 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
     }
     multiply(sums);
     const float down[2] = {inverse(power_[0]), inverse(power_[1])};
-    TileSums<0, Rows, kWgmmaMultiply<Rows>>(p_, memory_ + at_.out, quarter0_ * (kQuarter / 8)).finish([&](float* out) {
+    TileSums<0, kRows, kWgmmaMultiply<Quarters>>(p_, memory_ + at_.out, quarter0_ * (kQuarter / 8))
+        .finish([&](float* out) {
 #pragma unroll
-      for (int q = 0; q < Quarters; ++q) {
+          for (int q = 0; q < Quarters; ++q) {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) {
-          const int token = kQuarter * q + 8 * (i / 4) + lane_ % 4 * 2 + i % 2;
-          out[token * out_stride(Rows) + row_ + 8 * (i / 2 % 2)] = ptx::mul(sums[q][i], down[i / 2 % 2]);
-        }
-      }
-      ptx::bar_sync(kSumsBarrier, kWgmmaMultiply<Rows>);
-    });
+            for (int i = 0; i < kSums; ++i) {
+              const int token = kQuarter * q + 8 * (i / 4) + lane_ % 4 * 2 + i % 2;
+              out[token * out_stride(kRows) + row_ + 8 * (i / 2 % 2)] = ptx::mul(sums[q][i], down[i / 2 % 2]);
+            }
+          }
+          ptx::bar_sync(kSumsBarrier, kWgmmaMultiply<Quarters>);
+        });
   }
 
   // A unit's A, with its scales.
@@ -76,7 +64,6 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
   };
 
   // While a unit is multiplied the one before is waited for, whose registers the next is then decoded into.
-  template <int Quarters>
   BITFOLD_DEVICE void multiply(float (&sums)[Quarters][kSums]) {
     Turn w, x;
     int chunk = first_, unit = 0, before = -1;  // what is decoded; the stage of x of the unit before
@@ -133,7 +120,6 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
     return lane;
   }
   // A chunk, as soon as it is there, and the powers of two of its rows.
-  template <int Quarters>
   BITFOLD_DEVICE void open(int chunk, const Turn& w, float (&sums)[Quarters][kSums]) {
     ptx::barrier_wait(&this->head().w_full[w.slot], w.parity);
     // Rows have an even number of bytes, so that all of a lane's, eight apart, begin at the same place of a piece.
@@ -170,7 +156,6 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
   }
   // Seldom: sums so far become what they are with other powers of two, which are smaller; in two steps, since a float
   // may not have what is between them.
-  template <int Quarters>
   BITFOLD_DEVICE void change_powers(const float (&power)[2], float (&sums)[Quarters][kSums]) {
     float factor[2][2];
 #pragma unroll
@@ -232,7 +217,6 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
   }
 
   // One unit with all tokens.
-  template <int Quarters>
   BITFOLD_DEVICE void multiply_unit(float (&sums)[Quarters][kSums], const Decoded& unit, int slot) const {
     const uint64_t b = matrix(this->x_stage(slot));
 #pragma unroll
@@ -245,7 +229,6 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
   }
   // Minima of the chunk's sub-blocks with the sums of x over them, high and low parts: a step more, or two with the
   // same A; what their halves lack with high parts (and with low ones, where both are one step).
-  template <int Quarters>
   BITFOLD_DEVICE void multiply_mins(float (&sums)[Quarters][kSums], int slot) const {
     const uint64_t b = matrix(this->sums_stage(slot));
     ptx::wgmma_fence();
@@ -283,15 +266,15 @@ class WgmmaProducts : WgmmaBlock<Row, Rows> {
 };
 
 // All of a block's threads.
-template <int Row, int Rows>
+template <int Row, int Quarters>
 BITFOLD_DEVICE void linear_wgmma(const TileParameter& p) {
   using C = Chunk<Row>;
   auto* memory = shared<Bytes>().bytes;
   auto& head = *reinterpret_cast<WgmmaHead*>(memory);
   const auto thread = static_cast<int>(threadIdx.x);
   if constexpr (C::kTables > 0) {
-    C::fill(p.planes.row, memory + wgmma_places(chunk_size<C>(), Rows, kQuarter, 0, 0).tables, thread,
-            kWgmmaThreads<Rows>);
+    C::fill(p.planes.row, memory + wgmma_places(chunk_size<C>(), wgmma_rows(Quarters), kQuarter, 0, 0).tables, thread,
+            kWgmmaThreads<Quarters>);
   }
   if constexpr (C::kPlanes) {
     if (p.planes.scale == Scale::Nested && thread < 256) head.dynamic_map[thread] = kDynamicMap[thread];
@@ -299,21 +282,21 @@ BITFOLD_DEVICE void linear_wgmma(const TileParameter& p) {
   if (thread == 0) {
     for (int i = 0; i < p.shape.x_stages; ++i) {
       ptx::barrier_init(&head.x_full[i], 1);
-      ptx::barrier_init(&head.x_empty[i], kWgmmaMultiply<Rows> / kWarp);
+      ptx::barrier_init(&head.x_empty[i], kWgmmaMultiply<Quarters> / kWarp);
     }
     for (int i = 0; i < p.shape.w_stages; ++i) {
-      ptx::barrier_init(&head.w_full[i], WgmmaCopies<Row, Rows>::kWArrivals);
-      ptx::barrier_init(&head.w_empty[i], kWgmmaMultiply<Rows> / kWarp);
+      ptx::barrier_init(&head.w_full[i], WgmmaCopies<Row, Quarters>::kWArrivals);
+      ptx::barrier_init(&head.w_empty[i], kWgmmaMultiply<Quarters> / kWarp);
     }
     ptx::fence_barrier_init();
   }
   ptx::sync_block();
-  if (thread < kWgmmaMultiply<Rows>) {
-    ptx::registers_up<kUp<C, Rows>>();
-    WgmmaProducts<Row, Rows>(p).run();
+  if (thread < kWgmmaMultiply<Quarters>) {
+    ptx::registers_up<kUp<Quarters>>();
+    WgmmaProducts<Row, Quarters>(p).run();
   } else {
-    ptx::registers_down<kDownTo<C, Rows>>();
-    WgmmaCopies<Row, Rows>(p, thread - kWgmmaMultiply<Rows>).run();
+    ptx::registers_down<kDownTo<Quarters>>();
+    WgmmaCopies<Row, Quarters>(p, thread - kWgmmaMultiply<Quarters>).run();
   }
 }
 

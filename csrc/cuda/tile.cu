@@ -76,10 +76,9 @@ TileShape tile_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu&
 
 namespace {
 
-// Clocks of a unit. With kTileRows, as an H200 took them at 00e05ac (int4 with groups of 128): those of what comes
-// once, decoding above all, and those of a quarter. With kManyRows, counted: of four warps of a scheduler one always
-// waits.
-constexpr int64_t wgmma_clocks(int rows, int64_t quarters) { return rows == kManyRows ? 850 : 465 + 275 * quarters; }
+// Clocks of a unit of 64 columns by a block's quarters: counted from what an H200 took for two warpgroups at 00e05ac
+// (int4 with groups of 128), 740 and 1015, since more of them wait side by side.
+constexpr int64_t wgmma_clocks(int quarters) { return quarters == 1 ? 850 : 1075; }
 
 bool fit_wgmma(ChunkSize size, int64_t room, TileShape* shape) {
   // Of x, of W: x for some units, and W for a chunk more than what is multiplied.
@@ -104,29 +103,25 @@ TileShape wgmma_shape(ChunkSize size, int64_t m, int64_t n, int64_t k, const Gpu
   const int64_t chunks = ceil_div<int64_t>(k, size.columns);
   TileShape best{};
   int64_t least = 0;
-  // Where it costs the same, fewer quarters: they leave room for more stages.
-  const auto try_blocks = [&](int rows, int each) {
+  for (const int each : {1, 2}) {
     TileShape shape{};
     shape.wgmma = true;
-    shape.rows = rows;
+    shape.rows = wgmma_rows(each);
     shape.tokens = each * kQuarter;
-    if (!fit_wgmma(size, gpu.shared_bytes, &shape)) return;
-    shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, rows));
+    if (!fit_wgmma(size, gpu.shared_bytes, &shape)) continue;
+    shape.row_blocks = static_cast<int>(ceil_div<int64_t>(n, shape.rows));
     shape.token_blocks = static_cast<int>(ceil_div<int64_t>(quarters, each));
-    const int64_t most = smaller<int64_t>(each, quarters);
     for (int64_t splits = 1; splits <= smaller(kMostSplits, larger<int64_t>(chunks / 2, 1)); ++splits) {
       const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks * splits;
       const int64_t waves = ceil_div<int64_t>(blocks, gpu.multiprocessors);
-      const int64_t cost = waves * (ceil_div(units, splits) * wgmma_clocks(rows, most) + kBegin + most * kEnd +
-                                    (splits > 1 ? most * kAddUp : 0));
+      const int64_t cost = waves * (ceil_div(units, splits) * wgmma_clocks(each) + kBegin + each * kEnd +
+                                    (splits > 1 ? each * kAddUp : 0));
       if (least != 0 && cost >= least) continue;
       least = cost;
       shape.splits = static_cast<int>(splits);
       best = shape;
     }
-  };
-  if (quarters == 1) try_blocks(kManyRows, 1);
-  for (int each = 1; each <= kMostQuarters; ++each) try_blocks(kTileRows, each);
+  }
   if (least == 0) throw std::runtime_error("linear_wgmma: this GPU has too little shared memory");
   return best;
 }

@@ -24,7 +24,6 @@ inline constexpr int kUnitBytes = 2 * kWarp * 16;
 
 // The kernel with wgmma (wgmma.hpp) has tokens by quarters: one is the B of a product, and 8 KB of a unit.
 inline constexpr int kQuarter = 64;
-inline constexpr int kMostQuarters = 4;  // of a block
 inline constexpr int kQuarterBytes = kQuarter / 8 * kUnitBytes;
 
 // What the shape depends on of a format.

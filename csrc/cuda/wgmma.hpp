@@ -1,8 +1,8 @@
 // What the parts of the kernel for many tokens share where there is wgmma: how it is cut, and where it has what.
 //
-// y^T = W x^T, as in the tile kernel (tile.hpp): a block has kTileRows rows of W, up to 256 tokens and a range of
-// chunks of k; or kManyRows, and 64 tokens. Two or four warpgroups of it multiply, 64 rows each, and one brings what
-// they multiply to shared memory. Four hide better what each waits for, but have no registers for more tokens. Tokens
+// y^T = W x^T, as in the tile kernel (tile.hpp): a block has 256 rows of W and 64 tokens, or 192 rows and 128 tokens,
+// and a range of chunks of k. Four or three warpgroups of it multiply, 64 rows each, as many as there are registers for
+// their sums: what hides what one waits for is others. One more brings what they multiply to shared memory. Tokens
 // go by quarters of 64: one is the B of a product, and x lies in memory as quarters of a unit (64 columns), which are
 // that operand: [step of 16 columns][b0 or b1][8 tokens][token][4 pairs of columns in a format's order], 16 bytes a
 // token.
@@ -15,32 +15,30 @@ namespace bitfold::cuda {
 inline constexpr int kStepBytes = kQuarterBytes / kUnitSteps;
 
 inline constexpr int kWarpgroup = 4 * kWarp;
-inline constexpr int kManyRows = 2 * kTileRows;
-template <int Rows>
-inline constexpr int kWgmmaMultiply = Rows / 64 * kWarpgroup;  // threads
-template <int Rows>
-inline constexpr int kWgmmaThreads = kWgmmaMultiply<Rows> + kWarpgroup;  // the last of them copy
-inline constexpr int kWgmmaStages = 8;                                   // at most
-static_assert(kWgmmaMultiply<kTileRows> == kTileThreads && kTileRows == kWarpgroup);
 
-// Registers of a thread: as a block begins, as they are for those who multiply, and for those who copy, who have more
-// to do where scales lie in a plane. A block's are as many as it began with: those who go up would wait for more for
-// ever.
-template <int Rows>
-inline constexpr int kAtStart = 65536 / kWgmmaThreads<Rows> / 8 * 8;
-template <class C, int Rows>
-inline constexpr int kUp = Rows == kManyRows ? 104
-                           : C::kPlanes      ? 216
-                                             : 232;
-template <class C, int Rows>
+// By a block's quarters, 1 or 2: its rows, and the threads that multiply.
+constexpr int wgmma_rows(int quarters) { return quarters == 1 ? 256 : 192; }
+template <int Quarters>
+inline constexpr int kWgmmaMultiply = wgmma_rows(Quarters) / 64 * kWarpgroup;
+template <int Quarters>
+inline constexpr int kWgmmaThreads = kWgmmaMultiply<Quarters> + kWarpgroup;  // the last of them copy
+inline constexpr int kWgmmaStages = 8;                                       // at most
+
+// Registers of a thread: as a block begins, as they are for those who multiply, and for those who copy. A block's are
+// as many as it began with: those who go up would wait for more for ever.
+template <int Quarters>
+inline constexpr int kAtStart = 65536 / kWgmmaThreads<Quarters> / 8 * 8;
+template <int Quarters>
+inline constexpr int kUp = Quarters == 1 ? 104 : 144;
+template <int Quarters>
 inline constexpr int kDownTo =
-    (kAtStart<Rows> * kWgmmaThreads<Rows> - kUp<C, Rows> * kWgmmaMultiply<Rows>) / kWarpgroup;
+    (kAtStart<Quarters> * kWgmmaThreads<Quarters> - kUp<Quarters> * kWgmmaMultiply<Quarters>) / kWarpgroup;
 
 // Of the stages of x and W: filled, and free again; whether a stage of W changes a row's power of two, for each tile of
 // 16 rows; and what codes of nested scales mean.
 struct WgmmaHead {
   ptx::Barrier x_full[kWgmmaStages], x_empty[kWgmmaStages], w_full[kWgmmaStages], w_empty[kWgmmaStages];
-  alignas(16) uint32_t changes[kWgmmaStages][kManyRows / 16];
+  alignas(16) uint32_t changes[kWgmmaStages][wgmma_rows(1) / 16];
   float dynamic_map[256];
 };
 

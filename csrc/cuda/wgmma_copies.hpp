@@ -17,34 +17,33 @@ struct Turn {
 };
 
 // What a block of threads has, and where it lies.
-template <int Row, int Rows>
+template <int Row, int Quarters>
 class WgmmaBlock {
  protected:
   using C = Chunk<Row>;
   static constexpr int kUnits = C::kColumns / kUnit;
   static constexpr int kSpans = C::kColumns / 32;  // scales of a row of planes
+  static constexpr int kRows = wgmma_rows(Quarters), kTokens = Quarters * kQuarter;
 
   BITFOLD_DEVICE explicit WgmmaBlock(const TileParameter& p)
       : p_(p),
         memory_(shared<Bytes>().bytes),
-        at_(wgmma_places(chunk_size<C>(), Rows, p.shape.tokens, p.shape.x_stages, p.shape.w_stages)),
-        row0_(int64_t{blockIdx.x} * Rows),
-        quarter0_(static_cast<int>(blockIdx.z) * (p.shape.tokens / kQuarter)),
-        quarters_(smaller(p.shape.tokens / kQuarter, p.groups / 8 - quarter0_)),
+        at_(wgmma_places(chunk_size<C>(), kRows, kTokens, p.shape.x_stages, p.shape.w_stages)),
+        row0_(int64_t{blockIdx.x} * kRows),
+        quarter0_(static_cast<int>(blockIdx.z) * Quarters),
+        quarters_(smaller(Quarters, p.groups / 8 - quarter0_)),
         first_(static_cast<int>(int64_t{p.chunks} * blockIdx.y / p.shape.splits)),
         last_(static_cast<int>(int64_t{p.chunks} * (blockIdx.y + 1) / p.shape.splits)) {}
 
   BITFOLD_DEVICE WgmmaHead& head() const { return *reinterpret_cast<WgmmaHead*>(memory_); }
-  BITFOLD_DEVICE uint8_t* w_stage(int slot) const { return memory_ + at_.w + slot * (Rows * kStride<C>); }
-  BITFOLD_DEVICE uint8_t* x_stage(int slot) const {
-    return memory_ + at_.x + slot * (p_.shape.tokens / kQuarter * kQuarterBytes);
-  }
+  BITFOLD_DEVICE uint8_t* w_stage(int slot) const { return memory_ + at_.w + slot * (kRows * kStride<C>); }
+  BITFOLD_DEVICE uint8_t* x_stage(int slot) const { return memory_ + at_.x + slot * (Quarters * kQuarterBytes); }
   BITFOLD_DEVICE uint8_t* sums_stage(int slot) const {
-    return memory_ + at_.sums + slot * (p_.shape.tokens / 8 * kSumBytes<C>);
+    return memory_ + at_.sums + slot * (kTokens / 8 * kSumBytes<C>);
   }
   // Of a row, kSpans on end, and behind them the row's power of two.
   BITFOLD_DEVICE ScaledZero* scales_of(int slot, int row) const {
-    return reinterpret_cast<ScaledZero*>(memory_ + at_.scales + (slot * Rows + row) * kScaleBytes<C>);
+    return reinterpret_cast<ScaledZero*>(memory_ + at_.scales + (slot * kRows + row) * kScaleBytes<C>);
   }
   BITFOLD_DEVICE float& power_of(int slot, int row) const {
     return *reinterpret_cast<float*>(scales_of(slot, row) + kSpans);
@@ -66,12 +65,13 @@ class WgmmaBlock {
 };
 
 // The warpgroup that copies.
-template <int Row, int Rows>
-class WgmmaCopies : WgmmaBlock<Row, Rows> {
-  using Block = WgmmaBlock<Row, Rows>;
+template <int Row, int Quarters>
+class WgmmaCopies : WgmmaBlock<Row, Quarters> {
+  using Block = WgmmaBlock<Row, Quarters>;
   using C = Chunk<Row>;
   using Block::at_;
   using Block::first_;
+  using Block::kRows;
   using Block::kSpans;
   using Block::kUnits;
   using Block::last_;
@@ -87,7 +87,7 @@ class WgmmaCopies : WgmmaBlock<Row, Rows> {
   static constexpr int kWArrivals = 2 * kCopiers + (C::kMins > 0 ? 1 : 0);
 
   BITFOLD_DEVICE WgmmaCopies(const TileParameter& p, int thread)
-      : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(Rows, p.n - row0_) - 1)) {
+      : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(kRows, p.n - row0_) - 1)) {
     if constexpr (C::kPlanes) {
       if (p.planes.scale == Scale::Nested) nested_offset_ = *p.planes.nested_offset;
     }
@@ -119,9 +119,9 @@ class WgmmaCopies : WgmmaBlock<Row, Rows> {
   BITFOLD_DEVICE void bring_w() {
     WgmmaHead& head = this->head();
     // Chunks of which all is there; where rows are that long that steps would need 64 bits, none goes that way.
-    const int whole = !p_.in_words || last_row_ + 1 < Rows || p_.row_bytes >> 24 != 0 ? 0
-                      : !kSkewed<C> && p_.k % C::kColumns == 0                        ? p_.chunks
-                                                                                      : p_.chunks - 1;
+    const int whole = !p_.in_words || last_row_ + 1 < kRows || p_.row_bytes >> 24 != 0 ? 0
+                      : !kSkewed<C> && p_.k % C::kColumns == 0                         ? p_.chunks
+                                                                                       : p_.chunks - 1;
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
     // Scales are asked for two batches ahead, or one, as far as registers go.
     constexpr int kAhead = kTurnsOfScales * Scales <= 6 ? 2 : 1;
@@ -167,19 +167,14 @@ class WgmmaCopies : WgmmaBlock<Row, Rows> {
     };
 #pragma unroll 1
     while (chunk < last_) {
-      if constexpr (kBatches == 2) {
-        bring(scales[0], scales[kAhead - 1]);
-      } else {
-        bring(scales[0]);
-        if (kAhead > 1 && chunk < last_) bring(scales[kAhead - 1]);
-      }
+      bring(scales[0], scales[kAhead - 1]);
     }
   }
 
   // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kCopiers at a time. from: of this
   // thread's first row.
   BITFOLD_DEVICE void copy_whole(const uint8_t* from, int slot) const {
-    constexpr int kAll = Rows * kPieces<C>, kRowStep = kCopiers / kPieces<C>, kPieceStep = kCopiers % kPieces<C>;
+    constexpr int kAll = kRows * kPieces<C>, kRowStep = kCopiers / kPieces<C>, kPieceStep = kCopiers % kPieces<C>;
     // Made anew, so that where each turn's piece lies isn't kept in registers.
     const int64_t step = ptx::anew(static_cast<int>(kRowStep * p_.row_bytes));
     int piece = thread_ % kPieces<C>;
@@ -207,7 +202,7 @@ class WgmmaCopies : WgmmaBlock<Row, Rows> {
     const int64_t begin = int64_t{chunk} * C::kBytes;
     const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
 #pragma unroll 1
-    for (int i = thread_; i < Rows * kPieces<C>; i += kCopiers) {
+    for (int i = thread_; i < kRows * kPieces<C>; i += kCopiers) {
       const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
       const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
       uint8_t* to = this->w_stage(slot) + row * kStride<C> + at;
@@ -223,9 +218,9 @@ class WgmmaCopies : WgmmaBlock<Row, Rows> {
     }
   }
 
-  // ---- scales of planes: a thread has four of a row (128 columns) in each turn of a batch, which is kTileRows ----
+  // ---- scales of planes: a thread has four of a row (128 columns) in each turn of a batch, a half of the rows ----
 
-  static constexpr int kQuad = 4, kQuads = kSpans / kQuad, kBatches = Rows / kTileRows;
+  static constexpr int kQuad = 4, kQuads = kSpans / kQuad, kBatches = 2, kBatchRows = kRows / kBatches;
   static_assert(kSpans % kQuad == 0);
   // Zero points stay in their bytes until they are wanted, so that nothing waits for them before; those of 3 bits may
   // lie in two.
@@ -233,12 +228,12 @@ class WgmmaCopies : WgmmaBlock<Row, Rows> {
     if constexpr (C::kPlanes) return C::kInteger && 8 % C::kBits == 0;
     else return false;
   }();
-  static constexpr int kTurnsOfScales = (kTileRows * kQuads + kCopiers - 1) / kCopiers;
+  static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
   template <bool Usual, int Scales>
   BITFOLD_DEVICE void load_scales(int chunk, int batch, int turn, LoadedScaleZero (&loaded)[Scales]) const {
     const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
-    if (i >= kTileRows * kQuads) return;
-    const auto of_batch = static_cast<unsigned>(batch * kTileRows);
+    if (i >= kBatchRows * kQuads) return;
+    const auto of_batch = static_cast<unsigned>(batch * kBatchRows);
     const auto row = C::scale_row(p_.planes, row0_ + smaller(of_batch + i / kQuads, last_row_));
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
@@ -261,8 +256,8 @@ class WgmmaCopies : WgmmaBlock<Row, Rows> {
   BITFOLD_DEVICE void store_scales(int chunk, int batch, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
                                    float& power) const {
     const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
-    if (i >= kTileRows * kQuads) return;  // whole warps
-    const int row = batch * kTileRows + static_cast<int>(i / kQuads);
+    if (i >= kBatchRows * kQuads) return;  // whole warps
+    const int row = batch * kBatchRows + static_cast<int>(i / kQuads);
     auto* to = reinterpret_cast<uint4*>(this->scales_of(slot, row) + i % kQuads * kQuad);
     ScaleZero made[Scales];
     float peak = 0.0f;
