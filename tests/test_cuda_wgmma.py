@@ -1,7 +1,7 @@
 """The kernel for more than 32 rows of x on GPUs with wgmma (csrc/cuda/linear_wgmma.hpp).
 
 Beyond what test_linear.py asks of every device: every code in every place, exact sums, the same bits whatever the
-schedule, blocks of one to four quarters of 64 rows, k cut over blocks of threads, and little shared memory. More
+schedule, blocks of one and two quarters of 64 rows, k cut over blocks of threads, and little shared memory. More
 than 128 rows need a W of so many rows that the plan takes this kernel (test_cuda_plan.py).
 """
 
@@ -89,7 +89,7 @@ def test_accuracy(gpu, format, dtype, rng):
 @pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's multiprocessors can't be chosen")
 @pytest.mark.parametrize("format", ["int4-g128", "int4-g32-asym", "q5_k"])
 def test_blocks_of_every_size(format, rng):
-    """One multiprocessor takes blocks as large as there are: of one to four quarters, and what is left of the last."""
+    """One multiprocessor takes blocks of many rows: of one and two quarters, and what is left of the last."""
     n, k = 1200, 256
     qtensor, w = make(rng, format, n, k)
     x = torch.from_numpy(rng.standard_normal((260, k))).to(torch.bfloat16)

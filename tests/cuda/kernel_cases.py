@@ -133,9 +133,9 @@ FEW = [  # the largest first, as above
     *(linear(format, 25, 256, 288) for format in ("int4-g32", "q4_0", "q8_0")),  # whole rows end within a stage
 ]  # fmt: skip
 WGMMA = [  # the largest first, as above
-    linear("int4-g128", 330, 1500, 128, "bf16", multiprocessors=1),  # blocks of 256 tokens and of 74
+    linear("int4-g128", 330, 1500, 128, "bf16", multiprocessors=1),  # three blocks of tokens, of which one isn't full
     linear("int4-g32", 200, 700, 96, multiprocessors=1),  # four quarters, scales of 32 columns
-    linear("q4_k", 190, 450, 256, multiprocessors=1),  # three quarters
+    linear("q4_k", 190, 450, 256, multiprocessors=1),  # three, with minima
     linear("nf4-b64", 130, 450, 128, "bf16", bias=True, multiprocessors=1),
     linear("nf4-b64", 40, 75, 1280, "bf16", multiprocessors=1),  # more chunks than stages
     linear("q4_k", 40, 40, 2560, "bf16", multiprocessors=1),  # the same with minima
@@ -151,7 +151,9 @@ WGMMA = [  # the largest first, as above
     *(linear(format, 33, 33, 296, "bf16", bias=True)
       for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
     *(linear(format, 66, 150, 288, "fp16", bias=True) for format in ("q4_0", "q8_0", "mxfp4")),
-    linear("int4-g32", 70, 128, 288, multiprocessors=1),  # ends within a chunk; scales of 32 columns, two quarters
+    *(linear("int4-g32", m, n, 288, multiprocessors=1)  # whole rows end within a chunk; scales of 32 columns
+      for m, n in ((70, 192), (40, 256))),
+    linear("q4_k", 66, 140, 2560, "bf16", far=True, multiprocessors=1),  # they change for some of a warpgroup's warps
     *(linear(format, 66, 140, 1024, "bf16", far=True, multiprocessors=1)  # powers of two of rows change
       for format in ("int4-g64-asym", "nf4-b64", "nf4-b64-dq", "q4_k", "q4_0", "q5_1")),
 ]  # fmt: skip

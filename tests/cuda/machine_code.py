@@ -211,9 +211,10 @@ FAST = (
 
 # Bytes of stack of those that keep a register or two there all the same, outside of their inner loops.
 SPILLED = {"linear_tile_kernel<5>": 8, "linear_tile_kernel<11>": 8}
-# Hopper's for 9 to 32 rows keep some: in loops for 32 rows of x, where sums, operands and fresh sums are 96 of a
-# thread's 112 registers, and of int2, int4 and nf4 in those for small groups with zero points or nested scales.
-MOST_FEW = {4: 8, 5: 32, 7: 24, 8: 16, 21: 8, 22: 8}
+# Hopper's for 9 to 64 rows keep some: in loops for 32 rows of x, where sums, operands and fresh sums are 96 of a
+# thread's 112 registers, and of int2, int4 and nf4 in those for small groups with zero points or nested scales. (Those
+# with wgmma, for 33 to 64, keep none.)
+MOST_FEW = {2: 16, 4: 8, 5: 48, 6: 16, 7: 40, 8: 24, 13: 24, 15: 16, 18: 8, 21: 8, 22: 8}
 SPILLED_FEW = {f"linear_tile_kernel<{row}>": most for row, most in MOST_FEW.items()}
 # Kernels for 9 to 32 rows of formats with planes, but int3, whose codes lie across words.
 BY_MATRICES = [f"linear_tile_kernel<{row}>" for row in (2, 3, 4, 5, 7, 8)]
@@ -254,9 +255,9 @@ EXPECTED = [
      "sums of products are scaled"),
     (lambda k: not is_wgmma(k) or k.has("UBLKCP"), "no bulk copies"),
     # kAtStart of wgmma.hpp: with others a block's warpgroups would wait for registers that aren't there.
-    (lambda k: not is_wgmma(k) or (k.registers == 168 and k.has("USETMAXREG")), "it doesn't begin with 168 registers"),
+    (lambda k: not is_wgmma(k) or (k.registers == 128 and k.has("USETMAXREG")), "it doesn't begin with 128 registers"),
     (lambda k: not is_few(k) or k.has("UBLKCP"), "no bulk copies"),
-    # kFewAtStart of few.hpp
+    # kFewAtStart of few.hpp, and kAtStart
     (lambda k: not is_few(k) or k.registers == 96, "it doesn't begin with 96 registers"),
     (lambda k: not is_few(k) or k.name not in BY_MATRICES or k.has("LDSM", "4"), "no words of W by ldmatrix"),
     (lambda k: not copied(k) or k.has("LDGSTS", copied(k)), "no asynchronous copies of 16 bytes (int3: 8)"),
@@ -405,12 +406,13 @@ def few_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
 
 
 def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
-    """Of a unit of 64 columns, for 64, 128 and 256 rows of x; clocks of a multiprocessor's two warpgroups. Without what
+    """Of a unit of 64 columns, for 64 and 128 rows of x; clocks of all of a multiprocessor's warpgroups. Without what
     opens a chunk, every second or fourth unit, its minima, and changes of powers of two."""
     for row, format in WGMMAS:
-        found = [k for k in kernels if k.name == f"linear_many_kernel<{row}>" and is_wgmma(k)]
+        names = (f"linear_tile_kernel<{row}>", f"linear_many_kernel<{row}>")
+        found = [k for k in kernels if k.name in names and by_warpgroups(k)]
         ways = [usual_way(loop) for k in found for loop in k.inner_loops("HGMMA")]  # of two units
-        for quarters in (1, 2, 4):
+        for quarters, warpgroups in ((1, 4), (2, 3)):
             of_quarters = [
                 way for way in ways if count(way)["HGMMA"] == 2 * 4 * quarters and waits(way, 1) == 2
             ]
@@ -420,7 +422,8 @@ def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
             parts = [count(way)[name] // 2 for name in ("HGMMA", "HMUL2", "LDS")]
             instructions = len(way) // 2
             rest = instructions - sum(parts)
-            yield format, 64 * quarters, instructions, *parts, rest, 256 * quarters, 2 * instructions
+            products, issued = 128 * quarters * warpgroups, instructions * warpgroups
+            yield format, 64 * quarters, instructions, *parts, rest, products, issued
 
 
 def usual_way(loop: list[Instruction]) -> list[Instruction]:
