@@ -152,7 +152,7 @@ def is_tile(kernel: Kernel) -> bool:
 
 
 def is_few(kernel: Kernel) -> bool:
-    """Of the two codes for 9 to 32 rows that which is Hopper's: those who copy leave registers to others."""
+    """Of the two codes for few rows that which is Hopper's (at most 64): those who copy leave registers to others."""
     return is_tile(kernel) and kernel.has("USETMAXREG")
 
 
@@ -163,6 +163,11 @@ def is_many(kernel: Kernel) -> bool:
 def is_wgmma(kernel: Kernel) -> bool:
     """Of the two codes for many rows that which is Hopper's: it has no products of single warps."""
     return is_many(kernel) and not kernel.has("HMMA")
+
+
+def by_warpgroups(kernel: Kernel) -> bool:
+    """Whether 33 rows of x and more are multiplied by wgmma."""
+    return is_wgmma(kernel) or is_few(kernel)
 
 
 def copied(kernel: Kernel) -> str:
@@ -181,6 +186,11 @@ def is_gptq(kernel: Kernel) -> bool:
 
 def is_int8(kernel: Kernel) -> bool:
     return kernel.name.startswith(("int8_rows_kernel", "int8_tile_kernel"))
+
+
+def is_int8_by_boxes(kernel: Kernel) -> bool:
+    """Of the two codes for more than 8 rows that which is Hopper's."""
+    return kernel.name.startswith("int8_tile_kernel") and not kernel.has("IMMA")
 
 
 # Kernels that may begin before the one ahead of them has ended, on Hopper and later: ACQBULK is their wait for it, and
@@ -244,14 +254,15 @@ EXPECTED = [
     (lambda k: not k.name.startswith(FAST) or not spills(k), "it has a stack: registers are spilled"),
     (lambda k: not (is_rows(k) or is_tile(k) or (is_many(k) and not is_wgmma(k))) or k.has("HMMA", "16816", "F32"),
      "no products of halves with fp32 sums"),
-    (lambda k: not is_wgmma(k) or k.has("HGMMA", "64x64x16", "F32"), "no products of warpgroups with fp32 sums"),
-    (lambda k: not is_wgmma(k) or all(re.match(r"R\d+, R\d+, gdesc", i.operands) for i in k.code if i.name == "HGMMA"),
+    (lambda k: not by_warpgroups(k) or k.has("HGMMA", "64x64x16", "F32"), "no products of warpgroups with fp32 sums"),
+    (lambda k: not by_warpgroups(k)
+     or all(re.match(r"R\d+, R\d+, gdesc", i.operands) for i in k.code if i.name == "HGMMA"),
      "products of warpgroups don't take W from registers"),
     # For all products of two units only where a row's power of two changes, and at the end, whose code may lie between;
     # more often where the compiler couldn't tell their registers from others'.
-    (lambda k: not is_wgmma(k) or all(waits(loop, 0) <= 3 for loop in k.inner_loops("HGMMA")),
+    (lambda k: not by_warpgroups(k) or all(waits(loop, 0) <= 3 for loop in k.inner_loops("HGMMA")),
      "products of warpgroups are waited for one by one"),
-    (lambda k: not is_wgmma(k) or not any(count(loop)["FFMA"] for loop in k.inner_loops("HGMMA")),
+    (lambda k: not by_warpgroups(k) or not any(count(loop)["FFMA"] for loop in k.inner_loops("HGMMA")),
      "sums of products are scaled"),
     (lambda k: not is_wgmma(k) or k.has("UBLKCP"), "no bulk copies"),
     # kAtStart of wgmma.hpp: with others a block's warpgroups would wait for registers that aren't there.
@@ -269,8 +280,11 @@ EXPECTED = [
     (lambda k: not is_gptq(k) or k.has("LDGSTS"), "no asynchronous copies"),
     (lambda k: not is_gptq(k) or products_of_a_load(k) >= 3,
      "loads from shared memory serve fewer than three products"),
-    (lambda k: not is_int8(k) or k.has("IMMA", "16832", "S8"), "no products of bytes"),
-    (lambda k: not is_int8(k) or k.has("LDGSTS", "128"), "no asynchronous copies of 16 bytes"),
+    (lambda k: not is_int8(k) or is_int8_by_boxes(k) or k.has("IMMA", "16832", "S8"), "no products of bytes"),
+    (lambda k: not is_int8(k) or is_int8_by_boxes(k) or k.has("LDGSTS", "128"),
+     "no asynchronous copies of 16 bytes"),
+    (lambda k: not is_int8_by_boxes(k) or (k.has("IGMMA", "U8", "S8") and k.has("UTMALDG", "2D")),
+     "no products of warpgroups with bytes that come by boxes"),
     (waits_first, "it touches global memory before it waits for the kernel ahead"),
     (lambda k: not (k.has("ACQBULK") and k.has("LDG", "128", "CONSTANT")),
      "it reads what an earlier kernel writes as what nobody does"),
