@@ -130,7 +130,7 @@ CASE(wgmma_checks_its_matrix) {
   expect_error([&] { run_at(128, 0, 128, -16, 0); }, {"stride_bytes of a matrix of wgmma is a multiple of 16", "-16"});
   expect_error([&] { run_at(128, 2048 + 16, 128, 256, 0); }, {"wgmma at bytes 3984 ... 4111 of 4096 of shared memory"});
   expect_error([&] { run_at(128, 4096, 128, 256, 0); }, {"wgmma_matrix at byte 4096 of 4096"});
-  expect_error([&] { run_at(128, 0, 1024, 128, uint64_t{1} << 62); }, {"bits that mean swizzling"});
+  expect_error([&] { run_at(128, 0, 1024, 128, uint64_t{1} << 63); }, {"bits that mean other swizzles"});
   expect_error([&] { run_at(96, 0, 1024, 128, 0); }, {"wgmma_fence needs a whole warpgroup of 128 threads"});
 }
 
