@@ -33,12 +33,8 @@ void expect_end(const std::string& part, emulator::Where where = emulator::Where
 CASE(a_box_beside_its_place_is_found) {
   expect_end<BoxMistake::Place>("copy_box goes to a multiple of 1024 of shared memory, got byte 512");
 }
-CASE(bytes_of_boxes_that_nobody_waits_for_are_found) {
-  expect_end<BoxMistake::FewerBytes>("lacks 0 arrivals and ");
-}
-CASE(bytes_that_no_box_brings_are_waited_for_for_ever) {
-  expect_end<BoxMistake::MoreBytes>("lacks 0 arrivals and ");
-}
+CASE(bytes_of_boxes_that_nobody_waits_for_are_found) { expect_end<BoxMistake::FewerBytes>("lacks 0 arrivals and "); }
+CASE(bytes_that_no_box_brings_are_waited_for_for_ever) { expect_end<BoxMistake::MoreBytes>("lacks 0 arrivals and "); }
 CASE(a_product_that_begins_within_eight_lines_is_found) {
   expect_end<BoxMistake::Start>("lines of boxes lie in shared memory from a multiple of 1024 on");
 }
