@@ -292,10 +292,10 @@ BITFOLD_DEVICE void linear_wgmma(const TileParameter& p) {
   }
   ptx::sync_block();
   if (thread < kWgmmaMultiply<Quarters>) {
-    ptx::registers_up<kUp<Quarters>>();
+    ptx::registers_up<kUp<C, Quarters>>();
     WgmmaProducts<Row, Quarters>(p).run();
   } else {
-    ptx::registers_down<kDownTo<Quarters>>();
+    ptx::registers_down<kDownTo<C, Quarters>>();
     WgmmaCopies<Row, Quarters>(p, thread - kWgmmaMultiply<Quarters>).run();
   }
 }

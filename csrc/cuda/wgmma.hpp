@@ -24,15 +24,18 @@ template <int Quarters>
 inline constexpr int kWgmmaThreads = kWgmmaMultiply<Quarters> + kWarpgroup;  // the last of them copy
 inline constexpr int kWgmmaStages = 8;                                       // at most
 
-// Registers of a thread: as a block begins, as they are for those who multiply, and for those who copy. A block's are
-// as many as it began with: those who go up would wait for more for ever.
+// Registers of a thread: as a block begins, as they are for those who multiply, and for those who copy, who have more
+// to do where scales lie in a plane. A block's are as many as it began with: those who go up would wait for more for
+// ever. (Where nothing moves ptxas is told so all the same: it then shares them out better.)
 template <int Quarters>
 inline constexpr int kAtStart = 65536 / kWgmmaThreads<Quarters> / 8 * 8;
-template <int Quarters>
-inline constexpr int kUp = Quarters == 1 ? 104 : 144;
-template <int Quarters>
+template <class C, int Quarters>
+inline constexpr int kUp = Quarters == 2 ? 144
+                           : C::kPlanes  ? kAtStart<1>
+                                         : 104;
+template <class C, int Quarters>
 inline constexpr int kDownTo =
-    (kAtStart<Quarters> * kWgmmaThreads<Quarters> - kUp<Quarters> * kWgmmaMultiply<Quarters>) / kWarpgroup;
+    (kAtStart<Quarters> * kWgmmaThreads<Quarters> - kUp<C, Quarters> * kWgmmaMultiply<Quarters>) / kWarpgroup;
 
 // Of the stages of x and W: filled, and free again; whether a stage of W changes a row's power of two, for each tile of
 // 16 rows; and what codes of nested scales mean.

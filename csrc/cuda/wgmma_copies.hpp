@@ -231,7 +231,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
   template <bool Usual, int Scales>
   BITFOLD_DEVICE void load_scales(int chunk, int batch, int turn, LoadedScaleZero (&loaded)[Scales]) const {
-    const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
+    const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
     if (i >= kBatchRows * kQuads) return;
     const auto of_batch = static_cast<unsigned>(batch * kBatchRows);
     const auto row = C::scale_row(p_.planes, row0_ + smaller(of_batch + i / kQuads, last_row_));
@@ -255,7 +255,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <bool Usual, int Scales>
   BITFOLD_DEVICE void store_scales(int chunk, int batch, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
                                    float& power) const {
-    const auto i = static_cast<unsigned>(ptx::anew(thread_) + turn * kCopiers);
+    const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
     if (i >= kBatchRows * kQuads) return;  // whole warps
     const int row = batch * kBatchRows + static_cast<int>(i / kQuads);
     auto* to = reinterpret_cast<uint4*>(this->scales_of(slot, row) + i % kQuads * kQuad);
