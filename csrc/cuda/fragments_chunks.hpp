@@ -14,9 +14,6 @@ struct BlockMatrix {
   int64_t row_bytes;
 };
 
-// Its blocks, row after row.
-BITFOLD_DEVICE const uint8_t* packed(const BlockMatrix& w) { return w.blocks; }
-
 template <int Row>
 class ChunkFragments {
   using C = Chunk<Row>;

@@ -26,9 +26,6 @@ struct PlaneMatrix {
   int scale_bytes;
 };
 
-// Its codes, row after row.
-BITFOLD_DEVICE const uint8_t* packed(const PlaneMatrix& w) { return w.codes; }
-
 // Bytes from the zero points of a row to those of the next.
 inline int64_t row_zero_bytes(const Format& format, int64_t k) {
   return format.group == kPerTensor ? 0 : bitfold::ceil_div(groups_in_row(format, k) * format.bits(), 8);

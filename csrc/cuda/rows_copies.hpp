@@ -98,10 +98,7 @@ class Feed {
         units_(units.end),
         room_(ring, args.rooms),
         head_(ring + args.rooms * Source::kRoom, args.rooms) {
-    if (unit_ < units_) {
-      ask_ahead(unit_, kAhead);
-      aim();
-    }
+    if (unit_ < units_) aim();
   }
   // What a unit has at once; next() does it for all but the first.
   BITFOLD_DEVICE void begin() {
@@ -128,20 +125,6 @@ class Feed {
   }
 
  private:
-  // Bytes of a run of W that each warp asks for ahead, into the second cache, before its first unit.
-  static constexpr int kAhead = 12 << 10;
-
-  // Of the rows that the warps have together, a run as long as `unit`, or what of it is asked for ahead. Where a block
-  // has whole tiles, those of its warps lie one after the other.
-  BITFOLD_DEVICE void ask_ahead(int unit, int most) const {
-    if constexpr (Source::kRoom > 0) {
-      if (args_.partials != nullptr || unit >= units_) return;
-      const int64_t each = 16 * args_.w.row_bytes >> args_.slices_log2, from = unit * each;
-      const int64_t bytes = smaller(smaller<int64_t>(each, most), args_.w.n * args_.w.row_bytes - from);
-      if (bytes > 0 && ptx::lane_id() == 0) ptx::prefetch(packed(args_.w) + from, static_cast<int>(bytes));
-    }
-  }
-
   BITFOLD_DEVICE void aim() {
     const Unit unit(args_, unit_);
     unit_ += kWarps;

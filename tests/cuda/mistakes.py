@@ -11,7 +11,6 @@ WRONG: dict[str, dict[str, str]] = {
     "rows_copies.hpp": {
         "int64_t{args.pieces} * slice >> args.slices_log2": "slice * args.longest",
         "unit - slice * args.tiles": "unit % 2",
-        "args_.w.n * args_.w.row_bytes - from": "each",
     },
     "rows_kernel.hpp": {
         "i < args.rooms": "i <= args.rooms",
