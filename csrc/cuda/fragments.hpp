@@ -23,7 +23,7 @@
 //     static constexpr int kTogether;   // pairs of steps whose x registers have room for at once
 //     static constexpr int kRoom;       // bytes of a room, a multiple of 16; 0 where open() loads
 //     static constexpr int kHead;       // bytes of what is copied once for a run of pieces, a multiple of 16, or 0
-//     static constexpr float kUnit;     // what the sum of everything is to be multiplied with
+//     static constexpr float kUnit;     // what the sum of everything is to be multiplied with (less codebook_up)
 //
 //     // The piece's column in half h of b_r, as half = 2 r + h, of the lanes with lane % 4 == t.
 //     static constexpr int column(int step, int t, int half);

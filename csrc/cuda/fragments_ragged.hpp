@@ -60,9 +60,10 @@ class RaggedFragments {
     float dynamic_map[256];
   };
   BITFOLD_DEVICE static void fill(const Matrix& w, Tables& tables, int thread, int threads) {
+    const float up = codebook_up(w.planes.row);
     for (int i = thread; i < 256; i += threads) {
       const auto code = static_cast<uint32_t>(i);
-      tables.numbers[i] = code >> w.bits == 0 ? ptx::float_to_half(code_number(w.planes.row, code)) : uint16_t{0};
+      tables.numbers[i] = code >> w.bits == 0 ? ptx::float_to_half(code_number(w.planes.row, code) * up) : uint16_t{0};
       tables.dynamic_map[i] = kDynamicMap[static_cast<size_t>(i)];
     }
   }

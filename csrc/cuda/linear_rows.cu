@@ -112,6 +112,7 @@ void launch_rows(const RowsCall& call) {
       .more = static_cast<int>(shares % blocks),
       .round = static_cast<int>(round),
       .rooms = static_cast<int>(rooms),
+      .unit = Source::kUnit / codebook_up(a.w.format.row),
   };
   launch({.grid = static_cast<unsigned>(blocks),
           .block = kThreads,

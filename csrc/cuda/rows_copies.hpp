@@ -27,6 +27,7 @@ struct Args {
   int each, more;  // tiles (or units) of a block, and how many blocks have one more
   int round;       // units of a block, from one addition of slices to the next
   int rooms;       // of a warp's ring, 2, 3 or 4
+  float unit;      // what sums are to be multiplied with
 };
 
 // A room of a ring, and what is copied once for a unit: there are no more units under way than pieces.

@@ -150,7 +150,7 @@ BITFOLD_DEVICE void leave(const Args<Source>& args, const TokenScales& scales, c
     const float factor = scales.unit[token];
     float* rows = sums + token * token_stride + lane / 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) rows[8 * i] = total[2 * i + j] * Source::kUnit * factor;
+    for (int i = 0; i < 2; ++i) rows[8 * i] = total[2 * i + j] * args.unit * factor;
   }
 }
 

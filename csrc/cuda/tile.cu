@@ -221,6 +221,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .x = base + at.x,
       .sums = base + at.sums,
       .factors = reinterpret_cast<const float*>(base + at.factors),
+      .unit = 1.0f / codebook_up(args.w.format.row),
       .m = args.x.rows,
       .groups = static_cast<int>(tile_groups(shape, args.x.rows)),
       .bias = args.bias,

@@ -125,6 +125,7 @@ struct TileParameter {
   const uint8_t* x;      // [unit][group][2][lane] 16 bytes, or as wgmma.hpp says
   const uint8_t* sums;   // [chunk][group][lane] hi and lo of sums
   const float* factors;  // of tokens: what their sums are multiplied with, times 2^-14
+  float unit;            // and what those of all tokens
   int64_t m;
   int groups;  // of 8 tokens
 

@@ -13,6 +13,7 @@ WRONG: dict[str, dict[str, str]] = {
         "unit - slice * args.tiles": "unit % 2",
     },
     "rows_kernel.hpp": {
+        "args.unit * factor": "factor",
         "i < args.rooms": "i <= args.rooms",
         "pair % 2 == 0 ? even_ : odd_": "even_",
         "step % 2 == 0 ? quad.x : quad.z": "quad.x",
@@ -59,6 +60,7 @@ WRONG: dict[str, dict[str, str]] = {
         "smaller(mine, last_)": "mine",
     },
     "plane_codes.hpp": {
+        "code_value<kNf4>(code, 0) * codebook_up(kNf4)": "code_value<kNf4>(code, 0)",
         "field<4>(words[step / 2] >> 8 * (step % 2), place(step, r))": "field<4>(words[step / 2] >> 8, place(step, r))",
         "tables.pair(words[step / 2], 2 * (step % 2) + r)": "tables.pair(words[step / 2], 2 * (step % 2) + 1 - r)",
     },
@@ -84,6 +86,7 @@ WRONG: dict[str, dict[str, str]] = {
         "lane % 4 * 2 + i % 2": "lane % 4 * 2 + i / 2",
     },
     "tile_sums.hpp": {
+        "ptx::mul(p_.factors[token], p_.unit)": "p_.factors[token]",
         "static_cast<uint32_t>(p_.shape.splits) - 1": "0",
         "row + i >= p_.n": "row + i > p_.n",
     },
