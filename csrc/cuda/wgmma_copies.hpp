@@ -123,7 +123,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
                       : !kSkewed<C> && p_.k % C::kColumns == 0                         ? p_.chunks
                                                                                        : p_.chunks - 1;
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
-    // Scales are asked for two batches ahead, or one, as far as registers go.
+    // Scales are asked for two batches ahead, or one, as far as registers go: batch after batch, chunk after chunk.
     constexpr int kAhead = kTurnsOfScales * Scales <= 6 ? 2 : 1;
     LoadedScaleZero scales[kAhead][kTurnsOfScales][Scales];
     float power[kBatches][kTurnsOfScales];
@@ -139,35 +139,28 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       }
     };
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(first_ + i / kBatches, i % kBatches, scales[i]);
+    for (int i = 0; i < kAhead; ++i) load(first_, i, scales[i]);
     Turn w;
-    int chunk = first_;
-    // mine: what was loaded of the first batch, and of the next.
-    const auto bring = [&](auto&... mine) {
+#pragma unroll 1
+    for (int chunk = first_; chunk < last_; ++chunk, w.next(p_.shape.w_stages)) {
       ptx::barrier_wait(&head.w_empty[w.slot], w.parity ^ 1);
       if (chunk < whole) copy_whole(from, w.slot);
       else copy_edge(chunk, w.slot);
       ptx::cp_async_arrive(&head.w_full[w.slot]);
-      int batch = 0;
-      const auto store = [&](auto& loaded) {
+      from += C::kBytes;
+      const auto store = [&](int batch, const LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
         if constexpr (C::kPlanes) {
 #pragma unroll
           for (int turn = 0; turn < kTurnsOfScales; ++turn) {
-            store_scales<Usual>(chunk, batch, turn, loaded[turn], w.slot, power[batch][turn]);
+            store_scales<Usual>(chunk, batch, turn, of[turn], w.slot, power[batch][turn]);
           }
         }
-        ++batch;
-        if (batch == kBatches) ptx::barrier_arrive(&head.w_full[w.slot]);
-        load(chunk + (batch - 1 + kAhead) / kBatches, (batch - 1 + kAhead) % kBatches, loaded);
       };
-      (store(mine), ...);
-      from += C::kBytes;
-      w.next(p_.shape.w_stages);
-      ++chunk;
-    };
-#pragma unroll 1
-    while (chunk < last_) {
-      bring(scales[0], scales[kAhead - 1]);
+      store(0, scales[0]);
+      load(chunk + kAhead - 1, kAhead % kBatches, scales[0]);
+      store(1, scales[kAhead - 1]);
+      ptx::barrier_arrive(&head.w_full[w.slot]);
+      load(chunk + 1, kAhead - 1, scales[kAhead - 1]);
     }
   }
 
