@@ -211,8 +211,8 @@ BITFOLD_DEVICE void wgmma_f16(float (&)[N / 2], const uint32_t (&)[4], uint64_t,
 }
 #endif
 
-// ---- registers of a warpgroup's threads, 24 ... 256 by 8; up waits until others of the block have given enough back
-// ----
+// ---- registers of a warpgroup's threads ("setmaxnreg"), 24 ... 256 by 8: up not to fewer and down not to more than it
+// has; up waits until others of the block have given enough back ----
 
 template <int Count>
 BITFOLD_DEVICE void registers_up() {
