@@ -201,16 +201,18 @@ class Tile {
   int sums_[S::kTiles][S::kGroups][4] = {};
 };
 
-// How tiles are cut: their rows, tokens and columns of a stage, and the blocks that a GPU has room for.
+// How tiles are cut: their rows, tokens and columns of a stage, the blocks that a GPU has room for, and whether wgmma
+// multiplies.
 struct Cut {
   int64_t rows, tokens, columns, slots;
+  bool wide;
 };
 template <class S>
 Cut cut_of(const Gpu& gpu) {
-  return {S::kRows, S::kTokens, kInt8Piece, kBlocks * gpu.multiprocessors};
+  return {S::kRows, S::kTokens, kInt8Piece, kBlocks * gpu.multiprocessors, false};
 }
 Cut wide_cut(int64_t m, const Gpu& gpu) {
-  return {kWideRows, m <= 64 ? 64 : m <= 128 ? 128 : 256, kBoxBytes, gpu.multiprocessors};
+  return {kWideRows, m <= 64 ? 64 : m <= 128 ? 128 : 256, kBoxBytes, gpu.multiprocessors, true};
 }
 
 // Blocks wait for one another in waves. Beside its own pieces each costs about as much as six of them until the first
@@ -235,7 +237,7 @@ Int8Tiles cut_tiles(const Cut& cut, int64_t m, int64_t n, int64_t k) {
           .tokens = tokens,
           .splits = choose_splits(count, ceil_div(k, cut.columns), cut.slots),
           .block_tokens = static_cast<int>(cut.tokens),
-          .wide = false};
+          .wide = cut.wide};
 }
 
 // Blocks that share rows of W come one after the other.
@@ -295,10 +297,8 @@ void launch_tiles(const Int8Op& op, Stream stream) {
 
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
   if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, m, 1, 0, false};
-  if (!gpu.wgmma) return cut_tiles(m <= Few::kTokens ? cut_of<Few>(gpu) : cut_of<Many>(gpu), m, n, k);
-  Int8Tiles tiles = cut_tiles(wide_cut(m, gpu), m, n, k);
-  tiles.wide = true;
-  return tiles;
+  if (gpu.wgmma) return cut_tiles(wide_cut(m, gpu), m, n, k);
+  return cut_tiles(m <= Few::kTokens ? cut_of<Few>(gpu) : cut_of<Many>(gpu), m, n, k);
 }
 
 void int8_tile(const Int8Op& op, Stream stream) {

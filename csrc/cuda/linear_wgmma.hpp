@@ -2,7 +2,7 @@
 //
 // A warpgroup has 64 rows of W as the A operand in registers: warp w rows 16 w ... 16 w + 15, decoded as the tile
 // kernel does it (chunk.hpp) and then multiplied with their scales, as halves (wgmma.hpp). A unit, once decoded, meets
-// up to four quarters of tokens, and all units add to the same sums: while one is multiplied the next is decoded, and
+// one quarter of tokens or two, and all units add to the same sums: while one is multiplied the next is decoded, and
 // nobody waits for a product but for its operand's registers.
 #pragma once
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import bitfold
+import numpy as np
+import oracle
 import product_errors
 import pytest
 import torch
+from programs import ROOT
 
 
 @pytest.mark.parametrize("m", product_errors.ROWS)
@@ -16,3 +21,20 @@ def test_x_of_one_sign(format: str, m: int):
     qtensor = bitfold.encode(torch.randn(product_errors.N, product_errors.K, generator=generator), format)
     x = torch.randn(m, product_errors.K, generator=generator).half().abs()
     assert product_errors.relative_error(x, qtensor) <= 1e-3
+
+
+def mean_rounding(up: float) -> float:
+    """Of nf4's numbers times `up` to halves, over normal weights in blocks of 64, by the numbers' root mean square."""
+    numbers = np.asarray(oracle.NF4, dtype=np.float64)
+    weights = np.random.default_rng(0).standard_normal((4000, 64))
+    nearest = np.abs((weights / np.abs(weights).max(1, keepdims=True))[..., None] - numbers).argmin(-1)
+    shares = np.bincount(nearest.ravel(), minlength=16) / nearest.size
+    errors = (numbers * up).astype(np.float16).astype(np.float64) / up - numbers
+    return float(abs(shares @ errors) / np.sqrt(shares @ numbers**2))
+
+
+def test_roundings_of_nf4_cancel():
+    source = (ROOT / "csrc" / "cuda" / "plane_codes.hpp").read_text()
+    up = float(re.search(r"row == kNf4 \? ([\d.]+)f", source)[1])
+    assert mean_rounding(1.0) > 2.5e-5
+    assert mean_rounding(up) < 5e-6
