@@ -46,12 +46,9 @@ class ChunkFragments {
     return {static_cast<const uint8_t*>(w.codes), w.n, w.k / kFormat.group * kFormat.block_bytes};
   }
 
-  struct Tables {
-    alignas(16) uint8_t bytes[larger(C::kTables, 16)];
-  };
-  BITFOLD_DEVICE static void fill(const Matrix&, Tables& tables, int thread, int threads) {
-    if constexpr (C::kTables > 0) C::fill(tables.bytes, thread, threads);
-  }
+  static_assert(C::kTables == 0);
+  using Tables = NoTables;
+  BITFOLD_DEVICE static void fill(const Matrix&, Tables&, int, int) {}
 
   struct Slot {
     Lane lane[2];
@@ -114,7 +111,7 @@ class ChunkFragments {
 
   ChunkFragments() = default;
   // Rows that are 16 apart begin at the same places of a piece of 16 bytes.
-  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t, const Tables& tables, const std::byte*) : tables_(&tables) {
+  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t, const Tables&, const std::byte*) {
     for (int i = 0; i < 2; ++i) {
       skew_[i] = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(w.blocks)) +
                  static_cast<uint32_t>(ptx::lane_id() / 4 + 8 * i) * static_cast<uint32_t>(w.row_bytes);
@@ -127,7 +124,7 @@ class ChunkFragments {
     for (int i = 0; i < 2; ++i) {
       const uint32_t skew = C::kAlign < 16 ? (skew_[i] + static_cast<uint32_t>(piece) * C::kBytes) % 16 : 0;
       const auto* bytes = reinterpret_cast<const uint8_t*>(mine(room, i)) + skew;
-      slot.lane[i] = {bytes, nullptr, tables_->bytes, ptx::lane_id() % 4};
+      slot.lane[i] = {bytes, nullptr, nullptr, ptx::lane_id() % 4};
       slot.head[i] = C::head(bytes);
     }
   }
@@ -175,7 +172,6 @@ class ChunkFragments {
     return p - (C::kAlign < 16 ? reinterpret_cast<uintptr_t>(p) % 16 : 0);
   }
 
-  const Tables* tables_;
   uint32_t skew_[2];  // the address of each row, but for multiples of 16
 };
 

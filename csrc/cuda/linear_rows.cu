@@ -24,7 +24,7 @@ template <class Source>
 constexpr int64_t bytes_beside_x(int64_t rooms) {
   return static_cast<int64_t>(sizeof(Memory<Source>)) + kWarps * rooms * kRoomBytes<Source>;
 }
-constexpr int64_t kFewestRooms = 2, kFewestKept = 2;  // of a warp; slices of x that a block keeps at least
+constexpr int64_t kFewestRooms = 2, kFewestKept = 2;  // of a warp; slices of x that a block keeps, if not all
 
 // What a slice of x, of 8 tokens, may have.
 template <class Source>

@@ -2,6 +2,8 @@
 // shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/tokens.hpp"
 
 namespace bitfold::cuda::rows {
@@ -106,9 +108,29 @@ class Feed {
     if (left_ > 0) begin_unit();
   }
 
-  // The next piece into the next room of the ring, if there is one; a group of copies in either case.
+  // The first pieces into all rooms of the ring.
+  BITFOLD_DEVICE void fill() {
+#pragma unroll 1
+    for (int i = 0; i < args_.rooms; ++i) copy<Manner::Any>();
+  }
+  // The next piece into the room that the piece before the one at hand has left.
   template <Manner M>
   BITFOLD_DEVICE void next() {
+    if (full_) full_ = false;
+    else copy<M>();
+  }
+
+  // Until the oldest piece has come: all but the newest rooms - 2. (The first two of all together.)
+  BITFOLD_DEVICE void wait() const {
+    if (args_.rooms == 4) ptx::cp_async_wait<2>();
+    else if (args_.rooms == 3) ptx::cp_async_wait<1>();
+    else ptx::cp_async_wait<0>();
+  }
+
+ private:
+  // The next piece into the next room, if there is one; a group of copies in either case.
+  template <Manner M>
+  BITFOLD_DEVICE void copy() {
     if (left_ == 0 && unit_ < units_) aim(), begin_unit();
     if (left_ > 0) {
       copies_.template fetch<M>(args_.w, room_.at());
@@ -117,15 +139,6 @@ class Feed {
     ptx::cp_async_commit();
     room_.next();
   }
-
-  // Until the oldest piece has come: all but the newest rooms - 2.
-  BITFOLD_DEVICE void wait() const {
-    if (args_.rooms == 4) ptx::cp_async_wait<2>();
-    else if (args_.rooms == 3) ptx::cp_async_wait<1>();
-    else ptx::cp_async_wait<0>();
-  }
-
- private:
   BITFOLD_DEVICE void aim() {
     const Unit unit(args_, unit_);
     unit_ += kWarps;
@@ -143,10 +156,13 @@ class Feed {
   Room<Source::kRoom> room_;
   Room<Source::kHead> head_;
   int left_ = 0;
+  bool full_ = true;  // the ring, before the first piece is multiplied
   typename Source::Copies copies_;
 };
 
-// x in shared memory, for all warps: some slices of all tokens, of which a warp brings a token's slice at a time.
+// x in shared memory: some slices of all tokens, of which a warp brings a token's slice at a time. Where all slices are
+// there and are as many as warps, or twice as many, a warp brings the slices that it multiplies, and waits for no
+// other.
 template <class Source>
 class Slices {
   using X = Tokens<Source>;
@@ -167,8 +183,10 @@ class Slices {
     first_ = first, end_ = end;
     if (at_once_ && warp_ < jobs()) load(warp_, eights);
   }
-  // By all threads, who meet after it.
+  // By all threads; they meet in it, after what they have done before, or after it.
   BITFOLD_DEVICE void finish(Eights& eights) {
+    const bool own = args_.partials == nullptr && 1 << args_.slices_log2 >= kWarps;
+    if (own && !std::is_empty_v<typename Source::Tables>) ptx::sync_block();
     if (at_once_) {
 #pragma unroll 1
       for (int i = warp_; i < jobs(); i += kWarps) {
@@ -179,7 +197,8 @@ class Slices {
     } else {
       stage();
     }
-    ptx::sync_block();
+    if (own) ptx::sync_warp();
+    else ptx::sync_block();
   }
   // Others, by all threads, who meet before it and after it.
   BITFOLD_DEVICE void next(int first, int end) {
@@ -200,15 +219,17 @@ class Slices {
     uint4* x;
     TokenScales* scales;
 
-    BITFOLD_DEVICE Job(const Slices& s, int i) : token(i % s.args_.x.m) {
-      const int slice = i / s.args_.x.m;
+    BITFOLD_DEVICE Job(const Slices& s, int i) : token(i >> s.count_log2()) {
+      const int slice = i & ((1 << s.count_log2()) - 1);
       first = Unit::first_of(s.args_, s.first_ + slice);
       pieces = Unit::first_of(s.args_, s.first_ + slice + 1) - first;
       x = s.x_ + slice * s.each_;
       scales = s.scales_ + slice;
     }
   };
-  BITFOLD_DEVICE int jobs() const { return (end_ - first_) * args_.x.m; }
+  // Of the slices that are there: all, or one or two.
+  BITFOLD_DEVICE int count_log2() const { return args_.partials == nullptr ? args_.slices_log2 : end_ - first_ - 1; }
+  BITFOLD_DEVICE int jobs() const { return args_.x.m << count_log2(); }
   BITFOLD_DEVICE void stage() const {
 #pragma unroll 1
     for (int i = warp_; i < jobs(); i += kWarps) {

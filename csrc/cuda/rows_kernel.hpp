@@ -188,8 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
   Slices<Source> slices(args, memory.scales, x, warp);
   typename Slices<Source>::Eights eights;
   slices.begin(first, smaller(first + args.kept, last), eights);
-#pragma unroll 1
-  for (int i = 1; i < args.rooms; ++i) feed.template next<Manner::Any>();
+  feed.fill();
   Room<Source::kRoom> room(ring, args.rooms);
   Room<Source::kHead> head(ring + args.rooms * Source::kRoom, args.rooms);
   Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);

@@ -97,7 +97,8 @@ ROWS = [
       for format in block_formats() for m, dtype in ((3, "bf16"), (8, "fp16"))),
     *(linear(format, 3, 33, 512, "bf16")  # the other two ways of scales and zero points
       for format in ("int4-g64-asym", "int3-g64-asym", "int4-g128-sfp32", "int4-g32-asym-sbf16", "fp4-b64")),
-    linear("int4-g128-asym", 3, 225, 384, "bf16", multiprocessors=1),  # an odd number of scales
+    linear("int4-g128-asym", 3, 641, 384, "bf16", multiprocessors=1),  # an odd number of scales
+    linear("q4_k", 2, 33, 8192, "bf16", multiprocessors=1),  # two rooms; a warp brings the slices that it multiplies
     linear("int4-g128-asym", 3, 224, 512, multiprocessors=1),  # the last word of a plane, tiles after the first
     linear("int4-g32", 5, 33, 544),  # pieces of 32 columns
     linear("nf4-b64-dq", 1, 17, 192),

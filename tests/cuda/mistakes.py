@@ -11,10 +11,14 @@ WRONG: dict[str, dict[str, str]] = {
     "rows_copies.hpp": {
         "int64_t{args.pieces} * slice >> args.slices_log2": "slice * args.longest",
         "unit - slice * args.tiles": "unit % 2",
+        "i < args_.rooms": "i <= args_.rooms",
+        "1 << args_.slices_log2 >= kWarps": "2 << args_.slices_log2 >= kWarps",
+        "own && !std::is_empty_v<typename Source::Tables>": "false",
+        "end_ - first_ - 1": "0",
+        "i >> s.count_log2()": "i & (s.args_.x.m - 1)",
     },
     "rows_kernel.hpp": {
         "args.unit * factor": "factor",
-        "i < args.rooms": "i <= args.rooms",
         "pair % 2 == 0 ? even_ : odd_": "even_",
         "step % 2 == 0 ? quad.x : quad.z": "quad.x",
         "step % 2 == 0 ? quad.y : quad.w": "step % 2 == 0 ? quad.x : quad.w",

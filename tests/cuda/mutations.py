@@ -64,6 +64,11 @@ UNSEEN = {
         1,
     ): "the lanes meet in the shuffles before it, which on a GPU alone promise nothing of what they wrote",
     (
+        "rows_copies.hpp",
+        "ptx::sync_warp();",
+        1,
+    ): "the lanes meet before the first piece, and before that in shuffles, where sums of x are wanted",
+    (
         "linear_few.hpp",
         "ptx::sync_warp();",
         1,
