@@ -74,8 +74,11 @@ class FewCopies : FewBlock<Row> {
         row_(thread / kLanes),
         rows_(static_cast<int>(smaller<int64_t>(p.n - row0_, kFewRows))) {}
 
+  // W doesn't wait for the kernel before, whose is x (arrange.cu): until that has ended it comes alone, as far as there
+  // are stages.
   BITFOLD_DEVICE void run() {
     FewBarriers& barriers = this->barriers();
+    const int with_x = smaller(first_ + p_.shape.w_stages, last_) - 1;  // the stage after which x comes, too
     // A row's last stage may end within it, and the matrix's last row within a piece.
     const bool ends = stages_ * int64_t{Stage::kBytes} > p_.row_bytes || (Stage::kSkewed && row0_ + kFewRows >= p_.n);
     Turn turn;
@@ -84,7 +87,10 @@ class FewCopies : FewBlock<Row> {
       ptx::Barrier* full = &barriers.full[turn.slot];
       uint8_t* to = this->stage(turn.slot);
       ptx::barrier_wait(&barriers.empty[turn.slot], turn.parity ^ 1);
-      if (thread_ == 0) copy_x(stage, to, full);
+      if (thread_ == 0 && stage >= with_x) {
+        if (stage == with_x) begin_x(with_x);
+        copy_x(stage, to, full);
+      }
       if (!p_.in_words) copy_bytes(stage, to);
       else if (rows_ < kFewRows || (ends && stage + 1 == stages_)) copy_words<true>(stage, to);
       else copy_words<false>(stage, to);
@@ -95,6 +101,7 @@ class FewCopies : FewBlock<Row> {
       ptx::barrier_arrive(full);
       turn.next(p_.shape.w_stages);
     }
+    ptx::wait_for_earlier();
   }
 
  private:
@@ -170,6 +177,15 @@ class FewCopies : FewBlock<Row> {
         const uint8_t* zeros = w.zeros + row * w.row_zeros;
         come_to(zeros, zeros + first * C::kBits / 8, zeros + last * C::kBits / 8);
       }
+    }
+  }
+  // x of all stages before, which are the first.
+  BITFOLD_DEVICE void begin_x(int end) const {
+    ptx::wait_for_earlier();
+    ptx::let_later_begin();
+#pragma unroll 1
+    for (int stage = first_; stage < end; ++stage) {
+      copy_x(stage, this->stage(stage - first_), &this->barriers().full[stage - first_]);
     }
   }
   // x of a stage's units, and its sums, lie together.

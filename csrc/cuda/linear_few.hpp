@@ -76,6 +76,7 @@ class FewProducts : FewBlock<Row> {
       tables().fill(p_.planes.row, static_cast<int>(threadIdx.x), kFewMultiply);
       ptx::bar_sync(kSumsBarrier, kFewMultiply);
     }
+    ptx::wait_for_earlier();
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll

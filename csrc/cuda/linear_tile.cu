@@ -63,6 +63,8 @@ class Tile : TileCopies<Row, Tokens> {
     if constexpr (C::kTables > 0) {
       C::fill(p_.planes.row, memory_ + at_.tables, static_cast<int>(threadIdx.x), kTileThreads);
     }
+    ptx::wait_for_earlier();
+    ptx::let_later_begin();
     start();
     for (int chunk = first_; chunk < last_; ++chunk) {
 #pragma unroll 1
@@ -307,12 +309,11 @@ class Tile : TileCopies<Row, Tokens> {
 };
 
 // Few tokens and more: a kernel each, with the code that a GPU is best at; on Hopper "few" are those of blocks of 640
-// threads, at most 64. Either may begin before `arrange` has ended.
+// threads, at most 64. Either may begin before `arrange` has ended, and wgmma's copies of W, which isn't arrange's to
+// write, do (as those for few tokens on Hopper).
 template <int Row>
 __global__ void __launch_bounds__(kWgmma ? kFewThreads : kTileThreads, kWgmma ? 1 : 2)
     linear_tile_kernel(const TileParameter p) {
-  ptx::wait_for_earlier();
-  ptx::let_later_begin();
   static_assert(kFewThreads == kWgmmaThreads<1>);
   if (wgmma_where(p.shape.few || p.shape.wgmma)) {
     if (p.shape.few) linear_few<Row>(p);
@@ -324,8 +325,6 @@ __global__ void __launch_bounds__(kWgmma ? kFewThreads : kTileThreads, kWgmma ? 
 template <int Row>
 __global__ void __launch_bounds__(kWgmma ? kWgmmaThreads<2> : kTileThreads, 1)
     linear_many_kernel(const TileParameter p) {
-  ptx::wait_for_earlier();
-  ptx::let_later_begin();
   if (wgmma_where(p.shape.wgmma)) linear_wgmma<Row, 2>(p);
   else Tile<Row, kManyTokens>(p).run();
 }

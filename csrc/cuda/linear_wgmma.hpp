@@ -36,6 +36,7 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
       : Block(p), lane_(ptx::lane_id()), row_(16 * ptx::warp_id() + lane_ / 4), power_{kFinest, kFinest} {}
 
   BITFOLD_DEVICE void run() {
+    ptx::wait_for_earlier();
     float sums[Quarters][kSums];
 #pragma unroll
     for (int q = 0; q < Quarters; ++q) {

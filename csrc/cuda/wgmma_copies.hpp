@@ -93,12 +93,11 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     }
   }
 
+  // W doesn't wait for the kernel before, whose is x (arrange.cu).
   BITFOLD_DEVICE void run() {
-    if (thread_ > kCopiers) return;
     if (thread_ == kCopiers) bring_x();
-    else if (!C::kPlanes || p_.wide_groups) bring_w<1>();
-    else if (p_.whole_units) bring_w<2>();
-    else bring_w<kQuad>();
+    else if (thread_ < kCopiers) bring_w();
+    ptx::wait_for_earlier();
   }
 
  private:
@@ -106,6 +105,11 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 
   // ---- W ----
 
+  BITFOLD_DEVICE void bring_w() {
+    if (!C::kPlanes || p_.wide_groups) bring_w<1>();
+    else if (p_.whole_units) bring_w<2>();
+    else bring_w<kQuad>();
+  }
   // Scales: that four of them may be.
   template <int Scales>
   BITFOLD_DEVICE void bring_w() {
@@ -296,6 +300,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   // ---- x, and its sums: whole quarters on end ----
 
   BITFOLD_DEVICE void bring_x() {
+    ptx::wait_for_earlier();
+    ptx::let_later_begin();
     WgmmaHead& head = this->head();
     const int64_t step = int64_t{p_.groups / 8} * kQuarterBytes;  // from unit to unit
     const uint8_t* from = p_.x + int64_t{first_} * kUnits * step + quarter0_ * kQuarterBytes;

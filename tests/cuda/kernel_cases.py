@@ -126,8 +126,8 @@ FEW = [  # the largest first, as above
       for m, dtype in ((9, "bf16"), (32, "fp16"))),
     *(linear(format, 20, 33, 296, "bf16", bias=True)  # rows that begin anywhere
       for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
-    *(linear(format, 9, 288, 1536, "bf16", multiprocessors=132)  # k over several blocks
-      for format in ("int4-g128-asym", "q4_k", "q6_k")),
+    *(linear(format, 9, 288, 1536, "bf16", multiprocessors=132)  # k over several blocks, some of which begin late
+      for format in ("int4-g128-asym", "nf4-b64", "q4_k", "q6_k")),
     linear("nf4-b64-dq", 16, 17, 192),
     *(linear(format, m, 40, 640, multiprocessors=1)  # one load for all scales; the last stage is half of one
       for format in ("int4-g32", "int4-g32-asym", "int4-g64-asym", "nf4-b32", "nf4-b64-dq") for m in (11, 26)),
