@@ -1,4 +1,4 @@
-"""A case of a kernel, what several of them are made of, and the file of one, which kernel_tests.cpp reads."""
+"""A case of a kernel, what several of them are made of, and the file of one, which case_file.hpp reads."""
 
 from __future__ import annotations
 
