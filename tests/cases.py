@@ -9,6 +9,7 @@ from itertools import product
 import bitfold
 import numpy as np
 import oracle
+import oracle_floats
 import torch
 from bitfold import _C
 
@@ -186,7 +187,7 @@ def random_planes(
         planes["scales"] = rng.integers(0, 256, scale_shape).astype(np.uint8)
     else:
         values = (rng.standard_normal(scale_shape) * 0.05).astype(np.float32)
-        planes["scales"] = oracle.to_dtype(values, fmt.scale)
+        planes["scales"] = oracle_floats.to_dtype(values, fmt.scale)
     if fmt.asymmetric:
         zeros = rng.integers(0, 2**fmt.bits, scale_shape).astype(np.uint8)
         planes["zeros"] = oracle.pack_bits(zeros, fmt.bits)

@@ -1,8 +1,8 @@
 """docs/formats.md once more, slowly, in numpy: what the tests compare bitfold with.
 
-Nothing here imports bitfold. Every table is typed from the specification, every float type smaller than
-binary32 is the list of all its values, and every step of an encoder is one numpy operation on float32. Planes
-are dicts of numpy arrays of *bits*: float16 and bfloat16 as uint16, float32 as uint32.
+What encodes is in oracle_encode.py, floats of 16 and 8 bits are in oracle_floats.py. Nothing here imports bitfold, and
+every table is typed from the specification. Planes are dicts of numpy arrays of *bits*: float16 and bfloat16 as uint16,
+float32 as uint32.
 """
 
 from __future__ import annotations
@@ -11,74 +11,10 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
+from oracle_floats import BF16, E4M3, E5M2, F32, FP16, SmallFloat, from_dtype
 
-F32 = np.float32
 TENSOR, CHANNEL = 0, -1
 NESTED_GROUP = 256
-NESTED_SUM = 1024
-
-
-# ---- small floats, by enumeration ----
-
-
-class SmallFloat:
-    """A float type of at most 16 bits: the list of its values, and nearest-even rounding onto that list."""
-
-    def __init__(self, name: str, exponent_bits: int, mantissa_bits: int, infinities: bool = True):
-        self.name = name
-        self.bits = 1 + exponent_bits + mantissa_bits
-        codes = np.arange(2 ** (self.bits - 1))
-        exponent, mantissa = codes >> mantissa_bits, codes & (2**mantissa_bits - 1)
-        unit = np.ldexp(1.0, np.maximum(exponent, 1) - (2 ** (exponent_bits - 1) - 1) - mantissa_bits)
-        magnitudes = np.where(exponent == 0, mantissa, mantissa + 2**mantissa_bits) * unit
-        # The first code that is not finite keeps its formula's value here: it is what overflow is measured against.
-        self.overflow = int(codes[exponent == exponent.max()][0]) if infinities else int(codes[-1])
-        self.magnitudes = magnitudes[: self.overflow + 1]
-        self.largest = float(magnitudes[self.overflow - 1])
-        values = np.where(codes < self.overflow, magnitudes, np.nan)
-        if infinities:
-            values[self.overflow] = np.inf
-        self.values = np.concatenate([values, -values])  # code -> value
-
-    def code(self, x: np.ndarray, saturate: bool = False) -> np.ndarray:
-        """Nearest code, ties to the even one; what is beyond the largest value gets the overflow code, or saturates."""
-        x = np.asarray(x, np.float64)
-        middles = (self.magnitudes[:-1] + self.magnitudes[1:]) / 2
-        index = np.searchsorted(middles, np.abs(x), side="left")
-        tie = (index < len(middles)) & (np.abs(x) == middles[np.minimum(index, len(middles) - 1)])
-        index = index + (tie & (index % 2 == 1))
-        index = np.minimum(index, self.overflow - 1) if saturate else np.minimum(index, self.overflow)
-        return (index + np.signbit(x) * 2 ** (self.bits - 1)).astype(
-            np.uint16 if self.bits == 16 else np.uint8
-        )
-
-    def value(self, code: np.ndarray) -> np.ndarray:
-        return self.values[np.asarray(code, np.int64)].astype(F32)  # exact: all are binary32 numbers
-
-    def beyond(self, x: np.ndarray) -> np.ndarray:
-        return (self.code(x) & (2 ** (self.bits - 1) - 1)) >= self.overflow
-
-
-FP16 = SmallFloat("fp16", 5, 10)
-BF16 = SmallFloat("bf16", 8, 7)
-E4M3 = SmallFloat("fp8-e4m3", 4, 3, infinities=False)
-E5M2 = SmallFloat("fp8-e5m2", 5, 2)
-PLANE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "nested": "uint8"}
-
-
-def to_dtype(x: np.ndarray, name: str) -> np.ndarray:
-    """Bits of binary32 numbers rounded to fp16, bf16 or fp32 (fp64: the float64 itself)."""
-    x = np.asarray(x, F32)
-    if name in ("fp16", "bf16"):
-        small = FP16 if name == "fp16" else BF16
-        bits = small.code(x)
-        return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
-    return x.view(np.uint32) if name == "fp32" else x.astype(np.float64)
-
-
-def from_dtype(bits: np.ndarray, name: str) -> np.ndarray:
-    """Binary32 numbers of the bits of fp16, bf16 or fp32 numbers."""
-    return bits.view(F32) if name == "fp32" else (FP16 if name == "fp16" else BF16).value(bits)
 
 
 # ---- codebooks ----
@@ -115,38 +51,6 @@ def nearest_entry(t: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Index of the entry of an ascending table nearest to t; an exact midpoint takes the lower entry."""
     middles = (table[:-1] + table[1:]) * F32(0.5)
     return (t[..., None] > middles).sum(axis=-1)
-
-
-# ---- errors ----
-
-
-class OracleError(Exception):
-    pass
-
-
-@dataclass
-class NotFinite(OracleError):
-    row: int
-    column: int
-
-
-@dataclass
-class CastOverflow(OracleError):
-    count: int
-    row: int
-    column: int
-
-
-@dataclass
-class ScaleOverflow(OracleError):
-    row: int
-    group: int
-
-
-@dataclass
-class ScaleUnderflow(OracleError):
-    row: int
-    group: int
 
 
 # ---- grids: what a code means, and which code a weight gets ----
@@ -253,13 +157,6 @@ class Cast:
     def __init__(self, small: SmallFloat):
         self.small = small
 
-    def encode(self, w, clamp):
-        beyond = self.small.beyond(w)
-        if beyond.any() and not clamp:
-            row, column = np.argwhere(beyond)[0]
-            raise CastOverflow(int(beyond.sum()), int(row), int(column))
-        return self.small.code(w, saturate=True)
-
 
 # ---- the table of families, and the format string ----
 
@@ -354,6 +251,8 @@ def parse(text: str) -> Format:
 
 # ---- sizes ----
 
+PLANE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "nested": "uint8"}
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -419,88 +318,7 @@ def unpack_bits(data: np.ndarray, count: int, bits: int, high_first: bool = Fals
     return (stream.reshape(rows, count, bits) << np.arange(bits)).sum(axis=2).astype(np.uint8)
 
 
-# ---- encode ----
-
-
-def split(w: np.ndarray, group: int, together: int = 1) -> np.ndarray:
-    """[n, k] -> [rows, groups, columns of a group], the last group padded with zeros; with rows that share their
-    scales [ceil(n / together), groups, together * columns], the last rows padded too."""
-    n, k = w.shape
-    if together > 1:
-        bands, count = ceil_div(n, together), ceil_div(k, group)
-        padded = np.zeros((bands * together, count * group), w.dtype)
-        padded[:n, :k] = w
-        tiles = padded.reshape(bands, together, count, group).transpose(0, 2, 1, 3)
-        return tiles.reshape(bands, count, together * group)
-    if group == TENSOR:
-        return w.reshape(1, 1, n * k)
-    if group == CHANNEL:
-        return w.reshape(n, 1, k)
-    count = ceil_div(k, group)
-    padded = np.zeros((n, count * group), w.dtype)
-    padded[:, :k] = w
-    return padded.reshape(n, count, group)
-
-
-def join(groups: np.ndarray, n: int, k: int, group: int, together: int = 1) -> np.ndarray:
-    """The inverse of split."""
-    if together > 1:
-        bands, count, _ = groups.shape
-        tiles = groups.reshape(bands, count, together, group).transpose(0, 2, 1, 3)
-        return tiles.reshape(bands * together, count * group)[:n, :k]
-    return groups.reshape(n, k) if group <= 0 else groups.reshape(n, groups.shape[1] * group)[:, :k]
-
-
-def to_binary32(w: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        narrow = w.astype(F32)
-    bad = np.argwhere(~np.isfinite(narrow))
-    if len(bad):
-        raise NotFinite(int(bad[0][0]), int(bad[0][1]))
-    return narrow
-
-
-def store_scales(fmt: Format, groups: np.ndarray) -> np.ndarray:
-    """The groups' scales in binary32, rounded to the scale dtype and back; refuses what that dtype can't hold."""
-    largest, steps = fmt.grid.largest(fmt.asymmetric), fmt.grid.step()
-    with np.errstate(under="ignore", over="ignore", invalid="ignore"):
-        stored = fmt.grid.spread(groups, fmt.asymmetric) / F32(largest)
-        if fmt.scale in ("fp16", "bf16"):
-            stored = from_dtype(to_dtype(stored, fmt.scale), fmt.scale)
-        exact = fmt.grid.spread(groups.astype(np.float64), fmt.asymmetric) / largest
-        over = np.isinf(stored)
-        under = np.abs(stored.astype(np.float64) - exact) * steps > exact / 2
-    for row, group in np.argwhere(over | under):
-        raise (ScaleOverflow if over[row, group] else ScaleUnderflow)(int(row) * fmt.rows, int(group))
-    return stored
-
-
-def nest(scales: np.ndarray, offset: float | None) -> dict[str, np.ndarray]:
-    flat = scales.reshape(-1)
-    if offset is None:
-        total = np.float64(0)
-        for start in range(0, len(flat), NESTED_SUM):
-            part = np.float64(0)
-            for s in flat[start : start + NESTED_SUM]:
-                part = part + np.float64(s)
-            total = total + part
-        offset = F32(total / len(flat)) if len(flat) else F32(0)
-    d = flat - F32(offset)
-    codes, maxima = np.zeros(len(d), np.uint8), []
-    for start in range(0, len(d), NESTED_GROUP):
-        part = d[start : start + NESTED_GROUP]
-        top = np.abs(part).max()
-        maxima.append(top)
-        if top > 0:
-            t = np.clip(part * (F32(1) / np.maximum(top, F32(1e-38))), F32(-1), F32(1))
-            point = np.trunc((t + F32(1)) * F32(0.5) * F32(65535) + F32(0.5))
-            t = point / F32(65535) * F32(2) - F32(1)
-            codes[start : start + NESTED_GROUP] = nearest_entry(t, DYNAMIC_MAP)
-    return {
-        "scales": codes.reshape(scales.shape),
-        "nested_scales": np.array(maxima, F32).view(np.uint32),
-        "nested_offset": np.array([offset], F32).view(np.uint32),
-    }
+# ---- decode ----
 
 
 @dataclass
@@ -511,53 +329,6 @@ class Logical:
     scales: np.ndarray | None = None
     zeros: np.ndarray | None = None
     nested: dict[str, np.ndarray] | None = None
-
-
-def encode_logical(
-    w: np.ndarray, text: str, nested_offset: float | None = None, clamp: bool = False
-) -> Logical:
-    fmt = parse(text)
-    n, k = w.shape
-    w = to_binary32(w)
-    if fmt.kind == "cast":
-        return Logical(fmt.grid.encode(w, clamp))
-    groups = split(w, fmt.group, fmt.rows)
-    scales = store_scales(fmt, groups)
-    blank = scales == 0
-    divisor = np.where(blank, F32(1), scales)
-    zeros = None
-    with np.errstate(under="ignore"):
-        if fmt.asymmetric:
-            zeros = np.where(blank, np.uint8(0), fmt.grid.zeros(groups, divisor))
-        codes = fmt.grid.codes(groups, divisor, zeros)
-    # A minifloat keeps the sign of -0 in an all-zero group too: 0 / 1 and -0 / 1 above.
-    if fmt.kind != "minifloat":
-        codes = np.where(blank[..., None], np.uint8(fmt.grid.zero(fmt.asymmetric)), codes)
-    nested = nest(scales, nested_offset) if fmt.scale == "nested" else None
-    return Logical(join(codes, n, k, fmt.group, fmt.rows), scales, zeros, nested)
-
-
-def encode(
-    w: np.ndarray, text: str, nested_offset: float | None = None, clamp: bool = False
-) -> dict[str, np.ndarray]:
-    """The planes of a weight, as bits; OracleError where the specification wants an error."""
-    fmt = parse(text)
-    logical = encode_logical(w, text, nested_offset, clamp)
-    if fmt.kind == "cast":
-        return {"codes": logical.codes}
-    planes = {"codes": pack_bits(logical.codes, fmt.bits, fmt.grid.high_first)}
-    if fmt.scale == "nested":
-        planes["scales"] = logical.nested["scales"]
-    else:
-        planes["scales"] = to_dtype(logical.scales, fmt.scale)
-    if fmt.asymmetric:
-        planes["zeros"] = pack_bits(logical.zeros, fmt.bits)
-    if fmt.scale == "nested":
-        planes |= {name: logical.nested[name] for name in ("nested_scales", "nested_offset")}
-    return planes
-
-
-# ---- decode ----
 
 
 def unpack(planes: dict[str, np.ndarray], text: str, n: int, k: int, layout: str = "rows") -> Logical:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import oracle
+import oracle_encode
 
 LEAST = 1e-3  # of the mean over channels: inputs are taken to be at least so large
 
@@ -15,7 +16,7 @@ LEAST = 1e-3  # of the mean over channels: inputs are taken to be at least so la
 def rounded(w: np.ndarray, format: str) -> np.ndarray:
     """What a format makes of a matrix, float64."""
     n, k = w.shape
-    return oracle.decode(oracle.encode(w.astype(np.float32), format), format, n, k).astype(np.float64)
+    return oracle.decode(oracle_encode.encode(w.astype(np.float32), format), format, n, k).astype(np.float64)
 
 
 def scales(magnitudes: np.ndarray, alpha: float) -> np.ndarray:

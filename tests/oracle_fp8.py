@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from oracle import E4M3, F32
+from oracle_floats import E4M3, F32
 
 
 def round_rows(x: np.ndarray, x_scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import bitfold
 import devices
 import numpy as np
 import oracle
+import oracle_floats
 import pytest
 import torch
 from cases import DTYPES, block_formats, random_planes, to_qtensor, weights
@@ -74,7 +75,7 @@ def make(rng: np.random.Generator, format: str, n: int, k: int, scales: np.ndarr
         planes["codes"] = np.where(codes & 0x7F >= 0x7C, codes & 0xFB, codes)
     if scales is not None:
         drawn = rng.choice(scales, planes["scales"].shape).astype(np.float32)
-        planes["scales"] = oracle.to_dtype(drawn, oracle.parse(format).scale)
+        planes["scales"] = oracle_floats.to_dtype(drawn, oracle.parse(format).scale)
     return to_qtensor(planes, format, n, k), oracle.decode(planes, format, n, k)
 
 
@@ -226,7 +227,7 @@ def test_what_is_no_number_stays_in_its_row(gpu, format, rng):
         codes = rng.integers(0, 0x78, (n, k)).astype(np.uint8)
         codes[5, k - 1] = code
         planes = random_planes(rng, format, n, k) | {"codes": codes}
-        planes["scales"] = oracle.to_dtype(np.ones(planes["scales"].shape, np.float32), "fp32")
+        planes["scales"] = oracle_floats.to_dtype(np.ones(planes["scales"].shape, np.float32), "fp32")
         w = oracle.decode(planes, format, n, k)
         y = bitfold.linear(torch.ones(2, k, dtype=torch.bfloat16), to_qtensor(planes, format, n, k))
         finite = np.isfinite(w).all(axis=1)

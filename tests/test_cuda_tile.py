@@ -11,6 +11,7 @@ import bitfold
 import devices
 import numpy as np
 import oracle
+import oracle_floats
 import oracle_gguf
 import pytest
 import torch
@@ -70,7 +71,7 @@ def make(rng: np.random.Generator, format: str, n: int, k: int, scales: np.ndarr
         planes["codes"] &= 0xBF
     if scales is not None:
         drawn = rng.choice(scales, planes["scales"].shape).astype(np.float32)
-        planes["scales"] = oracle.to_dtype(drawn, oracle.parse(format).scale)
+        planes["scales"] = oracle_floats.to_dtype(drawn, oracle.parse(format).scale)
     return to_qtensor(planes, format, n, k), oracle.decode(planes, format, n, k)
 
 

@@ -11,6 +11,7 @@ import bitfold
 import devices
 import numpy as np
 import oracle
+import oracle_floats
 import oracle_gguf
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_groups_of_a_row_far_apart(gpu, format, rng):
         planes["codes"] = rng.integers(0, 0x7C, (n, k)).astype(np.uint8) & (
             0x77 if "e4m3" in format else 0xFF
         )
-    planes["scales"] = oracle.to_dtype(scales.astype(np.float32), oracle.parse(format).scale)
+    planes["scales"] = oracle_floats.to_dtype(scales.astype(np.float32), oracle.parse(format).scale)
     qtensor, w = to_qtensor(planes, format, n, k), oracle.decode(planes, format, n, k)
     assert_weights_rounded(qtensor, w, torch.bfloat16)
     x = torch.from_numpy(rng.standard_normal((40, k))).to(torch.bfloat16)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import oracle
+import oracle_encode
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 HEADING = "## Worked examples"
@@ -59,7 +60,7 @@ def example(text: str) -> str:
     for row in EXAMPLES[text]:
         lines += wrapped([f"{value:g}" for value in row])
     for (name, (dtype, shape)), plane in zip(
-        oracle.plane_shapes(text, n, k).items(), oracle.encode(weight, text).values(), strict=True
+        oracle.plane_shapes(text, n, k).items(), oracle_encode.encode(weight, text).values(), strict=True
     ):
         lines.append(f"{name} {dtype} {' x '.join(map(str, shape))}")
         for row in np.atleast_2d(plane):

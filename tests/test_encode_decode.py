@@ -8,6 +8,8 @@ from itertools import product
 import bitfold
 import numpy as np
 import oracle
+import oracle_encode
+import oracle_floats
 import pytest
 import torch
 from cases import (
@@ -35,13 +37,13 @@ def encode_both(w: torch.Tensor, format: str, what: str, **options) -> bitfold.Q
     """bitfold's planes, asserted equal to the oracle's."""
     encoded = bitfold.encode(w, format, **options)
     as_numpy = w.double().numpy() if w.dtype == torch.float64 else w.float().numpy()
-    assert_planes(encoded, oracle.encode(as_numpy, format, **options), what)
+    assert_planes(encoded, oracle_encode.encode(as_numpy, format, **options), what)
     return encoded
 
 
 def decoded_bits(planes: dict, format: str, n: int, k: int, dtype: str, layout: str = "rows") -> np.ndarray:
     decoded = oracle.decode(planes, format, n, k, layout)
-    converted = oracle.to_dtype(decoded, dtype)
+    converted = oracle_floats.to_dtype(decoded, dtype)
     return converted.view(np.uint64) if dtype == "fp64" else converted
 
 
@@ -109,7 +111,7 @@ def test_pack_and_unpack_are_inverse(format, rng):
 def test_flat_layout(format, rng):
     """One row of n * k columns: groups straddle rows."""
     for n, k in [(1, 1), (3, 7), (5, 35), (2, 257), (0, 3), (3, 0), (7, 129), (3, 4160)]:
-        planes = oracle.encode(weights(rng, 1, n * k), format)
+        planes = oracle_encode.encode(weights(rng, 1, n * k), format)
         qtensor = to_qtensor(planes, format, n, k, "flat")
         for name, dtype in DTYPES.items():
             wanted = decoded_bits(planes, format, n, k, name, "flat")
@@ -207,8 +209,8 @@ def test_any_weights(data):
         w = np.clip(w, -3e38, 3e38).astype(np.float32)
     tensor = torch.from_numpy(w)
     try:
-        expected = oracle.encode(w, format)
-    except oracle.OracleError as error:
+        expected = oracle_encode.encode(w, format)
+    except oracle_encode.OracleError as error:
         check_message(refused(tensor, format), error, format)
         return
     assert_planes(bitfold.encode(tensor, format), expected, format)
@@ -236,7 +238,9 @@ def test_integer_ties_go_to_even(family, exponent):
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.isa
-@pytest.mark.parametrize(("family", "small"), [("fp8-e4m3", oracle.E4M3), ("fp8-e5m2", oracle.E5M2)])
+@pytest.mark.parametrize(
+    ("family", "small"), [("fp8-e4m3", oracle_floats.E4M3), ("fp8-e5m2", oracle_floats.E5M2)]
+)
 def test_minifloat_ties_go_to_even(family, small):
     values = small.magnitudes[: small.overflow]
     middles = (values[:-1] + values[1:]) / 2
@@ -323,23 +327,23 @@ def test_denormal_weights_survive_with_fp32_scales():
 # ---- errors: one sentence, naming the place ----
 
 
-def check_message(message: str, error: oracle.OracleError, format: str) -> None:
+def check_message(message: str, error: oracle_encode.OracleError, format: str) -> None:
     numbers = [int(number) for number in re.findall(r"(?<![\w.+-])\d+(?![\w.])", message)]
     fmt = oracle.parse(format)
     assert "\n" not in message
-    if isinstance(error, oracle.NotFinite | oracle.CastOverflow):
+    if isinstance(error, oracle_encode.NotFinite | oracle_encode.CastOverflow):
         assert f"weight[{error.row}, {error.column}]" in message
-    if isinstance(error, oracle.CastOverflow):
+    if isinstance(error, oracle_encode.CastOverflow):
         assert error.count in numbers, message
         assert "clamp" in message
-    if isinstance(error, oracle.ScaleOverflow | oracle.ScaleUnderflow):
+    if isinstance(error, oracle_encode.ScaleOverflow | oracle_encode.ScaleUnderflow):
         if fmt.rows > 1:
             assert f"weight[{error.row}, {error.group * fmt.group}]" in message
         elif fmt.group != oracle.TENSOR:
             assert re.search(rf"row {error.row}\b", message), message
         if fmt.group > 0 and fmt.rows == 1:
             assert error.group in numbers or error.group * fmt.group in numbers, message
-        assert ("too large" if isinstance(error, oracle.ScaleOverflow) else "too small") in message
+        assert ("too large" if isinstance(error, oracle_encode.ScaleOverflow) else "too small") in message
         if fmt.scale in ("fp16", "bf16"):
             suggestion = re.search(r"use '(.+)'", message).group(1)
             assert suggestion in every_format()
@@ -355,7 +359,7 @@ def test_not_finite(format):
             w = torch.ones(5, 70, dtype=dtype)
             w[row, column] = bad
             w[4, 69] = bad
-            check_message(refused(w, format), oracle.NotFinite(row, column), format)
+            check_message(refused(w, format), oracle_encode.NotFinite(row, column), format)
 
 
 @pytest.mark.usefixtures("device")
@@ -363,7 +367,7 @@ def test_not_finite(format):
 def test_float64_beyond_binary32(format):
     w = torch.ones(3, 40, dtype=torch.float64)
     w[1, 33] = -1e39
-    check_message(refused(w, format), oracle.NotFinite(1, 33), format)
+    check_message(refused(w, format), oracle_encode.NotFinite(1, 33), format)
 
 
 def with_scale(format: str, scale: str) -> str:
@@ -372,8 +376,8 @@ def with_scale(format: str, scale: str) -> str:
 
 def encodes(w: torch.Tensor, format: str) -> bool:
     try:
-        oracle.encode(w.numpy(), format)
-    except oracle.OracleError:
+        oracle_encode.encode(w.numpy(), format)
+    except oracle_encode.OracleError:
         return False
     return True
 
@@ -391,8 +395,8 @@ def test_scale_faults(format):
         w[3, 140] = magnitude
         w[3, 141] = -magnitude
         try:
-            expected = oracle.encode(w.numpy(), format)
-        except oracle.OracleError as error:
+            expected = oracle_encode.encode(w.numpy(), format)
+        except oracle_encode.OracleError as error:
             found.add(type(error))
             message = refused(w, format)
             check_message(message, error, format)
@@ -402,9 +406,9 @@ def test_scale_faults(format):
         else:
             assert_planes(bitfold.encode(w, format), expected, f"{format} {magnitude}")
     if fmt.scale == "fp16":
-        assert found == {oracle.ScaleOverflow, oracle.ScaleUnderflow}
+        assert found == {oracle_encode.ScaleOverflow, oracle_encode.ScaleUnderflow}
     elif fmt.kind != "codebook" and fmt.family != "int2":
-        assert oracle.ScaleUnderflow in found
+        assert oracle_encode.ScaleUnderflow in found
 
 
 def test_the_first_fault_is_named_whatever_the_threads(threads):
@@ -431,14 +435,14 @@ def test_the_suggested_scale_dtype_works():
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize(("format", "largest"), [("fp16", 65504.0), ("bf16", oracle.BF16.largest)])
+@pytest.mark.parametrize(("format", "largest"), [("fp16", 65504.0), ("bf16", oracle_floats.BF16.largest)])
 def test_cast_overflow(format, largest):
     w = torch.zeros(3, 20)
     w[1, 4], w[1, 5] = largest, -largest
     encode_both(w, format, "largest")
     bad = torch.finfo(torch.float32).max
     w[1, 7], w[2, 0], w[2, 19] = bad, -bad, bad
-    check_message(refused(w, format), oracle.CastOverflow(3, 1, 7), format)
+    check_message(refused(w, format), oracle_encode.CastOverflow(3, 1, 7), format)
     clamped = encode_both(w, format, "clamp", clamp=True).decode()
     assert clamped[1, 7].item() == clamped[2, 19].item() == largest
     assert clamped[2, 0].item() == -largest
@@ -447,7 +451,7 @@ def test_cast_overflow(format, largest):
 
 @pytest.mark.usefixtures("device")
 def test_cast_overflow_starts_half_a_step_beyond_the_largest():
-    for format, edge in [("fp16", 65520.0), ("bf16", (oracle.BF16.largest + 2.0**128) / 2)]:
+    for format, edge in [("fp16", 65520.0), ("bf16", (oracle_floats.BF16.largest + 2.0**128) / 2)]:
         inside = torch.tensor([[np.nextafter(np.float32(edge), np.float32(0))]])
         assert (
             encode_both(inside, format, "inside").decode().item() == oracle.parse(format).grid.small.largest
@@ -521,13 +525,13 @@ def test_oracle_small_floats_are_torchs():
     """The oracle's enumerated floats against torch's conversions, over all codes and many numbers."""
     rng = np.random.default_rng(5)
     x = (rng.standard_normal(50000) * 10.0 ** rng.uniform(-12, 6, 50000)).astype(np.float32)
-    for small, dtype in [(oracle.FP16, torch.float16), (oracle.BF16, torch.bfloat16)]:
+    for small, dtype in [(oracle_floats.FP16, torch.float16), (oracle_floats.BF16, torch.bfloat16)]:
         every = np.arange(65536).astype(np.uint16)
         name = {torch.float16: "float16", torch.bfloat16: "bfloat16"}[dtype]
         ours = torch.from_numpy(small.value(every))
         assert torch.equal(torch.nan_to_num(ours), torch.nan_to_num(tensor_of(every, name).float()))
         assert_same_bits(torch.from_numpy(x).to(dtype), small.code(x), name)
-    for small, dtype in [(oracle.E4M3, torch.float8_e4m3fn), (oracle.E5M2, torch.float8_e5m2)]:
+    for small, dtype in [(oracle_floats.E4M3, torch.float8_e4m3fn), (oracle_floats.E5M2, torch.float8_e5m2)]:
         inside = x[np.abs(x) <= small.largest]
         theirs = torch.from_numpy(inside).to(dtype).view(torch.uint8)
         assert_same_bits(theirs, small.code(inside, saturate=True), small.name)

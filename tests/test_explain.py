@@ -9,6 +9,7 @@ import struct
 
 import numpy as np
 import oracle
+import oracle_encode
 import pytest
 import torch
 from bitfold import FORMATS, RECIPES
@@ -95,7 +96,7 @@ def test_codes_are_those_of_the_specification(number, absmax):
     for name, one in by_format(number, absmax).items():
         if one.scale is None:
             continue
-        planes = oracle.encode(weight, one.used)
+        planes = oracle_encode.encode(weight, one.used)
         logical = oracle.decode(planes, one.used, 1, 2)
         assert np.float32(one.value) == logical[0, 0], name
         assert np.float32(one.scale) == planes["scales"].view(np.float32)[0, 0], name
@@ -164,7 +165,7 @@ def test_the_other_schemes_are_the_specification(bits):
         (symmetric, f"int{bits}-tensor-sfp32", weight),
         (grouped, f"int{bits}-channel-sfp32", weight.reshape(2, 2)),
     ):
-        expected = oracle.decode(oracle.encode(rows, format), format, *rows.shape).reshape(-1)
+        expected = oracle.decode(oracle_encode.encode(rows, format), format, *rows.shape).reshape(-1)
         assert [np.float32(step.decoded) for step in scheme.steps] == expected.tolist()
         for step in scheme.steps:
             assert step.decoded == pytest.approx(

@@ -11,6 +11,7 @@ import bitfold
 import browser as chromium
 import numpy as np
 import oracle
+import oracle_floats
 import oracle_outliers
 import pytest
 import torch
@@ -132,8 +133,8 @@ DECODERS = {
     "fp32": lambda code: np.uint32(code).view(np.float32),
     "fp16": lambda code: np.uint16(code).view(np.float16),
     "bf16": lambda code: np.uint32(code << 16).view(np.float32),
-    "fp8-e4m3": lambda code: oracle.E4M3.value(np.array([code]))[0],
-    "fp8-e5m2": lambda code: oracle.E5M2.value(np.array([code]))[0],
+    "fp8-e4m3": lambda code: oracle_floats.E4M3.value(np.array([code]))[0],
+    "fp8-e5m2": lambda code: oracle_floats.E5M2.value(np.array([code]))[0],
     "int8": lambda code: code - 128,
     "int4": lambda code: code - 8,
 }
@@ -178,8 +179,8 @@ def test_a_typed_number_shows_its_bits(browser, page, text):  # noqa: F811
         assert shown(browser) == float(wanted)
     choose(browser, "bits-format", "fp8-e4m3")
     type_number(browser, "bits-number", text)
-    wanted = oracle.E4M3.value(oracle.E4M3.code(np.array([np.float32(text)]), saturate=True))[0]
-    assert shown(browser) == oracle.E4M3.value(np.array([int(bits(browser), 2)]))[0] == wanted
+    wanted = oracle_floats.E4M3.value(oracle_floats.E4M3.code(np.array([np.float32(text)]), saturate=True))[0]
+    assert shown(browser) == oracle_floats.E4M3.value(np.array([int(bits(browser), 2)]))[0] == wanted
 
 
 def test_bits_by_keyboard(browser, page):  # noqa: F811

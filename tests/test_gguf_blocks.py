@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import bitfold
 import numpy as np
-import oracle
+import oracle_floats
 import oracle_gguf
+import oracle_gguf_encode
 import pytest
 import torch
 from bitfold.formats import parse
@@ -15,7 +16,6 @@ from cases import DTYPES, assert_same_bits, bits, block_formats, refusal
 from golden import golden
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle_gguf_encode import encode as oracle_encode
 
 every_block = pytest.mark.parametrize("format", block_formats())
 
@@ -31,7 +31,7 @@ def encode_both(
     given = None if importance is None else torch.from_numpy(importance)
     encoded = bitfold.encode(x, format, importance=given, clamp=True)
     assert list(encoded.planes) == ["blocks"]
-    expected = oracle_encode(x.to(torch.float32).numpy(), format, importance)
+    expected = oracle_gguf_encode.encode(x.to(torch.float32).numpy(), format, importance)
     assert_same_bits(encoded.planes["blocks"], expected, what)
     return encoded
 
@@ -44,7 +44,7 @@ def of_blocks(blocks: np.ndarray, format: str) -> bitfold.QTensor:
 
 def decoded_bits(blocks: np.ndarray, format: str, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
-        converted = oracle.to_dtype(oracle_gguf.decode(blocks, format), dtype)
+        converted = oracle_floats.to_dtype(oracle_gguf.decode(blocks, format), dtype)
     return converted.view(np.uint64) if dtype == "fp64" else converted
 
 

@@ -10,6 +10,8 @@ import bitfold
 import devices
 import numpy as np
 import oracle
+import oracle_encode
+import oracle_floats
 import pytest
 import torch
 from cases import DTYPES, random_planes, refusal, some_formats, to_qtensor, weights
@@ -37,9 +39,9 @@ def fused(format: str) -> bool:
 def make(rng: np.random.Generator, format: str, n: int, k: int, layout: str = "rows"):
     """A QTensor and its float64 weights from the oracle."""
     if layout == "flat":
-        planes = oracle.encode(weights(rng, 1, n * k), format)
+        planes = oracle_encode.encode(weights(rng, 1, n * k), format)
     else:
-        planes = oracle.encode(weights(rng, n, k), format)
+        planes = oracle_encode.encode(weights(rng, n, k), format)
     return to_qtensor(planes, format, n, k, layout), oracle.decode(planes, format, n, k, layout).astype(
         np.float64
     )
@@ -73,7 +75,7 @@ def multiplied(w: np.ndarray, format: str, x: torch.Tensor) -> np.ndarray:
 
 
 def to_bf16(w: np.ndarray) -> np.ndarray:
-    return oracle.from_dtype(oracle.to_dtype(w, "bf16"), "bf16").astype(np.float64)
+    return oracle_floats.from_dtype(oracle_floats.to_dtype(w, "bf16"), "bf16").astype(np.float64)
 
 
 @pytest.mark.usefixtures("device")

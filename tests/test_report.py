@@ -16,6 +16,7 @@ import bitfold
 import browser as chromium
 import numpy as np
 import oracle
+import oracle_encode
 import pytest
 import tiny
 import torch
@@ -73,7 +74,7 @@ def page(report, checkpoint) -> Path:
 def test_grids_are_those_of_the_specification(format, rng):
     weight = torch.from_numpy(rng.normal(size=(6, 160)).astype(np.float32))
     q = bitfold.encode(weight, format)
-    planes = oracle.encode(weight.numpy(), q.format)
+    planes = oracle_encode.encode(weight.numpy(), q.format)
     kind = oracle.parse(q.format)
     codes = np.arange(2**kind.bits, dtype=np.uint8)
     zeros = np.zeros_like(codes) if kind.asymmetric else None

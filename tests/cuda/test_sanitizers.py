@@ -11,6 +11,7 @@ from pathlib import Path
 import kernel_cases
 import programs
 import pytest
+from case_file import Case
 
 SOURCE = (Path(__file__).parent / "sanitizer_tests.cpp").read_text()
 KERNELS = re.findall(r"\b(?:SECOND_)?KERNEL\((\w+), \d", SOURCE)
@@ -55,7 +56,7 @@ def test_nothing_is_reported_without_a_mistake(kernel: str, variant: str):
 # ---- the kernels ----
 
 
-def check(variant: str, schedules: int, cases: list[kernel_cases.Case], units: str) -> None:
+def check(variant: str, schedules: int, cases: list[Case], units: str) -> None:
     files = [str(kernel_cases.write(case)) for case in cases]
     result = programs.run(programs.build("kernel_tests", variant, units), str(schedules), *files)
     assert result.returncode == 0, (result.stdout + result.stderr)[:8000]
