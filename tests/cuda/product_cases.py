@@ -33,7 +33,8 @@ ROWS = [
       for format in block_formats() for m, dtype in ((3, "bf16"), (8, "fp16"))),
     *(product(format, 3, 33, 512, "bf16")  # the other two ways of scales and zero points
       for format in ("int4-g64-asym", "int3-g64-asym", "int4-g128-sfp32", "int4-g32-asym-sbf16", "fp4-b64")),
-    product("int4-g128-asym", 3, 225, 384, "bf16", multiprocessors=1),  # an odd number of scales
+    product("int4-g128-asym", 3, 641, 384, "bf16", multiprocessors=1),  # an odd number of scales
+    product("q4_k", 2, 33, 8192, "bf16", multiprocessors=1),  # two rooms; a warp brings the slices that it multiplies
     product("int4-g128-asym", 3, 224, 512, multiprocessors=1),  # the last word of a plane, tiles after the first
     product("int4-g32", 5, 33, 544),  # pieces of 32 columns
     product("nf4-b64-dq", 1, 17, 192),
@@ -61,8 +62,8 @@ FEW = [  # the largest first, as above
       for m, dtype in ((9, "bf16"), (32, "fp16"))),
     *(product(format, 20, 33, 296, "bf16", bias=True)  # rows that begin anywhere
       for format in ("int4-g32-asym", "int3-g64-asym", "nf4-b32", "fp8-e5m2-tensor")),
-    *(product(format, 9, 288, 1536, "bf16", multiprocessors=132)  # k over several blocks
-      for format in ("int4-g128-asym", "q4_k", "q6_k")),
+    *(product(format, 9, 288, 1536, "bf16", multiprocessors=132)  # k over several blocks, some of which begin late
+      for format in ("int4-g128-asym", "nf4-b64", "q4_k", "q6_k")),
     product("nf4-b64-dq", 16, 17, 192),
     *(product(format, m, 40, 640, multiprocessors=1)  # one load for all scales; the last stage is half of one
       for format in ("int4-g32", "int4-g32-asym", "int4-g64-asym", "nf4-b32", "nf4-b64-dq") for m in (11, 26)),
