@@ -146,7 +146,7 @@ class Block {
     for (int split = 0; split < op_.tiles.splits; ++split, from += op_.x.rows * op_.table_rows) {
 #pragma unroll
       for (int j = 0; j < kOwnTokens; ++j) {
-        const uint4 four = ptx::load16(from + real_token(token() + j) * op_.table_rows);
+        const uint4 four = ptx::load_fresh16(from + real_token(token() + j) * op_.table_rows);
         const uint32_t more[kOwnRows] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) sums[j][i] += static_cast<int>(more[i]);
@@ -193,6 +193,8 @@ class Block {
 };
 
 __global__ void __launch_bounds__(kThreads, 2) int8_finish_kernel(const Int8Op op) {
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   Block(op, shared<Memory>()).run();
 }
 
@@ -204,7 +206,8 @@ void int8_finish(const Int8Op& op, Stream stream) {
           .block = kThreads,
           .shared_bytes = sizeof(Memory),
           .name = "int8_finish",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          int8_finish_kernel, op);
 }
 

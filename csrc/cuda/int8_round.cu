@@ -32,7 +32,7 @@ struct Vectors {
     return (op.x.dtype == DType::F16 || op.x.dtype == DType::BF16) && op.x.column_stride == 1 &&
            op.x.row_stride % 4 == 0 && op.k % 4 == 0 && reinterpret_cast<uintptr_t>(op.x.data) % 8 == 0;
   }
-  BITFOLD_DEVICE Loaded load(const Int8Op&, int64_t column) const { return ptx::load8(row + column); }
+  BITFOLD_DEVICE Loaded load(const Int8Op&, int64_t column) const { return ptx::load_fresh8(row + column); }
   BITFOLD_DEVICE void numbers(Loaded loaded, float (&x)[4]) const {
     const float2 low = half ? ptx::halves_to_floats(loaded.x) : ptx::bf16s_to_floats(loaded.x);
     const float2 high = half ? ptx::halves_to_floats(loaded.y) : ptx::bf16s_to_floats(loaded.y);
@@ -342,6 +342,8 @@ BITFOLD_DEVICE void write_copies(const Int8Op& op, int block, int blocks) {
 
 // One kernel for both steps, which `marks` chooses from.
 __global__ void __launch_bounds__(kThreads, 2) int8_round_kernel(const Int8Op op, bool marks, unsigned listing) {
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   if (marks) return mark(op);
   if (blockIdx.x >= listing) return round_row(op, blockIdx.x - listing);
   if (op.finds) list_strip(op, blockIdx.x / kListers, static_cast<int>(blockIdx.x % kListers));
@@ -355,7 +357,8 @@ void int8_mark(const Int8Op& op, Stream stream) {
           .block = kMarkThreads,
           .shared_bytes = sizeof(MarkMemory),
           .name = "int8_mark",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          int8_round_kernel, op, true, 0u);
 }
 
@@ -365,7 +368,8 @@ void int8_round(const Int8Op& op, Stream stream) {
           .block = kThreads,
           .shared_bytes = larger(sizeof(RoundMemory), sizeof(ListMemory)),
           .name = "int8_round",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          int8_round_kernel, op, false, listing);
 }
 

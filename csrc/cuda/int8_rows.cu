@@ -177,7 +177,9 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op,
   const auto thread = static_cast<int>(threadIdx.x);
   const int64_t tiles = ceil_div<int64_t>(op.n, kRows), pieces = op.stride / kInt8Piece;
   const int64_t first_token = int64_t{blockIdx.y} * kTokens;
-  Feed feed(op, memory[ptx::warp_id()], tiles, pieces, op.k % 16 == 0);
+  Feed feed(op, memory[ptx::warp_id()], tiles, pieces, op.k % 16 == 0);  // W, which int8_round doesn't write
+  ptx::wait_for_earlier();
+  ptx::let_later_begin();
   const bool there = first_token + ptx::lane_id() / 4 < op.x.rows;
   const int8_t* x = op.x_codes + (there ? first_token + ptx::lane_id() / 4 : 0) * op.stride + 16 * (ptx::lane_id() % 4);
   // A number of y for each of the first threads.
@@ -203,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, 1) int8_rows_kernel(const Int8Op op,
 #pragma unroll 1
       for (int64_t piece = part * kPartPieces + ptx::warp_id(); piece < end; piece += warps) {
         uint4 codes{};
-        if (there) codes = ptx::load16(x + piece * kInt8Piece);
+        if (there) codes = *reinterpret_cast<const uint4*>(x + piece * kInt8Piece);
         uint4 found{};
-        if (op.found != nullptr) found = ptx::load16(op.found + piece);
+        if (op.found != nullptr) found = *reinterpret_cast<const uint4*>(op.found + piece);
         ptx::cp_async_wait<kRooms - 2>();
         uint4 loaded[2 * kTiles];
 #pragma unroll
@@ -254,7 +256,8 @@ void int8_rows(const Int8Op& op, Stream stream) {
           .block = static_cast<unsigned>(warps * kWarp),
           .shared_bytes = warps * kMemory + lines * kLine,
           .name = "int8_rows",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          int8_rows_kernel, op, static_cast<int>(lines));
 }
 

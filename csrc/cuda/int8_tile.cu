@@ -260,6 +260,8 @@ __global__ void __launch_bounds__(kWgmma ? kWideThreads : S::kThreads, kWgmma ? 
     else if (op.tiles.block_tokens == 128) run_wide<128>(boxes);
     else run_wide<256>(boxes);
   } else {
+    ptx::wait_for_earlier();
+    ptx::let_later_begin();
     run_tile<Tile<S>>(op, op.x.rows, S::kTokens, shared<Memory<S>>());
   }
 }
@@ -289,7 +291,8 @@ void launch_tiles(const Int8Op& op, Stream stream) {
           .block = static_cast<unsigned>(block.threads),
           .shared_bytes = static_cast<int64_t>(block.bytes),
           .name = "int8_tile",
-          .stream = stream},
+          .stream = stream,
+          .early = gpu().early},
          int8_tile_kernel<S>, boxes);
 }
 

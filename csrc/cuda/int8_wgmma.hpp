@@ -67,8 +67,9 @@ class WideTile {
       ptx::fence_barrier_init();
     }
     ptx::sync_block();
+    if (thread == kWideProducts) return bring();
+    ptx::wait_for_earlier();
     if (thread < kWideProducts) multiply();
-    else if (thread == kWideProducts) bring();
   }
 
  private:
@@ -81,21 +82,33 @@ class WideTile {
     }
   };
 
+  // W of the first stages doesn't wait for int8_round, whose is x.
   BITFOLD_DEVICE void bring() {
-    const auto bytes = static_cast<unsigned>(sizeof(Stage) + (gathers() ? sizeof(memory_.found[0]) : 0));
+    const int with_x = smaller(first_ + kStages, end_);
+#pragma unroll 1
+    for (int i = first_; i < with_x; ++i) bring_w(i, i - first_);
+    ptx::wait_for_earlier();
+    ptx::let_later_begin();
     Turn turn;
 #pragma unroll 1
     for (int i = first_; i < end_; ++i, turn.next()) {
-      Stage& stage = memory_.stages[turn.stage];
-      ptx::Barrier* full = &memory_.full[turn.stage];
-      ptx::barrier_wait(&memory_.empty[turn.stage], turn.parity ^ 1);  // at first as if it had been free before
-      ptx::barrier_expect(full, bytes);
-      ptx::copy_box(stage.w, boxes_.w, i * kBoxBytes, row0_, full);
-      ptx::copy_box(stage.x, boxes_.x, i * kBoxBytes, token0_, full);
-      if (gathers()) {
-        ptx::copy_bulk(memory_.found[turn.stage], op_.found + i * kWidePieces, sizeof(memory_.found[0]), full);
+      if (i >= with_x) {
+        ptx::barrier_wait(&memory_.empty[turn.stage], turn.parity ^ 1);
+        bring_w(i, turn.stage);
       }
+      bring_x(i, turn.stage);
     }
+  }
+  BITFOLD_DEVICE void bring_w(int i, int stage) {
+    ptx::Barrier* full = &memory_.full[stage];
+    ptx::barrier_expect(full, static_cast<unsigned>(sizeof(Stage) + (gathers() ? sizeof(memory_.found[0]) : 0)));
+    ptx::copy_box(memory_.stages[stage].w, boxes_.w, i * kBoxBytes, row0_, full);
+  }
+  BITFOLD_DEVICE void bring_x(int i, int stage) {
+    ptx::Barrier* full = &memory_.full[stage];
+    ptx::copy_box(memory_.stages[stage].x, boxes_.x, i * kBoxBytes, token0_, full);
+    if (!gathers()) return;
+    ptx::copy_bulk(memory_.found[stage], op_.found + i * kWidePieces, sizeof(memory_.found[0]), full);
   }
 
   BITFOLD_DEVICE void multiply() {

@@ -195,14 +195,15 @@ def is_int8_by_boxes(kernel: Kernel) -> bool:
 
 # Kernels that may begin before the one ahead of them has ended, on Hopper and later: ACQBULK is their wait for it, and
 # PREEXIT lets others begin.
-EARLY = ("linear_rows", "rows_sums", "arrange", "linear_tile", "linear_many")
+EARLY = ("linear_rows", "rows_sums", "arrange", "linear_tile", "linear_many", "int8_")
 
 
 def waits_first(kernel: Kernel) -> bool:
     """Whether global memory is touched, and others may begin, behind the wait alone. (A branch may wait earlier.) W and
-    its scales may come before where the kernel ahead is `arrange` for sure, of those with warpgroups."""
+    its scales may come before where the kernel ahead writes x alone: with warpgroups, and of int8."""
     waits = [i.address for i in kernel.code if i.name == "ACQBULK"]
-    names = {"STG", "UBLKCP", "PREEXIT"} | (set() if by_warpgroups(kernel) else {"LDG", "LDGSTS"})
+    w_first = by_warpgroups(kernel) or is_int8(kernel)
+    names = {"STG", "UBLKCP", "PREEXIT"} | (set() if w_first else {"LDG", "LDGSTS"})
     touches = [i.address for i in kernel.code if i.name in names]
     return not waits or min(waits) < min(touches)
 

@@ -56,6 +56,9 @@ BITFOLD_DEVICE float4 load_written16(const void* global, const Where& where = Wh
 BITFOLD_DEVICE uint4 load_fresh16(const void* global, const Where& where = Where::current()) {
   return detail::load<uint4>(global, where);
 }
+BITFOLD_DEVICE uint2 load_fresh8(const void* global, const Where& where = Where::current()) {
+  return detail::load<uint2>(global, where);
+}
 BITFOLD_DEVICE uint32_t load_fresh4(const void* global, const Where& where = Where::current()) {
   return detail::load<uint32_t>(global, where);
 }

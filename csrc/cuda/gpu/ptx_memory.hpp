@@ -54,6 +54,11 @@ BITFOLD_DEVICE uint4 load_fresh16(const void* global) {
                : "l"(global));
   return d;
 }
+BITFOLD_DEVICE uint2 load_fresh8(const void* global) {
+  uint2 d;
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "l"(global));
+  return d;
+}
 BITFOLD_DEVICE uint32_t load_fresh4(const void* global) {
   uint32_t d;
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(d) : "l"(global));
