@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bitfold
 import devices
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES
@@ -33,9 +34,10 @@ def gpu(request):
         yield request.param
 
 
+@pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize("format", [*PLANES, *BLOCKS])
-def test_every_weight_is_where_its_column_is(gpu, format, rng):
-    assert_columns_in_place(rng, format, 21, rows=32)
+def test_every_weight_is_where_its_column_is(gpu, format, rows, rng):
+    assert_columns_in_place(rng, format, 21, rows=rows)
 
 
 @pytest.mark.parametrize("format", [format for format in PLANES if format.startswith("int")])
@@ -81,6 +83,25 @@ def test_two_stages(format, rng):
     with devices.use("emulated"):
         devices.emulated().configure(shared_bytes=192 * 1024, order="priority", multiprocessors=1)
         assert_near(bitfold.linear(x, qtensor), x, w)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("format", ["int8-channel", "int4-g128-asym", "int4-g32", "int3-g64-asym", "int2-g64"])
+def test_an_infinity_stays_what_it_is(gpu, format, dtype, rng):
+    """Of 16 rows at most: zero points come to sums of x, which have no number then."""
+    n, k = 40, whole(format, 512)
+    qtensor, w = make(rng, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((12, k))).to(DTYPES[dtype])
+    x[5, 77] = -torch.inf
+    x[9, 300] = torch.nan
+    y = bitfold.linear(x, qtensor)
+    none = torch.from_numpy(w[:, 77] == 0)
+    assert torch.isnan(y[9]).all()
+    assert torch.isnan(y[5, none]).all()
+    sign = torch.from_numpy(np.sign(w[:, 77]))[~none]
+    assert torch.equal(y[5, ~none].double(), -torch.inf * sign)
+    others = [row for row in range(12) if row not in (5, 9)]
+    assert_near(y[others], x[others], w)
 
 
 @pytest.mark.parametrize("format", ["int4-g64", "q4_k", "q5_1", "mxfp4"])

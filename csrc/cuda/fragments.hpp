@@ -89,6 +89,22 @@ enum Operand : int { kLow0, kHigh0, kLow1, kHigh1 };
 // (a & b) | c
 inline constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
 
+// ---- x as fp16 times a power of two ----
+
+// Of a magnitude in bf16's or fp16's bits: whether it is a number.
+BITFOLD_DEVICE bool is_finite(uint32_t magnitude, bool bf16) { return magnitude < (bf16 ? 0x7f80u : 0x7c00u); }
+// 14 - floor(log2) of it, within what a float's power of two can undo; 0 for zero, infinity and NaN.
+BITFOLD_DEVICE int exponent_to_fp16(uint32_t magnitude, bool bf16) {
+  const auto bits = static_cast<uint16_t>(magnitude);
+  const uint32_t number = ptx::float_as_uint(bf16 ? ptx::bf16_to_float(bits) : ptx::half_to_float(bits));
+  const auto field = static_cast<int>(number >> 23);
+  if (number == 0 || field == 255) return 0;
+  return smaller(14 - (field - 127), 126);
+}
+BITFOLD_DEVICE float power_of_two(int exponent) {
+  return ptx::uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
+}
+
 // n / divisor for n < 2^31 without a division.
 struct Divider {
   uint32_t multiplier;

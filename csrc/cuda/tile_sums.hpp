@@ -71,7 +71,7 @@ class TileSums {
   // Four rows of W and one token.
   BITFOLD_DEVICE void put(const float4& sum, int block_token, int block_row) const {
     const int64_t token = int64_t{group0_} * 8 + block_token, row = row0_ + block_row;
-    const float factor = ptx::mul(p_.factors[token], p_.unit);
+    const float factor = p_.factors[token];
     const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
     const auto* bias = static_cast<const uint16_t*>(p_.bias);
     uint16_t* y = static_cast<uint16_t*>(p_.y) + token * p_.n + row;
@@ -79,7 +79,7 @@ class TileSums {
     for (int i = 0; i < 4; ++i) {
       if (row + i >= p_.n) return;
       // Twice, and the rest of the power of two: neither overflows where the result doesn't.
-      float value = ptx::mul(ptx::add(sums[i], sums[i]), factor);
+      float value = ptx::mul(ptx::mul(ptx::add(sums[i], sums[i]), p_.unit), factor);
       const bool half = p_.dtype == DType::F16;
       if (bias != nullptr) {
         const uint16_t bits = ptx::load2(bias + row + i);

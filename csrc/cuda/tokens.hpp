@@ -28,19 +28,6 @@ struct TokenScales {
   float unit[kTokens];       // of what lies in shared memory
 };
 
-// 14 - floor(log2) of a magnitude in bf16's or fp16's bits, within what a float's power of two can undo; 0 for zero,
-// infinity and NaN.
-BITFOLD_DEVICE int exponent_to_fp16(uint32_t magnitude, bool bf16) {
-  const auto bits = static_cast<uint16_t>(magnitude);
-  const uint32_t number = ptx::float_as_uint(bf16 ? ptx::bf16_to_float(bits) : ptx::half_to_float(bits));
-  const auto field = static_cast<int>(number >> 23);
-  if (number == 0 || field == 255) return 0;
-  return smaller(14 - (field - 127), 126);
-}
-BITFOLD_DEVICE float power_of_two(int exponent) {
-  return ptx::uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
-}
-
 // How the eight columns of a quad (b0, b1 of an even step and of the next) lie in x: two runs of four columns, one
 // after the other, so or with the two in their middle changed, or in turns, or in no way that is known here.
 enum class Runs : uint8_t { Sequential, Crossed, Interleaved, None };
@@ -191,7 +178,7 @@ struct Tokens {
     for (int other = kWarp / 2; other > 0; other /= 2) peak = larger(peak, ptx::shuffle_xor(peak, other));
     const int exponent = exponent_to_fp16(peak, args.bf16);
     if (ptx::lane_id() == 0) {
-      scales.finite[token] = peak < (args.bf16 ? 0x7f80u : 0x7c00u);
+      scales.finite[token] = is_finite(peak, args.bf16) ? 1 : 0;
       scales.unit[token] = power_of_two(-exponent);
     }
     return exponent;

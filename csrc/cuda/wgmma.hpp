@@ -74,9 +74,6 @@ template <class C>
 inline constexpr float kScaleLimit = kScaleLimitLog2<C> < 0 ? 1.0f / static_cast<float>(1 << -kScaleLimitLog2<C>)
                                                             : static_cast<float>(1 << kScaleLimitLog2<C>);
 
-BITFOLD_DEVICE float power_of_two(int exponent) {
-  return ptx::uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
-}
 BITFOLD_DEVICE int exponent_of(float power) { return static_cast<int>(ptx::float_as_uint(power) >> 23 & 255u) - 127; }
 BITFOLD_DEVICE float inverse(float power) { return ptx::uint_as_float((254u << 23) - ptx::float_as_uint(power)); }
 // The row's power of two from here on, whose largest scale is `peak`: the same while it will do, else one that leaves

@@ -41,11 +41,13 @@ WRONG: dict[str, dict[str, str]] = {
     "tokens.hpp": {
         "scales.finite[token] == 0": "false",
         "column < args.k": "column <= args.k",
-        "14 - (field - 127)": "16 - (field - 127)",
         "i / kEights * args.m + token": "i / kEights * args.m + token / 2 * 2",
         "four(second_run(pair, t))": "four(Source::column(step, t, 0))",
         "j * kTurn + piece < pieces": "j * kTurn + piece <= pieces",
         "power_of_two(Source::down(2 * pair + step, r) - 24)": "power_of_two(-24)",
+    },
+    "fragments.hpp": {
+        "14 - (field - 127)": "16 - (field - 127)",
     },
     "fragments_planes.hpp": {
         "smaller(static_cast<uint32_t>(below + i), last_)": "static_cast<uint32_t>(below + i)",
@@ -90,19 +92,22 @@ WRONG: dict[str, dict[str, str]] = {
         "lane % 4 * 2 + i % 2": "lane % 4 * 2 + i / 2",
     },
     "tile_sums.hpp": {
-        "ptx::mul(p_.factors[token], p_.unit)": "p_.factors[token]",
+        "ptx::mul(ptx::add(sums[i], sums[i]), p_.unit)": "ptx::add(sums[i], sums[i])",
         "static_cast<uint32_t>(p_.shape.splits) - 1": "0",
         "row + i >= p_.n": "row + i > p_.n",
     },
     "arrange.cu": {
         "smaller(tokens_, args.m - first_token_)": "tokens_",
-        "!args_.bf16": "false",
+        "!args_.scaled": "false",
+        "is_finite(peak, args_.bf16) ? 0 : 1": "0",
+        "16 * span": "0",
+        "chunk * args_.order.columns + span * args_.sums_of": "chunk * args_.order.columns",
+        "p.planes.zeros != nullptr": "false",
         "first_column_ + columns_ <= args_.k": "true",
         "eights * (part + 1) / args.parts": "eights * (part + 1) / (args.parts + 1)",
         "two & 0x7fffffffu": "two & 0x7fffu",
         "larger(high >> 16, low >> 17)": "high >> 16",
         "thread - entry + args_.order.column[entry]": "args_.order.column[entry]",
-        "14 - (field - 127)": "16 - (field - 127)",
         "sub % 8 / 2": "sub % 8 / 4",
         "token / kQuarter * (kQuarter / 8)": "0",
         "step % kUnitSteps * (2 * kQuarter * 16)": "0",
@@ -114,7 +119,7 @@ WRONG: dict[str, dict[str, str]] = {
     },
     # linear_few: what a stage has and whose it is, scales of rows and halves of columns, and ends
     "few.hpp": {
-        "groups * size.sums": "0",
+        "groups * few_sums(size, groups)": "0",
     },
     "few_copies.hpp": {
         "p_.chunks * (C::kColumns / kUnit) - stage * Stage::kUnits": "Stage::kUnits",
@@ -138,7 +143,12 @@ WRONG: dict[str, dict[str, str]] = {
         "row_warp_ * (kTiles * 16)": "row_warp_ * 16",
         "lane_ % 8 + lane_ / 16 * 8": "lane_ % 8",
         "lane_ / 8 % 2 * 16": "0",
-        "scales.zero(Scales::kOne ? 0 : unit * (kUnitSteps / Span) + s / Span, r, i)": "zero",
+        "scales.zero(entry<Span, Scales>(unit, s), r, i)": "scales.zero(entry<Span, Scales>(unit, s), r, 0)",
+        "scales.zero(entry<Span, Scales>(unit, s), i / 2, i % 2)": "scales.zero(0, i / 2, i % 2)",
+        "block * (kUnitSteps / Span) + s / Span": "block * (kUnitSteps / Span)",
+        "zero[r][1] * sums.w": "zero[r][0] * sums.w",
+        "magic(0) + (zero << C::down(s, r))": "magic(0) + zero",
+        "kMasks && !all_finite()": "false",
         "x[64 * (pair + j) + 32]": "x[64 * j + 32]",
         "scale[i / 2]": "scale[i % 2]",
         "bytes + at_.sums + lane_ * C::kMins": "bytes + at_.sums",

@@ -34,7 +34,7 @@ class Mutation(NamedTuple):
 CASES = {
     r"linear_tile\.cu|tile_copies\.hpp|chunk.*\.hpp": ("linear_tile",),
     r"tile_sums\.hpp": ("linear_tile", "linear_few", "linear_wgmma"),
-    r"arrange\.cu": ("linear_tile", "linear_wgmma"),
+    r"arrange\.cu": ("linear_tile", "linear_few", "linear_wgmma"),
     r"(linear_)?few.*\.hpp": ("linear_few",),
     r"linear_wgmma\.hpp|wgmma.*\.hpp": ("linear_wgmma",),
     r"linear_rows\.cu|rows_.*|tokens\.hpp|plane_.*\.hpp|fragments.*\.hpp": ("linear_rows",),

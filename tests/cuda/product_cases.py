@@ -65,6 +65,8 @@ FEW = [  # the largest first, as above
     *(product(format, 9, 288, 1536, "bf16", multiprocessors=132)  # k over several blocks, some of which begin late
       for format in ("int4-g128-asym", "nf4-b64", "q4_k", "q6_k")),
     product("nf4-b64-dq", 16, 17, 192),
+    *(product(format, 13, 40, 2048, dtype, infinite=True, multiprocessors=1)
+      for format, dtype in (("int4-g128-asym", "bf16"), ("int3-g64", "fp16"), ("int8-channel", "bf16"))),
     *(product(format, m, 40, 640, multiprocessors=1)  # one load for all scales; the last stage is half of one
       for format in ("int4-g32", "int4-g32-asym", "int4-g64-asym", "nf4-b32", "nf4-b64-dq") for m in (11, 26)),
     *(product(format, 25, 256, 288) for format in ("int4-g32", "q4_0", "q8_0")),  # whole rows end within a stage
