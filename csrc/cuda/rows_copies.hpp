@@ -108,16 +108,16 @@ class Feed {
     if (left_ > 0) begin_unit();
   }
 
-  // The first pieces into all rooms of the ring.
-  BITFOLD_DEVICE void fill() {
-#pragma unroll 1
-    for (int i = 0; i < args_.rooms; ++i) copy<Manner::Any>();
-  }
-  // The next piece into the room that the piece before the one at hand has left.
+  // The next piece into the next room of the ring, if there is one; a group of copies in either case.
   template <Manner M>
   BITFOLD_DEVICE void next() {
-    if (full_) full_ = false;
-    else copy<M>();
+    if (left_ == 0 && unit_ < units_) aim(), begin_unit();
+    if (left_ > 0) {
+      copies_.template fetch<M>(args_.w, room_.at());
+      --left_;
+    }
+    ptx::cp_async_commit();
+    room_.next();
   }
 
   // Until the oldest piece has come: all but the newest rooms - 2. (The first two of all together.)
@@ -128,17 +128,6 @@ class Feed {
   }
 
  private:
-  // The next piece into the next room, if there is one; a group of copies in either case.
-  template <Manner M>
-  BITFOLD_DEVICE void copy() {
-    if (left_ == 0 && unit_ < units_) aim(), begin_unit();
-    if (left_ > 0) {
-      copies_.template fetch<M>(args_.w, room_.at());
-      --left_;
-    }
-    ptx::cp_async_commit();
-    room_.next();
-  }
   BITFOLD_DEVICE void aim() {
     const Unit unit(args_, unit_);
     unit_ += kWarps;
@@ -156,7 +145,6 @@ class Feed {
   Room<Source::kRoom> room_;
   Room<Source::kHead> head_;
   int left_ = 0;
-  bool full_ = true;  // the ring, before the first piece is multiplied
   typename Source::Copies copies_;
 };
 

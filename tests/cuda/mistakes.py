@@ -11,7 +11,6 @@ WRONG: dict[str, dict[str, str]] = {
     "rows_copies.hpp": {
         "int64_t{args.pieces} * slice >> args.slices_log2": "slice * args.longest",
         "unit - slice * args.tiles": "unit % 2",
-        "i < args_.rooms": "i <= args_.rooms",
         "1 << args_.slices_log2 >= kWarps": "2 << args_.slices_log2 >= kWarps",
         "own && !std::is_empty_v<typename Source::Tables>": "false",
         "end_ - first_ - 1": "0",
@@ -19,6 +18,8 @@ WRONG: dict[str, dict[str, str]] = {
     },
     "rows_kernel.hpp": {
         "args.unit * factor": "factor",
+        "i < args.rooms": "i <= args.rooms",
+        "piece != full": "true",
         "pair % 2 == 0 ? even_ : odd_": "even_",
         "step % 2 == 0 ? quad.x : quad.z": "quad.x",
         "step % 2 == 0 ? quad.y : quad.w": "step % 2 == 0 ? quad.x : quad.w",
