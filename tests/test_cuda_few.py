@@ -86,7 +86,9 @@ def test_two_stages(format, rng):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("format", ["int8-channel", "int4-g128-asym", "int4-g32", "int3-g64-asym", "int2-g64"])
+@pytest.mark.parametrize(
+    "format", ["int8-channel", "int4-g128-asym", "int4-g32", "int3-g64-asym", "int2-g64"]
+)
 def test_an_infinity_stays_what_it_is(gpu, format, dtype, rng):
     """Of 16 rows at most: zero points come to sums of x, which have no number then."""
     n, k = 40, whole(format, 512)
