@@ -27,9 +27,10 @@ static_assert(kFewDownTo % 8 == 0 && kFewDownTo >= 24);
 // Codes of whole numbers are masked where they lie and taken as the bits of subnormal halves: 2^-24 of the code, and
 // 2^p times that at bit p, where x has 2^-p (Order::down). What zero points make of sums of x is what fresh sums begin
 // with: `arrange` has made the sums, times what all rows share, of 64 columns (32, where groups are no whole units), as
-// floats of the lane's tokens 2 t and 2 t + 1 and both again, for its two rows: [chunk][group][kColumns / 32, or as
-// many as there are][t] 16 bytes. All of it is exact but the fp32 sums. A token with an infinity would get NaN from it:
+// floats of the lane's tokens 2 t and 2 t + 1 and both again, for its two rows: [chunk][group][span][t] 16 bytes, with
+// room for spans of 32 columns. All of it is exact but the fp32 sums. A token with an infinity would get NaN from it:
 // then zero points are subtracted from codes.
+//
 // For at most 16 tokens: sums of more leave no registers for what they would begin with.
 inline constexpr int kMaskedGroups = 2;
 inline constexpr float kMaskedUnit = 0x1p24f * kDown;  // TileParameter::unit: scales stay as they are

@@ -278,6 +278,7 @@ class FewScales {
         // 2^23 + zero is exact.
         zero = Masked ? ptx::float_as_uint(ptx::uint_as_float(0x4b000000u | zero) - 0x1p23f) : zero * 0x00010001u;
       }
+      // Where codes could have been masked sums are as small as if they were.
       constexpr float kTimes = Masked ? 1.0f : Stage::kMasked && Keeps ? 0x1p-24f : C::Codes::kUnit * kDown;
       const float scale =
           C::scale_of(loaded, stored(), dynamic_map_, Keeps || !kNested ? nested_offset_ : find_nested_offset());
