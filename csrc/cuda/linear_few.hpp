@@ -64,6 +64,7 @@ class FewProducts : FewBlock<Row> {
   static constexpr bool kKeepsNumbers = kKeeps && kFormats[Row].grid != Grid::Codebook;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr bool kMasks = Stage::kMasked && Groups == kMaskedGroups;
+  static_assert(kKeeps == (Groups == kMaskedGroups));  // FewScales tells by kKeeps how small sums are
   static constexpr int kBits = kFormats[Row].bits;
 
  public:
