@@ -101,8 +101,6 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   }
 
  private:
-  BITFOLD_DEVICE int64_t real_row(int row) const { return row0_ + smaller(row, static_cast<int>(last_row_)); }
-
   // ---- W ----
 
   BITFOLD_DEVICE void bring_w() {
@@ -122,10 +120,12 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <int Scales, bool Usual>
   BITFOLD_DEVICE void bring_w() {
     WgmmaHead& head = this->head();
-    // Chunks of which all is there; where rows are that long that steps would need 64 bits, none goes that way.
-    const int whole = !p_.in_words || last_row_ + 1 < kRows || p_.row_bytes >> 24 != 0 ? 0
-                      : !kSkewed<C> && p_.k % C::kColumns == 0                         ? p_.chunks
-                                                                                       : p_.chunks - 1;
+    // Chunks that no row ends within; where rows are that long that steps would need 64 bits, none goes that way.
+    const int whole = !p_.in_words || p_.row_bytes >> 24 != 0  ? 0
+                      : !kSkewed<C> && p_.k % C::kColumns == 0 ? p_.chunks
+                                                               : p_.chunks - 1;
+    const bool all = last_row_ + 1 == kRows;
+    if (!all) clear_absent();
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
     // Scales are asked for two batches ahead, or one, as far as registers go: batch after batch, chunk after chunk.
     constexpr int kAhead = kTurnsOfScales * Scales <= 6 ? 2 : 1;
@@ -148,8 +148,9 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 #pragma unroll 1
     for (int chunk = first_; chunk < last_; ++chunk, w.next(p_.shape.w_stages)) {
       ptx::barrier_wait(&head.w_empty[w.slot], w.parity ^ 1);
-      if (chunk < whole) copy_whole(from, w.slot);
-      else copy_edge(chunk, w.slot);
+      if (chunk >= whole) copy_edge(chunk, w.slot);
+      else if (all) copy_whole<true>(from, w.slot);
+      else copy_whole<false>(from, w.slot);
       ptx::cp_async_arrive(&head.w_full[w.slot]);
       from += C::kBytes;
       const auto store = [&](int batch, const LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
@@ -168,18 +169,22 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     }
   }
 
-  // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kCopiers at a time. from: of this
-  // thread's first row.
+  // Of a chunk of the rows that are there.
+  BITFOLD_DEVICE int pieces() const { return static_cast<int>(last_row_ + 1) * kPieces<C>; }
+  // No piece reaches beyond a row: pieces of all rows in turn, kCopiers at a time, or of those that are there. from: of
+  // this thread's first row.
+  template <bool All>
   BITFOLD_DEVICE void copy_whole(const uint8_t* from, int slot) const {
     constexpr int kAll = kRows * kPieces<C>, kRowStep = kCopiers / kPieces<C>, kPieceStep = kCopiers % kPieces<C>;
+    const int there = All ? kAll : pieces();
     // Made anew, so that where each turn's piece lies isn't kept in registers.
     const int64_t step = ptx::anew(static_cast<int>(kRowStep * p_.row_bytes));
     int piece = thread_ % kPieces<C>;
     uint8_t* to = this->w_stage(slot) + thread_ / kPieces<C> * kStride<C> + 16 * piece;
     from += 16 * piece;
-#pragma unroll(kSkewed<C> || kPieceStep > 0 ? 2 : C::kBytes < C::kColumns ? 1 + kAll / kCopiers : 6)
+#pragma unroll(!All || kSkewed<C> || kPieceStep > 0 ? 2 : C::kBytes < C::kColumns ? 1 + kAll / kCopiers : 6)
     for (int i = 0; i < kAll; i += kCopiers) {
-      if (i + kCopiers <= kAll || i + thread_ < kAll) {
+      if ((All && i + kCopiers <= kAll) || i + thread_ < there) {
         const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
         ptx::cp_async<16>(to, from - within);
       }
@@ -194,17 +199,28 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       }
     }
   }
-  // What lies beyond a row's end becomes zero, and rows that aren't there are the last.
+  // Rows that aren't there are zeros in all stages, once and for all: whatever else lay there may take a row's power of
+  // two from chunk to chunk.
+  BITFOLD_DEVICE void clear_absent() const {
+    const auto first = static_cast<int>(last_row_ + 1);
+#pragma unroll 1
+    for (int slot = 0; slot < p_.shape.w_stages; ++slot) {
+      auto* to = reinterpret_cast<uint4*>(this->w_stage(slot) + first * kStride<C>);
+#pragma unroll 1
+      for (int i = thread_; i < (kRows - first) * kStride<C> / 16; i += kCopiers) to[i] = {};
+    }
+  }
+  // What lies beyond a row's end becomes zero.
   BITFOLD_DEVICE void copy_edge(int chunk, int slot) const {
     const int64_t begin = int64_t{chunk} * C::kBytes;
     const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
 #pragma unroll 1
-    for (int i = thread_; i < kRows * kPieces<C>; i += kCopiers) {
+    for (int i = thread_; i < pieces(); i += kCopiers) {
       const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
-      const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
+      const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + begin;
       uint8_t* to = this->w_stage(slot) + row * kStride<C> + at;
       if (p_.in_words) {
-        const int within = this->skew(real_row(row), chunk), bytes = smaller(within + length - at, 16);
+        const int within = this->skew(row0_ + row, chunk), bytes = smaller(within + length - at, 16);
         if (at >= within + C::kBytes) continue;
         if (bytes > 0) ptx::cp_async<16>(to, from - within + at, bytes);
         else ptx::cp_async<16>(to, p_.codes, 0);
