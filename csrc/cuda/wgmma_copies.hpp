@@ -112,12 +112,16 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <int Scales>
   BITFOLD_DEVICE void bring_w() {
     if constexpr (C::kPlanes) {
-      if (p_.planes.scale == C::kStored && p_.planes.zeros == nullptr) return bring_w<Scales, true>();
+      if (p_.planes.scale == C::kStored) {
+        if (p_.planes.zeros == nullptr) return bring_w<Scales, Stored::Usual>();
+        if constexpr (kLateZeros) return bring_w<Scales, Stored::WithZeros>();
+      }
     }
-    bring_w<Scales, false>();
+    bring_w<Scales, Stored::Any>();
   }
-  // Usual: scales are stored as usual, and there are no zero points.
-  template <int Scales, bool Usual>
+  // Scales are stored as the format's usually are, and there are no zero points, or there are; or nothing is known.
+  enum class Stored : uint8_t { Usual, WithZeros, Any };
+  template <int Scales, Stored S>
   BITFOLD_DEVICE void bring_w() {
     WgmmaHead& head = this->head();
     // Chunks that no row ends within; where rows are that long that steps would need 64 bits, none goes that way.
@@ -139,7 +143,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     const auto load = [&](int chunk, int batch, LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
       if constexpr (C::kPlanes) {
 #pragma unroll
-        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<Usual>(chunk, batch, turn, of[turn]);
+        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<S>(chunk, batch, turn, of[turn]);
       }
     };
 #pragma unroll
@@ -157,7 +161,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
         if constexpr (C::kPlanes) {
 #pragma unroll
           for (int turn = 0; turn < kTurnsOfScales; ++turn) {
-            store_scales<Usual>(chunk, batch, turn, of[turn], w.slot, power[batch][turn]);
+            store_scales<S>(chunk, batch, turn, of[turn], w.slot, power[batch][turn]);
           }
         }
       };
@@ -242,7 +246,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     else return false;
   }();
   static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
-  template <bool Usual, int Scales>
+  template <Stored S, int Scales>
   BITFOLD_DEVICE void load_scales(int chunk, int batch, int turn, LoadedScaleZero (&loaded)[Scales]) const {
     const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
     if (i >= kBatchRows * kQuads) return;
@@ -251,9 +255,9 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
       const uint32_t group = group_of<Scales>(chunk, i, s);
-      loaded[s] = C::load_scale(p_.planes, row, group, stored<Usual>(), kLateZeros ? false : zeros<Usual>());
+      loaded[s] = C::load_scale(p_.planes, row, group, stored<S>(), kLateZeros ? false : zeros<S>());
       if constexpr (kLateZeros) {
-        if (zeros<Usual>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
+        if (zeros<S>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
       }
     }
   }
@@ -265,7 +269,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     return p_.planes.pieces.divide(smaller(first + kQuad / Scales * s, end));
   }
   // power: of the row, so far.
-  template <bool Usual, int Scales>
+  template <Stored S, int Scales>
   BITFOLD_DEVICE void store_scales(int chunk, int batch, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
                                    float& power) const {
     const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
@@ -278,17 +282,16 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     for (int s = 0; s < Scales; ++s) {
       LoadedScaleZero mine = loaded[s];
       if constexpr (kLateZeros) {
-        if (zeros<Usual>())
+        if (zeros<S>())
           mine.more = mine.more >> group_of<Scales>(chunk, i, s) * C::kBits % 8 & ((1u << C::kBits) - 1);
       }
-      made[s] = C::scale_zero(p_.planes, mine, stored<Usual>(), this->head().dynamic_map, nested_offset_);
+      made[s] = C::scale_zero(p_.planes, mine, stored<S>(), this->head().dynamic_map, nested_offset_);
       peak = larger(peak, finite_magnitude(made[s].scale));
     }
     static_assert(kQuads <= 2);
     if constexpr (kQuads == 2) peak = larger(peak, ptx::shuffle_xor(peak, 1));
-    const float before = power;
-    power = power_for<C>(peak, power);
-    const bool changes = ptx::any(power != before);
+    const bool changes = ptx::any(peak * power >= kScaleLimit<C>);  // seldom
+    if (changes) power = power_for<C>(peak, power);
     if (i % (16 * kQuads) == 0) this->head().changes[slot][row / 16] = changes ? 1 : 0;
     uint32_t scaled[Scales];
 #pragma unroll
@@ -303,14 +306,15 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     }
     if (i % kQuads == 0) this->power_of(slot, row) = power;
   }
-  template <bool Usual>
+  template <Stored S>
   BITFOLD_DEVICE Scale stored() const {
-    if constexpr (Usual) return C::kStored;
+    if constexpr (S != Stored::Any) return C::kStored;
     else return p_.planes.scale;
   }
-  template <bool Usual>
+  template <Stored S>
   BITFOLD_DEVICE bool zeros() const {
-    return !Usual && p_.planes.zeros != nullptr;
+    if constexpr (S != Stored::Any) return S == Stored::WithZeros;
+    else return p_.planes.zeros != nullptr;
   }
 
   // ---- x, and its sums: whole quarters on end ----
