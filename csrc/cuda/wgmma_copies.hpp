@@ -282,8 +282,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     for (int s = 0; s < Scales; ++s) {
       LoadedScaleZero mine = loaded[s];
       if constexpr (kLateZeros) {
-        if (zeros<S>())
-          mine.more = mine.more >> group_of<Scales>(chunk, i, s) * C::kBits % 8 & ((1u << C::kBits) - 1);
+        if (zeros<S>()) mine.more = mine.more >> group_of<Scales>(chunk, i, s) * C::kBits % 8 & ((1u << C::kBits) - 1);
       }
       made[s] = C::scale_zero(p_.planes, mine, stored<S>(), this->head().dynamic_map, nested_offset_);
       peak = larger(peak, finite_magnitude(made[s].scale));

@@ -95,7 +95,10 @@ WRONG: dict[str, dict[str, str]] = {
     "tile_sums.hpp": {
         "ptx::mul(ptx::add(sums[i], sums[i]), p_.unit)": "ptx::add(sums[i], sums[i])",
         "static_cast<uint32_t>(p_.shape.splits) - 1": "0",
-        "row + i >= p_.n": "row + i > p_.n",
+        "row + i < p_.n": "row + i <= p_.n",
+        "row + 4 <= p_.n": "true",
+        "begin + s == 0": "s == 0",
+        "int64_t{begin + s} * size": "int64_t{s} * size",
     },
     "arrange.cu": {
         "smaller(tokens_, args.m - first_token_)": "tokens_",

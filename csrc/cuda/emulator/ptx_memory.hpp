@@ -39,6 +39,14 @@ BITFOLD_DEVICE uint16_t load2(const void* global, const Where& where = Where::cu
 }
 BITFOLD_DEVICE uint8_t load1(const void* global) { return *static_cast<const uint8_t*>(global); }
 
+BITFOLD_DEVICE uint32_t load_together4(const void* global, const Where& where = Where::current()) {
+  return detail::load<uint32_t>(global, where);
+}
+BITFOLD_DEVICE uint16_t load_together2(const void* global, const Where& where = Where::current()) {
+  return detail::load<uint16_t>(global, where);
+}
+BITFOLD_DEVICE uint8_t load_together1(const void* global) { return *static_cast<const uint8_t*>(global); }
+
 BITFOLD_DEVICE uint4 load_streaming16(const void* global, const Where& where = Where::current()) {
   return detail::load<uint4>(global, where);
 }

@@ -20,6 +20,23 @@ BITFOLD_DEVICE uint32_t load4(const void* global) { return __ldg(static_cast<con
 BITFOLD_DEVICE uint16_t load2(const void* global) { return __ldg(static_cast<const uint16_t*>(global)); }
 BITFOLD_DEVICE uint8_t load1(const void* global) { return __ldg(static_cast<const uint8_t*>(global)); }
 
+// The same, with which the second cache brings the 256 bytes that it lies in: what comes next is then there.
+BITFOLD_DEVICE uint32_t load_together4(const void* global) {
+  uint32_t d;
+  asm("ld.global.nc.L2::256B.u32 %0, [%1];" : "=r"(d) : "l"(global));
+  return d;
+}
+BITFOLD_DEVICE uint16_t load_together2(const void* global) {
+  uint16_t d;
+  asm("ld.global.nc.L2::256B.u16 %0, [%1];" : "=h"(d) : "l"(global));
+  return d;
+}
+BITFOLD_DEVICE uint8_t load_together1(const void* global) {
+  uint32_t d;
+  asm("ld.global.nc.L2::256B.u8 %0, [%1];" : "=r"(d) : "l"(global));
+  return static_cast<uint8_t>(d);
+}
+
 // The same for what is read once: it takes no place in the first cache. `volatile` keeps their order, which is how a
 // kernel has many of them in flight.
 BITFOLD_DEVICE uint4 load_streaming16(const void* global) {
