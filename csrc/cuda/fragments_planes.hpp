@@ -143,8 +143,7 @@ class PlaneFragments {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         std::byte* to = room + place(lane) + turn * (kWarp * kChunk);
-        if (kChunks % kWarp == 0 || turn * kWarp + lane < kChunks)
-          ptx::cp_async<kChunk, kTogetherOfW>(to, codes_ + offsets_[turn]);
+        if (kChunks % kWarp == 0 || turn * kWarp + lane < kChunks) ptx::cp_async<kChunk>(to, codes_ + offsets_[turn]);
       }
       codes_ += kRowBytes;
       const int piece = piece_++;

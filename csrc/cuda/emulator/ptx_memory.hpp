@@ -39,14 +39,6 @@ BITFOLD_DEVICE uint16_t load2(const void* global, const Where& where = Where::cu
 }
 BITFOLD_DEVICE uint8_t load1(const void* global) { return *static_cast<const uint8_t*>(global); }
 
-BITFOLD_DEVICE uint32_t load_together4(const void* global, const Where& where = Where::current()) {
-  return detail::load<uint32_t>(global, where);
-}
-BITFOLD_DEVICE uint16_t load_together2(const void* global, const Where& where = Where::current()) {
-  return detail::load<uint16_t>(global, where);
-}
-BITFOLD_DEVICE uint8_t load_together1(const void* global) { return *static_cast<const uint8_t*>(global); }
-
 BITFOLD_DEVICE uint4 load_streaming16(const void* global, const Where& where = Where::current()) {
   return detail::load<uint4>(global, where);
 }
@@ -91,9 +83,9 @@ BITFOLD_DEVICE void store_streaming4(void* global, uint32_t value, const Where& 
   detail::store(global, value, where);
 }
 
-template <int N, int Together = 128>
+template <int N>
 BITFOLD_DEVICE void cp_async(void* shared, const void* global, int bytes = N, const Where& where = Where::current()) {
-  static_assert((N == 4 || N == 8 || N == 16) && (Together == 128 || Together == 256));
+  static_assert(N == 4 || N == 8 || N == 16);
   emulator::cp_async(shared, global, N, bytes, where);
 }
 BITFOLD_DEVICE void cp_async_commit() { emulator::cp_async_commit(); }

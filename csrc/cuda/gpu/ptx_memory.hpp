@@ -20,23 +20,6 @@ BITFOLD_DEVICE uint32_t load4(const void* global) { return __ldg(static_cast<con
 BITFOLD_DEVICE uint16_t load2(const void* global) { return __ldg(static_cast<const uint16_t*>(global)); }
 BITFOLD_DEVICE uint8_t load1(const void* global) { return __ldg(static_cast<const uint8_t*>(global)); }
 
-// The same, with which the second cache brings the 256 bytes that it lies in: what comes next is then there.
-BITFOLD_DEVICE uint32_t load_together4(const void* global) {
-  uint32_t d;
-  asm("ld.global.nc.L2::256B.u32 %0, [%1];" : "=r"(d) : "l"(global));
-  return d;
-}
-BITFOLD_DEVICE uint16_t load_together2(const void* global) {
-  uint16_t d;
-  asm("ld.global.nc.L2::256B.u16 %0, [%1];" : "=h"(d) : "l"(global));
-  return d;
-}
-BITFOLD_DEVICE uint8_t load_together1(const void* global) {
-  uint32_t d;
-  asm("ld.global.nc.L2::256B.u8 %0, [%1];" : "=r"(d) : "l"(global));
-  return static_cast<uint8_t>(d);
-}
-
 // The same for what is read once: it takes no place in the first cache. `volatile` keeps their order, which is how a
 // kernel has many of them in flight.
 BITFOLD_DEVICE uint4 load_streaming16(const void* global) {
@@ -109,16 +92,11 @@ BITFOLD_DEVICE void store_streaming4(void* global, uint32_t value) { __stcs(stat
 
 // ---- copies from global to shared memory that go on while the thread does ----
 
-// Of the N bytes that are written the first `bytes` are read, the others zero. Of 16 bytes the second cache may bring
-// so many on end with them.
-template <int N, int Together = 128>
+// Of the N bytes that are written the first `bytes` are read, the others zero.
+template <int N>
 BITFOLD_DEVICE void cp_async(void* shared, const void* global, int bytes = N) {
-  static_assert((N == 4 || N == 8 || N == 16) && (Together == 128 || Together == 256));
-  if constexpr (N == 16 && Together == 256) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(bytes)
-                 : "memory");
-  } else if constexpr (N == 16) {  // past the first cache
+  static_assert(N == 4 || N == 8 || N == 16);
+  if constexpr (N == 16) {  // past the first cache
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(bytes)
                  : "memory");
