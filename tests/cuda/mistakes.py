@@ -19,7 +19,6 @@ WRONG: dict[str, dict[str, str]] = {
     "rows_kernel.hpp": {
         "args.unit * factor": "factor",
         "i < args.rooms": "i <= args.rooms",
-        "piece != full": "true",
         "pair % 2 == 0 ? even_ : odd_": "even_",
         "step % 2 == 0 ? quad.x : quad.z": "quad.x",
         "step % 2 == 0 ? quad.y : quad.w": "step % 2 == 0 ? quad.x : quad.w",
