@@ -188,6 +188,7 @@ WRONG: dict[str, dict[str, str]] = {
         "kScaleLimitLog2<C> - 4 - exponent_of(peak)": "kScaleLimitLog2<C> + 4 - exponent_of(peak)",
     },
     "linear_wgmma.hpp": {
+        "unit == kLast": "unit == 1",
         "q * kQuarterBytes": "0",
         "q * 8 * kSumBytes<C>": "0",
         "unit == 0": "unit >= 0",
