@@ -79,10 +79,6 @@ enum class Manner : uint8_t { Plain, Full, Any };
 
 struct NoTables {};
 
-// Bytes of a row of W that the second cache brings together: 16 rows lie far apart, a warp's pieces of each are 128
-// bytes or so, with which memory may be slower (docs/cuda.md, "On an H200").
-inline constexpr int kTogetherOfW = 256;
-
 // The A operand's registers: row g and g + 8 of the columns of b0, then of b1.
 enum Operand : int { kLow0, kHigh0, kLow1, kHigh1 };
 

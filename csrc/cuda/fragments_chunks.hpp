@@ -79,7 +79,7 @@ class ChunkFragments {
           std::byte* to = mine(room, i) + 16 * first;
 #pragma unroll
           for (int quad = 0; quad < kQuads; quad += 4) {
-            if (quad + first < kQuads) ptx::cp_async<16, kTogetherOfW>(to + 16 * quad, from + 16 * quad);
+            if (quad + first < kQuads) ptx::cp_async<16>(to + 16 * quad, from + 16 * quad);
           }
         }
       } else {
@@ -100,7 +100,7 @@ class ChunkFragments {
         for (int quad = ptx::lane_id() % 4; quad < kQuads; quad += 4) {
           const int64_t left = next + left_ - from - 16 * quad;
           const auto bytes = static_cast<int>(smaller<int64_t>(larger<int64_t>(left, 0), 16));
-          ptx::cp_async<16, kTogetherOfW>(mine(room, i) + 16 * quad, bytes > 0 ? from + 16 * quad : w.blocks, bytes);
+          ptx::cp_async<16>(mine(room, i) + 16 * quad, bytes > 0 ? from + 16 * quad : w.blocks, bytes);
         }
       }
     }

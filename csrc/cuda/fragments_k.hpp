@@ -66,8 +66,8 @@ class Q4KFragments {
         const auto quad = static_cast<uint32_t>(turn * kWarp + ptx::lane_id());
         const uint32_t to = to_ >> 4 * turn & 15u, from = from_ >> 4 * turn & 15u;
         if ((turn + 1) * kWarp <= 16 * kQuads || quad < 16 * kQuads) {
-          ptx::cp_async<16, kTogetherOfW>(room + to * (kStride - kBytes) + 16 * quad,
-                                          next_ + from * row_bytes + (16 * quad - kBytes * to));
+          ptx::cp_async<16>(room + to * (kStride - kBytes) + 16 * quad,
+                            next_ + from * row_bytes + (16 * quad - kBytes * to));
         }
       }
       next_ += kBytes;

@@ -108,6 +108,7 @@ class PlaneFragments {
     BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece)
         : codes_(w.codes + row * w.row_bytes + int64_t{piece} * kRowBytes),
           piece_(piece),
+          place_(ptx::anew(place(ptx::lane_id()))),
           row_(static_cast<uint32_t>(row)),
           last_(static_cast<uint32_t>(smaller<int64_t>(w.n - 1 - row, 15))) {
 #pragma unroll
@@ -142,9 +143,8 @@ class PlaneFragments {
       const int lane = ptx::lane_id();
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        std::byte* to = room + place(lane) + turn * (kWarp * kChunk);
-        if (kChunks % kWarp == 0 || turn * kWarp + lane < kChunks)
-          ptx::cp_async<kChunk, kTogetherOfW>(to, codes_ + offsets_[turn]);
+        std::byte* to = room + place_ + turn * (kWarp * kChunk);
+        if (kChunks % kWarp == 0 || turn * kWarp + lane < kChunks) ptx::cp_async<kChunk>(to, codes_ + offsets_[turn]);
       }
       codes_ += kRowBytes;
       const int piece = piece_++;
@@ -186,6 +186,7 @@ class PlaneFragments {
 
     const uint8_t* codes_;  // of the first row's next piece
     int piece_;
+    int place_;  // in a room, of the first chunk: kept, or it would be made of the lane for each piece
     uint32_t row_, last_;  // the first row, and the last that there is, from that one on
     uint32_t offsets_[kTurns];
     uint32_t scale_, zeros_;  // the row's first scale, and the byte of its first zero point

@@ -64,6 +64,9 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
     uint32_t a[kUnitSteps][4];
   };
 
+  // Products of minima read the sums of x that lie with a chunk, and are not waited for before its second unit.
+  static constexpr bool kLeavesEarly = C::kMins == 0;
+
   // While a unit is multiplied the one before is waited for, whose registers the next is then decoded into.
   BITFOLD_DEVICE void multiply(float (&sums)[Quarters][kSums]) {
     Turn w, x;
@@ -72,6 +75,7 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
     Decoded even, odd{};
     open(chunk, w, sums);
     decode(unit, even);
+    constexpr int kLast = kUnits - 1;
     // opens: it may be a chunk's first unit.
     const auto turn = [&](Decoded& now, Decoded& next, auto opens) {
       if constexpr (C::kMins > 0 && opens) {
@@ -87,13 +91,17 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
       before = x.slot;
       x.next(p_.shape.x_stages);
       if (++unit == kUnits) {
-        release(&this->head().w_empty[w.slot]);
+        if constexpr (!kLeavesEarly) release(&this->head().w_empty[w.slot]);
         w.next(p_.shape.w_stages);
         unit = 0;
         more = ++chunk < last_;
         if (more) open(chunk, w, sums);
       }
       if (more) decode(unit, next);
+      // Nothing of the chunk is wanted once its last unit is in registers, which is an odd one.
+      if constexpr (kLeavesEarly && opens) {
+        if (unit == kLast) release(&this->head().w_empty[w.slot]);
+      }
     };
     static_assert(kUnits % 2 == 0);
 #pragma unroll 1

@@ -111,7 +111,9 @@ class Feed {
   // The next piece into the next room of the ring, if there is one; a group of copies in either case.
   template <Manner M>
   BITFOLD_DEVICE void next() {
-    if (left_ == 0 && unit_ < units_) aim(), begin_unit();
+    if (left_ == 0) {
+      if (unit_ < units_) aim(), begin_unit();
+    }
     if (left_ > 0) {
       copies_.template fetch<M>(args_.w, room_.at());
       --left_;
@@ -120,10 +122,10 @@ class Feed {
     room_.next();
   }
 
-  // Until the oldest piece has come: all but the newest rooms - 2. (The first two of all together.)
+  // Until the oldest piece has come: all but the newest rooms - 2.
   BITFOLD_DEVICE void wait() const {
-    if (args_.rooms == 4) ptx::cp_async_wait<2>();
-    else if (args_.rooms == 3) ptx::cp_async_wait<1>();
+    if (args_.rooms == 3) ptx::cp_async_wait<1>();
+    else if (args_.rooms == 4) ptx::cp_async_wait<2>();
     else ptx::cp_async_wait<0>();
   }
 

@@ -123,15 +123,15 @@ class Product {
   const float* sums_[2];  // of the tokens 2 t and 2 t + 1
 };
 
-// A unit's pieces, from `room` on. At the piece `full`, the warp's first, no room is free for the next.
+// A unit's pieces, from `room` on.
 template <class Source, Manner M>
-BITFOLD_DEVICE void multiply(const Unit& unit, int full, Feed<Source>& feed, Product<Source>& product,
-                             Room<Source::kRoom>& room, float (&total)[4]) {
+BITFOLD_DEVICE void multiply(const Unit& unit, Feed<Source>& feed, Product<Source>& product, Room<Source::kRoom>& room,
+                             float (&total)[4]) {
 #pragma unroll 1
   for (int piece = unit.first; piece < unit.end; ++piece) {
     feed.wait();
     ptx::sync_warp();  // all lanes' copies are there, and all have read the room that is filled next
-    if (piece != full) feed.template next<M>();
+    feed.template next<M>();
     product.template add<M>(piece, room.at(), total);
     room.next();
   }
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
   typename Slices<Source>::Eights eights;
   slices.begin(first, smaller(first + args.kept, last), eights);
 #pragma unroll 1
-  for (int i = 0; i < args.rooms; ++i) feed.template next<Manner::Any>();
+  for (int i = 1; i < args.rooms; ++i) feed.template next<Manner::Any>();
   Room<Source::kRoom> room(ring, args.rooms);
   Room<Source::kHead> head(ring + args.rooms * Source::kRoom, args.rooms);
   Source::fill(args.w, memory.tables, static_cast<int>(threadIdx.x), kThreads);
@@ -208,13 +208,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_rows_kernel(Args<Source> a
       const TokenScales& scales = slices.scales(unit.slice);
       Product<Source> product(args, memory.tables, unit.tile, slices.x(unit.slice), args.longest, head.at());
       head.next();
-      const int full = turn == units.begin ? unit.first : -1;
       float total[4] = {};
       const bool finite = Source::kSums == 0 || Tokens<Source>::finite(args.x, scales);
       switch (finite ? manner : Manner::Any) {
-        case Manner::Plain: multiply<Source, Manner::Plain>(unit, full, feed, product, room, total); break;
-        case Manner::Full: multiply<Source, Manner::Full>(unit, full, feed, product, room, total); break;
-        case Manner::Any: multiply<Source, Manner::Any>(unit, full, feed, product, room, total); break;
+        case Manner::Plain: multiply<Source, Manner::Plain>(unit, feed, product, room, total); break;
+        case Manner::Full: multiply<Source, Manner::Full>(unit, feed, product, room, total); break;
+        case Manner::Any: multiply<Source, Manner::Any>(unit, feed, product, room, total); break;
       }
       const int64_t rows = int64_t{args.tiles} * 16;
       if (whole) {

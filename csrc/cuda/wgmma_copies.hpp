@@ -101,8 +101,6 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   }
 
  private:
-  BITFOLD_DEVICE int64_t real_row(int row) const { return row0_ + smaller(row, static_cast<int>(last_row_)); }
-
   // ---- W ----
 
   BITFOLD_DEVICE void bring_w() {
@@ -114,18 +112,24 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <int Scales>
   BITFOLD_DEVICE void bring_w() {
     if constexpr (C::kPlanes) {
-      if (p_.planes.scale == C::kStored && p_.planes.zeros == nullptr) return bring_w<Scales, true>();
+      if (p_.planes.scale == C::kStored) {
+        if (p_.planes.zeros == nullptr) return bring_w<Scales, Stored::Usual>();
+        if constexpr (kLateZeros) return bring_w<Scales, Stored::WithZeros>();
+      }
     }
-    bring_w<Scales, false>();
+    bring_w<Scales, Stored::Any>();
   }
-  // Usual: scales are stored as usual, and there are no zero points.
-  template <int Scales, bool Usual>
+  // Scales are stored as the format's usually are, and there are no zero points, or there are; or nothing is known.
+  enum class Stored : uint8_t { Usual, WithZeros, Any };
+  template <int Scales, Stored S>
   BITFOLD_DEVICE void bring_w() {
     WgmmaHead& head = this->head();
-    // Chunks of which all is there; where rows are that long that steps would need 64 bits, none goes that way.
-    const int whole = !p_.in_words || last_row_ + 1 < kRows || p_.row_bytes >> 24 != 0 ? 0
-                      : !kSkewed<C> && p_.k % C::kColumns == 0                         ? p_.chunks
-                                                                                       : p_.chunks - 1;
+    // Chunks that no row ends within; where rows are that long that steps would need 64 bits, none goes that way.
+    const int whole = !p_.in_words || p_.row_bytes >> 24 != 0  ? 0
+                      : !kSkewed<C> && p_.k % C::kColumns == 0 ? p_.chunks
+                                                               : p_.chunks - 1;
+    const bool all = last_row_ + 1 == kRows;
+    if (!all) clear_absent();
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
     // Scales are asked for two batches ahead, or one, as far as registers go: batch after batch, chunk after chunk.
     constexpr int kAhead = kTurnsOfScales * Scales <= 6 ? 2 : 1;
@@ -139,7 +143,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     const auto load = [&](int chunk, int batch, LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
       if constexpr (C::kPlanes) {
 #pragma unroll
-        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<Usual>(chunk, batch, turn, of[turn]);
+        for (int turn = 0; turn < kTurnsOfScales; ++turn) load_scales<S>(chunk, batch, turn, of[turn]);
       }
     };
 #pragma unroll
@@ -148,15 +152,16 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 #pragma unroll 1
     for (int chunk = first_; chunk < last_; ++chunk, w.next(p_.shape.w_stages)) {
       ptx::barrier_wait(&head.w_empty[w.slot], w.parity ^ 1);
-      if (chunk < whole) copy_whole(from, w.slot);
-      else copy_edge(chunk, w.slot);
+      if (chunk >= whole) copy_edge(chunk, w.slot);
+      else if (all) copy_whole<true>(from, w.slot);
+      else copy_whole<false>(from, w.slot);
       ptx::cp_async_arrive(&head.w_full[w.slot]);
       from += C::kBytes;
       const auto store = [&](int batch, const LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
         if constexpr (C::kPlanes) {
 #pragma unroll
           for (int turn = 0; turn < kTurnsOfScales; ++turn) {
-            store_scales<Usual>(chunk, batch, turn, of[turn], w.slot, power[batch][turn]);
+            store_scales<S>(chunk, batch, turn, of[turn], w.slot, power[batch][turn]);
           }
         }
       };
@@ -168,18 +173,22 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     }
   }
 
-  // All rows are there, and no piece reaches beyond one: pieces of all rows in turn, kCopiers at a time. from: of this
-  // thread's first row.
+  // Of a chunk of the rows that are there.
+  BITFOLD_DEVICE int pieces() const { return static_cast<int>(last_row_ + 1) * kPieces<C>; }
+  // No piece reaches beyond a row: pieces of all rows in turn, kCopiers at a time, or of those that are there. from: of
+  // this thread's first row.
+  template <bool All>
   BITFOLD_DEVICE void copy_whole(const uint8_t* from, int slot) const {
     constexpr int kAll = kRows * kPieces<C>, kRowStep = kCopiers / kPieces<C>, kPieceStep = kCopiers % kPieces<C>;
+    const int there = All ? kAll : pieces();
     // Made anew, so that where each turn's piece lies isn't kept in registers.
     const int64_t step = ptx::anew(static_cast<int>(kRowStep * p_.row_bytes));
     int piece = thread_ % kPieces<C>;
     uint8_t* to = this->w_stage(slot) + thread_ / kPieces<C> * kStride<C> + 16 * piece;
     from += 16 * piece;
-#pragma unroll(kSkewed<C> || kPieceStep > 0 ? 2 : C::kBytes < C::kColumns ? 1 + kAll / kCopiers : 6)
+#pragma unroll(!All || kSkewed<C> || kPieceStep > 0 ? 2 : C::kBytes < C::kColumns ? 1 + kAll / kCopiers : 6)
     for (int i = 0; i < kAll; i += kCopiers) {
-      if (i + kCopiers <= kAll || i + thread_ < kAll) {
+      if ((All && i + kCopiers <= kAll) || i + thread_ < there) {
         const int within = kSkewed<C> ? static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15) : 0;
         ptx::cp_async<16>(to, from - within);
       }
@@ -194,17 +203,28 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       }
     }
   }
-  // What lies beyond a row's end becomes zero, and rows that aren't there are the last.
+  // Rows that aren't there are zeros in all stages, once and for all: whatever else lay there may take a row's power of
+  // two from chunk to chunk.
+  BITFOLD_DEVICE void clear_absent() const {
+    const auto first = static_cast<int>(last_row_ + 1);
+#pragma unroll 1
+    for (int slot = 0; slot < p_.shape.w_stages; ++slot) {
+      auto* to = reinterpret_cast<uint4*>(this->w_stage(slot) + first * kStride<C>);
+#pragma unroll 1
+      for (int i = thread_; i < (kRows - first) * kStride<C> / 16; i += kCopiers) to[i] = {};
+    }
+  }
+  // What lies beyond a row's end becomes zero.
   BITFOLD_DEVICE void copy_edge(int chunk, int slot) const {
     const int64_t begin = int64_t{chunk} * C::kBytes;
     const int length = static_cast<int>(smaller<int64_t>(C::kBytes, p_.row_bytes - begin));
 #pragma unroll 1
-    for (int i = thread_; i < kRows * kPieces<C>; i += kCopiers) {
+    for (int i = thread_; i < pieces(); i += kCopiers) {
       const int row = i / kPieces<C>, at = 16 * (i % kPieces<C>);
-      const uint8_t* from = p_.codes + real_row(row) * p_.row_bytes + begin;
+      const uint8_t* from = p_.codes + (row0_ + row) * p_.row_bytes + begin;
       uint8_t* to = this->w_stage(slot) + row * kStride<C> + at;
       if (p_.in_words) {
-        const int within = this->skew(real_row(row), chunk), bytes = smaller(within + length - at, 16);
+        const int within = this->skew(row0_ + row, chunk), bytes = smaller(within + length - at, 16);
         if (at >= within + C::kBytes) continue;
         if (bytes > 0) ptx::cp_async<16>(to, from - within + at, bytes);
         else ptx::cp_async<16>(to, p_.codes, 0);
@@ -226,7 +246,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     else return false;
   }();
   static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
-  template <bool Usual, int Scales>
+  template <Stored S, int Scales>
   BITFOLD_DEVICE void load_scales(int chunk, int batch, int turn, LoadedScaleZero (&loaded)[Scales]) const {
     const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
     if (i >= kBatchRows * kQuads) return;
@@ -235,9 +255,9 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
       const uint32_t group = group_of<Scales>(chunk, i, s);
-      loaded[s] = C::load_scale(p_.planes, row, group, stored<Usual>(), kLateZeros ? false : zeros<Usual>());
+      loaded[s] = C::load_scale(p_.planes, row, group, stored<S>(), kLateZeros ? false : zeros<S>());
       if constexpr (kLateZeros) {
-        if (zeros<Usual>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
+        if (zeros<S>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
       }
     }
   }
@@ -249,7 +269,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     return p_.planes.pieces.divide(smaller(first + kQuad / Scales * s, end));
   }
   // power: of the row, so far.
-  template <bool Usual, int Scales>
+  template <Stored S, int Scales>
   BITFOLD_DEVICE void store_scales(int chunk, int batch, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
                                    float& power) const {
     const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
@@ -262,17 +282,15 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     for (int s = 0; s < Scales; ++s) {
       LoadedScaleZero mine = loaded[s];
       if constexpr (kLateZeros) {
-        if (zeros<Usual>())
-          mine.more = mine.more >> group_of<Scales>(chunk, i, s) * C::kBits % 8 & ((1u << C::kBits) - 1);
+        if (zeros<S>()) mine.more = mine.more >> group_of<Scales>(chunk, i, s) * C::kBits % 8 & ((1u << C::kBits) - 1);
       }
-      made[s] = C::scale_zero(p_.planes, mine, stored<Usual>(), this->head().dynamic_map, nested_offset_);
+      made[s] = C::scale_zero(p_.planes, mine, stored<S>(), this->head().dynamic_map, nested_offset_);
       peak = larger(peak, finite_magnitude(made[s].scale));
     }
     static_assert(kQuads <= 2);
     if constexpr (kQuads == 2) peak = larger(peak, ptx::shuffle_xor(peak, 1));
-    const float before = power;
-    power = power_for<C>(peak, power);
-    const bool changes = ptx::any(power != before);
+    const bool changes = ptx::any(peak * power >= kScaleLimit<C>);  // seldom
+    if (changes) power = power_for<C>(peak, power);
     if (i % (16 * kQuads) == 0) this->head().changes[slot][row / 16] = changes ? 1 : 0;
     uint32_t scaled[Scales];
 #pragma unroll
@@ -287,14 +305,15 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     }
     if (i % kQuads == 0) this->power_of(slot, row) = power;
   }
-  template <bool Usual>
+  template <Stored S>
   BITFOLD_DEVICE Scale stored() const {
-    if constexpr (Usual) return C::kStored;
+    if constexpr (S != Stored::Any) return C::kStored;
     else return p_.planes.scale;
   }
-  template <bool Usual>
+  template <Stored S>
   BITFOLD_DEVICE bool zeros() const {
-    return !Usual && p_.planes.zeros != nullptr;
+    if constexpr (S != Stored::Any) return S == Stored::WithZeros;
+    else return p_.planes.zeros != nullptr;
   }
 
   // ---- x, and its sums: whole quarters on end ----

@@ -19,7 +19,6 @@ WRONG: dict[str, dict[str, str]] = {
     "rows_kernel.hpp": {
         "args.unit * factor": "factor",
         "i < args.rooms": "i <= args.rooms",
-        "piece != full": "true",
         "pair % 2 == 0 ? even_ : odd_": "even_",
         "step % 2 == 0 ? quad.x : quad.z": "quad.x",
         "step % 2 == 0 ? quad.y : quad.w": "step % 2 == 0 ? quad.x : quad.w",
@@ -95,7 +94,10 @@ WRONG: dict[str, dict[str, str]] = {
     "tile_sums.hpp": {
         "ptx::mul(ptx::add(sums[i], sums[i]), p_.unit)": "ptx::add(sums[i], sums[i])",
         "static_cast<uint32_t>(p_.shape.splits) - 1": "0",
-        "row + i >= p_.n": "row + i > p_.n",
+        "row + i < p_.n": "row + i <= p_.n",
+        "row + 4 <= p_.n": "true",
+        "begin + s == 0": "s == 0",
+        "int64_t{begin + s} * size": "int64_t{s} * size",
     },
     "arrange.cu": {
         "smaller(tokens_, args.m - first_token_)": "tokens_",
@@ -163,10 +165,10 @@ WRONG: dict[str, dict[str, str]] = {
         "static_cast<int>(blockIdx.z) * Quarters": "static_cast<int>(blockIdx.z)",
         "p.groups / 8 - quarter0_": "p.groups / 8 - quarter0_ - 1",
         "!kSkewed<C> && p_.k % C::kColumns == 0": "true",
-        "last_row_ + 1 < kRows": "false",
+        "last_row_ + 1 == kRows": "true",
         "p_.row_bytes + 16 * (kPieceStep - kPieces<C>)": "16 * (kPieceStep - kPieces<C>)",
         "smaller(within + length - at, 16)": "16",
-        "row0_ + smaller(row, static_cast<int>(last_row_))": "row0_ + row",
+        "static_cast<int>(last_row_ + 1) * kPieces<C>": "kRows * kPieces<C>",
         "smaller(of_batch + i / kQuads, last_row_)": "of_batch + i / kQuads",
         "!C::kPlanes || p_.wide_groups": "true",
         "static_cast<uint32_t>(chunk) * kSpans + i % kQuads * kQuad": "static_cast<uint32_t>(chunk) * kSpans",
@@ -186,6 +188,7 @@ WRONG: dict[str, dict[str, str]] = {
         "kScaleLimitLog2<C> - 4 - exponent_of(peak)": "kScaleLimitLog2<C> + 4 - exponent_of(peak)",
     },
     "linear_wgmma.hpp": {
+        "unit == kLast": "unit == 1",
         "q * kQuarterBytes": "0",
         "q * 8 * kSumBytes<C>": "0",
         "unit == 0": "unit >= 0",

@@ -83,9 +83,9 @@ BITFOLD_DEVICE void store_streaming4(void* global, uint32_t value, const Where& 
   detail::store(global, value, where);
 }
 
-template <int N, int Together = 128>
+template <int N>
 BITFOLD_DEVICE void cp_async(void* shared, const void* global, int bytes = N, const Where& where = Where::current()) {
-  static_assert((N == 4 || N == 8 || N == 16) && (Together == 128 || Together == 256));
+  static_assert(N == 4 || N == 8 || N == 16);
   emulator::cp_async(shared, global, N, bytes, where);
 }
 BITFOLD_DEVICE void cp_async_commit() { emulator::cp_async_commit(); }

@@ -92,16 +92,11 @@ BITFOLD_DEVICE void store_streaming4(void* global, uint32_t value) { __stcs(stat
 
 // ---- copies from global to shared memory that go on while the thread does ----
 
-// Of the N bytes that are written the first `bytes` are read, the others zero. Of 16 bytes the second cache may bring
-// so many on end with them.
-template <int N, int Together = 128>
+// Of the N bytes that are written the first `bytes` are read, the others zero.
+template <int N>
 BITFOLD_DEVICE void cp_async(void* shared, const void* global, int bytes = N) {
-  static_assert((N == 4 || N == 8 || N == 16) && (Together == 128 || Together == 256));
-  if constexpr (N == 16 && Together == 256) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(bytes)
-                 : "memory");
-  } else if constexpr (N == 16) {  // past the first cache
+  static_assert(N == 4 || N == 8 || N == 16);
+  if constexpr (N == 16) {  // past the first cache
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(bytes)
                  : "memory");
