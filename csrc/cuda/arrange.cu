@@ -24,12 +24,9 @@ struct Args {
   int64_t k;
   int m;
   bool bf16;
-  bool scaled;   // times a power of two for each token
   bool aligned;  // rows are contiguous, on 16-byte boundaries
   Order order;
-  bool wgmma;       // in whose order (wgmma.hpp)
-  int sums_of;      // columns that a sum is wanted of, for masked codes (few.hpp); 0: of none
-  float sums_unit;  // what they are multiplied with
+  bool wgmma;  // in whose order (wgmma.hpp)
   int chunks, groups;
   int chunks_each;  // of a block
   int parts;        // of a row that have a peak each
@@ -37,7 +34,6 @@ struct Args {
   uint8_t* out;
   uint8_t* sums;
   float* factors;
-  uint32_t* infinite;
   uint32_t* arrivals;
   int arrivals_count;
 };
@@ -97,10 +93,10 @@ __global__ void __launch_bounds__(kThreads) arrange_peaks_kernel(const Args args
   args.peaks[token * args.parts + part] = most;
 }
 
-// By eight lanes in a row, for a token: its largest magnitude, where it is multiplied with a power of two.
-BITFOLD_DEVICE uint32_t peak_of(const Args& args, int token) {
+// By eight lanes in a row, for a token.
+BITFOLD_DEVICE int exponent_of(const Args& args, int token) {
   uint32_t most = 0;
-  if (args.scaled && token < args.m) {
+  if (args.bf16 && token < args.m) {
 #pragma unroll
     for (int j = 0; j < kMostPeaks; j += 8) {
       const int part = j + ptx::lane_id() % 8;
@@ -108,7 +104,7 @@ BITFOLD_DEVICE uint32_t peak_of(const Args& args, int token) {
     }
   }
   for (int other = 4; other > 0; other /= 2) most = larger(most, ptx::shuffle_xor(most, other));
-  return most;
+  return exponent_to_fp16(most, true);
 }
 
 // ---- the order ----
@@ -148,7 +144,7 @@ class Block {
     const int column = ptx::warp_id() % 4 * kUnit + 8 * (ptx::lane_id() % 8);
     const bool vectors = args_.aligned && first_column_ + columns_ <= args_.k;
     // Behind arrange_peaks x is there: that began after all that came before it.
-    if (!args_.scaled) ptx::wait_for_earlier();
+    if (!args_.bf16) ptx::wait_for_earlier();
     uint4 loaded[kMost];
     const uint16_t* x = args_.x + int64_t{first_token_ + token} * args_.row_stride + (first_column_ + column);
 #pragma unroll
@@ -161,12 +157,10 @@ class Block {
     memory_.places[thread] = static_cast<uint32_t>(2 * (thread - entry + args_.order.column[entry]));
     ptx::wait_for_earlier();
     ptx::let_later_begin();
-    const uint32_t peak = peak_of(args_, first_token_ + thread / 8);
+    const int exponent = exponent_of(args_, first_token_ + thread / 8);
     if (thread % 8 == 0 && thread / 8 < tokens_) {
-      const int exponent = exponent_to_fp16(peak, args_.bf16), token = first_token_ + thread / 8;
       memory_.scales[thread / 8] = power_of_two(exponent);
-      if (blockIdx.x == 0) args_.factors[token] = power_of_two(14 - exponent);
-      if (blockIdx.x == 0 && args_.sums_of > 0) args_.infinite[token] = is_finite(peak, args_.bf16) ? 0 : 1;
+      if (blockIdx.x == 0) args_.factors[first_token_ + thread / 8] = power_of_two(14 - exponent);
     }
     ptx::sync_block();
     if (vectors && column < columns_) {
@@ -209,37 +203,24 @@ class Block {
       uint32_t words[4];
       pairs_of(8 * group + lane / 4, 4 * (2 * two) + t, words[0], words[1]);
       pairs_of(8 * group + lane / 4, 4 * (2 * two + 1) + t, words[2], words[3]);
-      if (args_.sums_of > 0) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const uint32_t down = args_.order.down[2 * two % kUnitSteps + w / 2][w % 2];
-          words[w] = ptx::hmul2(words[w], 0x00010001u * ((15u - down) << 10));
-        }
-      }
       uint8_t* to = unit_of(two / 2, first_token_ / 8 + group) + (two % 2 * kWarp + lane) * 16;
       *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
     }
   }
 
-  // Sums for zero points, as few.hpp wants them.
-  BITFOLD_DEVICE void write_float_sums() const {
-    const int spans = args_.order.columns / args_.sums_of;  // of a chunk
-    for (int i = static_cast<int>(threadIdx.x); i < tokens_ * chunks_ * spans; i += kThreads) {
-      const int row = i % tokens_, chunk = i / tokens_ / spans, span = i / tokens_ % spans;
-      const float sum = sum_of(row, chunk * args_.order.columns + span * args_.sums_of, args_.sums_of);
-      const int token = first_token_ + row, of_chunk = args_.order.columns / 32 * 16;  // floats of 8 tokens
-      auto* to = reinterpret_cast<float*>(args_.sums) +
-                 (int64_t{first_chunk_ + chunk} * args_.groups + token / 8) * of_chunk + 16 * span + token % 8 / 2 * 4 +
-                 token % 2;
-      to[0] = to[2] = sum * args_.sums_unit;
-    }
-  }
   // Sums over sub-blocks, a 32nd of them, as a half and the rest: as the step for minima wants it.
   BITFOLD_DEVICE void write_sums() const {
     const int mins = args_.order.mins, width = args_.order.columns / larger(mins, 1);
     for (int i = static_cast<int>(threadIdx.x); i < tokens_ * chunks_ * mins; i += kThreads) {
       const int row = i % tokens_, chunk = i / tokens_ / mins, sub = i / tokens_ % mins;
-      const float sum = sum_of(row, chunk * args_.order.columns + sub * width, width) * (1.0f / 32.0f);
+      const uint32_t* begin = memory_.numbers + row * kStride + (chunk * args_.order.columns + sub * width) / 2;
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int c = 0; c < width / 2; ++c) {
+        const float2 two = ptx::halves_to_floats(begin[c]);
+        sum = ptx::add(ptx::add(sum, two.x), two.y);
+      }
+      sum *= 1.0f / 32.0f;
       const uint16_t high = ptx::float_to_half(sum);
       const uint16_t low = ptx::float_to_half(sum - ptx::half_to_float(high));
       const int token = first_token_ + row, group = token / 8;
@@ -259,17 +240,6 @@ class Block {
   }
 
  private:
-  BITFOLD_DEVICE float sum_of(int row, int column, int width) const {
-    const uint32_t* begin = memory_.numbers + row * kStride + column / 2;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (int c = 0; c < width / 2; ++c) {
-      const float2 two = ptx::halves_to_floats(begin[c]);
-      sum = ptx::add(ptx::add(sum, two.x), two.y);
-    }
-    return sum;
-  }
-
   // b0 and b1 of a token: entries 4 i to 4 i + 3 of the order.
   BITFOLD_DEVICE void pairs_of(int row, int i, uint32_t& b0, uint32_t& b1) const {
     const auto& at = reinterpret_cast<const uint4*>(memory_.places)[i];
@@ -297,8 +267,8 @@ class Block {
     const float scale = memory_.scales[token];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const float2 two = args_.bf16 ? ptx::bf16s_to_floats(words[w]) : ptx::halves_to_floats(words[w]);
-      to[w] = args_.scaled ? ptx::floats_to_halves(two.x * scale, two.y * scale) : words[w];
+      const float2 two = ptx::bf16s_to_floats(words[w]);
+      to[w] = args_.bf16 ? ptx::floats_to_halves(two.x * scale, two.y * scale) : words[w];
     }
   }
 
@@ -315,8 +285,7 @@ __global__ void __launch_bounds__(kThreads, 6) arrange_kernel(const Args args) {
   }
   if (args.wgmma) block.write_quarters();
   else block.write_groups();
-  if (args.sums_of > 0) block.write_float_sums();
-  else block.write_sums();
+  block.write_sums();
 }
 
 // So that there are two blocks for each multiprocessor, and a thread has something to do.
@@ -329,8 +298,6 @@ int parts_of_a_row(int64_t tokens, int64_t k) {
 
 void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stream stream) {
   const int each = kColumns / order.columns;
-  // Codes are 2^-24 of what they mean, and zero points the middle where there are none.
-  const float middle = p.planes.zeros != nullptr ? 1.0f : static_cast<float>(1 << (kFormats[p.planes.row].bits - 1));
   const Args args{
       .x = static_cast<const uint16_t*>(x.data),
       .row_stride = x.row_stride,
@@ -338,15 +305,10 @@ void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stre
       .k = x.columns,
       .m = static_cast<int>(x.rows),
       .bf16 = x.dtype == DType::BF16,
-      .scaled = x.dtype == DType::BF16 || p.masked,
       .aligned = x.column_stride == 1 && (x.row_stride % 8 == 0 || x.rows == 1) &&
                  reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
       .order = order,
       .wgmma = p.shape.wgmma,
-      .sums_of = !p.masked       ? 0
-                 : p.whole_units ? kUnit
-                                 : 32,
-      .sums_unit = -0x1p-24f * middle,
       .chunks = p.chunks,
       .groups = p.groups,
       .chunks_each = each,
@@ -355,11 +317,10 @@ void arrange(const MatrixIn& x, const Order& order, const TileParameter& p, Stre
       .out = const_cast<uint8_t*>(p.x),
       .sums = const_cast<uint8_t*>(p.sums),
       .factors = const_cast<float*>(p.factors),
-      .infinite = const_cast<uint32_t*>(p.infinite),
       .arrivals = p.arrivals,
       .arrivals_count = p.shape.splits > 1 ? p.shape.row_blocks * p.shape.token_blocks : 0,
   };
-  if (args.scaled) {
+  if (args.bf16) {
     launch({.grid = {static_cast<unsigned>(x.rows), static_cast<unsigned>(args.parts)},
             .block = kThreads,
             .shared_bytes = kWarps * 4,

@@ -28,11 +28,6 @@ struct PlaneChunk {
     return 64 * unit + 32 * (step / 2) + 8 * t + Codes::column(step % 2, half);
   }
 
-  // How many bits too high codes of b_r's partner lie, where they are masked and no more.
-  static constexpr int down(int step, int r) {
-    if constexpr (kInteger) return Codes::place(of_word(step), r);
-    else return 0;
-  }
   // Which word has a step's codes, and which of the word's steps that is.
   static constexpr int word_of(int step) { return kNarrow ? 0 : kBits == 8 ? step : step / 2; }
   static constexpr int of_word(int step) { return kNarrow ? step : kBits == 8 ? 0 : step % 2; }
@@ -120,15 +115,12 @@ struct PlaneChunk {
   // Where the meaning of nested scales lies nearer.
   BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix&, const LoadedScaleZero& loaded, Scale stored,
                                              const float* dynamic_map, float nested_offset) {
-    const float scale = scale_of(loaded, stored, dynamic_map, nested_offset);
+    float scale;
+    if (stored == Scale::F32) scale = ptx::uint_as_float(loaded.bits);
+    else if (stored == Scale::F16) scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
+    else if (!kNested || stored == Scale::BF16) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
+    else scale = ptx::add(ptx::mul(dynamic_map[loaded.bits], ptx::uint_as_float(loaded.more)), nested_offset);
     return {scale * (Codes::kUnit * kDown), loaded.more * 0x00010001u};
-  }
-  BITFOLD_DEVICE static float scale_of(const LoadedScaleZero& loaded, Scale stored, const float* dynamic_map,
-                                       float nested_offset) {
-    if (stored == Scale::F32) return ptx::uint_as_float(loaded.bits);
-    if (stored == Scale::F16) return ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
-    if (!kNested || stored == Scale::BF16) return ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
-    return ptx::add(ptx::mul(dynamic_map[loaded.bits], ptx::uint_as_float(loaded.more)), nested_offset);
   }
 };
 

@@ -24,24 +24,6 @@ inline constexpr int kFewAtStart = 65536 / kFewThreads / 8 * 8;
 inline constexpr int kFewUp = 112, kFewDownTo = (kFewAtStart * kFewThreads - kFewUp * kFewMultiply) / kFewCopy;
 static_assert(kFewDownTo % 8 == 0 && kFewDownTo >= 24);
 
-// Codes of whole numbers are masked where they lie and taken as the bits of subnormal halves: 2^-24 of the code, and
-// 2^p times that at bit p, where x has 2^-p (Order::down). What zero points make of sums of x is what fresh sums begin
-// with: `arrange` has made the sums, times what all rows share, of 64 columns (32, where groups are no whole units), as
-// floats of the lane's tokens 2 t and 2 t + 1 and both again, for its two rows: [chunk][group][span][t] 16 bytes, with
-// room for spans of 32 columns. All of it is exact but the fp32 sums. A token with an infinity would get NaN from it:
-// then zero points are subtracted from codes.
-//
-// For at most 16 tokens: sums of more leave no registers for what they would begin with.
-inline constexpr int kMaskedGroups = 2;
-inline constexpr float kMaskedUnit = 0x1p24f * kDown;  // TileParameter::unit: scales stay as they are
-BITFOLD_HOST_DEVICE constexpr bool few_masked(const FewSize& size, int groups) {
-  return size.masked && groups == kMaskedGroups;
-}
-// Bytes of sums of x for 8 tokens of a stage.
-BITFOLD_HOST_DEVICE constexpr int few_sums(const FewSize& size, int groups) {
-  return size.masked && groups != kMaskedGroups ? 0 : size.sums;
-}
-
 // A stage of a format: one of its chunks, or so many that a barrier is worth its while.
 template <class C>
 struct FewStage {
@@ -52,12 +34,7 @@ struct FewStage {
   static constexpr bool kSkewed = C::kAlign < 16;
   static constexpr int kPieces = (kBytes + 16 - smaller(C::kAlign, 16) + 15) / 16;
   static constexpr int kStride = 16 * (kPieces | 1);
-  // Whether codes are masked, and bytes of sums of x, of 8 tokens.
-  static constexpr bool kMasked = [] {
-    if constexpr (C::kPlanes) return C::kInteger;
-    else return false;
-  }();
-  static constexpr int kSums = kMasked ? kColumns / 32 * 64 : kWarp * C::kMins;
+  static constexpr int kSums = kWarp * C::kMins;  // bytes of sums of x, of 8 tokens
 };
 
 constexpr int64_t few_aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
@@ -73,7 +50,7 @@ BITFOLD_HOST_DEVICE constexpr FewPlaces few_places(const FewSize& size, int grou
   at.stages = at.tables + size.tables;
   at.x = kFewRows * size.stride;
   at.sums = at.x + size.columns / kUnit * groups * kUnitBytes;
-  at.stage = at.sums + groups * few_sums(size, groups);
+  at.stage = at.sums + groups * size.sums;
   at.end = at.stages + stages * at.stage;
   return at;
 }

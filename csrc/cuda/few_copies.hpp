@@ -192,11 +192,11 @@ class FewCopies : FewBlock<Row> {
   BITFOLD_DEVICE void copy_x(int stage, uint8_t* to, ptx::Barrier* full) const {
     const int64_t each = int64_t{p_.groups} * kUnitBytes;
     const auto bytes = static_cast<unsigned>(this->units(stage) * each);
-    const auto sums = static_cast<unsigned>(Stage::kMasked && !p_.masked ? 0 : p_.groups * Stage::kSums);
-    static_assert(Stage::kSums == 0 || Block::kChunks == 1);
+    const auto sums = static_cast<unsigned>(p_.groups * Stage::kSums);
+    static_assert(C::kMins == 0 || Block::kChunks == 1);
     ptx::barrier_expect(full, bytes + sums);
     ptx::copy_bulk(to + at_.x, p_.x + stage * Stage::kUnits * each, bytes, full);
-    if (Stage::kSums > 0 && sums > 0) ptx::copy_bulk(to + at_.sums, p_.sums + int64_t{stage} * sums, sums, full);
+    if constexpr (C::kMins > 0) ptx::copy_bulk(to + at_.sums, p_.sums + int64_t{stage} * sums, sums, full);
   }
 
   const int thread_, row_, rows_;  // its first row; rows that are there
@@ -206,8 +206,7 @@ class FewCopies : FewBlock<Row> {
 // Span steps (or one for all). Those of the next stage are on their way while one is multiplied: nothing looks at what
 // is loaded before open(). Plain: the format's usual scales, and no zero points. Keeps: where its row's lie, for which
 // many tokens leave no registers.
-// Masked: whether codes are; zero points are then floats, and 1 where there are none of their own.
-template <class C, int Span, bool One, bool Plain, bool Keeps, bool Masked>
+template <class C, int Span, bool One, bool Plain, bool Keeps>
 class FewScales {
   using Stage = FewStage<C>;
   static constexpr int kHalf = Stage::kColumns / 2;  // columns
@@ -271,18 +270,9 @@ class FewScales {
         else if (stored() != Scale::F32) loaded.bits = bits_[i / 2] >> 16 * (i % 2);
       }
       if constexpr (kNested) loaded.more = together ? more_[0] : more_[i];
-      uint32_t zero = 0;
-      if constexpr (kZeros) {
-        constexpr uint32_t kNone = Masked ? 1u : 1u << (kBits - 1);
-        zero = p_.planes.zeros == nullptr ? kNone : zero_of(stage, i, together);
-        // 2^23 + zero is exact.
-        zero = Masked ? ptx::float_as_uint(ptx::uint_as_float(0x4b000000u | zero) - 0x1p23f) : zero * 0x00010001u;
-      }
-      // Where codes could have been masked sums are as small as if they were.
-      constexpr float kTimes = Masked ? 1.0f : Stage::kMasked && Keeps ? 0x1p-24f : C::Codes::kUnit * kDown;
-      const float scale =
-          C::scale_of(loaded, stored(), dynamic_map_, Keeps || !kNested ? nested_offset_ : find_nested_offset());
-      mine_[i] = {scale * kTimes, zero};
+      if constexpr (kZeros) loaded.more = p_.planes.zeros == nullptr ? 1u << (kBits - 1) : zero_of(stage, i, together);
+      mine_[i] = C::scale_zero(p_.planes, loaded, stored(), dynamic_map_,
+                               Keeps || !kNested ? nested_offset_ : find_nested_offset());
     }
     if constexpr (One) {
 #pragma unroll

@@ -38,7 +38,6 @@ constexpr FewSize few_size_of() {
   return {.columns = Stage::kColumns,
           .stride = Stage::kStride,
           .sums = Stage::kSums,
-          .masked = Stage::kMasked,
           .tables = tables ? static_cast<int>(few_aligned(sizeof(FewTables<Row>))) : 0};
 }
 
@@ -63,8 +62,6 @@ class FewProducts : FewBlock<Row> {
   // adds the table's place to each in an instruction of its own.
   static constexpr bool kKeepsNumbers = kKeeps && kFormats[Row].grid != Grid::Codebook;
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
-  static constexpr bool kMasks = Stage::kMasked && Groups == kMaskedGroups;
-  static_assert(kKeeps == (Groups == kMaskedGroups));  // FewScales tells by kKeeps how small sums are
   static constexpr int kBits = kFormats[Row].bits;
 
  public:
@@ -89,11 +86,14 @@ class FewProducts : FewBlock<Row> {
       }
     }
     if constexpr (kPlanes) {
-      if (kMasks && !all_finite()) go_planes<C::kSpan, false, false, false>();
-      else go_planes<kMasks>();
+      const bool one = Stage::kColumns == 256 ? p_.wide_groups : p_.whole_units;
+      const bool plain = p_.planes.zeros == nullptr && p_.planes.scale == C::kStored;
+      if (!p_.whole_units) plain ? go_planes<C::kSpan, false, true>() : go_planes<C::kSpan, false, false>();
+      else if (one) plain ? go_planes<kUnitSteps, true, true>() : go_planes<kUnitSteps, true, false>();
+      else plain ? go_planes<kUnitSteps, false, true>() : go_planes<kUnitSteps, false, false>();
     } else {
       NoScales none;
-      go<C::kSpan, false, false>(none);
+      go<C::kSpan, false>(none);
     }
     TileSums<0, kFewRows, kFewMultiply>(p_, memory_ + at_.tables, 0).finish([&](float* out) { put_sums(out); });
   }
@@ -103,30 +103,17 @@ class FewProducts : FewBlock<Row> {
   // kept, for tens of clocks each time.
   BITFOLD_DEVICE static int warp() { return kKeepsNumbers ? ptx::shuffle(ptx::warp_id(), 0) : ptx::warp_id(); }
 
-  BITFOLD_DEVICE bool all_finite() const {
-    return !ptx::any(lane_ < 8 * Groups && ptx::load_fresh4(p_.infinite + lane_) != 0);
-  }
-  template <bool Masked>
-  BITFOLD_DEVICE void go_planes() {
-    const bool one = Stage::kColumns == 256 ? p_.wide_groups : p_.whole_units;
-    const bool plain = p_.planes.zeros == nullptr && p_.planes.scale == C::kStored;
-    if (!p_.whole_units)
-      plain ? go_planes<C::kSpan, false, true, Masked>() : go_planes<C::kSpan, false, false, Masked>();
-    else if (one) plain ? go_planes<kUnitSteps, true, true, Masked>() : go_planes<kUnitSteps, true, false, Masked>();
-    else plain ? go_planes<kUnitSteps, false, true, Masked>() : go_planes<kUnitSteps, false, false, Masked>();
-  }
-  template <int Span, bool One, bool Plain, bool Masked>
+  template <int Span, bool One, bool Plain>
   BITFOLD_DEVICE void go_planes() {
     const float* dynamic_map = nullptr;
     if constexpr (C::kNested) dynamic_map = tables().dynamic_map;
-    FewScales<C, Span, One, Plain, kKeeps, Masked> scales(p_, row0_ + first_row(), lane_, column_warp_, dynamic_map);
+    FewScales<C, Span, One, Plain, kKeeps> scales(p_, row0_ + first_row(), lane_, column_warp_, dynamic_map);
     scales.load(first_);
-    go<Span, kInteger && !Plain, Masked>(scales);
+    go<Span, kInteger && !Plain>(scales);
   }
 
-  // Span: steps that share a scale; Zeros: whether codes have a zero point of their own; Masked: whether it is what
-  // sums begin with.
-  template <int Span, bool Zeros, bool Masked, class Scales>
+  // Span: steps that share a scale; Zeros: whether codes have a zero point of their own.
+  template <int Span, bool Zeros, class Scales>
   BITFOLD_DEVICE void go(Scales& scales) {
     Turn turn;
 #pragma unroll 1
@@ -139,10 +126,10 @@ class FewProducts : FewBlock<Row> {
       // Without a branch the next unit's loads come before this one's products.
       const bool all = kPlanes && kKeepsNumbers && !Scales::kOne && there >= kUnits;
 #pragma unroll
-      for (int unit = 0; all && unit < kUnits; ++unit) multiply<Span, Zeros, Masked>(scales, stage, unit, bytes);
+      for (int unit = 0; all && unit < kUnits; ++unit) multiply<Span, Zeros>(scales, stage, unit, bytes);
 #pragma unroll
       for (int unit = 0; !all && unit < kUnits; ++unit) {
-        if (unit < there) multiply<Span, Zeros, Masked>(scales, stage, unit, bytes);
+        if (unit < there) multiply<Span, Zeros>(scales, stage, unit, bytes);
       }
       if constexpr (C::kMins > 0) {
         if (stage % kFewColumnWarps == column_warp_) subtract_mins(bytes);
@@ -211,7 +198,7 @@ class FewProducts : FewBlock<Row> {
   }
 
   // The operands of one of the warp's units, and what their sums are multiplied with.
-  template <int Span, bool Zeros, bool Masked, class Scales>
+  template <int Span, bool Zeros, class Scales>
   BITFOLD_DEVICE void decode(Scales& scales, int stage, int unit, const uint8_t* bytes,
                              uint32_t (&a)[kTiles][kUnitSteps][4], float (&scale)[kTiles][kUnitSteps / Span][2]) const {
     if constexpr (kPlanes) {
@@ -225,9 +212,11 @@ class FewProducts : FewBlock<Row> {
           uint32_t zero = 0x00010001u << (kBits - 1);
 #pragma unroll
           for (int s = 0; s < kUnitSteps; ++s) {
-            if (Zeros && !Masked && s % Span == 0) zero = scales.zero(entry<Span, Scales>(unit, s), r, i);
-            a[r][s][kLow0 + i] = operand<Masked>(words[r][i] + C::word_of(s), s, 0, zero);
-            a[r][s][kLow1 + i] = operand<Masked>(words[r][i] + C::word_of(s), s, 1, zero);
+            if (Zeros && s % Span == 0)
+              zero = scales.zero(Scales::kOne ? 0 : unit * (kUnitSteps / Span) + s / Span, r, i);
+            const uint32_t* word = words[r][i] + C::word_of(s);
+            a[r][s][kLow0 + i] = Codes::value(word, C::of_word(s), 0, zero, tables());
+            a[r][s][kLow1 + i] = Codes::value(word, C::of_word(s), 1, zero, tables());
           }
         }
       }
@@ -249,22 +238,6 @@ class FewProducts : FewBlock<Row> {
     }
   }
 
-  // Which of the scales of a stage.
-  template <int Span, class Scales>
-  BITFOLD_DEVICE static constexpr int entry(int unit, int s) {
-    return Scales::kOne ? 0 : unit * (kUnitSteps / Span) + s / Span;
-  }
-  // zero: in both halves.
-  template <bool Masked>
-  BITFOLD_DEVICE uint32_t operand(const uint32_t* word, int s, int r, uint32_t zero) const {
-    if constexpr (!kMasks) {
-      return Codes::value(word, C::of_word(s), r, zero, tables());
-    } else {
-      const uint32_t raw = Codes::raw(word, C::of_word(s), r);
-      return Masked ? raw : ptx::hsub2(raw | magic(0), magic(0) + (zero << C::down(s, r)));
-    }
-  }
-
   // Scales are looked at when nothing else of the stage can go on without them, or first, where zero points are needed
   // or registers are few; one for all of a stage before it has come.
   template <bool Zeros, class Scales>
@@ -278,11 +251,11 @@ class FewProducts : FewBlock<Row> {
   }
 
   // One unit of the warp's rows with all tokens.
-  template <int Span, bool Zeros, bool Masked, class Scales>
+  template <int Span, bool Zeros, class Scales>
   BITFOLD_DEVICE void multiply(Scales& scales, int stage, int unit, const uint8_t* bytes) {
     uint32_t a[kTiles][kUnitSteps][4];
     float scale[kTiles][kUnitSteps / Span][2];
-    decode<Span, Zeros, Masked>(scales, stage, unit, bytes, a, scale);
+    decode<Span, Zeros>(scales, stage, unit, bytes, a, scale);
     // [group][2][lane]
     const int block = column_warp_ * kUnits + unit;
     const auto* x = reinterpret_cast<const uint4*>(bytes + at_.x + block * kUnitBytesOfX) + lane_;
@@ -300,28 +273,12 @@ class FewProducts : FewBlock<Row> {
       float part[kTiles][2][4];
 #pragma unroll
       for (int s = 0; s < kUnitSteps; ++s) {
-        float zero[kTiles][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
-        if constexpr (Masked && Zeros) {
-#pragma unroll
-          for (int i = 0; s % Span == 0 && i < 2 * kTiles; ++i) {
-            zero[i / 2][i % 2] = ptx::uint_as_float(scales.zero(entry<Span, Scales>(unit, s), i / 2, i % 2));
-          }
-        }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          float4 sums{};
-          if (Masked && s % Span == 0) sums = sums_of_x(bytes, pair + j, block * (kUnitSteps / Span) + s / Span);
 #pragma unroll
           for (int r = 0; r < kTiles; ++r) {
-            if (s % Span > 0) {
-              ptx::mma_f16(part[r][j], a[r][s], b[j][s]);
-            } else if constexpr (Masked) {
-              const float from[4] = {Zeros ? zero[r][0] * sums.x : sums.x, Zeros ? zero[r][0] * sums.y : sums.y,
-                                     Zeros ? zero[r][1] * sums.z : sums.z, Zeros ? zero[r][1] * sums.w : sums.w};
-              ptx::mma_f16_from(part[r][j], a[r][s], b[j][s], from);
-            } else {
-              ptx::mma_f16_zero(part[r][j], a[r][s], b[j][s]);
-            }
+            if (s % Span == 0) ptx::mma_f16_zero(part[r][j], a[r][s], b[j][s]);
+            else ptx::mma_f16(part[r][j], a[r][s], b[j][s]);
           }
         }
         if (s % Span < Span - 1) continue;
@@ -343,10 +300,6 @@ class FewProducts : FewBlock<Row> {
         }
       }
     }
-  }
-  // Of a group of tokens over a span of the stage's columns.
-  BITFOLD_DEVICE float4 sums_of_x(const uint8_t* bytes, int group, int span) const {
-    return reinterpret_cast<const float4*>(bytes + at_.sums + group * Stage::kSums)[4 * span + lane_ % 4];
   }
   BITFOLD_DEVICE static void add_scaled(float (&to)[4], const float (&sum)[4], const float (&scale)[2]) {
 #pragma unroll

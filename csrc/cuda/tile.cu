@@ -156,19 +156,17 @@ const Unit& unit_of(int row) {
 // ---- the workspace ----
 
 struct Workspace {
-  int64_t x, sums, factors, infinite, peaks, partial, arrivals, end;
+  int64_t x, sums, factors, peaks, partial, arrivals, end;
 };
-// sums: bytes of 8 tokens of a chunk.
-Workspace workspace_of(ChunkSize size, int64_t sums, const TileShape& shape, int64_t m, int64_t k) {
+Workspace workspace_of(ChunkSize size, const TileShape& shape, int64_t m, int64_t k) {
   const auto aligned = [](int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; };
   const int64_t groups = tile_groups(shape, m), chunks = ceil_div<int64_t>(k, size.columns);
   const int64_t blocks = int64_t{shape.row_blocks} * shape.token_blocks;
   const bool split = shape.splits > 1;
   Workspace at{};
   at.sums = aligned(at.x + chunks * size.units() * groups * kUnitBytes);
-  at.factors = aligned(at.sums + chunks * groups * sums);
-  at.infinite = aligned(at.factors + groups * 8 * 4);
-  at.peaks = aligned(at.infinite + groups * 8 * 4);
+  at.factors = aligned(at.sums + chunks * groups * size.sums);
+  at.peaks = aligned(at.factors + groups * 8 * 4);
   at.partial = aligned(at.peaks + m * kMostPeaks * 4);
   at.arrivals = aligned(at.partial + (split ? blocks * shape.splits * shape.tokens * shape.rows * 4 : 0));
   at.end = aligned(at.arrivals + (split ? blocks * 4 : 0));
@@ -185,18 +183,14 @@ TileShape shape_of(const Unit& unit, const LinearArgs& args) {
   return shape(size, args.x.rows, args.w.n, args.w.k, device);
 }
 
-Workspace workspace_of(const Unit& unit, const TileShape& shape, const LinearArgs& args) {
-  // A stage of few tokens is a chunk where it has sums.
-  const int sums = shape.few ? few_sums(unit.few(), shape.tokens / 8) : unit.chunk().sums;
-  return workspace_of(unit.chunk(), sums, shape, args.x.rows, args.w.k);
-}
-
 }  // namespace
 
 int64_t linear_tile_workspace(const LinearArgs& args) {
   if (args.w.n == 0) return 0;
   const Unit& unit = unit_of(args.w.format.row);
-  return workspace_of(unit, shape_of(unit, args), args).end;
+  const ChunkSize size = unit.chunk();
+  const TileShape shape = shape_of(unit, args);
+  return workspace_of(size, shape, args.x.rows, args.w.k).end;
 }
 
 // (k % 128 makes the groups of a row whole fours, or pairs.)
@@ -211,8 +205,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
   const Unit& unit = unit_of(args.w.format.row);
   const ChunkSize size = unit.chunk();
   const TileShape shape = shape_of(unit, args);
-  const Workspace at = workspace_of(unit, shape, args);
-  const bool masked = shape.few && few_masked(unit.few(), shape.tokens / 8);
+  const Workspace at = workspace_of(size, shape, args.x.rows, args.w.k);
   auto* base = static_cast<uint8_t*>(workspace);
   const TileParameter parameter{
       .codes = static_cast<const uint8_t*>(args.w.codes),
@@ -225,12 +218,10 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .wide_groups = args.w.format.group < 1 || args.w.format.group % 128 == 0,
       .whole_units = args.w.format.group < 1 || args.w.format.group % kUnit == 0,
       .scales_together = scales_together(args.w),
-      .masked = masked,
       .x = base + at.x,
       .sums = base + at.sums,
       .factors = reinterpret_cast<const float*>(base + at.factors),
-      .infinite = reinterpret_cast<const uint32_t*>(base + at.infinite),
-      .unit = masked ? kMaskedUnit : 1.0f / codebook_up(args.w.format.row),
+      .unit = 1.0f / codebook_up(args.w.format.row),
       .m = args.x.rows,
       .groups = static_cast<int>(tile_groups(shape, args.x.rows)),
       .bias = args.bias,

@@ -42,7 +42,6 @@ struct FewSize {
   int columns;  // of a stage
   int stride;   // bytes from row to row in shared memory
   int sums;     // bytes of sums of x for 8 tokens of a stage
-  bool masked;  // whether they are for masked codes, which few tokens alone have
   int tables;   // bytes that all warps look up
 };
 
@@ -94,7 +93,6 @@ constexpr int64_t tile_groups(const TileShape& shape, int64_t m) {
 // Columns of a chunk in the order of its operands: entry ((unit * 4 + step) * 4 + t) * 4 + half.
 struct Order {
   uint8_t column[256];
-  uint8_t down[kUnitSteps][2];  // of a step's b0 and b1: of masked codes, how many bits too high they lie
   int columns;
   int mins;
 };
@@ -106,9 +104,6 @@ constexpr Order order_of() {
   order.mins = C::kMins;
   for (int i = 0; i < C::kColumns; ++i) {
     order.column[i] = static_cast<uint8_t>(C::column(i / 64, i / 16 % 4, i / 4 % 4, i % 4));
-  }
-  if constexpr (C::kPlanes) {
-    for (int i = 0; i < 2 * kUnitSteps; ++i) order.down[i / 2][i % 2] = static_cast<uint8_t>(C::down(i / 2, i % 2));
   }
   return order;
 }
@@ -126,13 +121,11 @@ struct TileParameter {
   // Whether groups are as small as their run of the kernel has them (64 columns with whole_units, else 32) and those of
   // 128 columns of a row lie together, aligned: one load then brings their scales.
   bool scales_together;
-  bool masked;  // whether codes of whole numbers are masked and no more (few.hpp)
 
-  const uint8_t* x;          // [unit][group][2][lane] 16 bytes, or as wgmma.hpp says
-  const uint8_t* sums;       // [chunk][group][lane] hi and lo of sums; masked: as few.hpp says
-  const float* factors;      // of tokens: what their sums are multiplied with, times 2^-14
-  const uint32_t* infinite;  // masked, of tokens: whether one of their numbers is none, or infinite
-  float unit;                // and what the sums of all tokens are multiplied with
+  const uint8_t* x;      // [unit][group][2][lane] 16 bytes, or as wgmma.hpp says
+  const uint8_t* sums;   // [chunk][group][lane] hi and lo of sums
+  const float* factors;  // of tokens: what their sums are multiplied with, times 2^-14
+  float unit;            // and what those of all tokens
   int64_t m;
   int groups;  // of 8 tokens
 

@@ -101,11 +101,7 @@ WRONG: dict[str, dict[str, str]] = {
     },
     "arrange.cu": {
         "smaller(tokens_, args.m - first_token_)": "tokens_",
-        "!args_.scaled": "false",
-        "is_finite(peak, args_.bf16) ? 0 : 1": "0",
-        "16 * span": "0",
-        "chunk * args_.order.columns + span * args_.sums_of": "chunk * args_.order.columns",
-        "p.planes.zeros != nullptr": "false",
+        "!args_.bf16": "false",
         "first_column_ + columns_ <= args_.k": "true",
         "eights * (part + 1) / args.parts": "eights * (part + 1) / (args.parts + 1)",
         "two & 0x7fffffffu": "two & 0x7fffu",
@@ -122,7 +118,7 @@ WRONG: dict[str, dict[str, str]] = {
     },
     # linear_few: what a stage has and whose it is, scales of rows and halves of columns, and ends
     "few.hpp": {
-        "groups * few_sums(size, groups)": "0",
+        "groups * size.sums": "0",
     },
     "few_copies.hpp": {
         "p_.chunks * (C::kColumns / kUnit) - stage * Stage::kUnits": "Stage::kUnits",
@@ -146,12 +142,7 @@ WRONG: dict[str, dict[str, str]] = {
         "row_warp_ * (kTiles * 16)": "row_warp_ * 16",
         "lane_ % 8 + lane_ / 16 * 8": "lane_ % 8",
         "lane_ / 8 % 2 * 16": "0",
-        "scales.zero(entry<Span, Scales>(unit, s), r, i)": "scales.zero(entry<Span, Scales>(unit, s), r, 0)",
-        "scales.zero(entry<Span, Scales>(unit, s), i / 2, i % 2)": "scales.zero(0, i / 2, i % 2)",
-        "block * (kUnitSteps / Span) + s / Span": "block * (kUnitSteps / Span)",
-        "zero[r][1] * sums.w": "zero[r][0] * sums.w",
-        "magic(0) + (zero << C::down(s, r))": "magic(0) + zero",
-        "kMasks && !all_finite()": "false",
+        "scales.zero(Scales::kOne ? 0 : unit * (kUnitSteps / Span) + s / Span, r, i)": "zero",
         "x[64 * (pair + j) + 32]": "x[64 * j + 32]",
         "scale[i / 2]": "scale[i % 2]",
         "bytes + at_.sums + lane_ * C::kMins": "bytes + at_.sums",
