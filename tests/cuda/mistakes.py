@@ -286,6 +286,17 @@ WRONG: dict[str, dict[str, str]] = {
         "op_.x.rows - token0_": "kTokens",
         "c < columns": "c < kColumns",
         "from += op_.x.rows * op_.table_rows": "from += 0",
+        "to + i * Width": "to",
+        "kTogether * stride": "stride",
+        "token() + j < last": "false",
+        "real_token(thread - kRows)": "real_token(0)",
+        "memory_.rows[row() + i]": "memory_.rows[row()]",
+        "memory_.bias[row()]": "memory_.bias[0]",
+        "op_.n % kOwnRows != 0": "false",
+        "row0_ + row() >= op_.n": "false",
+        "(token0_ + token()) * line": "token() * line",
+        "(row0_ + row()) / kOwnRows": "row() / kOwnRows",
+        "token() + j < tokens": "true",
     },
     # decode: rows, runs and ends
     "whole_runs.hpp": {
