@@ -153,6 +153,20 @@ def test_little_shared_memory(kilobytes):
             assert_same(torch.ops.bitfold_emulated, x, planes, "int8-channel-asym", n, None, *WAYS[way](n, k))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_is_no_outlier(dtype, gpu):
+    """Beside what is one in the same column, and alone there, in a row that is no number anyway."""
+    n, k = 9, 96
+    planes = weight(n, k, "int8-channel")
+    for bad in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(6, k, generator=torch.Generator().manual_seed(k)).clamp(-4, 4)
+        x[1, 4:12] = bad
+        x[2, 5], x[3, 6], x[0, 7], x[5, 8] = 6.0, -50.0, 5.9, -6.0
+        for way in ("found", "by row", "found and copied"):
+            y = assert_same(gpu, x.to(dtype), planes, "int8-channel", n, None, *WAYS[way](n, k))
+            assert y.isnan().any(dim=1).tolist() == [j == 1 for j in range(6)]
+
+
 def test_outliers_so_large_that_products_are_no_numbers(gpu):
     """Sums of them are infinite in the definition's order, or nothing, where one rounding would leave a number."""
     for m in (3, 12, 40):

@@ -21,10 +21,12 @@ constexpr int kStrip = 32 * kStripWords;  // columns of a block of int8_mark
 // Four neighbouring numbers of a row, zeros behind k, of columns from `first` on: where they are a load of 8 bytes, and
 // anywhere. kAhead: loads of a thread that are on their way together. look() keeps the largest magnitudes, of all
 // numbers and of those that are no outliers, as bits() tells them. Of four outliers each has the sign of a byte.
+// see() keeps what reached() needs: which of four columns have reached the threshold.
 template <bool Half>
 struct Vectors {
   static constexpr int kAhead = 8;
   using Loaded = uint2;
+  using Seen = uint2;
   const uint16_t* row;
 
   BITFOLD_DEVICE Vectors(const Int8Op& op, int64_t row, int64_t first)
@@ -43,13 +45,36 @@ struct Vectors {
     largest = ptx::max_u16x2(largest, high & ~ptx::prmt(outliers, 0, 0xbbaa));
   }
   BITFOLD_DEVICE static uint32_t bits(uint32_t pair) {
-    const auto number = static_cast<uint16_t>(larger(pair >> 16, pair & 0xffffu));
-    return ptx::float_as_uint(Half ? ptx::half_to_float(number) : ptx::bf16_to_float(number));
+    return ptx::float_as_uint(number_of(larger(pair >> 16, pair & 0xffffu)));
+  }
+  // Each column's largest finite magnitude: with a sign and less infinity it is above 0, what isn't finite is below. (0
+  // is where nothing is finite, which is infinity again.)
+  BITFOLD_DEVICE static void see(const Int8Op&, Loaded loaded, Seen& seen) {
+    const auto less = [](uint32_t two) { return (two | 0x80008000u) - kInfinity * 0x10001u; };
+    seen.x = ptx::max_s16x2(seen.x, less(loaded.x));
+    seen.y = ptx::max_s16x2(seen.y, less(loaded.y));
+  }
+  BITFOLD_DEVICE static uint32_t reached(const Int8Op& op, Seen seen) {
+    uint32_t columns = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t less = (i < 2 ? seen.x : seen.y) >> 16 * (i % 2);
+      columns |= (reaches(op, number_of(less + kInfinity)) ? 1u : 0u) << i;
+    }
+    return columns;
+  }
+
+ private:
+  static constexpr uint32_t kInfinity = Half ? 0x7c00 : 0x7f80;
+  BITFOLD_DEVICE static float number_of(uint32_t bits) {
+    const auto number = static_cast<uint16_t>(bits);
+    return Half ? ptx::half_to_float(number) : ptx::bf16_to_float(number);
   }
 };
 struct Numbers {
   static constexpr int kAhead = 2;
   using Loaded = float4;
+  using Seen = uint32_t;
   int64_t begin, first;
 
   BITFOLD_DEVICE Numbers(const Int8Op& op, int64_t row, int64_t first) : begin(row * op.x.row_stride), first(first) {}
@@ -73,6 +98,13 @@ struct Numbers {
     }
   }
   BITFOLD_DEVICE static uint32_t bits(uint32_t largest) { return largest; }
+  BITFOLD_DEVICE static void see(const Int8Op& op, const Loaded& loaded, Seen& seen) {
+    float x[4];
+    numbers(loaded, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) seen |= (reaches(op, x[i]) ? 1u : 0u) << i;
+  }
+  BITFOLD_DEVICE static uint32_t reached(const Int8Op&, Seen seen) { return seen; }
 };
 
 // fn(a source), of x.
@@ -96,36 +128,32 @@ struct MarkMemory {
 template <class Source>
 BITFOLD_DEVICE void mark_strip(const Int8Op& op, MarkMemory& memory) {
   constexpr int kFours = kStrip / (4 * kWarp), kRows = Source::kAhead / kFours;
-  const int64_t begin = blockIdx.y * op.flag_rows, end = smaller(begin + op.flag_rows, op.x.rows);
+  const int64_t begin = blockIdx.y * op.flag_rows;
+  const auto rows = static_cast<int>(smaller(begin + op.flag_rows, op.x.rows) - begin);
   const int64_t first = int64_t{blockIdx.x} * kStrip + 4 * ptx::lane_id();
-  uint32_t mine = 0;  // bit 4 i + j: column first + 4 * kWarp * i + j
+  typename Source::Seen seen[kFours] = {};  // of columns from first + 4 * kWarp * i on
 #pragma unroll 1
-  for (int64_t row = begin + ptx::warp_id(); row < end; row += kMarkWarps * kRows) {
+  for (int row = ptx::warp_id(); row < rows; row += kMarkWarps * kRows) {
     typename Source::Loaded loaded[kRows][kFours];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const Source source(op, row + kMarkWarps * r, first);
+      const Source source(op, begin + row + kMarkWarps * r, first);
 #pragma unroll
       for (int i = 0; i < kFours; ++i) {
         const int column = 4 * kWarp * i;
-        const bool there = first + column < op.k && row + kMarkWarps * r < end;
+        const bool there = column < op.k - first && row + kMarkWarps * r < rows;
         loaded[r][i] = there ? source.load(op, column) : typename Source::Loaded{};
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int i = 0; i < kFours; ++i) {
-        float x[4];
-        Source::numbers(loaded[r][i], x);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) mine |= (reaches(op, x[j]) ? 1u : 0u) << (4 * i + j);
-      }
+      for (int i = 0; i < kFours; ++i) Source::see(op, loaded[r][i], seen[i]);
     }
   }
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
-    const uint32_t columns = mine >> 4 * i & 15u;
+    const uint32_t columns = Source::reached(op, seen[i]);
     if (columns != 0) ptx::atomic_or(&memory.reached[4 * i + ptx::lane_id() / 8], columns << ptx::lane_id() % 8 * 4);
   }
 }

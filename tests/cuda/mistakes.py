@@ -201,11 +201,14 @@ WRONG: dict[str, dict[str, str]] = {
     },
     # int8: strips, lists, parts, pieces, and whose outlier
     "int8_round.cu": {
-        "row + kMarkWarps * r < end": "true",
+        "row + kMarkWarps * r < rows": "true",
         "begin + op.flag_rows": "begin + op.flag_rows - 1",
         "columns << ptx::lane_id() % 8 * 4": "columns",
         "part * op.words + word": "word",
         "1u << within % 32": "1u << (within + 1) % 32",
+        "kInfinity * 0x10001u": "kInfinity",
+        "less + kInfinity": "less",
+        "16 * (i % 2)": "0",
         "0x9988": "0x8899",
         "0xbbaa": "0x9988",
         "larger(pair >> 16, pair & 0xffffu)": "pair & 0xffffu",
