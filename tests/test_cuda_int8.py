@@ -133,9 +133,9 @@ def test_more_tokens_than_are_multiplied_at_a_time(way, capability):
 
 @pytest.mark.parametrize("way", ["plain", "found", "by row and copied"])
 def test_a_row_that_is_no_number_stays_alone(way, gpu):
-    for m in (3, 20):
+    for m, dtype in ((3, torch.bfloat16), (20, torch.bfloat16), (5, torch.float16)):
         n, k = 9, 80
-        planes, x = weight(n, k, "int8-channel"), activations(m, k, torch.bfloat16)
+        planes, x = weight(n, k, "int8-channel"), activations(m, k, dtype)
         for bad in (float("nan"), float("inf"), -float("inf")):
             x[m // 2, 17] = bad
             y = assert_same(gpu, x, planes, "int8-channel", n, None, *WAYS[way](n, k))
@@ -151,6 +151,20 @@ def test_little_shared_memory(kilobytes):
         devices.emulated().configure(shared_bytes=kilobytes * 1024, order="priority", multiprocessors=1)
         for way in ("plain", "found and copied"):
             assert_same(torch.ops.bitfold_emulated, x, planes, "int8-channel-asym", n, None, *WAYS[way](n, k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_is_no_outlier(dtype, gpu):
+    """Beside what is one in the same column, and alone there, in a row that is no number anyway."""
+    n, k = 9, 96
+    planes = weight(n, k, "int8-channel")
+    for bad in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(6, k, generator=torch.Generator().manual_seed(k)).clamp(-4, 4)
+        x[1, 4:12] = bad
+        x[2, 5], x[3, 6], x[0, 7], x[5, 8] = 6.0, -50.0, 5.9, -6.0
+        for way in ("found", "by row", "found and copied"):
+            y = assert_same(gpu, x.to(dtype), planes, "int8-channel", n, None, *WAYS[way](n, k))
+            assert y.isnan().any(dim=1).tolist() == [j == 1 for j in range(6)]
 
 
 def test_outliers_so_large_that_products_are_no_numbers(gpu):
@@ -182,6 +196,61 @@ def test_rows_of_nothing(gpu):
                 None,
                 *WAYS[way](7, 96),
             )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers_at_every_place(dtype, gpu):
+    """Of four columns that a thread looks at, and of the words that say which are outliers; with and without a copy."""
+    n, k = 7, 192
+    planes = weight(n, k, "int8-channel-asym")
+    for columns in ([0], [1], [2], [3], [4, 6], [29, 31], [32, 35, 190], [0, 1, 2, 3, 188, 189, 190, 191]):
+        x = torch.randn(3, k, generator=torch.Generator().manual_seed(columns[0])).clamp(-4, 4)
+        x[1, columns] = torch.linspace(-60, -50, len(columns))  # of one row alone
+        list_ = torch.tensor(columns, dtype=torch.int32)
+        copy = torch.linspace(-1, 1, n * len(columns)).view(n, -1).half()
+        for way in (
+            (6.0, False),
+            (6.0, True),
+            (0.0, False, None, list_, copy),
+            (6.0, True, None, list_, copy),
+        ):
+            assert_same(gpu, x.to(dtype), planes, "int8-channel-asym", n, None, *way)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_beyond_a_fixed_step(dtype, gpu):
+    """They are as large as a code can be, of their sign; and a step so small that all are."""
+    n, k = 6, 96
+    planes = weight(n, k, "int8-channel-asym")
+    x = torch.linspace(-2, 2, 3 * k).view(3, k)
+    x[1, 7], x[1, 8], x[2, 0] = 300.0, -300.0, 1.5
+    for step in (1.0, 0.01, 1.5 / 127, 2.0**-60):
+        for copies in ((), copied(n, k)):
+            more = (0.0, False, torch.tensor([step]), *copies)
+            assert_same(gpu, x.to(dtype), planes, "int8-channel-asym", n, None, *more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_of_a_row(dtype, gpu):
+    """Its code is 127, whatever 127 over it rounds to, in a row of its own numbers and of their negatives."""
+    n, k = 5, 64
+    planes = weight(n, k, "int8-channel-asym")
+    x = torch.linspace(1, 2, 40 * k).view(40, k)
+    x[20:] *= -1
+    assert_same(gpu, x.to(dtype), planes, "int8-channel-asym", n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ends_of_y(dtype, gpu):
+    """Rows of W that are whole fours, and are not, with blocks that have some of theirs; tokens too."""
+    m, k = 70, 64
+    x = activations(m, k, dtype)
+    for n in (4, 128, 132, 252, 255, 130):
+        planes = weight(n, k, "int8-channel-asym")
+        for bias in (None, torch.linspace(-1, 1, n).to(dtype)):
+            for way in ("found", "static and copied"):
+                y = assert_same(gpu, x, planes, "int8-channel-asym", n, bias, *WAYS[way](n, k))
+                assert y.isfinite().all()
 
 
 def test_strides_and_leading_dimensions(gpu):

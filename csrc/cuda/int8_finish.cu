@@ -18,11 +18,14 @@ struct Table {
   float w[kColumns][kRows];
   float x[kColumns][kTokens];
 };
-struct Memory {
+struct alignas(16) Memory {
   union {
     Table tables[2];
     float y[kTokens][kRows];
   };
+  Int8Row rows[kRows];
+  float bias[kRows];
+  Int8Token tokens[kTokens];
 };
 
 class Block {
@@ -31,15 +34,21 @@ class Block {
       : op_(op), memory_(memory), row0_(int64_t{blockIdx.x} * kRows), token0_(int64_t{blockIdx.y} * kTokens) {}
 
   BITFOLD_DEVICE void run() {
-    float y[kOwnTokens][kOwnRows] = {};
+    // All that is waited for is asked for first: tables, sums, and what they are scaled by.
     const int loose = int8_outliers(op_);
+    fetch<false>(0, loose, 0);
+    int sums[kOwnTokens][kOwnRows];
+    load_sums(sums);
+    look_up();
+    float y[kOwnTokens][kOwnRows] = {};
     // A product of 16 bits and 8 is exact: rounded once less, sums are the same.
     const bool exact = op_.x.dtype != DType::F32 && loose <= op_.loose.lines;
     if (loose > 0 && exact && *op_.loose_huge == 0) add_columns<false, true>(loose, y);
     else add_columns<false, false>(loose, y);
-    add_sums(loose > 0, y);
+    add_sums(loose > 0, sums, y);
     if (op_.copies > 0) {
       float chains[kOwnTokens][kOwnRows] = {};
+      fetch<true>(0, op_.copies, 0);
       add_columns<true, false>(op_.copies, chains);
       each([&](int j, int i) { y[j][i] = ptx::add(y[j][i], chains[j][i]); });
     }
@@ -63,23 +72,21 @@ class Block {
 
   // ---- outliers ----
 
-  // Adds `count` columns to the chains: those with a copy, or those without.
+  // Adds `count` columns to the chains: those with a copy, or those without, of which the first are on their way.
   template <bool Copied, bool Fused>
   BITFOLD_DEVICE void add_columns(int count, float (&chains)[kOwnTokens][kOwnRows]) {
-    if (count == 0) return;
-    fetch<Copied>(0, count, 0);
     int table = 0;
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += kColumns) {
+      ptx::cp_async_wait<0>();
+      ptx::sync_block();  // all have read the table that is filled next
       fetch<Copied>(begin + kColumns, count, 1 - table);
-      ptx::cp_async_wait<1>();
-      ptx::sync_block();
       const int columns = smaller(count - begin, kColumns);
 #pragma unroll 2
       for (int c = 0; c < columns; ++c) add_column<Fused>(memory_.tables[table], c, chains);
-      ptx::sync_block();  // all have read the table that is filled next
       table = 1 - table;
     }
+    ptx::sync_block();  // all have read tables, and looked up
   }
   template <bool Fused>
   BITFOLD_DEVICE static void add_column(const Table& table, int c, float (&chains)[kOwnTokens][kOwnRows]) {
@@ -113,10 +120,14 @@ class Block {
   }
   template <int Width>
   BITFOLD_DEVICE static void copy(float* to, const float* from, int64_t stride, int lines) {
-    constexpr int kFours = Width / 4;
-#pragma unroll 1
-    for (auto i = static_cast<int>(threadIdx.x); i < lines * kFours; i += kThreads)
-      ptx::cp_async<16>(to + i * 4, from + i / kFours * stride + i % kFours * 4);
+    constexpr int kFours = Width / 4, kTogether = kThreads / kFours;  // lines
+    const auto thread = static_cast<int>(threadIdx.x), line = thread / kFours;
+    to += 4 * thread, from += line * stride + thread % kFours * 4;
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kTogether) {
+      if (i + line < lines) ptx::cp_async<16>(to + i * Width, from);
+      from += kTogether * stride;
+    }
   }
   template <bool Copied>
   BITFOLD_DEVICE void gather(int begin, int columns, Table& table) {
@@ -138,26 +149,50 @@ class Block {
 
   // ---- whole sums ----
 
-  // y of them, to which the chains of outliers without a copy come, if there are any.
-  BITFOLD_DEVICE void add_sums(bool loose, float (&y)[kOwnTokens][kOwnRows]) const {
-    int sums[kOwnTokens][kOwnRows] = {};
-    const int32_t* from = op_.partial + row0_ + row();
-#pragma unroll 1
-    for (int split = 0; split < op_.tiles.splits; ++split, from += op_.x.rows * op_.table_rows) {
+  BITFOLD_DEVICE void load_sums(int (&sums)[kOwnTokens][kOwnRows]) const {
+    const int32_t* from = op_.partial + real_token(token()) * op_.table_rows + row0_ + row();
+    const auto last = static_cast<int>(real_token(kTokens) - token0_);
+    const auto load = [&](bool first) {
+      const int32_t* line = from;
 #pragma unroll
       for (int j = 0; j < kOwnTokens; ++j) {
-        const uint4 four = ptx::load_fresh16(from + real_token(token() + j) * op_.table_rows);
+        const uint4 four = ptx::load_fresh16(line);
         const uint32_t more[kOwnRows] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int i = 0; i < kOwnRows; ++i) sums[j][i] += static_cast<int>(more[i]);
+        for (int i = 0; i < kOwnRows; ++i) sums[j][i] = static_cast<int>(more[i]) + (first ? 0 : sums[j][i]);
+        line += token() + j < last ? op_.table_rows : 0;
       }
+    };
+    load(true);  // which nothing waits for
+#pragma unroll 1
+    for (int split = 1; split < op_.tiles.splits; ++split) {
+      from += op_.x.rows * op_.table_rows;
+      load(false);
     }
+  }
+
+  // What all of a block's rows and tokens are made of, a thread one of them.
+  BITFOLD_DEVICE void look_up() {
+    static_assert(kRows + kTokens <= kThreads);
+    const auto thread = static_cast<int>(threadIdx.x);
+    if (thread < kRows) {
+      const int64_t row = real_row(thread);
+      memory_.rows[thread] = int8_row(op_, row);
+      if (op_.bias != nullptr) memory_.bias[thread] = read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row);
+    } else if (thread < kRows + kTokens) {
+      memory_.tokens[thread - kRows] = int8_token(op_, real_token(thread - kRows), 0);
+    }
+  }
+
+  // y of the sums, to which the chains of outliers without a copy come, if there are any.
+  BITFOLD_DEVICE void add_sums(bool loose, const int (&sums)[kOwnTokens][kOwnRows],
+                               float (&y)[kOwnTokens][kOwnRows]) const {
     Int8Row rows[kOwnRows];
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i) rows[i] = int8_row(op_, real_row(row() + i));
+    for (int i = 0; i < kOwnRows; ++i) rows[i] = memory_.rows[row() + i];
 #pragma unroll
     for (int j = 0; j < kOwnTokens; ++j) {
-      const Int8Token what = int8_token(op_, real_token(token() + j), 0);
+      const Int8Token what = memory_.tokens[token() + j];
 #pragma unroll
       for (int i = 0; i < kOwnRows; ++i) {
         const float number = ptx::add(0.0f, int8_part(sums[j][i], op_.tiles.wide ? 0 : 128, rows[i], what));
@@ -166,8 +201,46 @@ class Block {
     }
   }
 
-  // By way of shared memory, which nobody looks at any more: a short loop, in which neighbours are written together.
-  BITFOLD_DEVICE void store(const float (&y)[kOwnTokens][kOwnRows]) {
+  // ---- y ----
+
+  BITFOLD_DEVICE void store(float (&y)[kOwnTokens][kOwnRows]) {
+    if (op_.bias != nullptr) {
+      const float4 four = *reinterpret_cast<const float4*>(&memory_.bias[row()]);
+      const float bias[kOwnRows] = {four.x, four.y, four.z, four.w};
+      each([&](int j, int i) { y[j][i] = ptx::add(y[j][i], bias[i]); });
+    }
+    const auto tokens = static_cast<int>(smaller<int64_t>(op_.x.rows - token0_, kTokens));
+    const uintptr_t four_bytes = op_.x.dtype == DType::F32 ? 16 : 8;
+    if (op_.n % kOwnRows != 0 || reinterpret_cast<uintptr_t>(op_.y) % four_bytes != 0) {
+      store_numbers(tokens, y);
+    } else if (op_.x.dtype == DType::F32) {
+      store_fours<float4>(tokens, y, [](const float (&y)[kOwnRows]) { return float4{y[0], y[1], y[2], y[3]}; });
+    } else if (op_.x.dtype == DType::F16) {
+      store_fours<uint2>(tokens, y, [](const float (&y)[kOwnRows]) {
+        return uint2{ptx::floats_to_halves(y[0], y[1]), ptx::floats_to_halves(y[2], y[3])};
+      });
+    } else {
+      store_fours<uint2>(tokens, y, [](const float (&y)[kOwnRows]) {
+        return uint2{ptx::floats_to_bf16s(y[0], y[1]), ptx::floats_to_bf16s(y[2], y[3])};
+      });
+    }
+  }
+
+  // Where a lane's four rows lie together: all of them are there, or none.
+  template <class Four, class Pack>
+  BITFOLD_DEVICE void store_fours(int tokens, const float (&y)[kOwnTokens][kOwnRows], const Pack& pack) const {
+    if (row0_ + row() >= op_.n) return;
+    const int64_t line = op_.n / kOwnRows;
+    Four* to = static_cast<Four*>(op_.y) + (token0_ + token()) * line + (row0_ + row()) / kOwnRows;
+#pragma unroll
+    for (int j = 0; j < kOwnTokens; ++j, to += line) {
+      if (token() + j < tokens) *to = pack(y[j]);
+    }
+  }
+
+  // Anywhere, by way of shared memory, which nobody looks at any more: a short loop, in which neighbours are written
+  // together.
+  BITFOLD_DEVICE void store_numbers(int tokens, const float (&y)[kOwnTokens][kOwnRows]) {
 #pragma unroll
     for (int j = 0; j < kOwnTokens; ++j) {
       *reinterpret_cast<float4*>(&memory_.y[token() + j][row()]) = {y[j][0], y[j][1], y[j][2], y[j][3]};
@@ -176,15 +249,9 @@ class Block {
     static_assert(kThreads % kRows == 0);
     const int thread = static_cast<int>(threadIdx.x), row = thread % kRows;
     if (row0_ + row >= op_.n) return;
-    const auto tokens = static_cast<int>(smaller<int64_t>(op_.x.rows - token0_, kTokens));
-    const bool biased = op_.bias != nullptr;
-    const float bias = biased ? read_float({op_.bias, op_.x.dtype, 1, 1, 1, 1}, row0_ + row) : 0.0f;
 #pragma unroll 4
-    for (int token = thread / kRows; token < tokens; token += kThreads / kRows) {
-      const float number = memory_.y[token][row];
-      write_number(op_.y, op_.x.dtype, (token0_ + token) * op_.n + row0_ + row,
-                   biased ? ptx::add(number, bias) : number);
-    }
+    for (int token = thread / kRows; token < tokens; token += kThreads / kRows)
+      write_number(op_.y, op_.x.dtype, (token0_ + token) * op_.n + row0_ + row, memory_.y[token][row]);
   }
 
   const Int8Op& op_;

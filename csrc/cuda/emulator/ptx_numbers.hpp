@@ -46,6 +46,9 @@ BITFOLD_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift
 BITFOLD_DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b) {
   return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffffu, b & 0xffffu);
 }
+BITFOLD_DEVICE uint32_t max_s16x2(uint32_t a, uint32_t b) {
+  return max_u16x2(a ^ 0x80008000u, b ^ 0x80008000u) ^ 0x80008000u;
+}
 
 BITFOLD_DEVICE int popc(uint32_t a) { return std::popcount(a); }
 BITFOLD_DEVICE int clz(uint32_t a) { return std::countl_zero(a); }

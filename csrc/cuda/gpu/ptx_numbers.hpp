@@ -33,6 +33,8 @@ BITFOLD_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift
 
 // The larger of both upper halfwords, and of both lower ones, as numbers without a sign.
 BITFOLD_DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+// The same of numbers with one.
+BITFOLD_DEVICE uint32_t max_s16x2(uint32_t a, uint32_t b) { return __vmaxs2(a, b); }
 
 BITFOLD_DEVICE int popc(uint32_t a) { return __popc(a); }
 BITFOLD_DEVICE int clz(uint32_t a) { return __clz(static_cast<int>(a)); }
