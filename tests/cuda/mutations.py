@@ -74,11 +74,6 @@ UNSEEN = {
         1,
     ): "the warp's products come after all that its lanes look at, and are its lanes' together",
     (
-        "linear_wgmma.hpp",
-        "ptx::sync_warp();",
-        1,
-    ): "the warp's products come after all that its lanes look at, and are its lanes' together",
-    (
         "int8_wgmma.hpp",
         "ptx::sync_warp();",
         1,
