@@ -41,6 +41,13 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
                                static_cast<int>(how.shared_bytes)),
           how.name);
   }
+  // Kernels that meet ask for the same division of a multiprocessor's memory, the one of those with most: after another
+  // it may have to be empty first.
+  if (how.early) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          how.name);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
   config.blockDim = how.block;
