@@ -186,7 +186,7 @@ class PlaneFragments {
 
     const uint8_t* codes_;  // of the first row's next piece
     int piece_;
-    int place_;  // in a room, of the first chunk: kept, or it would be made of the lane for each piece
+    int place_;            // in a room, of the first chunk: kept, or it would be made of the lane for each piece
     uint32_t row_, last_;  // the first row, and the last that there is, from that one on
     uint32_t offsets_[kTurns];
     uint32_t scale_, zeros_;  // the row's first scale, and the byte of its first zero point
