@@ -112,14 +112,15 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <int Scales>
   BITFOLD_DEVICE void bring_w() {
     if constexpr (C::kPlanes) {
-      if (p_.planes.scale == C::kStored) {
+      if (p_.planes.scale == C::kStored && (Scales == 1 || p_.scales_together)) {
         if (p_.planes.zeros == nullptr) return bring_w<Scales, Stored::Usual>();
         if constexpr (kLateZeros) return bring_w<Scales, Stored::WithZeros>();
       }
     }
     bring_w<Scales, Stored::Any>();
   }
-  // Scales are stored as the format's usually are, and there are no zero points, or there are; or nothing is known.
+  // Scales are stored as the format's usually are, those of 128 columns together, and there are no zero points, or
+  // there are; or nothing is known.
   enum class Stored : uint8_t { Usual, WithZeros, Any };
   template <int Scales, Stored S>
   BITFOLD_DEVICE void bring_w() {
@@ -132,7 +133,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     if (!all) clear_absent();
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
     // Scales are asked for two batches ahead, or one, as far as registers go: batch after batch, chunk after chunk.
-    constexpr int kAhead = kTurnsOfScales * Scales <= 6 ? 2 : 1;
+    constexpr int kAhead = kTurnsOfScales * kHeld<S, Scales> <= 6 ? 2 : 1;
     LoadedScaleZero scales[kAhead][kTurnsOfScales][Scales];
     float power[kBatches][kTurnsOfScales];
 #pragma unroll
@@ -246,12 +247,29 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     else return false;
   }();
   static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
+  // Scales that lie together come by one load, as words, the first in `bits` of the first and so on, and zero points by
+  // another, in its `more` (the last two of four of 8 bits in the second's).
+  template <Stored S, int Scales>
+  static constexpr bool kTogether = S != Stored::Any && Scales > 1;
+  static constexpr int kScaleSize = [] {
+    if constexpr (C::kPlanes) return C::kStored == Scale::F32 ? 4 : 2;
+    else return 0;
+  }();
+  template <Stored S, int Scales>
+  static constexpr int kHeld = kTogether<S, Scales> ? Scales * kScaleSize / 4 : Scales;  // of a quad
+
   template <Stored S, int Scales>
   BITFOLD_DEVICE void load_scales(int chunk, int batch, int turn, LoadedScaleZero (&loaded)[Scales]) const {
     const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
     if (i >= kBatchRows * kQuads) return;
     const auto of_batch = static_cast<unsigned>(batch * kBatchRows);
     const auto row = C::scale_row(p_.planes, row0_ + smaller(of_batch + i / kQuads, last_row_));
+    if constexpr (kTogether<S, Scales>) {
+      const uint32_t group = group_of_quad<Scales>(chunk, i);
+      load_words<Scales * kScaleSize>(row.scales + group * kScaleSize, loaded);
+      if constexpr (S == Stored::WithZeros) load_zeros(row.zeros + group * C::kBits / 8, loaded);
+      return;
+    }
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
       const uint32_t group = group_of<Scales>(chunk, i, s);
@@ -261,12 +279,60 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       }
     }
   }
-  // Of the thread's scale s in a turn, whose rows and quads are numbered by i.
+  // A thread's in a turn, whose rows and quads are numbered by i: the first 32 columns of its quad, counted in 32.
+  BITFOLD_DEVICE static uint32_t quad_of(int chunk, unsigned i) {
+    return static_cast<uint32_t>(chunk) * kSpans + i % kQuads * kQuad;
+  }
+  // Of its scale s.
   template <int Scales>
   BITFOLD_DEVICE uint32_t group_of(int chunk, unsigned i, int s) const {
-    const uint32_t first = static_cast<uint32_t>(chunk) * kSpans + i % kQuads * kQuad;
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
-    return p_.planes.pieces.divide(smaller(first + kQuad / Scales * s, end));
+    return p_.planes.pieces.divide(smaller(quad_of(chunk, i) + kQuad / Scales * s, end));
+  }
+  // The first, where groups have 32 or 64 columns and k whole quads.
+  template <int Scales>
+  BITFOLD_DEVICE uint32_t group_of_quad(int chunk, unsigned i) const {
+    return smaller(quad_of(chunk, i), static_cast<uint32_t>(p_.k / 32) - kQuad) / (kQuad / Scales);
+  }
+  template <int Bytes, int Scales>
+  BITFOLD_DEVICE static void load_words(const uint8_t* from, LoadedScaleZero (&loaded)[Scales]) {
+    if constexpr (Bytes == 16) {
+      const uint4 words = ptx::load16(from);
+      loaded[0].bits = words.x, loaded[1].bits = words.y, loaded[2].bits = words.z, loaded[3].bits = words.w;
+    } else if constexpr (Bytes == 8) {
+      const uint2 words = ptx::load8(from);
+      loaded[0].bits = words.x, loaded[1].bits = words.y;
+    } else {
+      static_assert(Bytes == 4);
+      loaded[0].bits = ptx::load4(from);
+    }
+  }
+  template <int Scales>
+  BITFOLD_DEVICE static void load_zeros(const uint8_t* from, LoadedScaleZero (&loaded)[Scales]) {
+    constexpr int kAll = Scales * C::kBits;  // bits
+    if constexpr (kAll > 8) loaded[0].more = ptx::load2(from);
+    else loaded[0].more = ptx::load1(from);
+    if constexpr (kAll > 16) loaded[1].more = ptx::load2(from + 2);
+  }
+  // What was loaded for scale s.
+  template <Stored S, int Scales>
+  BITFOLD_DEVICE LoadedScaleZero loaded_scale(const LoadedScaleZero (&loaded)[Scales], int chunk, unsigned i,
+                                              int s) const {
+    LoadedScaleZero mine = loaded[s];
+    if constexpr (kTogether<S, Scales>) {
+      if constexpr (kScaleSize == 2) mine.bits = loaded[s / 2].bits >> 16 * (s % 2);
+      if constexpr (S == Stored::WithZeros) {
+        constexpr int kEach = smaller(16 / C::kBits, Scales);  // in a `more`
+        const uint32_t first = Scales * C::kBits < 8 ? group_of_quad<Scales>(chunk, i) * C::kBits % 8 : 0;
+        mine.more = loaded[s / kEach].more >> (first + static_cast<uint32_t>(s % kEach * C::kBits));
+      } else if constexpr (C::kInteger) {
+        mine.more = 1u << (C::kBits - 1);
+      }
+    } else if constexpr (kLateZeros) {
+      if (zeros<S>()) mine.more >>= group_of<Scales>(chunk, i, s) * C::kBits % 8;
+    }
+    if constexpr (kLateZeros) mine.more &= (1u << C::kBits) - 1;
+    return mine;
   }
   // power: of the row, so far.
   template <Stored S, int Scales>
@@ -280,11 +346,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     float peak = 0.0f;
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
-      LoadedScaleZero mine = loaded[s];
-      if constexpr (kLateZeros) {
-        if (zeros<S>()) mine.more = mine.more >> group_of<Scales>(chunk, i, s) * C::kBits % 8 & ((1u << C::kBits) - 1);
-      }
-      made[s] = C::scale_zero(p_.planes, mine, stored<S>(), this->head().dynamic_map, nested_offset_);
+      made[s] = C::scale_zero(p_.planes, loaded_scale<S>(loaded, chunk, i, s), stored<S>(), this->head().dynamic_map,
+                              nested_offset_);
       peak = larger(peak, finite_magnitude(made[s].scale));
     }
     static_assert(kQuads <= 2);
