@@ -49,6 +49,18 @@ def test_every_weight_is_where_its_column_is(gpu, format, rng):
     assert_weights_rounded(*make(rng, format, 70, whole(format, 320)))
 
 
+@pytest.mark.parametrize(
+    "format",
+    [
+        *(f"int{bits}-g{group}-asym" for bits in (8, 4, 2) for group in (32, 64)),
+        *("int3-g64", "nf4-b32", "nf4-b64", "nf4-b32-dq", "nf4-b64-dq", "fp4-b64"),
+    ],
+)
+def test_scales_of_128_columns_lie_together(gpu, format, rng):
+    """One load brings them, and one their zero points; of the last 256 columns there are 128."""
+    assert_weights_rounded(*make(rng, format, 70, 640))
+
+
 def assert_weights_rounded(
     qtensor: bitfold.QTensor, w: np.ndarray, dtype: torch.dtype = torch.float16
 ) -> None:

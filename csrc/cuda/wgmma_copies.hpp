@@ -116,12 +116,15 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
         if (p_.planes.zeros == nullptr) return bring_w<Scales, Stored::Usual>();
         if constexpr (kLateZeros) return bring_w<Scales, Stored::WithZeros>();
       }
+      if constexpr (C::kNested && Scales > 1) {
+        if (p_.planes.scale == Scale::Nested && p_.scales_together) return bring_w<Scales, Stored::Nested>();
+      }
     }
     bring_w<Scales, Stored::Any>();
   }
-  // Scales are stored as the format's usually are, those of 128 columns together, and there are no zero points, or
-  // there are; or nothing is known.
-  enum class Stored : uint8_t { Usual, WithZeros, Any };
+  // Those of 128 columns lie together, stored as the format's usually are, and there are no zero points, or there are;
+  // or they are nested, and several of them; or nothing is known.
+  enum class Stored : uint8_t { Usual, WithZeros, Nested, Any };
   template <int Scales, Stored S>
   BITFOLD_DEVICE void bring_w() {
     WgmmaHead& head = this->head();
@@ -248,15 +251,17 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   }();
   static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
   // Scales that lie together come by one load, as words, the first in `bits` of the first and so on, and zero points by
-  // another, in its `more` (the last two of four of 8 bits in the second's).
+  // another, in its `more` (the last two of four of 8 bits in the second's), or what multiplies all nested ones there.
   template <Stored S, int Scales>
   static constexpr bool kTogether = S != Stored::Any && Scales > 1;
+  template <Stored S>
   static constexpr int kScaleSize = [] {
-    if constexpr (C::kPlanes) return C::kStored == Scale::F32 ? 4 : 2;
+    if constexpr (S == Stored::Nested) return 1;
+    else if constexpr (C::kPlanes) return C::kStored == Scale::F32 ? 4 : 2;
     else return 0;
   }();
   template <Stored S, int Scales>
-  static constexpr int kHeld = kTogether<S, Scales> ? Scales * kScaleSize / 4 : Scales;  // of a quad
+  static constexpr int kHeld = kTogether<S, Scales> ? (Scales * kScaleSize<S> + 3) / 4 : Scales;  // words of a quad
 
   template <Stored S, int Scales>
   BITFOLD_DEVICE void load_scales(int chunk, int batch, int turn, LoadedScaleZero (&loaded)[Scales]) const {
@@ -266,8 +271,11 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     const auto row = C::scale_row(p_.planes, row0_ + smaller(of_batch + i / kQuads, last_row_));
     if constexpr (kTogether<S, Scales>) {
       const uint32_t group = group_of_quad<Scales>(chunk, i);
-      load_words<Scales * kScaleSize>(row.scales + group * kScaleSize, loaded);
+      load_words<Scales * kScaleSize<S>>(row.scales + group * kScaleSize<S>, loaded);
       if constexpr (S == Stored::WithZeros) load_zeros(row.zeros + group * C::kBits / 8, loaded);
+      // (Quads never lie across what one number multiplies.)
+      if constexpr (S == Stored::Nested)
+        loaded[0].more = ptx::load4(p_.planes.nested_scales + (row.first + group) / kNestedGroup);
       return;
     }
 #pragma unroll
@@ -302,9 +310,11 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     } else if constexpr (Bytes == 8) {
       const uint2 words = ptx::load8(from);
       loaded[0].bits = words.x, loaded[1].bits = words.y;
-    } else {
-      static_assert(Bytes == 4);
+    } else if constexpr (Bytes == 4) {
       loaded[0].bits = ptx::load4(from);
+    } else {
+      static_assert(Bytes == 2);
+      loaded[0].bits = ptx::load2(from);
     }
   }
   template <int Scales>
@@ -320,7 +330,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
                                               int s) const {
     LoadedScaleZero mine = loaded[s];
     if constexpr (kTogether<S, Scales>) {
-      if constexpr (kScaleSize == 2) mine.bits = loaded[s / 2].bits >> 16 * (s % 2);
+      if constexpr (kScaleSize<S> == 2) mine.bits = loaded[s / 2].bits >> 16 * (s % 2);
+      if constexpr (S == Stored::Nested) mine = {loaded[0].bits >> 8 * s & 255u, loaded[0].more};
       if constexpr (S == Stored::WithZeros) {
         constexpr int kEach = smaller(16 / C::kBits, Scales);  // in a `more`
         const uint32_t first = Scales * C::kBits < 8 ? group_of_quad<Scales>(chunk, i) * C::kBits % 8 : 0;
@@ -370,7 +381,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   }
   template <Stored S>
   BITFOLD_DEVICE Scale stored() const {
-    if constexpr (S != Stored::Any) return C::kStored;
+    if constexpr (S == Stored::Nested) return Scale::Nested;
+    else if constexpr (S != Stored::Any) return C::kStored;
     else return p_.planes.scale;
   }
   template <Stored S>

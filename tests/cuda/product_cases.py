@@ -92,6 +92,8 @@ WGMMA = [  # the largest first, as above
     *(product(format, 66, 150, 288, "fp16", bias=True) for format in ("q4_0", "q8_0", "mxfp4")),
     *(product("int4-g32", m, n, 288, multiprocessors=1)  # whole rows end within a chunk; scales of 32 columns
       for m, n in ((70, 192), (40, 256))),
+    *(product(format, 40, 80, 640, multiprocessors=1)  # all scales of 128 columns by one load; chunks that end within
+      for format in ("int8-g32-asym", "int4-g32-asym", "int2-g64-asym", "int2-g32-asym", "nf4-b32-dq", "nf4-b64-dq")),
     product("q4_k", 66, 140, 2560, "bf16", far=True, multiprocessors=1),  # they change for some of a warpgroup's warps
     *(product(format, 66, 140, 1024, "bf16", far=True, multiprocessors=1)  # powers of two of rows change
       for format in ("int4-g64-asym", "nf4-b64", "nf4-b64-dq", "q4_k", "q4_0", "q5_1")),
