@@ -250,8 +250,9 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     else return false;
   }();
   static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
-  // Scales that lie together come by one load, as words, the first in `bits` of the first and so on, and zero points by
-  // another, in its `more` (the last two of four of 8 bits in the second's), or what multiplies all nested ones there.
+  // Scales that lie together come by one load (or two of 8 bytes), as words, the first in `bits` of the first and so
+  // on, and zero points by another, in its `more` (the last two of four of 8 bits in the second's), or what multiplies
+  // all nested ones there.
   template <Stored S, int Scales>
   static constexpr bool kTogether = S != Stored::Any && Scales > 1;
   template <Stored S>
@@ -276,14 +277,14 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       // (Quads never lie across what one number multiplies.)
       if constexpr (S == Stored::Nested)
         loaded[0].more = ptx::load4(p_.planes.nested_scales + (row.first + group) / kNestedGroup);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int s = 0; s < Scales; ++s) {
-      const uint32_t group = group_of<Scales>(chunk, i, s);
-      loaded[s] = C::load_scale(p_.planes, row, group, stored<S>(), kLateZeros ? false : zeros<S>());
-      if constexpr (kLateZeros) {
-        if (zeros<S>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
+      for (int s = 0; s < Scales; ++s) {
+        const uint32_t group = group_of<Scales>(chunk, i, s);
+        loaded[s] = C::load_scale(p_.planes, row, group, stored<S>(), kLateZeros ? false : zeros<S>());
+        if constexpr (kLateZeros) {
+          if (zeros<S>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
+        }
       }
     }
   }
@@ -305,8 +306,9 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <int Bytes, int Scales>
   BITFOLD_DEVICE static void load_words(const uint8_t* from, LoadedScaleZero (&loaded)[Scales]) {
     if constexpr (Bytes == 16) {
-      const uint4 words = ptx::load16(from);
-      loaded[0].bits = words.x, loaded[1].bits = words.y, loaded[2].bits = words.z, loaded[3].bits = words.w;
+      const uint2 words[2] = {ptx::load8(from), ptx::load8(from + 8)};
+      loaded[0].bits = words[0].x, loaded[1].bits = words[0].y;
+      loaded[2].bits = words[1].x, loaded[3].bits = words[1].y;
     } else if constexpr (Bytes == 8) {
       const uint2 words = ptx::load8(from);
       loaded[0].bits = words.x, loaded[1].bits = words.y;

@@ -227,7 +227,7 @@ SPILLED = {"linear_tile_kernel<5>": 8, "linear_tile_kernel<11>": 8}
 # Hopper's for 9 to 64 rows keep some: in loops for 32 rows of x, where sums, operands and fresh sums are 96 of a
 # thread's 112 registers; of int2, int3, int4 and nf4 in those for small groups with zero points or nested scales, of
 # int4 also for 16 rows; and where such scales are brought to those who multiply by wgmma, whose own loops keep none.
-MOST_FEW = {2: 16, 3: 16, 4: 16, 5: 80, 6: 48, 7: 88, 8: 24, 11: 8, 13: 24, 15: 32, 18: 8, 21: 8, 22: 8}
+MOST_FEW = {2: 16, 3: 16, 4: 8, 5: 80, 6: 48, 7: 88, 8: 24, 11: 8, 13: 8, 15: 32, 18: 8, 21: 8, 22: 8}
 SPILLED_FEW = {f"linear_tile_kernel<{row}>": most for row, most in MOST_FEW.items()}
 # Kernels for 9 to 32 rows of formats with planes, but int3, whose codes lie across words.
 BY_MATRICES = [f"linear_tile_kernel<{row}>" for row in (2, 3, 4, 5, 7, 8)]
