@@ -1,8 +1,7 @@
 // x for the tile kernel: fp16, in the order of a format's operands, with sums over sub-blocks where it has minima.
 //
 // bf16 becomes fp16 times a power of two for each token, so that its largest lies in [2^14, 2^15): all that is within
-// 2^-31 of it stays exact. fp16 stays as it is, but for masked codes (few.hpp), which want columns 2^-p smaller where
-// they lie p bits too high: within 2^-25 then. What lies beyond k, and tokens that aren't there, are zero.
+// 2^-31 of it stays exact. fp16 stays as it is. What lies beyond k, and tokens that aren't there, are zero.
 //
 // Two kernels: one looks for the largest of every row, in parts; one takes 256 columns of some tokens, converts them on
 // their way to shared memory, and writes them from there in the order that is wanted. With wgmma a lane is a token, so
