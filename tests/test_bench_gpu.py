@@ -32,6 +32,21 @@ def test_without_a_gpu():
         run(dataclasses.replace(TINY, device="cuda"))
 
 
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ("linear:int4-g128", "a call is 'linear:int4-g128'; it must be linear:FORMAT:ROWS"),
+        ("int8:0", "a call is 'int8:0'; it must be"),
+        ("attention:int8:5", "a call is 'attention:int8:5'; it must be"),
+    ],
+)
+def test_calls_for_a_profiler_are_named(call: str, sentence: str):
+    command = [sys.executable, str(ROOT / "bench" / "gpu" / "calls.py"), call]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1]
+
+
 def test_bars_know_the_rows_of_a_run():
     def row(name: str, kind: str, m: int, seconds: float, nbytes: int) -> dict:
         case = {"op": "linear", "n": 8192, "k": 28672, "m": m, "dtype": "bf16", "name": name, "kind": kind}
