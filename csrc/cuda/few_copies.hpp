@@ -308,19 +308,11 @@ class FewScales {
   }
   template <int Bytes>
   BITFOLD_DEVICE void load_bits(const uint8_t* from) {
-    if constexpr (Bytes == 16) {
-      const uint2 all[2] = {ptx::load8(from), ptx::load8(from + 8)};
-      bits_[0] = all[0].x, bits_[1] = all[0].y, bits_[2] = all[1].x, bits_[3] = all[1].y;
-    } else if constexpr (Bytes == 8) {
-      const uint2 all = ptx::load8(from);
-      bits_[0] = all.x, bits_[1] = all.y;
-    } else if constexpr (Bytes == 4) {
-      bits_[0] = ptx::load4(from);
-    } else if constexpr (Bytes == 2) {
-      bits_[0] = ptx::load2(from);
-    } else {
-      bits_[0] = ptx::load1(from);
-    }
+    constexpr int kWords = (Bytes + 3) / 4;
+    uint32_t words[kWords];
+    load_on_end<Bytes>(from, words);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) bits_[i] = words[i];
   }
   BITFOLD_DEVICE uint32_t load_nested(const typename C::ScaleRow& row, uint32_t group) const {
     return ptx::load4(p_.planes.nested_scales + (row.first + group) / kNestedGroup);

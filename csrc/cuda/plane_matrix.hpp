@@ -67,6 +67,25 @@ BITFOLD_DEVICE int64_t scale_row_of(const PlaneMatrix& w, int64_t row) {
   else return row;
 }
 
+// Scales of a row that lie on end, so many bytes of them, as words: one load, or two where there are 16 bytes.
+template <int Bytes>
+BITFOLD_DEVICE void load_on_end(const uint8_t* from, uint32_t (&words)[(Bytes + 3) / 4]) {
+  if constexpr (Bytes >= 8) {
+#pragma unroll
+    for (int i = 0; i < Bytes / 4; i += 2) {
+      const uint2 two = ptx::load8(from + 4 * i);
+      words[i] = two.x, words[i + 1] = two.y;
+    }
+  } else if constexpr (Bytes == 4) {
+    words[0] = ptx::load4(from);
+  } else if constexpr (Bytes == 2) {
+    words[0] = ptx::load2(from);
+  } else {
+    static_assert(Bytes == 1);
+    words[0] = ptx::load1(from);
+  }
+}
+
 // What a lane has loaded of the scales of a group of its two rows, to be looked at when it has arrived.
 // `stored` is how scales are stored: F32, Nested, or F16 for both kinds of 16 bits.
 struct LoadedScales {

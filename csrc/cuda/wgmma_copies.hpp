@@ -250,9 +250,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     else return false;
   }();
   static constexpr int kTurnsOfScales = (kBatchRows * kQuads + kCopiers - 1) / kCopiers;
-  // Scales that lie together come by one load (or two of 8 bytes), as words, the first in `bits` of the first and so
-  // on, and zero points by another, in its `more` (the last two of four of 8 bits in the second's), or what multiplies
-  // all nested ones there.
+  // Scales that lie together come as words, the first in `bits` of the first and so on; in its `more` zero points (the
+  // last two of four of 8 bits in the second's), or what multiplies all nested ones there.
   template <Stored S, int Scales>
   static constexpr bool kTogether = S != Stored::Any && Scales > 1;
   template <Stored S>
@@ -272,7 +271,10 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     const auto row = C::scale_row(p_.planes, row0_ + smaller(of_batch + i / kQuads, last_row_));
     if constexpr (kTogether<S, Scales>) {
       const uint32_t group = group_of_quad<Scales>(chunk, i);
-      load_words<Scales * kScaleSize<S>>(row.scales + group * kScaleSize<S>, loaded);
+      uint32_t words[kHeld<S, Scales>];
+      load_on_end<Scales * kScaleSize<S>>(row.scales + group * kScaleSize<S>, words);
+#pragma unroll
+      for (int word = 0; word < kHeld<S, Scales>; ++word) loaded[word].bits = words[word];
       if constexpr (S == Stored::WithZeros) load_zeros(row.zeros + group * C::kBits / 8, loaded);
       // (Quads never lie across what one number multiplies.)
       if constexpr (S == Stored::Nested)
@@ -302,22 +304,6 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <int Scales>
   BITFOLD_DEVICE uint32_t group_of_quad(int chunk, unsigned i) const {
     return smaller(quad_of(chunk, i), static_cast<uint32_t>(p_.k / 32) - kQuad) / (kQuad / Scales);
-  }
-  template <int Bytes, int Scales>
-  BITFOLD_DEVICE static void load_words(const uint8_t* from, LoadedScaleZero (&loaded)[Scales]) {
-    if constexpr (Bytes == 16) {
-      const uint2 words[2] = {ptx::load8(from), ptx::load8(from + 8)};
-      loaded[0].bits = words[0].x, loaded[1].bits = words[0].y;
-      loaded[2].bits = words[1].x, loaded[3].bits = words[1].y;
-    } else if constexpr (Bytes == 8) {
-      const uint2 words = ptx::load8(from);
-      loaded[0].bits = words.x, loaded[1].bits = words.y;
-    } else if constexpr (Bytes == 4) {
-      loaded[0].bits = ptx::load4(from);
-    } else {
-      static_assert(Bytes == 2);
-      loaded[0].bits = ptx::load2(from);
-    }
   }
   template <int Scales>
   BITFOLD_DEVICE static void load_zeros(const uint8_t* from, LoadedScaleZero (&loaded)[Scales]) {
