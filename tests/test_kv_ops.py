@@ -130,6 +130,29 @@ def test_attention_to_blocks_of_64_tokens(format, head, value_group, device, rng
     of_64(heads=1, blocks=9, recent=17, first=64 * 8 + 1, mask="float", dtype=torch.float16)
     of_64(heads=1, shared=8, blocks=1, recent=1, mask="heads", dtype=torch.bfloat16)
     of_64(heads=100, blocks=4, recent=70)  # no room for many chunks of exact tokens
+    of_64(heads=100, blocks=4, recent=70, dtype=torch.bfloat16)
+    of_64(batch=2, shared=6, rows=2, blocks=1, recent=131, mask="float", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_where_exact_tokens_lie_changes_nothing(format, head, dtype, device, rng):
+    """GPUs copy those that begin at multiples of 16 bytes."""
+    law = BlockFormat(format, 64, head, head)
+    keys, values = (x.to(dtype) for x in past(rng, 2, 2, 64 * 3 + 40, head))
+    blocks, exact = law.pack(keys[:, :, :192], values[:, :, :192]), (keys[:, :, 192:], values[:, :, 192:])
+    query = randn(rng, 2, 6, 1, head).to(dtype)
+
+    def attend(keys, values):
+        return devices.ops().kv_attention(query, [blocks], 3, 5, keys, values, format, 64, head, None, 0.2)
+
+    wanted = attend(*exact)
+    beside = [torch.cat([x, x], -1)[..., :head] for x in exact]
+    odd = [torch.cat([x[..., :1], x], -1)[..., 1:] for x in exact]
+    assert torch.equal(attend(*beside), wanted)
+    for keys, values in (odd, (exact[0], odd[1])):
+        assert torch.allclose(attend(keys, values).float(), wanted.float(), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -185,25 +185,27 @@ __global__ void __launch_bounds__(kThreads) sum_scales(PlanesArgs a) {
   }
 }
 
-// One thread.
-__global__ void __launch_bounds__(1) choose_offset(PlanesArgs a) {
+// What scales lie around: given, or their mean.
+BITFOLD_DEVICE float offset_of_scales(const PlanesArgs& a) {
   const int64_t count = a.w.rows * a.groups;
-  float offset = 0.0f;
-  if (a.offset != nullptr) {
-    offset = *a.offset;
-  } else if (count > 0) {
-    double total = 0.0;
-    for (int64_t s = 0; s < bitfold::ceil_div(count, kNestedSum); ++s) total += a.sums[s];
-    offset = static_cast<float>(total / static_cast<double>(count));
-  }
-  *a.out.nested_offset = offset;
+  if (a.offset != nullptr) return *a.offset;
+  if (count == 0) return 0.0f;
+  double total = 0.0;
+  for (int64_t s = 0; s < bitfold::ceil_div(count, kNestedSum); ++s) total += a.sums[s];
+  return static_cast<float>(total / static_cast<double>(count));
 }
 
-// A warp, a group of scales.
+// A warp, a group of scales. Every block adds up the same sums in the same order, while another kernel would have to
+// begin for one that did.
 __global__ void __launch_bounds__(kThreads) nest_scales(PlanesArgs a) {
   const int64_t count = a.w.rows * a.groups, groups = bitfold::ceil_div(count, kNestedGroup);
   const auto* scales = static_cast<const float*>(a.scales);
-  const float offset = *a.out.nested_offset;
+  auto& offset = shared<float>();
+  if (threadIdx.x == 0) {
+    offset = offset_of_scales(a);
+    if (blockIdx.x == 0) *a.out.nested_offset = offset;
+  }
+  ptx::sync_block();
   for (int64_t g = int64_t{blockIdx.x} * kWarps + ptx::warp_id(); g < groups; g += int64_t{gridDim.x} * kWarps) {
     const int64_t first = g * kNestedGroup + ptx::lane_id(), end = smaller(count, (g + 1) * kNestedGroup);
     float absmax = 0.0f;
@@ -365,8 +367,8 @@ void encode_planes(const PlanesArgs& a, Stream stream) {
   }
   if (a.format.scale != Scale::Nested) return;
   if (a.offset == nullptr) start("sum_scales", sum_scales, a, bitfold::ceil_div(groups, kNestedSum), kThreads, stream);
-  start("choose_offset", choose_offset, a, 1, 1, stream, 1);
-  start("nest_scales", nest_scales, a, bitfold::ceil_div(groups, kNestedGroup), kWarps, stream);
+  const int64_t nests = larger<int64_t>(1, bitfold::ceil_div(groups, kNestedGroup));  // of none there is an offset, too
+  launch({grid_for(nests, kWarps), kThreads, sizeof(float), "nest_scales", stream}, nest_scales, a);
 }
 
 }  // namespace

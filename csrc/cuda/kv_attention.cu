@@ -15,6 +15,12 @@ bool is_packed(const KvShape& shape) {
   return shape.group == kKvPackedGroup && (shape.head == 64 || shape.head == 128) &&
          (shape.value_group == 64 || shape.value_group == shape.head);
 }
+// Whether exact tokens are words as kv_exact.hpp copies them: eight numbers of 16 bits at multiples of 16 bytes.
+bool are_words(const KvTokens& tokens) {
+  return (tokens.dtype == DType::F16 || tokens.dtype == DType::BF16) &&
+         reinterpret_cast<uintptr_t>(tokens.data) % 16 == 0 &&
+         (tokens.batch_stride | tokens.head_stride | tokens.token_stride) % kKvWord == 0;
+}
 int tile_of(const KvAttentionArgs& a) {
   if (is_packed(a.shape)) return kKvPackedTile;
   const int64_t queries = a.query_heads / a.heads * a.rows;
@@ -58,7 +64,6 @@ KvJob job_of(const KvAttentionArgs& a, const Cut& cut, float* parts) {
   const int64_t shared = a.query_heads / a.heads, queries = shared * a.rows;
   const int tile = tile_of(a);
   return {.shape = a.shape,
-          .packed = is_packed(a.shape),
           .at = kv_layout(a.shape),
           .value_groups = a.shape.value_groups(),
           .value_row = a.shape.value_row(),
@@ -106,24 +111,27 @@ void kv_attention(const KvAttentionArgs& args, void* workspace, Stream stream) {
   if (queries == 0) return;
   const Cut cut(args);
   KvJob job = job_of(args, cut, static_cast<float*>(workspace));
-  const auto launch_chunks = [&](int64_t chunks) {
-    job.launch_chunks = chunks;
-    if (chunks > 0) kv_chunks(job, args.batch, stream);
-    job.chunk_begin += chunks;
+  const bool packed = is_packed(args.shape), words = are_words(args.keys) && are_words(args.values);
+  const auto launch = [&](auto chunks, int64_t packed_chunks, int64_t exact_chunks) {
+    job.packed_chunks = packed_chunks;
+    job.launch_chunks = packed_chunks + exact_chunks;
+    if (job.launch_chunks > 0) chunks(job, args.batch, stream);
+    job.chunk_begin += job.launch_chunks;
   };
-  each_kv_launch(args.pages, args.page_count, cut.first_block,
-                 [&](const KvRun* runs, int count, int64_t begin, int64_t end) {
-                   for (int i = 0; i < count; ++i) job.runs[i] = runs[i];
-                   job.run_count = count;
-                   job.block_begin = begin;
-                   job.block_end = end;
-                   job.packed_chunks = bitfold::ceil_div(end - begin, cut.chunk_blocks);
-                   launch_chunks(job.packed_chunks + (end == cut.blocks_end ? cut.exact_chunks : 0));
-                 });
-  if (job.chunk_begin < cut.chunks) {  // no packed token counts
-    job.packed_chunks = 0;
-    launch_chunks(cut.exact_chunks);
-  }
+  const auto launch_chunks = [&](int64_t packed_chunks, int64_t exact_chunks) {
+    if (!packed) return launch(kv_chunks, packed_chunks, exact_chunks);
+    launch(kv_packed_chunks, packed_chunks, words ? exact_chunks : 0);
+    launch(kv_chunks, 0, words ? 0 : exact_chunks);
+  };
+  each_kv_launch(
+      args.pages, args.page_count, cut.first_block, [&](const KvRun* runs, int count, int64_t begin, int64_t end) {
+        for (int i = 0; i < count; ++i) job.runs[i] = runs[i];
+        job.run_count = count;
+        job.block_begin = begin;
+        job.block_end = end;
+        launch_chunks(bitfold::ceil_div(end - begin, cut.chunk_blocks), end == cut.blocks_end ? cut.exact_chunks : 0);
+      });
+  if (job.chunk_begin < cut.chunks) launch_chunks(0, cut.exact_chunks);  // no packed token counts
   kv_merge({.parts = job.parts,
             .chunks = cut.chunks,
             .batch = args.batch,

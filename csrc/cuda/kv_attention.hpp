@@ -19,12 +19,11 @@ inline constexpr int64_t kKvWide = 1024;               // heads beyond this are 
 // Blocks that units for matrices attend to (kv_packed.hpp), a warp to each.
 inline constexpr int64_t kKvPackedGroup = 64;  // tokens
 inline constexpr int kKvPackedTile = 4;        // queries, of whatever number
-inline constexpr int64_t kKvPackedBlocks = 2;  // of threads, of a multiprocessor
+inline constexpr int64_t kKvPackedBlocks = 4;  // of threads, of a multiprocessor
 inline constexpr int64_t kKvPackedTurns = 8;   // of a warp in a chunk, at most
 
 struct KvJob {
   KvShape shape;
-  bool packed;  // whether blocks are of this kind
   KvLayout at;
   int64_t value_groups, value_row;
   int64_t heads;
@@ -59,7 +58,12 @@ struct KvMerge {
 
 inline constexpr float kKvLowest = std::bit_cast<float>(0xff7fffffu);  // the largest score of no tokens
 
+inline unsigned kv_chunk_blocks(const KvJob& job, int64_t batch) {
+  return kv_grid("kv_attention", batch * job.heads * job.launch_chunks * job.tiles * job.slices);
+}
+
 void kv_chunks(const KvJob& job, int64_t batch, Stream stream);
+void kv_packed_chunks(const KvJob& job, int64_t batch, Stream stream);
 void kv_merge(const KvMerge& merge, Stream stream);
 
 }  // namespace bitfold::cuda

@@ -48,6 +48,25 @@ void each_kv_launch(const KvPage* pages, int64_t page_count, int64_t first_block
   if (count > 0) fn(runs, count, launch_begin, begin);
 }
 
+// The last of a job's runs that begins at a block or before, as run `from` does: steps that double until they are too
+// long, and halves of them.
+template <class Job>
+BITFOLD_DEVICE int kv_run(const Job& job, int64_t block, int from = 0) {
+  const auto begins = [&](int run) { return run < job.run_count && job.runs[run].begin <= block; };
+  int step = 1;
+  for (; begins(from + step); step *= 2) from += step;
+  while ((step /= 2) > 0) {
+    if (begins(from + step)) from += step;
+  }
+  return from;
+}
+// A head's block, of that run.
+template <class Job>
+BITFOLD_DEVICE const uint8_t* kv_block(const Job& job, int64_t head, int64_t block, int run) {
+  const KvRun& pages = job.runs[run];
+  return pages.data + head * pages.head_stride + (block - pages.begin) * job.at.bytes;
+}
+
 // The codes of kKvWord numbers.
 template <KvFormat Format>
 using KvWord = std::conditional_t<Format == KvFormat::Int4, uint32_t, uint2>;

@@ -13,7 +13,6 @@
 // phase before them is at work. Sums of an earlier block shrink where a larger score is found. A chunk leaves its
 // largest score, its sum of weights and its sums of values.
 #include "cuda/kv_chunk.hpp"
-#include "cuda/kv_packed.hpp"
 
 namespace bitfold::cuda {
 namespace {
@@ -109,10 +108,6 @@ class Attention {
   BITFOLD_DEVICE static float float_at(const uint8_t* block, int64_t byte) {
     return ptx::uint_as_float(ptx::load4(block + byte));
   }
-  BITFOLD_DEVICE int64_t number(const int64_t (&strides)[3], int64_t token) const {
-    return place_.head / job_.heads * strides[0] + place_.head % job_.heads * strides[1] + token * strides[2];
-  }
-
   BITFOLD_DEVICE void read_query() {
     const int64_t head = job_.shape.head;
     for (int q = 0; q < Tile; ++q) {
@@ -192,7 +187,7 @@ class Attention {
     }
     float* to = room_.sums() + key_share_.lane * Tile * group() + key_share_.word * kKvWord;
 #pragma unroll
-    for (int q = 0; q < Tile; ++q) put(sums[q], to + q * group());
+    for (int q = 0; q < Tile; ++q) kv_put(sums[q], to + q * group());
   }
 
   BITFOLD_DEVICE static void add_word(KvWord<Format> word, const float* factors, float (&sums)[Tile][kKvWord]) {
@@ -240,7 +235,8 @@ class Attention {
       const bool key = i < count;
       const MatrixIn& in = key ? job_.keys : job_.values;
       const int bytes = in.dtype == DType::F64 ? 8 : in.dtype == DType::F32 ? 4 : 2;
-      const int64_t at = number(key ? job_.key_strides : job_.value_strides, token + (key ? i : i - count));
+      const int64_t at =
+          kv_number(job_, place_.head, key ? job_.key_strides : job_.value_strides, token + (key ? i : i - count));
       ptx::prefetch(static_cast<const char*>(in.data) + at * bytes, head() * bytes);
     }
   }
@@ -251,7 +247,7 @@ class Attention {
       float sums[Tile] = {}, numbers[kKvWord];
       for (int64_t d = ptx::lane_id() * kKvWord; d < head; d += kWarp * kKvWord) {
         const int present = static_cast<int>(smaller<int64_t>(kKvWord, head - d));
-        read_floats(job_.keys, number(job_.key_strides, token + t) + d, 1, present, numbers);
+        read_floats(job_.keys, kv_number(job_, place_.head, job_.key_strides, token + t) + d, 1, present, numbers);
 #pragma unroll
         for (int i = 0; i < kKvWord; ++i) {
           if (i < present) {
@@ -274,7 +270,8 @@ class Attention {
     const int present = static_cast<int>(smaller<int64_t>(kKvWord, head - channel_));
     for (int t = value_share_.lane; t < count; t += value_share_.lanes) {
       float numbers[kKvWord], weights[Tile];
-      read_floats(job_.values, number(job_.value_strides, token + t) + channel_, 1, present, numbers);
+      read_floats(job_.values, kv_number(job_, place_.head, job_.value_strides, token + t) + channel_, 1, present,
+                  numbers);
       get(room_.weights() + t * Tile, weights);
 #pragma unroll
       for (int q = 0; q < Tile; ++q) {
@@ -340,7 +337,7 @@ class Attention {
       for (int q = 0; q < Tile; ++q) {
 #pragma unroll
         for (int i = 0; i < kKvWord; ++i) sums_[q][i] += constant_[q];
-        put(sums_[q], to + q * width);
+        kv_put(sums_[q], to + q * width);
       }
     }
     ptx::sync_block();
@@ -375,12 +372,6 @@ class Attention {
       for (int i = 0; i < Count; ++i) to[i] = from[i];
     }
   }
-  BITFOLD_DEVICE static void put(const float (&from)[kKvWord], float* to) {
-    auto* fours = reinterpret_cast<float4*>(to);
-    fours[0] = {from[0], from[1], from[2], from[3]};
-    fours[1] = {from[4], from[5], from[6], from[7]};
-  }
-
   static constexpr int kBits = kKvFormats[static_cast<int>(Format)].bits;  // and bytes of a word
   static constexpr bool kOffsets = kKvFormats[static_cast<int>(Format)].offsets;
 
@@ -397,13 +388,8 @@ class Attention {
 };
 
 template <KvFormat Format>
-__global__ void __launch_bounds__(kKvThreads, kKvPackedBlocks) kv_attention_kernel(KvJob job) {
-  ptx::let_later_begin();  // kv_merge, which is ready then when the last chunk is
+BITFOLD_DEVICE void attend(const KvJob& job) {
   const KvPlace place(job);
-  if (job.packed && place.chunk < job.packed_chunks) {
-    if (job.shape.head == 64) return PackedAttention<Format, 64>(job, place).run();
-    return PackedAttention<Format, 128>(job, place).run();
-  }
   switch (job.tile) {
     case 1: return Attention<Format, 1>(job, place).run();
     case 2: return Attention<Format, 2>(job, place).run();
@@ -411,31 +397,24 @@ __global__ void __launch_bounds__(kKvThreads, kKvPackedBlocks) kv_attention_kern
   }
 }
 
-template <KvFormat Format>
-void launch_chunks(const KvJob& job, int64_t blocks, Stream stream) {
-  int64_t bytes = room_bytes(job.shape, job.tile);
-  if (job.packed && job.packed_chunks > 0) {
-    const size_t packed = job.shape.head == 64 ? sizeof(typename PackedAttention<Format, 64>::Room)
-                                               : sizeof(typename PackedAttention<Format, 128>::Room);
-    bytes = larger(bytes, static_cast<int64_t>(packed));
+__global__ void __launch_bounds__(kKvThreads) kv_chunk_kernel(KvJob job) {
+  ptx::let_later_begin();  // kv_merge, which is ready then when the last chunk is
+  switch (job.shape.format) {
+    case KvFormat::Int8: return attend<KvFormat::Int8>(job);
+    case KvFormat::Fp8: return attend<KvFormat::Fp8>(job);
+    default: return attend<KvFormat::Int4>(job);
   }
-  launch({.grid = dim3(kv_grid("kv_attention", blocks)),
-          .block = dim3(kKvThreads),
-          .shared_bytes = bytes,
-          .name = "kv_attention",
-          .stream = stream},
-         kv_attention_kernel<Format>, job);
 }
 
 }  // namespace
 
 void kv_chunks(const KvJob& job, int64_t batch, Stream stream) {
-  const int64_t blocks = batch * job.heads * job.launch_chunks * job.tiles * job.slices;
-  switch (job.shape.format) {
-    case KvFormat::Int8: return launch_chunks<KvFormat::Int8>(job, blocks, stream);
-    case KvFormat::Fp8: return launch_chunks<KvFormat::Fp8>(job, blocks, stream);
-    default: return launch_chunks<KvFormat::Int4>(job, blocks, stream);
-  }
+  launch({.grid = dim3(kv_chunk_blocks(job, batch)),
+          .block = dim3(kKvThreads),
+          .shared_bytes = room_bytes(job.shape, job.tile),
+          .name = "kv_attention",
+          .stream = stream},
+         kv_chunk_kernel, job);
 }
 
 }  // namespace bitfold::cuda

@@ -4,15 +4,15 @@
 namespace bitfold::cuda {
 namespace {
 
-constexpr int kMergeWarps = 8, kMergeThreads = kMergeWarps * kWarp;
+constexpr int kMergeWarps = 16, kMergeThreads = kMergeWarps * kWarp;
 constexpr int kEach = 4, kMergeChannels = kEach * kWarp;  // of a lane, and of a block of threads
-constexpr int kAtOnce = 4;                                // chunks of a warp, all of which are on their way together
+constexpr int kAtOnce = 5;                                // chunks of a warp, all of which are on their way together
 
 struct Memory {
   float most[kMergeWarps], total[kMergeWarps], sums[kMergeWarps][kMergeChannels];
 };
 
-// A block of threads has some channels of a query of a key-value head. A warp has every eighth chunk, and what the
+// A block of threads has some channels of a query of a key-value head. A warp has every sixteenth chunk, and what the
 // warps found is put together as chunks are. A query that sees nothing is 0.
 __global__ void __launch_bounds__(kMergeThreads) kv_merge_kernel(KvMerge m) {
   auto& memory = shared<Memory>();

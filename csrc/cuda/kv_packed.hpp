@@ -2,9 +2,10 @@
 // packed cache makes by default, of most models.
 //
 // A warp has a block's keys and values to itself: a quarter of the chunk's blocks, one after the other. They come to
-// its own shared memory by asynchronous copies, in pieces: as soon as a piece has been used, the next block's takes its
-// place, so that nearly a whole block is on its way to each warp at any time, and none waits for another until the
-// chunk is done. The loops over pieces are not unrolled: warps are at different places of the code, all of which has to
+// its own shared memory by asynchronous copies, in pieces of 32 rows of 64 numbers. A piece of keys, once used, makes
+// room for one of the same block's values, and that for one of the next block's keys: so half a block is on its way to
+// each of a multiprocessor's sixteen warps at any time, and none waits for another until the chunk is done. Keys and
+// values pass through one loop, which is not unrolled: warps are at different places of the code, all of which has to
 // stay in the cache of instructions.
 //
 // Numbers of the queries times the keys' steps (weights times the values' steps) are made by all lanes, eight to a
@@ -22,15 +23,14 @@ class PackedAttention {
   static constexpr bool kOffsets = kKvFormats[static_cast<int>(Format)].offsets;
   static constexpr int kTokens = static_cast<int>(kKvPackedGroup);
   static constexpr int kStep = 32;          // rows of codes that are summed over at once
-  static constexpr int kParts = Head / 64;  // of a row of values: what eight lanes take of it
+  static constexpr int kParts = Head / 64;  // of a row of values
   static constexpr int kKeySteps = Head / kStep, kValueSteps = kTokens / kStep;
-  static constexpr int kKeyRow = kTokens * kBits / 8, kValueRow = Head * kBits / 8;  // bytes
-  static constexpr int kPart = 8 * kBits;                                            // bytes of a part of a row
-  static constexpr int kKeyCodes = Head * kKeyRow, kValueCodes = kTokens * kValueRow;
+  static constexpr int kPieces = kKeySteps;  // of keys, and of values
+  static_assert(kPieces == kParts * kValueSteps);
+  static constexpr int kRow = 64 * kBits / 8, kPiece = kStep * kRow, kValueRow = kParts * kRow;  // bytes
+  static constexpr int kCodes = kPieces * kPiece;
   static constexpr int kFloats = kOffsets ? 8 : 4;  // bytes of a step and its offset
   static constexpr int kKeyFloats = Head * kFloats, kValueFloats = kParts * kTokens * kFloats;  // at most
-  // Groups of copies of a block: steps and offsets before codes, keys before values.
-  static constexpr int kGroups = 1 + kKeySteps + 1 + kParts * kValueSteps;
   using Word = KvWord<Format>;
   using Sums = KvSums<Format>;
 
@@ -39,13 +39,12 @@ class PackedAttention {
   };
   struct alignas(16) Own {  // a warp's
     union {
-      struct {
-        alignas(16) uint8_t keys[kKeyCodes + kKeyFloats];
-        alignas(16) uint8_t values[kValueCodes + kValueFloats];
-      } block;
+      alignas(16) uint8_t pieces[kPieces][kPiece];
       Result result;
     };
-    alignas(16) uint32_t b[Head / kStep][4 * kWarp];
+    alignas(16) uint8_t key_floats[kKeyFloats];
+    alignas(16) uint8_t value_floats[kValueFloats];
+    alignas(16) uint32_t b[kPieces][4 * kWarp];
     float weights[kKvPackedTile][kTokens + 4];  // no two queries' in the same banks
   };
 
@@ -68,21 +67,18 @@ class PackedAttention {
   BITFOLD_DEVICE void run() {
     const int64_t begin = job_.block_begin + place_.chunk * job_.chunk_blocks;
     const int64_t end = smaller(begin + job_.chunk_blocks, job_.block_end);
-    int64_t number = begin + ptx::warp_id();
+    int64_t number = begin + ptx::shuffle(ptx::warp_id(), 0);  // so the compiler knows that all lanes have the same
     const uint8_t* block = number < end ? blocks_.at(number) : nullptr;
     fetch_key_floats(block);
-    for (int s = 0; s < kKeySteps; ++s) fetch_keys(block, s);
-    fetch_value_floats(block);
-    for (int i = 0; i < kParts * kValueSteps; ++i) fetch_values(block, i / kValueSteps, i % kValueSteps);
-    read_query();
+#pragma unroll 1
+    for (int i = 0; i < kPieces; ++i) fetch_keys(block, i);
+    kv_read_queries(job_, place_, room_.query);
+    ptx::sync_block();
 #pragma unroll 1
     for (; number < end; number += kKvWarps) {
       const uint8_t* next = number + kKvWarps < end ? blocks_.at(number + kKvWarps) : nullptr;
-      const auto hidden = static_cast<int>(larger<int64_t>(0, job_.first - number * kTokens));
-      Sums scores;
-      const float unit = score(scores, next);
-      const float shrunk = weigh(scores, unit, hidden, number * kTokens - job_.first);
-      add_values(shrunk, hidden, next);
+      attend(number, block, next);
+      block = next;
     }
     leave();
   }
@@ -90,60 +86,64 @@ class PackedAttention {
  private:
   // ---- shared memory ----
 
-  // Rows 4 t + i, which the lanes of a g read together, and the words of all g lie in different banks: pieces of 16
-  // bytes change places by t.
-  template <int RowBytes>
+  // Rows 4 t + i, which the lanes of a g read together, and the words of all g lie in different banks: runs of 32 bytes
+  // change places by t.
   BITFOLD_DEVICE static int place_of(int byte) {
-    constexpr int kShift = std::bit_width(static_cast<unsigned>(RowBytes)) + 1;  // byte >> kShift: row / 4
+    constexpr int kShift = std::bit_width(static_cast<unsigned>(kRow)) + 1;  // byte >> kShift: row / 4
     return byte ^ (byte >> kShift & 3) << 5;
   }
-  // A part of the 32 rows of a step: a group of copies, of none where there is no block.
+  // A piece, whose rows are RowBytes apart: a group of copies, of none where there is no block.
   template <int RowBytes>
-  BITFOLD_DEVICE static void fetch(uint8_t* to, const uint8_t* from, int part, int step) {
-    constexpr int kPieces = kPart / 16, kRows = kWarp / kPieces;  // of a row; that all lanes have at once
-    if (from != nullptr) {
-      const int at = ptx::lane_id() / kPieces * RowBytes + ptx::lane_id() % kPieces * 16 + part * kPart;
-      to += step * kStep * RowBytes;
-      from += step * kStep * RowBytes + at;
-      const int place = place_of<RowBytes>(at);
+  BITFOLD_DEVICE void fetch(int piece, const uint8_t* block, int first) const {
+    constexpr int kLanes = kRow / 16, kRows = kWarp / kLanes;  // of a row; that all lanes have at once
+    if (block != nullptr) {
+      uint8_t* to = own_.pieces[piece];
+      const uint8_t* from = block + first + ptx::lane_id() / kLanes * RowBytes + ptx::lane_id() % kLanes * 16;
+      const int place = place_of(16 * ptx::lane_id());
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i)  // the bits of both places are disjoint
-        ptx::cp_async<16>(to + (place ^ place_of<RowBytes>(i * kRows * RowBytes)), from + i * kRows * RowBytes);
+      for (int i = 0; i < kLanes; ++i)  // the bits of both places are disjoint
+        ptx::cp_async<16>(to + (place ^ place_of(i * kRows * kRow)), from + i * kRows * RowBytes);
     }
     ptx::cp_async_commit();
   }
-  BITFOLD_DEVICE static void fetch_floats(uint8_t* to, const uint8_t* from, int bytes) {
+  BITFOLD_DEVICE void fetch_keys(const uint8_t* block, int piece) const { fetch<kRow>(piece, block, piece * kPiece); }
+  // The rows of a part of values, and then those of the next.
+  BITFOLD_DEVICE void fetch_values(const uint8_t* block, int piece) const {
+    const int part = piece / kValueSteps, step = piece % kValueSteps;
+    fetch<kValueRow>(piece, block, kValues + step * kStep * kValueRow + part * kRow);
+  }
+  template <int Bytes>
+  BITFOLD_DEVICE static void fetch_floats(uint8_t* to, const uint8_t* from, int bytes = Bytes) {
     if (from != nullptr) {
-      for (int at = 16 * ptx::lane_id(); at < bytes; at += 16 * kWarp) ptx::cp_async<16>(to + at, from + at);
+#pragma unroll
+      for (int first = 0; first < Bytes; first += 16 * kWarp) {
+        const int at = first + 16 * ptx::lane_id();
+        if (at < bytes) ptx::cp_async<16>(to + at, from + at);
+      }
     }
     ptx::cp_async_commit();
   }
-  BITFOLD_DEVICE void fetch_key_floats(const uint8_t* block) {
-    fetch_floats(own_.block.keys + kKeyCodes, block == nullptr ? block : block + kKeyCodes, kKeyFloats);
+  BITFOLD_DEVICE void fetch_key_floats(const uint8_t* block) const {
+    fetch_floats<kKeyFloats>(own_.key_floats, block == nullptr ? block : block + kCodes);
   }
-  BITFOLD_DEVICE void fetch_keys(const uint8_t* block, int step) { fetch<kKeyRow>(own_.block.keys, block, 0, step); }
-  BITFOLD_DEVICE void fetch_value_floats(const uint8_t* block) {
-    fetch_floats(own_.block.values + kValueCodes, block == nullptr ? block : block + kValues + kValueCodes,
-                 groups_ * kTokens * kFloats);
+  BITFOLD_DEVICE void fetch_value_floats(const uint8_t* block) const {
+    fetch_floats<kValueFloats>(own_.value_floats, block + kValues + kCodes, groups_ * kTokens * kFloats);
   }
-  BITFOLD_DEVICE void fetch_values(const uint8_t* block, int part, int step) {
-    fetch<kValueRow>(own_.block.values, block == nullptr ? block : block + kValues, part, step);
-  }
-  static constexpr int kValues = kKeyCodes + kKeyFloats;  // where values begin
+  static constexpr int kValues = kCodes + kKeyFloats;  // where values begin
 
-  // Waits for the group that was begun a block ago, just before those that come after it in a block.
+  // Copies come in the order in which they are used: keys' floats, keys, values' floats, values. When one has been
+  // used, that kPieces + 1 places later is asked for, so that this waits for the one that is next. It is where lanes
+  // meet, too: what they write to shared memory (operands, weights) the others read after the next wait.
   BITFOLD_DEVICE static void wait() {
-    ptx::cp_async_wait<kGroups - 1>();
+    ptx::cp_async_wait<kPieces>();
     ptx::sync_warp();
   }
-  // The words of a part of the rows of a step.
-  template <int RowBytes>
-  BITFOLD_DEVICE void words(const uint8_t* codes, int part, int step, Word (&out)[8]) const {
-    codes += step * kStep * RowBytes;
-    const int first = place_of<RowBytes>(4 * t_ * RowBytes + g_ * kBits) ^ part * kPart;
+  BITFOLD_DEVICE void words(int piece, Word (&out)[8]) const {
+    const uint8_t* codes = own_.pieces[piece];
+    const int first = place_of(4 * t_ * kRow + g_ * kBits);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      out[i] = *reinterpret_cast<const Word*>(codes + i / 4 * 16 * RowBytes + (first ^ i % 4 * RowBytes));
+      out[i] = *reinterpret_cast<const Word*>(codes + i / 4 * 16 * kRow + (first ^ i % 4 * kRow));
   }
   // Four floats of those rows of which a lane makes B: i = 0 is the first half of its first step, 1 the second half.
   BITFOLD_DEVICE float4 four(const void* floats, int i) const {
@@ -161,20 +161,7 @@ class PackedAttention {
 
   // ---- the query ----
 
-  BITFOLD_DEVICE void read_query() {
-    constexpr int kWords = Head / kKvWord;
-    for (auto i = static_cast<int>(threadIdx.x); i < kKvPackedTile * kWords; i += kKvThreads) {
-      const int q = i / kWords, d = i % kWords * kKvWord;
-      const int64_t r = place_.first_query + q;
-      float numbers[kKvWord] = {};
-      if (r < job_.queries) read_floats(job_.query, kv_query(job_, place_.head, r) + d, 1, kKvWord, numbers);
-#pragma unroll
-      for (int j = 0; j < kKvWord; ++j) room_.query[q][d + j] = numbers[j] * job_.scale;
-    }
-    ptx::sync_block();
-#pragma unroll
-    for (int s = 0; s < kKeySteps; ++s) query_[s] = four(room_.query[columns_.query], s);
-  }
+  BITFOLD_DEVICE float4 query(int i) const { return four(room_.query[columns_.query], i); }
   BITFOLD_DEVICE static float4 products(const float4& x, const float4& y, uint32_t& largest) {
     const float4 p{x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w};
     largest = larger(larger(larger(largest, bits_of(p.x)), larger(bits_of(p.y), bits_of(p.z))), bits_of(p.w));
@@ -200,38 +187,56 @@ class PackedAttention {
 
   // ---- a block ----
 
-  // Sums of the codes of tokens 8 g + 2 i (+ 1) times the query t; returns their unit. constant_ becomes the query's
-  // sum of offsets.
-  BITFOLD_DEVICE float score(Sums& scores, const uint8_t* next) {
+  BITFOLD_DEVICE void attend(int64_t number, const uint8_t* block, const uint8_t* next) {
+    const auto hidden = static_cast<int>(larger<int64_t>(0, job_.first - number * kTokens));
+    float shrunk, unit = fold(block), units[kParts];
+#pragma unroll 1
+    for (int part = -1; part < kParts; ++part) {  // keys, and the parts of values
+      const bool keys = part < 0;
+      const int first = keys ? 0 : part * kValueSteps, end = keys ? kPieces : first + kValueSteps;
+      const int operands = keys || groups_ > 1 ? first : 0;
+      Sums sums;
+#pragma unroll 1
+      for (int piece = first; piece < end; ++piece) {
+        wait();
+        Word codes[8];
+        words(piece, codes);
+        sums.add(codes, operand(operands + piece - first));
+        ptx::sync_warp();
+        if (keys) fetch_values(block, piece);
+        else fetch_keys(next, piece);
+      }
+      if (keys) {
+        shrunk = weigh(sums, unit, hidden, number * kTokens - job_.first);
+        fold_values(shrunk, hidden, next, units);
+      } else {
+        add(sums, units, shrunk);
+      }
+    }
+  }
+
+  // The steps of the keys go into the queries, B; returns the unit of scores. constant_ becomes the query's sum of
+  // offsets.
+  BITFOLD_DEVICE float fold(const uint8_t* block) {
     wait();
-    const uint8_t *steps = own_.block.keys + kKeyCodes, *offsets = steps + 4 * Head;
+    const uint8_t *steps = own_.key_floats, *offsets = steps + 4 * Head;
     float4 x[kKeySteps];
     float constant = 0.0f;
     uint32_t largest = 0;
 #pragma unroll
     for (int s = 0; s < kKeySteps; ++s) {
-      x[s] = products(four(steps, s), query_[s], largest);
-      if constexpr (kOffsets) constant = dot(four(offsets, s), query_[s], constant);
+      x[s] = products(four(steps, s), query(s), largest);
+      if constexpr (kOffsets) constant = dot(four(offsets, s), query(s), constant);
     }
     const typename Sums::Power power(largest_of(largest));
     write(0, x, power.inverse);
     if constexpr (kOffsets) constant_ = of_query(sum_of(constant));
-    ptx::sync_warp();
-    fetch_key_floats(next);
-#pragma unroll 1
-    for (int s = 0; s < kKeySteps; ++s) {
-      wait();
-      Word codes[8];
-      words<kKeyRow>(own_.block.keys, 0, s, codes);
-      scores.add(codes, operand(s));
-      ptx::sync_warp();
-      fetch_keys(next, s);
-    }
+    fetch_value_floats(block);
     return of_query(power.unit);
   }
 
-  // Scores become weights, in shared memory; returns what sums of earlier blocks shrink by. `key` is the place of the
-  // block's first token among those that count.
+  // Scores, sums of the codes of tokens 8 g + 2 i (+ 1) times the query t, become weights, in shared memory; returns
+  // what sums of earlier blocks shrink by. `key` is the place of the block's first token among those that count.
   BITFOLD_DEVICE float weigh(const Sums& scores, float unit, int hidden, int64_t key) {
     float x[kKvWord], most = most_;
 #pragma unroll
@@ -263,19 +268,17 @@ class PackedAttention {
       sum += x[i];
     }
     sum_ = ptx::fma(sum_, shrunk, sum);
-    auto* to = reinterpret_cast<float4*>(&own_.weights[t_][8 * g_]);
-    to[0] = {x[0], x[1], x[2], x[3]};
-    to[1] = {x[4], x[5], x[6], x[7]};
+    kv_put(x, &own_.weights[t_][8 * g_]);
     return shrunk;
   }
 
-  BITFOLD_DEVICE void add_values(float shrunk, int hidden, const uint8_t* next) {
+  // The steps of the values go into the weights, B; units: of the sums of parts.
+  BITFOLD_DEVICE void fold_values(float shrunk, int hidden, const uint8_t* next, float (&units)[kParts]) {
     wait();
     if (hidden > 0) hide(smaller(hidden, kTokens));
-    const auto* steps = reinterpret_cast<const float*>(own_.block.values + kValueCodes);
+    const auto* steps = reinterpret_cast<const float*>(own_.value_floats);
     const float* offsets = steps + groups_ * kTokens;
     const float of_columns = ptx::shuffle(shrunk, columns_.query);
-    float units[kParts];
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
       if (is_as_before(p)) {
@@ -291,23 +294,23 @@ class PackedAttention {
         }
       }
     }
-    ptx::sync_warp();
-    fetch_value_floats(next);
+    fetch_key_floats(next);
+  }
+  // Sums of a part, which are the first ones of sums_ as of units, and become the last.
+  BITFOLD_DEVICE void add(const Sums& sums, float (&units)[kParts], float shrunk) {
+    const float unit = units[0];
+    float added[kKvWord];
 #pragma unroll
-    for (int p = 0; p < kParts; ++p) {
-      Sums sums;
-#pragma unroll 1
-      for (int s = 0; s < kValueSteps; ++s) {
-        wait();
-        Word codes[8];
-        words<kValueRow>(own_.block.values, p, s, codes);
-        sums.add(codes, operand((groups_ == 1 ? 0 : p) * kValueSteps + s));
-        ptx::sync_warp();
-        fetch_values(next, p, s);
-      }
+    for (int i = 0; i < kKvWord; ++i) added[i] = sums.sum(i, unit, sums_[0][i] * shrunk);
 #pragma unroll
-      for (int i = 0; i < kKvWord; ++i) sums_[p][i] = sums.sum(i, units[p], sums_[p][i] * shrunk);
+    for (int p = 1; p < kParts; ++p) {
+      units[p - 1] = units[p];
+#pragma unroll
+      for (int i = 0; i < kKvWord; ++i) sums_[p - 1][i] = sums_[p][i];
     }
+    units[kParts - 1] = unit;
+#pragma unroll
+    for (int i = 0; i < kKvWord; ++i) sums_[kParts - 1][i] = added[i];
   }
   // Whether a part of a row of values has the steps of the first one.
   BITFOLD_DEVICE bool is_as_before(int part) const { return part > 0 && groups_ == 1; }
@@ -326,13 +329,16 @@ class PackedAttention {
   BITFOLD_DEVICE void hide(int hidden) {
     ptx::cp_async_wait<0>();
     ptx::sync_warp();
-    auto* floats = reinterpret_cast<float*>(own_.block.values + kValueCodes);
+    auto* floats = reinterpret_cast<float*>(own_.value_floats);
     for (int i = ptx::lane_id(); i < groups_ * kTokens * kFloats / 4; i += kWarp) {
       if (i % kTokens < hidden) floats[i] = 0.0f;
     }
     if constexpr (Format == KvFormat::Fp8) {
-      for (int at = 16 * ptx::lane_id(); at < hidden * kValueRow; at += 16 * kWarp)
-        *reinterpret_cast<uint4*>(own_.block.values + place_of<kValueRow>(at)) = {0, 0, 0, 0};
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int rows = hidden - piece % kValueSteps * kStep;
+        for (int at = 16 * ptx::lane_id(); at < smaller(rows, kStep) * kRow; at += 16 * kWarp)
+          *reinterpret_cast<uint4*>(own_.pieces[piece] + place_of(at)) = {0, 0, 0, 0};
+      }
     }
     ptx::sync_warp();
   }
@@ -348,17 +354,16 @@ class PackedAttention {
   // What the warps found becomes one part for each query.
   BITFOLD_DEVICE void leave() {
     const float sum = of_tokens(sum_);
-    ptx::sync_warp();  // the block's memory takes the result; nothing is on its way to it
-    Result& mine = own_.result;
+    Result& mine = own_.result;  // where pieces were: all lanes have used them, and nothing is on its way
     if (g_ == 0) mine.most[t_] = most_, mine.sum[t_] = sum;
     float offsets[kParts] = {};
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
       if (kOffsets) offsets[p] = is_as_before(p) ? offsets[0] : of_query(sum_of(offset_sums_[p]));
-      auto* to = reinterpret_cast<float4*>(&mine.sums[t_][64 * p + 8 * g_]);
-      const float more = offsets[p];
-      to[0] = {sums_[p][0] + more, sums_[p][1] + more, sums_[p][2] + more, sums_[p][3] + more};
-      to[1] = {sums_[p][4] + more, sums_[p][5] + more, sums_[p][6] + more, sums_[p][7] + more};
+      float with_offset[kKvWord];
+#pragma unroll
+      for (int i = 0; i < kKvWord; ++i) with_offset[i] = sums_[p][i] + offsets[p];
+      kv_put(with_offset, &mine.sums[t_][64 * p + 8 * g_]);
     }
     ptx::sync_block();
 #pragma unroll 1
@@ -390,7 +395,6 @@ class PackedAttention {
   const int groups_;  // of values' steps
   const KvColumns columns_;
   KvBlocks blocks_;
-  float4 query_[kKeySteps];              // of query columns_.query, of those rows (four)
   float constant_ = 0.0f;                // of query t
   float most_ = kKvLowest, sum_ = 0.0f;  // of query t; sum_: this lane's tokens
   float sums_[kParts][kKvWord] = {};     // of query t, channels 64 p + 8 g ...

@@ -32,17 +32,6 @@ struct Job {
   KvRun runs[kKvPages];
 };
 
-BITFOLD_DEVICE const uint8_t* block_at(const Job& job, int64_t head, int64_t block) {
-  int low = 0, high = job.run_count;  // the run is in [low, high)
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (job.runs[middle].begin <= block) low = middle;
-    else high = middle;
-  }
-  const KvRun& run = job.runs[low];
-  return run.data + head * run.head_stride + (block - run.begin) * job.at.bytes;
-}
-
 BITFOLD_DEVICE float float_at(const uint8_t* block, int64_t byte) {
   return ptx::uint_as_float(ptx::load4(block + byte));
 }
@@ -214,7 +203,7 @@ __global__ void __launch_bounds__(kThreads) kv_unpack_kernel(Job job) {
   const unsigned item = blockIdx.x / 2 / tiles, tile_number = blockIdx.x / 2 % tiles;
   const int64_t head = item / blocks, block = job.block_begin + item % blocks, token = block * job.shape.group;
   const auto across = static_cast<unsigned>(job.channel_tiles);
-  const Tile tile{block_at(job, head, block), static_cast<int>(tile_number / across) * kTile,
+  const Tile tile{kv_block(job, head, block, kv_run(job, block)), static_cast<int>(tile_number / across) * kTile,
                   static_cast<int>(tile_number % across) * kTile,
                   static_cast<int>(larger<int64_t>(0, job.first - token)),
                   (head * job.tokens + token - job.first) * job.shape.head};

@@ -16,6 +16,17 @@ BITFOLD_DEVICE float read_float(const MatrixIn& in, int64_t at) {
   }
 }
 
+// Eight numbers of 16 bits, fp16 or bf16.
+BITFOLD_DEVICE void floats_of_pairs(const uint4& eight, DType dtype, float (&out)[8]) {
+  const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = dtype == DType::F16 ? ptx::halves_to_floats(pairs[i]) : ptx::bf16s_to_floats(pairs[i]);
+    out[2 * i] = pair.x;
+    out[2 * i + 1] = pair.y;
+  }
+}
+
 // Eight numbers in a row by loads of 16 bytes, where they lie so.
 BITFOLD_DEVICE bool read_vectors(const MatrixIn& in, int64_t at, float (&out)[8]) {
   const auto* p = static_cast<const char*>(in.data) + at * (in.dtype == DType::F32 ? 4 : 2);
@@ -27,12 +38,7 @@ BITFOLD_DEVICE bool read_vectors(const MatrixIn& in, int64_t at, float (&out)[8]
     for (int i = 0; i < 8; ++i) out[i] = ptx::uint_as_float(bits[i]);
     return true;
   }
-  const uint32_t pairs[4] = {first.x, first.y, first.z, first.w};
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = in.dtype == DType::F16 ? ptx::halves_to_floats(pairs[i]) : ptx::bf16s_to_floats(pairs[i]);
-    out[2 * i] = pair.x;
-    out[2 * i + 1] = pair.y;
-  }
+  floats_of_pairs(first, in.dtype, out);
   return true;
 }
 

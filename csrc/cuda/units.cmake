@@ -5,7 +5,7 @@
 # too many instances for one unit.
 set(planes kE4m3 kE5m2 kInt8 kInt4 kInt3 kInt2 kNf4)  # kNf4 is fp4's too
 set(blocks kQ4_0 kQ4_1 kQ5_0 kQ5_1 kQ8_0 kQ2K kQ3K kQ4K kQ5K kQ6K kIq4Nl kIq4Xs kMxfp4)
-set(BITFOLD_CUDA_UNITS gpu arrange tile kv_attention kv_chunk kv_merge rows_sums linear_rows/kRagged)
+set(BITFOLD_CUDA_UNITS gpu arrange tile kv_attention kv_chunk kv_packed kv_merge rows_sums linear_rows/kRagged)
 foreach(row IN LISTS planes blocks)
   list(APPEND BITFOLD_CUDA_UNITS linear_rows/${row} linear_tile/${row})
 endforeach()

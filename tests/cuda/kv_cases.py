@@ -62,6 +62,10 @@ ATTENTION = [
              mask="float", page=2, multiprocessors=1)  # several turns of a warp
       for format, k, dtype in (("int8", 128, "fp16"), ("fp8", 64, "fp32"), ("int4", 128, "bf16"))),
     KvCase("kv_attention", "int8", 64 * 6, 128, 1, "fp32", heads=1, shared=1, group=64),
+    KvCase("kv_attention", "fp8", 64, 128, 3, "bf16", shared=2, group=64, first=3, recent=75, mask="float"),
+    KvCase("kv_attention", "int4", 0, 64, 2, "fp16", heads=1, shared=3, group=64, recent=70, mask="bool",
+           multiprocessors=1),  # no room for many chunks of exact tokens
+    KvCase("kv_attention", "int8", 64 * 99, 64, 1, "bf16", batch=1, heads=1, shared=2, group=64, recent=5, page=1),
     *(KvCase("kv_attention", format, 576, 160, 2, "bf16", group=32, value_group=32, first=1, recent=40, mask="float")
       for format in ("int8", "fp8", "int4")),
 ]  # fmt: skip

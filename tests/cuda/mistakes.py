@@ -388,17 +388,29 @@ WRONG: dict[str, dict[str, str]] = {
     },
     # kv_attention: which page, token, mask and query, and what an earlier block's sums become
     "kv_chunk.hpp": {
-        "job_.runs[run_ + 1].begin <= block": "job_.runs[run_ + 1].begin < block",
-        "r % job.rows * job.mask_strides[2]": "0",
+        "query.row * job.mask_strides[2]": "0",
+        "of_head / rows": "0",
+        "of.batch * strides[0]": "0",
+        "r < job.queries": "true",
     },
     "kv_packed.hpp": {
         "job_.first - number * kTokens": "0 * number",
         "expf(most_ - most)": "1.0f",
         "part > 0 && groups_ == 1": "part > 0",
-        "(groups_ == 1 ? 0 : p) * kValueSteps": "p * kValueSteps",
+        "keys || groups_ > 1 ? first : 0": "first",
         "expf(room_.own[w].result.most[q] - most)": "1.0f",
         "of_query(sum_of(offset_sums_[p]))": "0.0f",
         "number + kKvWarps < end": "false",
+        "units[p - 1] = units[p]": "units[p] = units[p]",
+    },
+    "kv_exact.hpp": {
+        "smaller(job.exact_tokens, job.recent - token_)": "job.exact_tokens",
+        "job_.blocks_end * job_.shape.group - job_.first + token_": "token_",
+        "(place.chunk - job.packed_chunks)": "(0 * place.chunk)",
+        "upper ? second : first": "first",
+        "word % 2 * 2 + word / 2 % 2": "word",
+        "mask < kWords": "mask < 8",
+        "place_.first_query + q >= job_.queries": "false",
     },
     "kv_units.hpp": {
         "odd ? number : rest": "number",
@@ -419,10 +431,11 @@ WRONG: dict[str, dict[str, str]] = {
     },
     "kv_blocks.hpp": {
         "word >> 4 & 0x0f0f0f0fu": "word & 0xf0f0f0fu",
+        "job.runs[run].begin <= block": "job.runs[run].begin < block",
+        "(step /= 2) > 0": "(step /= 2) > 1",
     },
     # kv_unpack: which page, token, channel and step, and ends
     "kv_unpack.cu": {
-        "job.runs[middle].begin <= block": "job.runs[middle].begin < block",
         "token >= tile.hidden": "token > tile.hidden",
         "token + 1 >= tile.hidden": "token >= tile.hidden",
         "t >= tile.hidden": "t > tile.hidden",

@@ -48,7 +48,7 @@ CASES = {
     r"kv_pack\.cu": ("kv_pack",),
     r"kv_unpack\.cu": ("kv_unpack",),
     r"kv_blocks\.hpp": ("kv_attention", "kv_unpack"),
-    r"kv_(attention|chunk|merge|packed|units)\..*": ("kv_attention",),
+    r"kv_(attention|chunk|exact|merge|packed|units)\..*": ("kv_attention",),
 }
 
 # What is dropped without notice, and why: the file, the text and which of those in the file.
@@ -82,32 +82,17 @@ UNSEEN = {
         "kv_packed.hpp",
         "ptx::sync_warp();",
         2,
-    ): "the lanes meet in the shuffles before it, which on a GPU alone promise nothing of what they read",
+    ): "the warp's products come after all that its lanes look at, and are its lanes' together",
     (
         "kv_packed.hpp",
         "ptx::sync_warp();",
         3,
-    ): "the warp's products come after all that its lanes look at, and are its lanes' together",
-    (
-        "kv_packed.hpp",
-        "ptx::sync_warp();",
-        5,
-    ): "the warp's products come after all that its lanes look at, and are its lanes' together",
-    (
-        "kv_packed.hpp",
-        "ptx::sync_warp();",
-        6,
     ): "weights are 0 there, and only what is no number would show it (test_kv_ops.py)",
     (
         "kv_packed.hpp",
         "ptx::sync_warp();",
-        7,
+        4,
     ): "weights are 0 there, and only what is no number would show it (test_kv_ops.py)",
-    (
-        "kv_packed.hpp",
-        "ptx::sync_warp();",
-        8,
-    ): "the lanes meet in the shuffles before it, which on a GPU alone promise nothing of what they read",
     (
         "kv_packed.hpp",
         "ptx::cp_async_wait<0>();",
