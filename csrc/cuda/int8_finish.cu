@@ -2,34 +2,40 @@
 // each number, as the definition says, from the tables of their columns of W and x as fp32.
 //
 // A block has 128 rows of W and 64 tokens, a lane four neighbouring rows of eight tokens: 12 numbers from shared memory
-// for 32 products. Lines of tables come by asynchronous copies while those before them are multiplied.
+// for 32 products. Where there are few tokens a lane has four or two of them, so that there are blocks for all
+// multiprocessors. Lines of tables come by asynchronous copies while those before them are multiplied.
 #include "cuda/int8.hpp"
 
 namespace bitfold::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarp * kWarps;
-constexpr int kOwnRows = 4, kOwnTokens = 8;  // of a thread
-constexpr int kRows = kOwnRows * kWarp, kTokens = kOwnTokens * kWarps;
-constexpr int kColumns = 32;  // of outliers, that come together
-static_assert(kInt8Lines % kColumns == 0 && kInt8Lines % kRows == 0 && kInt8Lines % kTokens == 0);
+constexpr int kOwnRows = 4, kRows = kOwnRows * kWarp;  // of a thread, and of a block
+constexpr int kMostTokens = 8;                         // of a thread: 8, 4 or 2
+constexpr int kColumns = 32;                           // of outliers, that come together
+static_assert(kInt8Lines % kColumns == 0 && kInt8Lines % kRows == 0 && kInt8Lines % (kMostTokens * kWarps) == 0);
 
-struct Table {
-  float w[kColumns][kRows];
-  float x[kColumns][kTokens];
-};
-struct alignas(16) Memory {
-  union {
-    Table tables[2];
-    float y[kTokens][kRows];
-  };
-  Int8Row rows[kRows];
-  float bias[kRows];
-  Int8Token tokens[kTokens];
-};
-
+template <int OwnTokens>
 class Block {
+  static constexpr int kOwnTokens = OwnTokens, kTokens = kOwnTokens * kWarps;
+  static constexpr int kUnrolled =
+      2 * kMostTokens / kOwnTokens;  // columns, of whose products each waits for one before
+  struct Table {
+    float w[kColumns][kRows];
+    float x[kColumns][kTokens];
+  };
+
  public:
+  struct alignas(16) Memory {
+    union {
+      Table tables[2];
+      float y[kTokens][kRows];
+    };
+    Int8Row rows[kRows];
+    float bias[kRows];
+    Int8Token tokens[kTokens];
+  };
+
   BITFOLD_DEVICE Block(const Int8Op& op, Memory& memory)
       : op_(op), memory_(memory), row0_(int64_t{blockIdx.x} * kRows), token0_(int64_t{blockIdx.y} * kTokens) {}
 
@@ -82,7 +88,7 @@ class Block {
       ptx::sync_block();  // all have read the table that is filled next
       fetch<Copied>(begin + kColumns, count, 1 - table);
       const int columns = smaller(count - begin, kColumns);
-#pragma unroll 2
+#pragma unroll kUnrolled
       for (int c = 0; c < columns; ++c) add_column<Fused>(memory_.tables[table], c, chains);
       table = 1 - table;
     }
@@ -94,9 +100,9 @@ class Block {
     const float w[kOwnRows] = {four.x, four.y, four.z, four.w};
     float x[kOwnTokens];
 #pragma unroll
-    for (int j = 0; j < kOwnTokens; j += 4) {
-      const float4 tokens = *reinterpret_cast<const float4*>(&table.x[c][token() + j]);
-      x[j] = tokens.x, x[j + 1] = tokens.y, x[j + 2] = tokens.z, x[j + 3] = tokens.w;
+    for (int j = 0; j < kOwnTokens; j += 2) {
+      const float2 tokens = *reinterpret_cast<const float2*>(&table.x[c][token() + j]);
+      x[j] = tokens.x, x[j + 1] = tokens.y;
     }
     each([&](int j, int i) {
       float& chain = chains[j][i];
@@ -259,23 +265,32 @@ class Block {
   const int64_t row0_, token0_;
 };
 
-__global__ void __launch_bounds__(kThreads, 2) int8_finish_kernel(const Int8Op op) {
+__global__ void __launch_bounds__(kThreads, 2) int8_finish_kernel(const Int8Op op, int own_tokens) {
   ptx::wait_for_earlier();
   ptx::let_later_begin();
-  Block(op, shared<Memory>()).run();
+  const auto run = [&]<class Block>() { Block(op, shared<typename Block::Memory>()).run(); };
+  switch (own_tokens) {
+    case 2: return run.template operator()<Block<2>>();
+    case 4: return run.template operator()<Block<4>>();
+    default: return run.template operator()<Block<kMostTokens>>();
+  }
 }
 
 }  // namespace
 
 void int8_finish(const Int8Op& op, Stream stream) {
-  launch({.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(op.n, kRows)),
-                       static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, kTokens))),
+  const int64_t row_blocks = ceil_div<int64_t>(op.n, kRows);
+  const auto blocks = [&](int own) { return row_blocks * ceil_div<int64_t>(op.x.rows, own * kWarps); };
+  int own = kMostTokens;
+  while (own > 2 && 2 * blocks(own) < 3 * gpu().multiprocessors) own /= 2;  // two blocks have room on each
+  launch({.grid = dim3(static_cast<unsigned>(row_blocks),
+                       static_cast<unsigned>(ceil_div<int64_t>(op.x.rows, own * kWarps))),
           .block = kThreads,
-          .shared_bytes = sizeof(Memory),
+          .shared_bytes = sizeof(Block<kMostTokens>::Memory),
           .name = "int8_finish",
           .stream = stream,
           .early = gpu().early},
-         int8_finish_kernel, op);
+         int8_finish_kernel, op, own);
 }
 
 }  // namespace bitfold::cuda
