@@ -45,7 +45,7 @@ class ExactAttention {
     ptx::sync_block();
     add_values();
     ptx::sync_block();
-    leave();
+    leave(ptx::warp_id());
   }
 
  private:
@@ -145,15 +145,16 @@ class ExactAttention {
     }
   }
 
-  // Sums of the lanes meet in their order.
-  BITFOLD_DEVICE void leave() const {
-    for (auto i = static_cast<int>(threadIdx.x); i < kKvPackedTile * Head; i += kKvThreads) {
-      const int q = i / Head, channel = i % Head;
-      if (place_.first_query + q >= job_.queries) return;
+  // A warp has a query, whose sums meet in the order of lanes.
+  BITFOLD_DEVICE void leave(int q) const {
+    if (place_.first_query + q >= job_.queries) return;
+    float* part = kv_part(job_, place_, place_.first_query + q);
+#pragma unroll
+    for (int c = ptx::lane_id(); c < Head; c += kWarp) {
       float sum = 0.0f;
 #pragma unroll
-      for (int l = 0; l < kLanes; ++l) sum += room_.sums[l][q][channel];
-      kv_part(job_, place_, place_.first_query + q)[2 + channel] = sum;
+      for (int l = 0; l < kLanes; ++l) sum += room_.sums[l][q][c];
+      part[2 + c] = sum;
     }
   }
 

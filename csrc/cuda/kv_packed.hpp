@@ -366,25 +366,28 @@ class PackedAttention {
       kv_put(with_offset, &mine.sums[t_][64 * p + 8 * g_]);
     }
     ptx::sync_block();
-#pragma unroll 1
-    for (int q = 0; q < kKvPackedTile && place_.first_query + q < job_.queries; ++q) {
-      float most = kKvLowest, total = 0.0f, share[kKvWarps];
+    put_together(ptx::warp_id());
+  }
+  // A warp has a query.
+  BITFOLD_DEVICE void put_together(int q) const {
+    if (place_.first_query + q >= job_.queries) return;
+    float most = kKvLowest, total = 0.0f, share[kKvWarps];
 #pragma unroll
-      for (int w = 0; w < kKvWarps; ++w) most = larger(room_.own[w].result.most[q], most);
+    for (int w = 0; w < kKvWarps; ++w) most = larger(room_.own[w].result.most[q], most);
 #pragma unroll
-      for (int w = 0; w < kKvWarps; ++w) {
-        share[w] = expf(room_.own[w].result.most[q] - most);
-        total = ptx::fma(room_.own[w].result.sum[q], share[w], total);
-      }
-      float* part = kv_part(job_, place_, place_.first_query + q);
-      for (auto c = static_cast<int>(threadIdx.x); c < Head; c += kKvThreads) {
-        float value = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kKvWarps; ++w) value = ptx::fma(room_.own[w].result.sums[q][c], share[w], value);
-        part[2 + c] = value;
-      }
-      if (threadIdx.x == 0) part[0] = most, part[1] = total;
+    for (int w = 0; w < kKvWarps; ++w) {
+      share[w] = expf(room_.own[w].result.most[q] - most);
+      total = ptx::fma(room_.own[w].result.sum[q], share[w], total);
     }
+    float* part = kv_part(job_, place_, place_.first_query + q);
+#pragma unroll
+    for (int c = ptx::lane_id(); c < Head; c += kWarp) {
+      float value = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kKvWarps; ++w) value = ptx::fma(room_.own[w].result.sums[q][c], share[w], value);
+      part[2 + c] = value;
+    }
+    if (ptx::lane_id() == 0) part[0] = most, part[1] = total;
   }
 
   const KvJob& job_;
