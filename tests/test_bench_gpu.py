@@ -47,6 +47,81 @@ def test_calls_for_a_profiler_are_named(call: str, sentence: str):
     assert sentence in done.stderr.splitlines()[-1]
 
 
+DETAILS = """\
+  void ns>::first_kernel<5>(Job) (16, 2, 1)x(96, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Section: GPU Speed Of Light Throughput
+    Metric Name             Metric Unit Metric Value
+    DRAM Throughput                   %        48.25
+    Elapsed Cycles                cycle        9,000
+    Duration                         us         5.50
+    SM Active Cycles              cycle     6,000.40
+  second_kernel(Job) (1, 1, 1)x(33, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration                         us            2
+"""
+FIRST = [
+    ("LDC", 96, 10, 0),
+    ("S2R", 0, 0, 0),
+    ("LOOP", 960, 50, 30),
+    ("BRA", 950, 30, 20),
+    ("EXIT", 96, 10, 1),
+]
+SOURCE = [("first_kernel", FIRST), ("second_kernel", [("EXIT", 2, 0, 0)])]
+
+
+@pytest.fixture
+def pages(tmp_path: Path):
+    """Of a details page and a source page, as Nsight Compute writes them: (instruction, executed, samples, waits)."""
+    head = [
+        "Address",
+        "Source",
+        "# Samples",
+        "Instructions Executed",
+        "stall_wait",
+        "stall_wait (Not Issued)",
+    ]
+    lines = ["[1] python@127.0.0.1"]
+    for name, code in SOURCE:
+        lines += [f'"Kernel Name","{name}"', ",".join(f'"{cell}"' for cell in head)]
+        lines += [
+            f'"0x{i}0","{op}","{n}","{times}","{waits}","{n}"' for i, (op, times, n, waits) in enumerate(code)
+        ]
+    details, source = tmp_path / "details.txt", tmp_path / "source.csv"
+    details.write_text(DETAILS)
+    source.write_text("\n".join(lines) + "\n")
+    return details, source
+
+
+def profile(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "bench" / "gpu" / "profile.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_profiles_are_told_by_parts(pages):
+    done = profile(*pages)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().split("\n\n")
+    head, numbers, idle, samples, *parts = first.splitlines()
+    assert head == "void ns>::first_kernel<5>(Job) 32 blocks of 96 threads"
+    assert numbers.strip() == "5.5 microseconds, 48.25 per cent of DRAM"
+    assert idle.strip() == "a multiprocessor had a warp for 6000 of 9000 cycles, 67%"
+    assert samples.strip() == "100 samples: wait 51"
+    assert [" ".join(part.split()) for part in parts] == [
+        "0 to 0: 1 instructions, 1.00 times, 10.0%",
+        "2 to 3: 2 instructions, 10.00 times, 80.0% wait 50",
+        "4 to 4: 1 instructions, 1.00 times, 10.0% wait 1",
+    ]
+    assert second.splitlines()[0] == "second_kernel(Job) 1 blocks of 33 threads"
+    assert len(profile(*pages, "--least", 20).stdout.splitlines()) == len(done.stdout.splitlines()) - 2
+
+
+def test_both_pages_of_a_profile_are_of_one_report(pages):
+    pages[0].write_text(DETAILS.partition("  second_kernel")[0])
+    done = profile(*pages)
+    assert done.returncode == 2
+    assert "has 1 kernels and" in done.stderr.splitlines()[-1]
+    assert "2; both must be of one report" in done.stderr
+
+
 def test_bars_know_the_rows_of_a_run():
     def row(name: str, kind: str, m: int, seconds: float, nbytes: int) -> dict:
         case = {"op": "linear", "n": 8192, "k": 28672, "m": m, "dtype": "bf16", "name": name, "kind": kind}
