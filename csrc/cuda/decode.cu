@@ -188,6 +188,7 @@ BITFOLD_DEVICE Run run_of(const DecodeRuns& d, int64_t i) {
 
 template <int Row>
 BITFOLD_DEVICE void decode_runs(const DecodeRuns& d, const Codebook& book) {
+  if constexpr (kHasCodebook<Row>) ptx::sync_block();  // others don't wait before they load
   if (d.quick) return decode_whole_runs<Row>(d, book);
   const int64_t total = d.rows * d.row_runs;
   for (int step = 0; step < kRuns<Row>; ++step) {

@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kThreads) linear_floor_kernel(FloorArgs a) {
   Codebook& book = shared<Codebook>();
   const Weight& w = a.w.w;
   fill_codebook(w.format.row, book);
+  ptx::sync_block();
   const int64_t row = int64_t{blockIdx.x} * kWarps + ptx::warp_id();
   if (row >= w.n) return;
   for (int64_t first = int64_t{blockIdx.y} * kForward; first < a.x.rows; first += int64_t{gridDim.y} * kForward) {
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(kGradThreads) linear_grad_kernel(FloorArgs a) 
   auto& room = shared<GradRoom<T>>();
   const Weight& w = a.w.w;
   fill_codebook(w.format.row, room.book);
+  ptx::sync_block();
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t start = int64_t{blockIdx.x} * kColumns, column = start + ptx::lane_id() * kRun;
   const int count = static_cast<int>(smaller<int64_t>(kRun, w.k - column));  // below 1: none

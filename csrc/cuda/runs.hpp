@@ -70,23 +70,25 @@ BITFOLD_DEVICE uint2 either(uint2 a, uint2 b) { return {a.x | b.x, a.y | b.y}; }
 
 // ---- codebooks: in shared memory, where lanes that ask for different entries don't wait for each other ----
 
+BITFOLD_HOST_DEVICE constexpr bool has_codebook(int row) {
+  return row == kNf4 || row == kFp4 || row == kIq4Nl || row == kIq4Xs || row == kMxfp4;
+}
 template <int Row>
-inline constexpr bool kHasCodebook = Row == kNf4 || Row == kFp4 || Row == kIq4Nl || Row == kIq4Xs || Row == kMxfp4;
+inline constexpr bool kHasCodebook = has_codebook(Row);
 
 struct Codebook {
   float values[16];
 };
 
-// Of the format's row, where it has one. By all threads of the block.
+// Of the format's row, where it has one. By all threads of the block, which then meet before one looks at it.
 BITFOLD_DEVICE void fill_codebook(int row, Codebook& book) {
   const auto i = static_cast<size_t>(threadIdx.x);
-  if (i < 16) {
+  if (i < 16 && has_codebook(row)) {
     if (row == kNf4) book.values[i] = kNf4Values[i];
     else if (row == kFp4) book.values[i] = kFp4Values[i];
     else if (row == kMxfp4) book.values[i] = static_cast<float>(kMxfp4Values[i]);
     else book.values[i] = static_cast<float>(kIq4Values[i]);
   }
-  ptx::sync_block();
 }
 
 // ---- formats with planes ----
