@@ -19,6 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import kernel_counts
+import kernel_faults
 import machine_code
 from programs import ROOT
 from toolchain import tool
@@ -91,13 +93,13 @@ def main(toolkit: Path, folder: Path, architectures: str) -> None:
             f"{kernel.registers:4} registers {kernel.stack:6} bytes of stack {kernel.bytes_of('STL'):5} stored "
             f"{kernel.bytes_of('LDL'):5} loaded  {kernel.name}"
         )
-    machine_code.print_loops(kernels)
+    kernel_counts.print_loops(kernels)
     minutes = cpu / 60 / len(architectures.split(";"))
     print(
         f"{len(kernels)} kernels for each of {architectures}; compiled in {seconds / 60:.1f} minutes, {minutes:.1f} "
         f"of CPU time for one (ccache may have known some)"
     )
-    wrong = machine_code.faults(kernels) + machine_code.complaints(said)
+    wrong = kernel_faults.faults(kernels) + kernel_faults.complaints(said)
     if len(kernels) > MOST_KERNELS:
         wrong.append(f"{len(kernels)} kernels, and at most {MOST_KERNELS} are allowed")
     if minutes > MOST_MINUTES:
