@@ -2,7 +2,10 @@
 # Everything that only a machine with an NVIDIA GPU can show, in one run, whose steps have limits that add up to nine minutes: builds for the GPU at
 # hand, runs the tests on it, compute-sanitizer on a few small cases, and the benchmarks; prints a summary and leaves one JSON.
 #
-#   bench/gpu.sh [--full] [OUT]      OUT: a folder, by default build/gpu/out; --full: the whole grid, which takes longer
+#   bench/gpu.sh [--full] [--profile] [OUT]
+#
+# OUT: a folder, by default build/gpu/out. --full: the whole grid, which takes longer. --profile: what Nsight Compute sees of
+# some calls, and when the kernels of calls in a row begin and end, which takes up to three minutes more.
 #
 # It needs nvcc, CMake, ninja, and a Python with torch (for CUDA), pybind11, pytest and hypothesis; PYTHON names another one.
 # Nothing is fetched: WHEELS names a folder of wheels to install from (bitsandbytes, torchao, typer, rich, ...), BENCHMARK a
@@ -10,8 +13,15 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-grid=quick
-if [ "${1:-}" = --full ]; then grid=full; shift; fi
+grid=quick profiles=no
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --full) grid=full ;;
+    --profile) profiles=yes ;;
+    *) echo "bench/gpu.sh: $1 is no option; it must be --full or --profile" >&2; exit 2 ;;
+  esac
+  shift
+done
 out=${1:-build/gpu/out}
 python=${PYTHON:-python3}
 build=build/gpu
@@ -49,9 +59,22 @@ compile() {
 run_instructions() {
   nvcc -std=c++20 --expt-relaxed-constexpr -arch=sm_90a -Icsrc tests/cuda/gpu_instructions.cu -o "$build/gpu_instructions" && "$build/gpu_instructions"
 }
-run_tests() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
-export -f configure compile run_instructions run_tests
-export build python site
+run_tests() { "$python" -m pytest -q -p no:cacheprovider $abreast "$@"; }
+run_profile() {
+  local sections=()
+  for section in SourceCounters WarpStateStats SpeedOfLight SchedulerStats LaunchStats Occupancy; do
+    sections+=(--section "$section")  # what profile.py tells of; all of them would take twice as long
+  done
+  ncu --profile-from-start off --clock-control none "${sections[@]}" -f -o "$out/profile" \
+    "$python" bench/gpu/calls.py "$@" &&
+    ncu -i "$out/profile.ncu-rep" --page details >"$out/details.txt" &&
+    ncu -i "$out/profile.ncu-rep" --page source --print-source sass --csv >"$out/source.csv" &&
+    "$python" bench/gpu/profile.py "$out/details.txt" "$out/source.csv" >"$out/profile.txt"
+}
+abreast=
+if has xdist; then abreast="-n $(($(nproc) > 12 ? 12 : $(nproc))) --dist worksteal"; fi
+export -f configure compile run_instructions run_tests run_profile
+export build python site out abreast
 
 if [ -n "${WHEELS:-}" ]; then
   step wheels 10 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
@@ -101,6 +124,16 @@ if step configure 20 configure && step compile 130 compile; then
       --batches 1,16,64,128,256,1024,4096 --dtypes bf16 --formats int4-g128,nf4,q4_k --seconds 0.5
     bench bench_inputs 45 --ops int8,kv --shape 8192x28672 \
       --batches 1,8,16,64,128,1024,4096 --tokens 4096,32768 --dtypes bf16 --peers none --seconds 0.3
+  fi
+  if [ $profiles = yes ]; then
+    step timeline 40 "$python" bench/gpu/calls.py --timeline \
+      linear:int4-g128:1 linear:int4-g128:16 linear:int4-g128:64 int8:16 int8:128 kv:int8:32768
+    if command -v ncu >/dev/null; then
+      step profile 140 run_profile linear:int4-g128:1 linear:int4-g128:16 linear:int4-g128:64 linear:nf4:64 \
+        linear:int4-g128:128 linear:int4-g128:256 int8:16 int8:128 int8:4096 kv:int8:4096 kv:int8:32768
+    else
+      skip profile "there is no ncu"
+    fi
   fi
   if [ -x "$build/bench/bench_gpu" ]; then
     step kernels $([ $grid = full ] && echo 3000 || echo 35) \

@@ -220,6 +220,8 @@ if [ "$1" = --version ]; then echo 'Build cuda_13.0'; exit 0; fi
 printf '#!/bin/sh\\necho all right\\n' >"${@: -1}"
 chmod +x "${@: -1}"
 """,
+    # Of a program, which it runs, and of a report's pages.
+    "ncu": 'if [ "$1" = -i ]; then echo a page; else while [[ "$1" != *python ]]; do shift; done; exec "$@"; fi',
     "cmake": 'if [ "$1" = --build ]; then touch build/gpu/_C.so; fi',
     # Of `python -m pytest`, `-m bitfold` and `-c "import ..."`: what was asked is one line of a file.
     "python": """
@@ -227,6 +229,7 @@ if [ "$1" = -c ]; then exit 0; fi
 echo "$*" >>asked
 case "$*" in
   *bench/gpu/report.py*) exec PYTHON "$@" ;;
+  *bench/gpu/profile.py*) echo "what it saw" ;;
   "-m pytest"*test_linear.py*) echo "= 1 failed in 1s ="; exit 1 ;;
   "-m pytest"*) echo "= 2 passed in 1s =" ;;
   *"--ops linear"*) echo '{"bars": [{"bar": "fast", "measured": 2, "wanted": 1, "at": "here"}]}' >"${@: -1}" ;;
@@ -301,8 +304,29 @@ def test_the_script_s_benchmarks_are_ones_that_there_are(gpu_script, tmp_path, g
         assert set(options) <= {"--shape", "--seconds", "--peers"}
 
 
+def test_the_script_s_profiles_are_of_calls_that_there_are(gpu_script, tmp_path):
+    printed = gpu_script("--profile")
+    assert printed.returncode == 0, printed.stderr
+    assert json.loads((tmp_path / "out" / "gpu.json").read_text())["steps"]["profile"]["result"] == "0"
+    assert (tmp_path / "out" / "profile.txt").read_text() == "what it saw\n"
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines() if "calls.py" in line]
+    assert len(asked) == 2
+    for words in asked:
+        calls = [word for word in words[1:] if word != "--timeline"]
+        command = [sys.executable, str(ROOT / "bench" / "gpu" / "calls.py"), *calls]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "a call is" not in done.stderr
+
+
+def test_the_script_names_an_option_that_it_lacks(gpu_script):
+    printed = gpu_script("--fast")
+    assert printed.returncode == 2
+    assert printed.stderr == "bench/gpu.sh: --fast is no option; it must be --full or --profile\n"
+
+
 def test_the_script_s_limits_add_up_to_nine_minutes():
     script = (ROOT / "bench" / "gpu.sh").read_text()
+    script = re.sub(r"  if \[ \$profiles = yes \]; then\n.*?\n  fi\n", "", script, flags=re.DOTALL)
     quick = re.sub(r"if \[ \$grid = full \]; then\n.*?\n  else\n", "", script, flags=re.DOTALL)
     quick = quick.replace("$([ $grid = full ] && echo 3000 || echo 35)", "35")
     limits = [int(limit) for limit in re.findall(r"\b(?:step|bench) \w+ (\d+) ", quick)]
