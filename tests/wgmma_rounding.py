@@ -1,8 +1,8 @@
 """How far from W the kernel for more than 32 rows of x may be (docs/cuda.md, "More than 32 rows, with wgmma").
 
 It multiplies codes by their scales in fp16, after a power of two for each row of W: each weight is rounded once, and
-once more for a codebook's number and for a scale of more than 11 bits; where it is a product less a minimum, the
-product is. What is far below the row's largest is rounded to a multiple of a subnormal.
+once more for a codebook's number and for a scale of more than 11 bits; a minimum is added before, as a half, and what
+that half lacks meets sums of x. What is far below the row's largest is rounded to a multiple of a subnormal.
 """
 
 from __future__ import annotations
@@ -42,11 +42,6 @@ def family(format: str) -> str:
     return next(name for name in LARGEST if format == name or format.startswith(name + "-"))
 
 
-def products(qtensor: bitfold.QTensor, w: np.ndarray) -> np.ndarray:
-    """Magnitudes that no product of a code and a scale exceeds [n, k], w being the weights in binary32."""
-    return np.abs(w.astype(np.float64)) + np.abs(minima(qtensor, w.shape))
-
-
 def minima(qtensor: bitfold.QTensor, shape: tuple[int, int]) -> np.ndarray:
     layout = oracle_gguf.LAYOUTS.get(qtensor.format)
     if layout is None:
@@ -78,4 +73,4 @@ def errors(qtensor: bitfold.QTensor, w: np.ndarray) -> np.ndarray:
         scales = np.abs(oracle.unpack(planes, format, n, k).scales.astype(np.float64))
         of_row = np.arange(n) // fmt.rows if fmt.group > 0 else np.arange(n) % len(scales)
         largest = LARGEST[family(format)] * scales.max(axis=1, initial=0)[of_row]
-    return roundings(format) * UNIT * products(qtensor, w) + SMALLEST * largest[:, None]
+    return roundings(format) * UNIT * np.abs(w.astype(np.float64)) + SMALLEST * largest[:, None]

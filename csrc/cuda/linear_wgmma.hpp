@@ -26,10 +26,10 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
   using Block::p_;
   using Block::quarter0_;
   using Block::row0_;
-  static constexpr int kSums = kQuarter / 2;  // of a thread, for a quarter
-  static constexpr int kCoreBytes = 128;      // 8 tokens, 16 bytes each
-  static constexpr int kMinsParts = C::kMinsUp > 0 ? 2 : 1;
-  static constexpr int kChangesBarrier = kSumsBarrier + 1;  // and the next
+  static constexpr int kSums = kQuarter / 2;                  // of a thread, for a quarter
+  static constexpr int kCoreBytes = 128;                      // 8 tokens, 16 bytes each
+  static constexpr int kMinsPairs = larger(C::kMins / 8, 1);  // of a lane
+  static constexpr int kChangesBarrier = kSumsBarrier + 1;    // and the next
 
  public:
   BITFOLD_DEVICE explicit WgmmaProducts(const TileParameter& p)
@@ -64,8 +64,9 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
     uint32_t a[kUnitSteps][4];
   };
 
-  // Products of minima read the sums of x that lie with a chunk, and are not waited for before its second unit.
-  static constexpr bool kLeavesEarly = C::kMins == 0;
+  // Products with what minima lack read the sums of x that lie with a chunk, and are not waited for before its second
+  // unit.
+  static constexpr bool kLeavesEarly = !kLacks<C>;
 
   // While a unit is multiplied the one before is waited for, whose registers the next is then decoded into.
   BITFOLD_DEVICE void multiply(float (&sums)[Quarters][kSums]) {
@@ -78,8 +79,8 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
     constexpr int kLast = kUnits - 1;
     // opens: it may be a chunk's first unit.
     const auto turn = [&](Decoded& now, Decoded& next, auto opens) {
-      if constexpr (C::kMins > 0 && opens) {
-        if (unit == 0) multiply_mins(sums, w.slot);
+      if constexpr (kLacks<C> && opens) {
+        if (unit == 0) multiply_lacks(sums, w.slot);
       }
       ptx::barrier_wait(&this->head().x_full[x.slot], x.parity);
       ptx::wgmma_fence();
@@ -201,26 +202,50 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
         for (int s = 0; s < kUnitSteps / C::kSpan; ++s)
           scale[s] = both_halves(row.scales[s] * (power_[i] / two_to(C::kUp)));
       }
+      uint32_t mins[kUnitSteps];
+      if constexpr (C::kMins > 0) mins_of(i, unit, mins);
 #pragma unroll
       for (int s = 0; s < kUnitSteps; ++s) {
-        out.a[s][kLow0 + i] = ptx::hmul2(up<C::kUp>(row.halves[s][0]), scale[s / C::kSpan]);
-        out.a[s][kLow1 + i] = ptx::hmul2(up<C::kUp>(row.halves[s][1]), scale[s / C::kSpan]);
+        const uint32_t of_step = scale[s / C::kSpan];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t halves = up<C::kUp>(row.halves[s][h]);
+          uint32_t& a = out.a[s][(h == 0 ? kLow0 : kLow1) + i];
+          if constexpr (C::kMins > 0) a = ptx::hfma2(halves, of_step, mins[s]);
+          else a = ptx::hmul2(halves, of_step);
+        }
       }
     }
   }
-  // Minima meet sums of x, which may be large where its numbers have one sign: products of an integer and a block's own
-  // number come as a half and what it lacks.
+  // The minima of a unit's steps, in both halves, from the lane of the row that has them.
+  BITFOLD_DEVICE void mins_of(int i, int unit, uint32_t (&out)[kUnitSteps]) const {
+    if constexpr (C::kMins == 8) {  // sub-blocks 2 unit and 2 unit + 1, of two steps each
+      const uint32_t two = ptx::shuffle_of_four(mins_[i][0], unit);
+      out[0] = out[1] = ptx::prmt(two, 0, 0x1010u);
+      out[2] = out[3] = ptx::prmt(two, 0, 0x3232u);
+    } else {  // 8 (unit / 2) + 2 step + unit % 2
+      const uint32_t own = ptx::prmt(mins_[i][0], mins_[i][1], 0x1010u + 0x2222u * static_cast<uint32_t>(unit));
+#pragma unroll
+      for (int s = 0; s < kUnitSteps; ++s) out[s] = ptx::shuffle_of_four(own, s);
+    }
+  }
+  // Minima of sub-blocks 2 t and 2 t + 1 (and eight further ones) of both rows, as halves of operands. What a half
+  // lacks of an integer times the block's own number is a half again, and meets a 32nd of the sum of x.
   BITFOLD_DEVICE void decode_mins() {
-    ptx::wgmma_keep(mins_);
+    if constexpr (kLacks<C>) ptx::wgmma_keep(lacks_);
+    constexpr float kParts = 32.0f;  // of C::mins
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t mins[2];
-      const uint32_t scale = both_halves(C::mins(lane(i), heads_[i], mins) * (power_[i] / two_to(C::kMinsUp)));
+      const uint32_t scale = both_halves(C::mins(lane(i), heads_[i], mins) * (power_[i] / two_to(C::kMinsUp) / kParts));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t whole = up<C::kMinsUp>(mins[r]), high = ptx::hmul2(whole, scale);
-        mins_[0][2 * r + i] = high;
-        if constexpr (kMinsParts > 1) mins_[1][2 * r + i] = ptx::hfma2(whole, scale, high ^ 0x80008000u);
+        if (r < kMinsPairs) mins_[i][r] = high;
+        if constexpr (kLacks<C>) {
+          const uint32_t lack = ptx::hfma2(whole, scale, high ^ 0x80008000u);
+          lacks_[0][2 * r + i] = ptx::hmul2(lack, both_halves(kParts));
+        }
       }
     }
   }
@@ -236,19 +261,14 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
       }
     }
   }
-  // Minima of the chunk's sub-blocks with the sums of x over them, high and low parts: a step more, or two with the
-  // same A; what their halves lack with high parts (and with low ones, where both are one step).
-  BITFOLD_DEVICE void multiply_mins(float (&sums)[Quarters][kSums], int slot) const {
+  // What minima of the chunk's sub-blocks lack, with the sums of x over them: high parts, and low ones where both are
+  // one step.
+  BITFOLD_DEVICE void multiply_lacks(float (&sums)[Quarters][kSums], int slot) const {
     const uint64_t b = matrix(this->sums_stage(slot));
     ptx::wgmma_fence();
 #pragma unroll
     for (int q = 0; q < Quarters; ++q) {
-      const uint64_t of_quarter = b + q * 8 * kSumBytes<C> / 16;
-#pragma unroll
-      for (int step = 0; step < C::kMins / 8; ++step) {
-        ptx::wgmma_f16<kQuarter>(sums[q], mins_[0], of_quarter + step * kStepBytes / 16, true);
-      }
-      if constexpr (kMinsParts > 1) ptx::wgmma_f16<kQuarter>(sums[q], mins_[1], of_quarter, true);
+      ptx::wgmma_f16<kQuarter>(sums[q], lacks_[0], b + q * 8 * kSumBytes<C> / 16, true);
     }
   }
 
@@ -271,7 +291,8 @@ class WgmmaProducts : WgmmaBlock<Row, Quarters> {
   const ScaledZero* scales_;
   typename C::Head heads_[2];
   float power_[2];
-  uint32_t mins_[kMinsParts][4];
+  uint32_t mins_[2][kMinsPairs];  // of those rows
+  uint32_t lacks_[1][4];
 };
 
 // All of a block's threads.

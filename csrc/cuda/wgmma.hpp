@@ -52,7 +52,9 @@ struct WgmmaHead {
 // kept as long as scales fit. Where one doesn't, the row's sums so far are multiplied with what the new power of two is
 // of the old. So nobody has to look through all scales first. At the end sums are divided by 2^P.
 //
-// A weight is rounded to 11 bits once, once more where a scale has more of them; what is lost below the smallest
+// A weight is rounded to 11 bits once, once more where a scale has more of them. Where there are minima, it is rounded
+// when its own has been added, as a half; what this half lacks of an integer times the block's own number meets sums of
+// x. (A half times a power of two lacks nothing.) What is lost below the smallest
 // subnormal is at most 2^-20 of the largest number that a code and a scale of the row could make
 // (tests/wgmma_rounding.py).
 
@@ -63,6 +65,9 @@ struct alignas(8) ScaledZero {
   uint32_t zero;
 };
 static_assert(sizeof(ScaledZero) == sizeof(ScaleZero));
+
+template <class C>
+inline constexpr bool kLacks = C::kMins > 0 && C::kMinsUp > 0;
 
 // The power of two of a row, before its first scale that isn't tiny.
 inline constexpr float kFinest = 0x1p126f;

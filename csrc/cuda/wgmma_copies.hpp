@@ -84,7 +84,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
  public:
   // Arrivals that fill a stage of W: of each copier one for its copies and one for what it stored, and one of the
   // thread that copies sums of x.
-  static constexpr int kWArrivals = 2 * kCopiers + (C::kMins > 0 ? 1 : 0);
+  static constexpr int kWArrivals = 2 * kCopiers + (kLacks<C> ? 1 : 0);
 
   BITFOLD_DEVICE WgmmaCopies(const TileParameter& p, int thread)
       : Block(p), thread_(thread), last_row_(static_cast<unsigned>(smaller<int64_t>(kRows, p.n - row0_) - 1)) {
@@ -390,7 +390,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     Turn w, x;
 #pragma unroll 1
     for (int chunk = first_; chunk < last_; ++chunk) {
-      if constexpr (C::kMins > 0) {
+      if constexpr (kLacks<C>) {
         ptx::barrier_wait(&head.w_empty[w.slot], w.parity ^ 1);
         const uint8_t* sums = p_.sums + (int64_t{chunk} * p_.groups + quarter0_ * 8) * kSumBytes<C>;
         copy(this->sums_stage(w.slot), sums, quarters_ * 8 * kSumBytes<C>, &head.w_full[w.slot]);

@@ -42,6 +42,8 @@ LOOPS = [
     ("ChunkFragments<10>", "Any", "q4_0", 4.5, 0),
     ("ChunkFragments<19>", "Any", "q6_k", 6.5625, 0),
 ]
+# Scales come to two numbers at a time by these, with minima or without.
+SCALED = {"HMUL2", "HFMA2"}
 # Kernels for more rows with wgmma: their rows of the format table.
 WGMMAS = [(4, "int8"), (5, "int4"), (6, "int3"), (8, "nf4"), (10, "q4_0"), (11, "q4_1"), (17, "q4_k"), (21, "iq4_xs"),
           (19, "q6_k")]  # fmt: skip
@@ -118,7 +120,7 @@ def print_loops(kernels: list[Kernel]) -> None:
     )
     print_table("format, rows of x, instructions, mma, FFMA, loads from shared memory, everything else",
                 list(few_rows(kernels)))  # fmt: skip
-    print_table("format, rows of x, instructions, HGMMA, HMUL2, loads from shared memory, everything else, "
+    print_table("format, rows of x, instructions, HGMMA, HMUL2 and HFMA2, loads from shared memory, everything else, "
                 "clocks of products, clocks of instructions", list(wgmma_rows(kernels)))  # fmt: skip
 
 
@@ -150,7 +152,7 @@ def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
             if not of_quarters:
                 continue
             way = min(of_quarters, key=len)
-            parts = [count(way)[name] // 2 for name in ("HGMMA", "HMUL2", "LDS")]
+            parts = [c // 2 for c in (count(way)["HGMMA"], scaled(way), count(way)["LDS"])]
             instructions = len(way) // 2
             rest = instructions - sum(parts)
             products, issued = 128 * quarters * warpgroups, instructions * warpgroups
@@ -158,17 +160,21 @@ def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
 
 
 def usual_way(loop: list[Instruction]) -> list[Instruction]:
-    """The shortest way through a loop that decodes two units, which means many HMUL2 near one another."""
+    """The shortest way through a loop that decodes two units, which means many of SCALED near one another."""
     for reach in (24, 48, 96):
         way = shortest_way(loop, reach)
-        if count(way)["HMUL2"] >= 2 * 16:
+        if scaled(way) >= 2 * 16:
             return way
     return []
 
 
+def scaled(way: list[Instruction]) -> int:
+    return sum(i.name in SCALED for i in way)
+
+
 def shortest_way(loop: list[Instruction], reach: int) -> list[Instruction]:
-    """Past every HMUL2 that has eleven others among so many instructions before and behind it."""
-    halves = [i.name == "HMUL2" for i in loop]
+    """Past every one of SCALED that has eleven others among so many instructions before and behind it."""
+    halves = [i.name in SCALED for i in loop]
     needed = [
         halves[at] and sum(halves[max(at - reach, 0) : at + reach + 1]) >= 12 for at in range(len(loop))
     ]
