@@ -14,7 +14,9 @@ from programs import ROOT
 
 
 @pytest.mark.parametrize("m", product_errors.ROWS)
-@pytest.mark.parametrize("format", ["int4-g128", "nf4-b64", "nf4-b64-dq", "fp4-b64", "q4_1", "q2_k", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize(
+    "format", ["int4-g128", "nf4-b64", "nf4-b64-dq", "fp4-b64", "q4_1", "q2_k", "q4_k", "q5_k", "q6_k"]
+)
 def test_x_of_one_sign(format: str, m: int):
     """Roundings of a number that many columns have add up, if they don't cancel."""
     generator = torch.Generator().manual_seed(1)
