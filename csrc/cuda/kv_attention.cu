@@ -41,7 +41,8 @@ Cut::Cut(const KvAttentionArgs& a)
   const int64_t blocks = blocks_end - first_block;
   if (is_packed(a.shape)) {  // one wave of blocks of threads, if there are no more sequences and turns
     const int64_t tiles = bitfold::ceil_div(a.query_heads / a.heads * a.rows, int64_t{kKvPackedTile});
-    const int64_t warps = kKvPackedBlocks * gpu().multiprocessors * kKvWarps;
+    const int64_t beside = larger<int64_t>(1, smaller(kKvPackedBlocks, gpu().shared_bytes / kv_packed_bytes(a.shape)));
+    const int64_t warps = beside * gpu().multiprocessors * kKvWarps;
     const int64_t turns = bitfold::ceil_div(blocks * a.heads * tiles, warps);
     chunk_blocks = kKvWarps * smaller(larger<int64_t>(turns, 1), kKvPackedTurns);
     // Exact tokens of the same wave: in fewer chunks, where there is no room for many.

@@ -19,7 +19,7 @@ inline constexpr int64_t kKvWide = 1024;               // heads beyond this are 
 // Blocks that units for matrices attend to (kv_packed.hpp), a warp to each.
 inline constexpr int64_t kKvPackedGroup = 64;  // tokens
 inline constexpr int kKvPackedTile = 4;        // queries, of whatever number
-inline constexpr int64_t kKvPackedBlocks = 4;  // of threads, of a multiprocessor
+inline constexpr int64_t kKvPackedBlocks = 4;  // of threads, of a multiprocessor, whose shared memory they may fill
 inline constexpr int64_t kKvPackedTurns = 8;   // of a warp in a chunk, at most
 
 struct KvJob {
@@ -63,6 +63,7 @@ inline unsigned kv_chunk_blocks(const KvJob& job, int64_t batch) {
 }
 
 void kv_chunks(const KvJob& job, int64_t batch, Stream stream);
+int64_t kv_packed_bytes(const KvShape& shape);  // of shared memory, of a block of threads
 void kv_packed_chunks(const KvJob& job, int64_t batch, Stream stream);
 void kv_merge(const KvMerge& merge, Stream stream);
 

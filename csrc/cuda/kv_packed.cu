@@ -26,16 +26,28 @@ constexpr int64_t room_bytes() {
                          sizeof(typename ExactAttention<Head>::Room));
 }
 template <KvFormat Format>
+int64_t room_bytes(const KvShape& shape) {
+  return shape.head == 64 ? room_bytes<Format, 64>() : room_bytes<Format, 128>();
+}
+template <KvFormat Format>
 void launch_chunks(const KvJob& job, int64_t batch, Stream stream) {
   launch({.grid = dim3(kv_chunk_blocks(job, batch)),
           .block = dim3(kKvThreads),
-          .shared_bytes = job.shape.head == 64 ? room_bytes<Format, 64>() : room_bytes<Format, 128>(),
+          .shared_bytes = room_bytes<Format>(job.shape),
           .name = "kv_attention",
           .stream = stream},
          kv_packed_kernel<Format>, job);
 }
 
 }  // namespace
+
+int64_t kv_packed_bytes(const KvShape& shape) {
+  switch (shape.format) {
+    case KvFormat::Int8: return room_bytes<KvFormat::Int8>(shape);
+    case KvFormat::Fp8: return room_bytes<KvFormat::Fp8>(shape);
+    default: return room_bytes<KvFormat::Int4>(shape);
+  }
+}
 
 void kv_packed_chunks(const KvJob& job, int64_t batch, Stream stream) {
   switch (job.shape.format) {
