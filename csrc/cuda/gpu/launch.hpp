@@ -41,9 +41,9 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
                                static_cast<int>(how.shared_bytes)),
           how.name);
   }
-  // Kernels that meet ask for the same division of a multiprocessor's memory, the one of those with most: after another
-  // it may have to be empty first.
-  if (how.early) {
+  // Kernels that meet, and those that want much of it, ask for the same division of a multiprocessor's memory, the one
+  // with most that is shared: after another it may have to be empty first.
+  if (how.early || how.shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared),
           how.name);
