@@ -416,14 +416,16 @@ BITFOLD_DEVICE void write_copies(const Int8Op& op, int block, int blocks) {
   }
 }
 
-// One kernel for both steps, which `marks` chooses from.
+// One kernel for both steps, which `marks` chooses from. Rows, which take longer than lists, begin first.
 __global__ void __launch_bounds__(kThreads, 2) int8_round_kernel(const Int8Op op, bool marks, unsigned listing) {
   ptx::wait_for_earlier();
   ptx::let_later_begin();
   if (marks) return mark(op);
-  if (blockIdx.x >= listing) return round_row(op, blockIdx.x - listing);
-  if (op.finds) list_strip(op, blockIdx.x / kListers, static_cast<int>(blockIdx.x % kListers));
-  write_copies(op, static_cast<int>(blockIdx.x), static_cast<int>(listing));
+  const auto rows = static_cast<unsigned>(op.x.rows);
+  if (blockIdx.x < rows) return round_row(op, blockIdx.x);
+  const unsigned lister = blockIdx.x - rows;
+  if (op.finds) list_strip(op, lister / kListers, static_cast<int>(lister % kListers));
+  write_copies(op, static_cast<int>(lister), static_cast<int>(listing));
 }
 
 }  // namespace
