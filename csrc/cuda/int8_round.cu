@@ -416,16 +416,15 @@ BITFOLD_DEVICE void write_copies(const Int8Op& op, int block, int blocks) {
   }
 }
 
-// One kernel for both steps, which `marks` chooses from. Rows, which take longer than lists, begin first.
+// One kernel for both steps, which `marks` chooses from. Rows have the first blocks, since they take longer than lists.
 __global__ void __launch_bounds__(kThreads, 2) int8_round_kernel(const Int8Op op, bool marks, unsigned listing) {
   ptx::wait_for_earlier();
   ptx::let_later_begin();
   if (marks) return mark(op);
-  const auto rows = static_cast<unsigned>(op.x.rows);
-  if (blockIdx.x < rows) return round_row(op, blockIdx.x);
-  const unsigned lister = blockIdx.x - rows;
-  if (op.finds) list_strip(op, lister / kListers, static_cast<int>(lister % kListers));
-  write_copies(op, static_cast<int>(lister), static_cast<int>(listing));
+  const unsigned turned = blockIdx.x + listing, place = turned < gridDim.x ? turned : turned - gridDim.x;
+  if (place >= listing) return round_row(op, place - listing);
+  if (op.finds) list_strip(op, place / kListers, static_cast<int>(place % kListers));
+  write_copies(op, static_cast<int>(place), static_cast<int>(listing));
 }
 
 }  // namespace
