@@ -120,6 +120,9 @@ def test_both_pages_of_a_profile_are_of_one_report(pages):
     assert done.returncode == 2
     assert "has 1 kernels and" in done.stderr.splitlines()[-1]
     assert "2; both must be of one report" in done.stderr
+    done = profile(pages[0], "none.csv")
+    assert done.returncode == 2
+    assert "none.csv is no file; it must be a page of a report" in done.stderr.splitlines()[-1]
 
 
 def test_bars_know_the_rows_of_a_run():

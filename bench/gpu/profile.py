@@ -150,6 +150,9 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--least", type=float, default=0.5)
     arguments = parser.parse_args()
+    for page in (arguments.details, arguments.source):
+        if not page.is_file():
+            parser.error(f"{page} is no file; it must be a page of a report")
     seen = kernels(arguments.details.read_text().splitlines())
     with arguments.source.open(newline="") as file:
         codes = list(sources(csv.reader(file)))

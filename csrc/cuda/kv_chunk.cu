@@ -168,7 +168,7 @@ class Attention {
     if constexpr (kOffsets) {
 #pragma unroll
       for (int q = 0; q < Tile; ++q) {
-        const float of_warp = sum_of_warp(constants[q]);
+        const float of_warp = kv_sum_of_warp(constants[q]);
         if (ptx::lane_id() == 0) room_.constants()[ptx::warp_id() * Tile + q] = of_warp;
       }
     }
@@ -258,7 +258,7 @@ class Attention {
       }
 #pragma unroll
       for (int q = 0; q < Tile; ++q) {
-        const float of_warp = sum_of_warp(sums[q]);
+        const float of_warp = kv_sum_of_warp(sums[q]);
         if (ptx::lane_id() == 0) room_.sums()[q * count + t] = of_warp;
       }
     }
@@ -298,10 +298,7 @@ class Attention {
       room_.weights()[t * Tile + q] = score;
       most = score > most ? score : most;
     }
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      const float other = ptx::shuffle_xor(most, mask);
-      most = other > most ? other : most;
-    }
+    most = kv_most_of_warp(most);
     float sum = 0.0f;
     for (int t = ptx::lane_id(); t < count; t += kWarp) {
       const float weight = expf(room_.weights()[t * Tile + q] - most);
@@ -309,7 +306,7 @@ class Attention {
       sum += weight;
     }
     const float shrunk = expf(most_ - most);
-    sum_ = ptx::fma(sum_, shrunk, sum_of_warp(sum));
+    sum_ = ptx::fma(sum_, shrunk, kv_sum_of_warp(sum));
     most_ = most;
     if (ptx::lane_id() == 0) room_.shrink()[q] = shrunk;
   }
@@ -359,10 +356,6 @@ class Attention {
 
   // ---- numbers ----
 
-  BITFOLD_DEVICE static float sum_of_warp(float x) {
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) x += ptx::shuffle_xor(x, mask);
-    return x;
-  }
   template <int Count>
   BITFOLD_DEVICE static void get(const float* from, float (&to)[Count]) {
     if constexpr (Count == 4) {

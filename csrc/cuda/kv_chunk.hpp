@@ -84,6 +84,21 @@ BITFOLD_DEVICE void kv_read_queries(const KvJob& job, const KvPlace& place, floa
   for (int i = 0; i < kEach; ++i) to[q][lane + i * kWarp] = numbers[i] * job.scale;
 }
 
+// What the lanes of a warp have together. (A NaN is not larger than anything.)
+BITFOLD_DEVICE float kv_sum_of_warp(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += ptx::shuffle_xor(x, mask);
+  return x;
+}
+BITFOLD_DEVICE float kv_most_of_warp(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const float other = ptx::shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 // Eight floats to and from memory, 16 bytes at a time.
 BITFOLD_DEVICE void kv_get(const float* from, float (&to)[kKvWord]) {
   const auto* fours = reinterpret_cast<const float4*>(from);

@@ -104,11 +104,7 @@ class ExactAttention {
         x[i] = scores()[t * kKvPackedTile + q] + kv_bias(job_, place_.head, place_.first_query + q, key + t);
       most = x[i] > most ? x[i] : most;
     }
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      const float other = ptx::shuffle_xor(most, mask);
-      most = other > most ? other : most;
-    }
+    most = kv_most_of_warp(most);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int t = ptx::lane_id() + i * kWarp;
@@ -116,8 +112,7 @@ class ExactAttention {
       if (t < count_) scores()[t * kKvPackedTile + q] = weight;
       sum += weight;
     }
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+    sum = kv_sum_of_warp(sum);
     if (ptx::lane_id() == 0 && place_.first_query + q < job_.queries) {
       float* part = kv_part(job_, place_, place_.first_query + q);
       part[0] = most, part[1] = sum;
