@@ -14,6 +14,8 @@ import oracle_floats
 import pytest
 import torch
 from cases import DTYPES, block_formats, random_planes, to_qtensor, weights
+from test_cuda_tile import make as make_any
+from test_cuda_tile import whole
 
 GPUS = [name for name in devices.NAMES if name != "cpu"]
 pytestmark = pytest.mark.skipif(not GPUS, reason="BITFOLD_TEST_DEVICES names no GPU and no emulator")
@@ -147,7 +149,7 @@ def schedules():
         ("int3-g64-asym", 1216),
         ("nf4-b64", 2304),
         ("nf4-b64-dq", 1088),
-        ("q4_k", 2304),
+        *((format, 2304) for format in block_formats() if format.endswith("_k")),
         ("int8-g17", 83),
     ],
 )
@@ -252,6 +254,20 @@ def test_views(gpu, format, k, dtype, rng):
 
 
 @pytest.mark.parametrize("format", block_formats())
+def test_every_weight_of_a_block_is_where_its_column_is(gpu, format, rng):
+    """Of blocks of any bytes, rows of which begin anywhere in 16 bytes; minima, and what stands for them, are a sum in
+    fp32."""
+    n, k = 21, whole(format, 832)
+    qtensor, w = make_any(rng, format, n, k)
+    # A code of at most 8 bits times a scale, as it is before something is subtracted from it.
+    largest = np.abs(w).max(axis=1).astype(np.float64)
+    for first in range(0, k, 8):
+        y = bitfold.linear(torch.eye(k, dtype=torch.float16)[first : first + 8], qtensor).double().numpy()
+        exact = w.T[first : first + 8].astype(np.float64)
+        assert (np.abs(y - exact) <= 2.0**-11 * np.abs(exact) + 2.0**-20 * largest + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("format", block_formats())
 def test_blocks(gpu, format, rng):
     """Chunks in turns, rows that end within one, tiles of less than 16 rows; and the same bits in any batch."""
     columns = bitfold.formats.parse(format).group
@@ -263,10 +279,13 @@ def test_blocks(gpu, format, rng):
         qtensor = bitfold.encode(torch.from_numpy(weights(rng, n, k)), format)
         w = qtensor.decode(torch.float64).numpy()
         x = torch.from_numpy(rng.standard_normal((8, k))).to(dtype)
+        x[4:] = x[4:].abs()  # sums of x are large then, and what is subtracted too
         y = bitfold.linear(x, qtensor)
         exact = x.double().numpy() @ w.T
         tolerance = 1e-3 if dtype == torch.float16 else 4e-3
-        assert np.linalg.norm(y.double().numpy() - exact) <= tolerance * np.linalg.norm(exact)
+        for rows in (slice(4), slice(4, 8)):
+            error = np.linalg.norm(y[rows].double().numpy() - exact[rows])
+            assert error <= tolerance * np.linalg.norm(exact[rows])
         for m in (1, 2, 7):
             assert_same(bitfold.linear(x[:m], qtensor), y[:m])
 

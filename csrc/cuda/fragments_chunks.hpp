@@ -14,12 +14,102 @@ struct BlockMatrix {
   int64_t row_bytes;
 };
 
+// Where 16 rows' pieces of Bytes bytes lie in a room, Stride bytes apart: rows begin anywhere in 16 bytes of memory, at
+// multiples of Align.
+template <int Bytes, int Align, int Stride>
+class SkewedRows {
+ public:
+  static constexpr int kBytes = Bytes, kStride = Stride;
+  // What a piece can touch of memory.
+  static constexpr int kQuads = (Bytes + 16 - smaller(Align, 16) + 15) / 16;
+  static_assert(16 * kQuads <= Stride && Stride % 16 == 0);
+
+  SkewedRows() = default;
+  // Rows that are 16 apart begin at the same places of a piece of 16 bytes.
+  BITFOLD_DEVICE explicit SkewedRows(const BlockMatrix& w) {
+    for (int i = 0; i < 2; ++i) {
+      skew_[i] = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(w.blocks)) +
+                 static_cast<uint32_t>(ptx::lane_id() / 4 + 8 * i) * static_cast<uint32_t>(w.row_bytes);
+    }
+  }
+  // The piece of row g + 8 i, of lane 4 g + t.
+  BITFOLD_DEVICE const uint8_t* at(const std::byte* room, int piece, int i) const {
+    const uint32_t skew = Align < 16 ? (skew_[i] + static_cast<uint32_t>(piece) * Bytes) % 16 : 0;
+    return reinterpret_cast<const uint8_t*>(room + row_ + 8 * i * Stride + skew);
+  }
+  // Where what is copied of row g begins.
+  BITFOLD_DEVICE int row() const { return row_; }
+
+ private:
+  int row_ = ptx::lane_id() / 4 * Stride;
+  uint32_t skew_[2];  // the address of each row, but for multiples of 16
+};
+
+// The way there: the lanes of a row copy 16 bytes each in turn.
+template <class Rows>
+class SkewedCopies {
+ public:
+  SkewedCopies() = default;
+  BITFOLD_DEVICE SkewedCopies(const BlockMatrix& w, int64_t row, int piece) {
+    const int64_t at = int64_t{piece} * Rows::kBytes;
+    for (int i = 0; i < 2; ++i) {
+      next_[i] = w.blocks + smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1) * w.row_bytes + at + 16 * first_;
+    }
+    left_ = static_cast<int>(smaller<int64_t>(w.row_bytes - at, 1 << 30));
+  }
+
+  BITFOLD_DEVICE void begin(const BlockMatrix&, int, std::byte*) const {}
+  template <Manner>
+  BITFOLD_DEVICE void fetch(const BlockMatrix& w, std::byte* room) {
+    if (left_ >= 16 * Rows::kQuads) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint8_t* from = align(next_[i]);
+        std::byte* to = room + to_ + 8 * i * Rows::kStride;
+#pragma unroll
+        for (int quad = 0; quad < Rows::kQuads; quad += 4) {
+          if (quad + 4 <= Rows::kQuads || first_ < Rows::kQuads % 4) ptx::cp_async<16>(to + 16 * quad, from + 16 * quad);
+        }
+      }
+    } else {
+      fetch_end(w, room);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) next_[i] += Rows::kBytes;
+    left_ -= Rows::kBytes;
+  }
+
+ private:
+  // A piece at the row's end: what is behind that is zero.
+  BITFOLD_DEVICE void fetch_end(const BlockMatrix& w, std::byte* room) const {
+    for (int i = 0; i < 2; ++i) {
+      const uint8_t* next = i == 0 ? next_[0] : next_[1];
+      const uint8_t* from = align(next);
+#pragma unroll 1
+      for (int quad = 0; quad + first_ < Rows::kQuads; quad += 4) {
+        const int left = left_ + static_cast<int>(next - from) - 16 * (quad + first_);
+        const int bytes = smaller(larger(left, 0), 16);
+        std::byte* to = room + to_ + 8 * i * Rows::kStride + 16 * quad;
+        ptx::cp_async<16>(to, bytes > 0 ? from + 16 * quad : w.blocks, bytes);
+      }
+    }
+  }
+  // Planes begin at multiples of 16 bytes, so this is never before them.
+  BITFOLD_DEVICE static const uint8_t* align(const uint8_t* p) {
+    return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(p) & ~uintptr_t{15});
+  }
+
+  int first_ = ptx::lane_id() % 4;
+  int to_ = ptx::lane_id() / 4 * Rows::kStride + 16 * first_;
+  const uint8_t* next_[2];  // the lane's first 16 bytes of either row's piece, but for where that begins in them
+  int left_;                // bytes of a row from there on
+};
+
 template <int Row>
 class ChunkFragments {
   using C = Chunk<Row>;
   static constexpr int kSpans = kUnitSteps / C::kSpan;  // of a unit
-  // What holds a row's chunk that begins anywhere in 16 bytes: an odd number of them, so that what the lanes of 8 rows
-  // read at once lies in different banks.
+  // An odd number of pieces of 16 bytes, so that what the lanes of 8 rows read at once lies in different banks.
   static constexpr int kQuads = (C::kBytes + 16 - smaller(C::kAlign, 16) + 15) / 16;
   static constexpr int kStride = 16 * (kQuads | 1);
 
@@ -58,72 +148,17 @@ class ChunkFragments {
 
   BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
-  class Copies {
-   public:
-    Copies() = default;
-    BITFOLD_DEVICE Copies(const Matrix& w, int64_t row, int piece) {
-      const int64_t at = int64_t{piece} * C::kBytes;
-      for (int i = 0; i < 2; ++i) next_[i] = w.blocks + row_of(w, row, i) * w.row_bytes + at;
-      left_ = static_cast<int>(smaller<int64_t>(w.row_bytes - at, 1 << 30));
-    }
-
-    BITFOLD_DEVICE void begin(const Matrix&, int, std::byte*) const {}
-    // The lanes of a row copy 16 bytes each in turn.
-    template <Manner>
-    BITFOLD_DEVICE void fetch(const Matrix& w, std::byte* room) {
-      const int first = ptx::lane_id() % 4;
-      if (left_ >= 16 * kQuads) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint8_t* from = align(next_[i]) + 16 * first;
-          std::byte* to = mine(room, i) + 16 * first;
-#pragma unroll
-          for (int quad = 0; quad < kQuads; quad += 4) {
-            if (quad + first < kQuads) ptx::cp_async<16>(to + 16 * quad, from + 16 * quad);
-          }
-        }
-      } else {
-        fetch_end(w, room);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) next_[i] += C::kBytes;
-      left_ -= C::kBytes;
-    }
-
-   private:
-    // A chunk at the row's end: what is behind that is zero.
-    BITFOLD_DEVICE void fetch_end(const Matrix& w, std::byte* room) const {
-      for (int i = 0; i < 2; ++i) {
-        const uint8_t* next = i == 0 ? next_[0] : next_[1];
-        const uint8_t* from = align(next);
-#pragma unroll 1
-        for (int quad = ptx::lane_id() % 4; quad < kQuads; quad += 4) {
-          const int64_t left = next + left_ - from - 16 * quad;
-          const auto bytes = static_cast<int>(smaller<int64_t>(larger<int64_t>(left, 0), 16));
-          ptx::cp_async<16>(mine(room, i) + 16 * quad, bytes > 0 ? from + 16 * quad : w.blocks, bytes);
-        }
-      }
-    }
-
-    const uint8_t* next_[2];
-    int left_;  // bytes of a row from there on
-  };
+  using Rows = SkewedRows<C::kBytes, C::kAlign, kStride>;
+  using Copies = SkewedCopies<Rows>;
 
   ChunkFragments() = default;
-  // Rows that are 16 apart begin at the same places of a piece of 16 bytes.
-  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t, const Tables&, const std::byte*) {
-    for (int i = 0; i < 2; ++i) {
-      skew_[i] = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(w.blocks)) +
-                 static_cast<uint32_t>(ptx::lane_id() / 4 + 8 * i) * static_cast<uint32_t>(w.row_bytes);
-    }
-  }
+  BITFOLD_DEVICE ChunkFragments(const Matrix& w, int64_t, const Tables&, const std::byte*) : rows_(w) {}
 
   template <Manner>
   BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t skew = C::kAlign < 16 ? (skew_[i] + static_cast<uint32_t>(piece) * C::kBytes) % 16 : 0;
-      const auto* bytes = reinterpret_cast<const uint8_t*>(mine(room, i)) + skew;
+      const uint8_t* bytes = rows_.at(room, piece, i);
       slot.lane[i] = {bytes, nullptr, nullptr, ptx::lane_id() % 4};
       slot.head[i] = C::head(bytes);
     }
@@ -159,20 +194,7 @@ class ChunkFragments {
   }
 
  private:
-  BITFOLD_DEVICE static int64_t row_of(const Matrix& w, int64_t row, int i) {
-    return smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1);
-  }
-  // Where the chunk of row g + 8 i lies.
-  template <class T>
-  BITFOLD_DEVICE static T* mine(T* room, int i) {
-    return room + (ptx::lane_id() / 4 + 8 * i) * kStride;
-  }
-  // Planes begin at multiples of 16 bytes, so this is never before them.
-  BITFOLD_DEVICE static const uint8_t* align(const uint8_t* p) {
-    return p - (C::kAlign < 16 ? reinterpret_cast<uintptr_t>(p) % 16 : 0);
-  }
-
-  uint32_t skew_[2];  // the address of each row, but for multiples of 16
+  Rows rows_;
 };
 
 }  // namespace bitfold::cuda

@@ -43,7 +43,7 @@ constexpr bool wgmma_wins(const Format& format, int64_t m, int64_t n) {
 // holds it to that): no more than every GPU has, but where a piece of a row is largest.
 inline constexpr int64_t kLeastShared = 99 << 10, kMostShared = 227 << 10;
 constexpr int64_t rows_shared_bytes(int row) {
-  return row == kQ5_0 || row == kQ5_1 || row == kQ6K ? 136 << 10 : kLeastShared;
+  return row == kQ6K ? 148 << 10 : row == kQ5_0 || row == kQ5_1 ? 136 << 10 : kLeastShared;
 }
 constexpr int64_t shared_bytes_of(int capability) {
   const int generation = capability / 10;

@@ -54,8 +54,9 @@ CONTENTS: dict[str, Callable[..., Contents]] = {  # by op
 # What runs in every test run: of units with one format each, these formats, and everything that is encoded, since most
 # formats have a search of their own, decoded, in one unit, or rounded by GPTQ, whose kernels are two. The others are
 # slow tests.
-QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K|Ragged)"
+QUICK_UNITS = "[^/]*|[^/]*/k(Int4|Nf4|Q4K|Ragged)|linear_rows/kQ6K"
 QUICK_FAMILIES = ("int4", "nf4", "q4_k")
+QUICK_ROWS = "q6_k"  # of at most 8 rows alone: the others' way into shared memory
 
 
 def quick(cases: list[Case]) -> list[Case]:
@@ -74,6 +75,7 @@ def quick(cases: list[Case]) -> list[Case]:
             "kv_attention",
         )
         or case.format.split("-")[0] in QUICK_FAMILIES
+        or (case.format == QUICK_ROWS and case in product_cases.ROWS)
     ]
 
 

@@ -62,8 +62,24 @@ WRONG: dict[str, dict[str, str]] = {
         "mine * static_cast<uint32_t>(w.row_zeros)": "row_ * static_cast<uint32_t>(w.row_zeros)",
         "w.scale == Scale::F32 || (kNested && w.scale == Scale::Nested)": "kNested && w.scale == Scale::Nested",
     },
+    "fragments_chunks.hpp": {
+        "static_cast<uint32_t>(piece) * Bytes": "0",
+        "smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1)": "(row + ptx::lane_id() / 4 + 8 * i)",
+        "left_ >= 16 * Rows::kQuads": "true",
+        "first_ < Rows::kQuads % 4": "false",
+        "smaller(larger(left, 0), 16)": "16",
+    },
     "fragments_k.hpp": {
         "smaller(mine, last_)": "mine",
+        "Codes::scale_at(8 * j + 2 * t)": "Codes::scale_at(8 * j + (2 * t ^ 2))",
+        "section % 4 * 2 + section / 4 % 2": "section % 8",
+        "slot.mins[i][kSub / 8 - 1]": "slot.mins[i][0]",
+    },
+    "codes_k.hpp": {
+        "t >= 2 ? 4 : 0": "4",
+        "words.high >> (8 - up)": "words.high >> up",
+        "64 * (step / 8) + 16 * (step / 4 % 2) + 4 * t": "64 * (step / 8) + 4 * t",
+        "half_bits_at(block + 192 + 8 * i + 2 * t)": "half_bits_at(block + 192 + 2 * t)",
     },
     "plane_codes.hpp": {
         "code_value<kNf4>(code, 0) * codebook_up(kNf4)": "code_value<kNf4>(code, 0)",

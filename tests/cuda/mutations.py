@@ -37,7 +37,7 @@ CASES = {
     r"arrange\.cu": ("linear_tile", "linear_few", "linear_wgmma"),
     r"(linear_)?few.*\.hpp": ("linear_few",),
     r"linear_wgmma\.hpp|wgmma.*\.hpp": ("linear_wgmma",),
-    r"linear_rows\.cu|rows_.*|tokens\.hpp|plane_.*\.hpp|fragments.*\.hpp": ("linear_rows",),
+    r"linear_rows\.cu|rows_.*|tokens\.hpp|plane_.*\.hpp|fragments.*\.hpp|codes_k\.hpp": ("linear_rows",),
     r"linear_floor\.cu": ("linear_floor", "linear_grad_x"),
     r"int8.*\.(cu|hpp)": ("linear_int8",),
     r"decode\.cu|(whole_)?runs\.hpp": ("decode",),
