@@ -197,11 +197,13 @@ struct Chunk<kMxfp4> : SmallBlocks<kMxfp4, 1, 1> {
     for (int b = 0; b < 2; ++b) {
       const uint8_t* block = SmallBlocks::block(lane, 2 * unit + b);
       const uint32_t w = nibbles(block, lane.t);
-      const int up[4] = {12, 4, 8, 0};
+      // The upper bytes of four halves, of low nibbles and of high ones.
+      const uint32_t bytes[2] = {under(w << 4, 0x80808080, w << 1 & 0x0e0e0e0e),
+                                 under(w, 0x80808080, w >> 3 & 0x0e0e0e0e)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t v = w << up[i];
-        out.halves[2 * b + i / 2][i % 2] = under(v, 0x80008000, v >> 3 & 0x0e000e00);
+      for (int i = 0; i < 2; ++i) {
+        out.halves[2 * b + i][0] = ptx::prmt(bytes[i], 0, 0x2404);
+        out.halves[2 * b + i][1] = ptx::prmt(bytes[i], 0, 0x3414);
       }
       out.scales[b] = mxfp4_step(block[0]);
     }

@@ -53,7 +53,8 @@ class SkewedCopies {
   BITFOLD_DEVICE SkewedCopies(const BlockMatrix& w, int64_t row, int piece) {
     const int64_t at = int64_t{piece} * Rows::kBytes;
     for (int i = 0; i < 2; ++i) {
-      next_[i] = w.blocks + smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1) * w.row_bytes + at + 16 * first_;
+      next_[i] =
+          w.blocks + smaller<int64_t>(row + ptx::lane_id() / 4 + 8 * i, w.n - 1) * w.row_bytes + at + 16 * first_;
     }
     left_ = static_cast<int>(smaller<int64_t>(w.row_bytes - at, 1 << 30));
   }
@@ -68,7 +69,8 @@ class SkewedCopies {
         std::byte* to = room + to_ + 8 * i * Rows::kStride;
 #pragma unroll
         for (int quad = 0; quad < Rows::kQuads; quad += 4) {
-          if (quad + 4 <= Rows::kQuads || first_ < Rows::kQuads % 4) ptx::cp_async<16>(to + 16 * quad, from + 16 * quad);
+          if (quad + 4 <= Rows::kQuads || first_ < Rows::kQuads % 4)
+            ptx::cp_async<16>(to + 16 * quad, from + 16 * quad);
         }
       }
     } else {

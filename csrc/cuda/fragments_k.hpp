@@ -1,4 +1,5 @@
-// K-quants as sources of fragments (fragments.hpp): 16 or 32 columns share a scale, which comes to fp32 sums.
+// K-quants and IQ4_XS as sources of fragments (fragments.hpp): 16 or 32 columns share a scale, which comes to fp32
+// sums.
 //
 // The scales and minima of a block are a few bits each, here and there: each of a row's four lanes opens a quarter of
 // them, and leaves the scales as floats for the others, in the room. What codes are, and where, is codes_k.hpp's.
@@ -76,14 +77,14 @@ class KFragments {
   using Matrix = BlockMatrix;
   static Matrix matrix(const Weight& w) { return {static_cast<const uint8_t*>(w.codes), w.n, w.k / kColumns * kBytes}; }
 
-  using Tables = NoTables;
-  BITFOLD_DEVICE static void fill(const Matrix&, Tables&, int, int) {}
+  using Tables = typename Codes::Tables;
+  BITFOLD_DEVICE static void fill(const Matrix&, Tables& tables, int thread, int) { Codes::fill(tables, thread); }
   BITFOLD_DEVICE static constexpr Manner manner(const Matrix&) { return Manner::Any; }
 
   using Rows = SkewedRows<kBytes, Codes::kAlign, kStride>;
   using Copies = std::conditional_t<Codes::kAlign == 16, WholeCopies<kBytes, kStride>, SkewedCopies<Rows>>;
 
-  struct Slot {  // of rows g and g + 8
+  struct Slot {         // of rows g and g + 8
     std::byte* scales;  // of row g; of row g + 8 they lie 8 kStride further on
     const uint8_t* blocks[2];
     float step[2];  // of minima
@@ -94,7 +95,8 @@ class KFragments {
   };
 
   KFragments() = default;
-  BITFOLD_DEVICE KFragments(const Matrix& w, int64_t, const Tables&, const std::byte*) : rows_(w) {}
+  BITFOLD_DEVICE KFragments(const Matrix& w, int64_t, const Tables& tables, const std::byte*)
+      : rows_(w), tables_(tables) {}
 
   template <Manner>
   BITFOLD_DEVICE void open(Slot& slot, int piece, std::byte* room) const {
@@ -131,7 +133,7 @@ class KFragments {
           slot.held[i][j] = *reinterpret_cast<const float4*>(slot.scales + 8 * i * kStride + at);
         }
       }
-      if (step % 4 == 0) slot.words[i] = Codes::load(slot.blocks[i], ptx::lane_id() % 4, step);
+      if (step % 4 == 0) slot.words[i] = Codes::load(tables_, slot.blocks[i], ptx::lane_id() % 4, step);
       const uint2 codes = Codes::codes(slot.words[i], slot.kept[i], step);
       a[kLow0 + i] = codes.x;
       a[kLow1 + i] = codes.y;
@@ -142,7 +144,7 @@ class KFragments {
   BITFOLD_DEVICE Scales scales(const Slot& slot, int section) const {
     // Of eight steps: a step's sub-block, which is its section, but for the order in which steps come.
     const int sub = kSub == 8 ? section % 4 : section % 4 * 2 + section / 4 % 2;
-    const auto of = [&](const float4 (&held)[kHeld]) {
+    const auto of = [&](const float4(&held)[kHeld]) {
       const float4& four = held[sub / 4];
       return sub % 4 == 0 ? four.x : sub % 4 == 1 ? four.y : sub % 4 == 2 ? four.z : four.w;
     };
@@ -160,6 +162,7 @@ class KFragments {
 
  private:
   Rows rows_;
+  Tables tables_;
 };
 
 }  // namespace bitfold::cuda

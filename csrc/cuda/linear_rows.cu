@@ -172,7 +172,7 @@ template <>
 void linear_rows_of<BITFOLD_PART>(const RowsCall& call) {
   constexpr int kRow = BITFOLD_PART;
   if constexpr (kRow == kRagged) rows::launch_one<RaggedFragments>(call);
-  else if constexpr (kRow >= kQ2K && kRow <= kQ6K) rows::launch_one<KFragments<kRow>>(call);
+  else if constexpr ((kRow >= kQ2K && kRow <= kQ6K) || kRow == kIq4Xs) rows::launch_one<KFragments<kRow>>(call);
   else if constexpr (kRow >= kQ4_0) rows::launch_one<ChunkFragments<kRow>>(call);
   else rows::launch_widest<kRow>(call, rows::KernelsOf<kRow>());
 }

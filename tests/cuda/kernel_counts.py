@@ -38,9 +38,14 @@ LOOPS = [
     ("PlaneFragments<6, 64, 1>", "Full", "int3-g64-asym", 3, 0),
     ("PlaneFragments<7, 128, 2>", "Plain", "int2-g64", 2, 0),
     ("PlaneFragments<7, 128, 1>", "Plain", "int2-g128", 2, 0),
-    ("Q4KFragments", "Any", "q4_k", 4.5, 1),
     ("ChunkFragments<10>", "Any", "q4_0", 4.5, 0),
-    ("ChunkFragments<19>", "Any", "q6_k", 6.5625, 0),
+    ("KFragments<15>", "Any", "q2_k", 2.625, 2),
+    ("KFragments<16>", "Any", "q3_k", 3.4375, 2),
+    ("KFragments<17>", "Any", "q4_k", 4.5, 1),
+    ("KFragments<18>", "Any", "q5_k", 5.5, 1),
+    ("KFragments<19>", "Any", "q6_k", 6.5625, 2),
+    ("KFragments<21>", "Any", "iq4_xs", 4.25, 1),
+    ("ChunkFragments<22>", "Any", "mxfp4", 4.25, 0),
 ]
 # Scales come to two numbers at a time by these, with minima or without.
 SCALED = {"HMUL2", "HFMA2"}
@@ -86,13 +91,31 @@ def loop(kernels: list[Kernel], name: str, manner: str, format: str, bits: float
     (kernel,) = (k for k in kernels if k.name.replace(" >", ">") == f"linear_rows_kernel<{name}>")
     # The less a loop asks about the matrix the shorter it is.
     loops = sorted(kernel.inner_loops("HMMA"), key=lambda loop: len(loop) / count(loop)["HMMA"])
-    code = loops[("Plain", "Full").index(manner) if manner != "Any" else -1]
+    code = usual_piece(loops[("Plain", "Full").index(manner) if manner != "Any" else -1])
     counts = count(code)
     part = counts["HMMA"] * 16 / (16 + minima) * 32 * bits / 512
     shared = sum(4 if "128" in i.code.split(".") else 2 if "64" in i.code.split(".") else 1
                  for i in code if i.name in ("LDS", "LDSM", "SHFL"))  # fmt: skip
     return Loop(format, columns(kernel) or 256, len(code) / part,
                 sum(counts[name] for name in INTEGER) / part, shared / part, counts["HMMA"] / part)  # fmt: skip
+
+
+def usual_piece(loop: list[Instruction]) -> list[Instruction]:
+    """The shortest way through a loop for few rows with all its products and a whole piece's copies: without what goes
+    on to another unit (what is copied then comes before a piece), and without the ends of rows."""
+    copies: list[list[int]] = [[]]  # between two jumps, those of 16 bytes
+    for at, i in enumerate(loop):
+        if i.name in ("BRA", "BSSY", "BSYNC"):
+            copies.append([])
+        elif is_copy(i) and "128" in i.code.split("."):
+            copies[-1].append(at)
+    first = min(max(copies, key=len), default=len(loop))
+    needed = [i.name == "HMMA" or (at >= first and is_copy(i)) for at, i in enumerate(loop)]
+    return shortest_way(loop, needed)
+
+
+def is_copy(i: Instruction) -> bool:
+    return i.name == "LDGSTS" and "ZFILL" not in i.code.split(".")
 
 
 def columns(kernel: Kernel) -> int | None:
@@ -162,7 +185,7 @@ def wgmma_rows(kernels: list[Kernel]) -> Iterator[tuple[object, ...]]:
 def usual_way(loop: list[Instruction]) -> list[Instruction]:
     """The shortest way through a loop that decodes two units, which means many of SCALED near one another."""
     for reach in (24, 48, 96):
-        way = shortest_way(loop, reach)
+        way = shortest_way(loop, near_others(loop, reach))
         if scaled(way) >= 2 * 16:
             return way
     return []
@@ -172,12 +195,14 @@ def scaled(way: list[Instruction]) -> int:
     return sum(i.name in SCALED for i in way)
 
 
-def shortest_way(loop: list[Instruction], reach: int) -> list[Instruction]:
-    """Past every one of SCALED that has eleven others among so many instructions before and behind it."""
+def near_others(loop: list[Instruction], reach: int) -> list[bool]:
+    """Which are of SCALED and have eleven others among so many instructions before and behind them."""
     halves = [i.name in SCALED for i in loop]
-    needed = [
-        halves[at] and sum(halves[max(at - reach, 0) : at + reach + 1]) >= 12 for at in range(len(loop))
-    ]
+    return [halves[at] and sum(halves[max(at - reach, 0) : at + reach + 1]) >= 12 for at in range(len(loop))]
+
+
+def shortest_way(loop: list[Instruction], needed: list[bool]) -> list[Instruction]:
+    """Through a loop, past all that are needed."""
     place = {i.address: at for at, i in enumerate(loop)}
     shortest: list[list[Instruction] | None] = [None] * len(loop) + [[]]
     for at, i in reversed(list(enumerate(loop))):
