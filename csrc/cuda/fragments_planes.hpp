@@ -207,7 +207,8 @@ class PlaneFragments {
         head_(head),
         tables_(&tables),
         scale_(static_cast<uint32_t>(ptx::lane_id() / 4) * static_cast<uint32_t>(w.row_scales)),
-        zero_(static_cast<uint32_t>(ptx::lane_id() / 4) * static_cast<uint32_t>(w.row_zeros)) {}
+        zero_(static_cast<uint32_t>(ptx::lane_id() / 4) * static_cast<uint32_t>(w.row_zeros)),
+        nested_offset_(kNested && w.scale == Scale::Nested ? ptx::load_fresh4(w.nested_offset) : 0) {}
 
   template <Manner M>
   BITFOLD_DEVICE void open(Slot& slot, int piece, const std::byte* room) {
@@ -272,7 +273,7 @@ class PlaneFragments {
           if constexpr (kNested) {
             const auto code = static_cast<uint8_t>(from[(scale_ + slot.group) % 4 + section]);
             const float factor = *reinterpret_cast<const float*>(slot.room + kNestedScales + row * 4);
-            scales.of[i] = ptx::add(ptx::mul(tables_->dynamic_map[code], factor), *w_->nested_offset);
+            scales.of[i] = ptx::add(ptx::mul(tables_->dynamic_map[code], factor), ptx::uint_as_float(nested_offset_));
           }
           break;
         }
@@ -356,7 +357,8 @@ class PlaneFragments {
   const Matrix* w_;
   const std::byte* head_;  // the next piece's
   const Tables* tables_;
-  uint32_t scale_, zero_;  // the row's first scale, and the byte of its first zero point, but for multiples of four
+  uint32_t scale_, zero_;   // the row's first scale, and the byte of its first zero point, but for multiples of four
+  uint32_t nested_offset_;  // the bits of a float
 };
 
 }  // namespace bitfold::cuda

@@ -57,6 +57,7 @@ WRONG: dict[str, dict[str, str]] = {
         "t * (kSectionBytes / 4)": "(t ^ 1) * (kSectionBytes / 4)",
         "(scale_ ^ slot.group) & 1": "slot.group & 1",
         "!w.whole_words": "false",
+        "ptx::load_fresh4(w.nested_offset)": "0u",
         "smaller(byte + 4, last)": "byte + 4",
         "w.zeros == nullptr && stored == stored_as<Manner::Plain>(w)": "stored == stored_as<Manner::Plain>(w)",
         "mine * static_cast<uint32_t>(w.row_zeros)": "row_ * static_cast<uint32_t>(w.row_zeros)",
