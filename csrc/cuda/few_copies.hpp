@@ -69,10 +69,7 @@ class FewCopies : FewBlock<Row> {
   static constexpr int kArrivals = 2 * kFewCopy + 1;
 
   BITFOLD_DEVICE FewCopies(const TileParameter& p, const FewSize& size, int thread)
-      : Block(p, size),
-        thread_(thread),
-        row_(thread / kLanes),
-        rows_(static_cast<int>(smaller<int64_t>(p.n - row0_, kFewRows))) {}
+      : Block(p, size), thread_(thread), rows_(static_cast<int>(smaller<int64_t>(p.n - row0_, kFewRows))) {}
 
   // W doesn't wait for the kernel before, whose is x (arrange.cu): until that has ended it comes alone, as far as there
   // are stages.
@@ -82,8 +79,12 @@ class FewCopies : FewBlock<Row> {
     // A row's last stage may end within it, and the matrix's last row within a piece.
     const bool ends = stages_ * int64_t{Stage::kBytes} > p_.row_bytes || (Stage::kSkewed && row0_ + kFewRows >= p_.n);
     Turn turn;
+    const uint8_t* from = p_.codes + (row0_ + thread_ / kLanes) * p_.row_bytes + int64_t{first_} * Stage::kBytes;
+    // Counted, as what else is needed at every stage is made anew: a thread that copies has few registers, and what
+    // lies on its stack comes from far away.
+    int left = last_ - first_;
 #pragma unroll 1
-    for (int stage = first_; stage < last_; ++stage) {
+    for (int stage = first_; left > 0; ++stage, --left) {
       ptx::Barrier* full = &barriers.full[turn.slot];
       uint8_t* to = this->stage(turn.slot);
       ptx::barrier_wait(&barriers.empty[turn.slot], turn.parity ^ 1);
@@ -92,10 +93,11 @@ class FewCopies : FewBlock<Row> {
         copy_x(stage, to, full);
       }
       if (!p_.in_words) copy_bytes(stage, to);
-      else if (rows_ < kFewRows || (ends && stage + 1 == stages_)) copy_words<true>(stage, to);
-      else copy_words<false>(stage, to);
+      else if (rows_ < kFewRows || (ends && stage + 1 == stages_)) copy_words<true>(from, stage, to);
+      else copy_words<false>(from, stage, to);
+      from += Stage::kBytes;
       if constexpr (C::kPlanes) {
-        if (!p_.wide_groups) prefetch_scales(stage);
+        if (!p_.wide_groups) prefetch_scales(stage, left == last_ - first_);
       }
       ptx::cp_async_arrive(full);
       ptx::barrier_arrive(full);
@@ -111,11 +113,11 @@ class FewCopies : FewBlock<Row> {
   static constexpr int kRowStep = kFewCopy / kLanes;
   static_assert(kRowStep % 8 == 0);
 
-  // Rows that aren't there are left out. Edge: so they may be, and what lies beyond a row's end becomes zero.
+  // From the thread's first row on. Rows that aren't there are left out. Edge: so they may be, and what lies beyond a
+  // row's end becomes zero.
   template <bool Edge>
-  BITFOLD_DEVICE void copy_words(int stage, uint8_t* to) const {
-    const int piece = thread_ % kLanes;
-    const uint8_t* from = p_.codes + (row0_ + row_) * p_.row_bytes + int64_t{stage} * Stage::kBytes;
+  BITFOLD_DEVICE void copy_words(const uint8_t* from, int stage, uint8_t* to) const {
+    const int first = thread_ / kLanes, piece = thread_ % kLanes;
     int left = static_cast<int>(smaller<int64_t>(p_.row_bytes - int64_t{stage} * Stage::kBytes, Stage::kBytes));
     if (Stage::kSkewed) {
       const auto within = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
@@ -124,10 +126,10 @@ class FewCopies : FewBlock<Row> {
     }
     from += 16 * piece;
     left -= 16 * piece;
-    to += row_ * Stage::kStride + 16 * piece;
+    to += first * Stage::kStride + 16 * piece;
     const int64_t step = kRowStep * p_.row_bytes;
 #pragma unroll(Edge ? 1 : 4)
-    for (int row = Edge ? row_ : 0; row < (Edge ? rows_ : kFewRows); row += kRowStep) {
+    for (int row = Edge ? first : 0; row < (Edge ? rows_ : kFewRows); row += kRowStep) {
 #pragma unroll
       for (int more = 0; more < Stage::kPieces; more += kLanes) {
         if (more + kLanes > Stage::kPieces && piece + more >= Stage::kPieces) continue;
@@ -157,15 +159,16 @@ class FewCopies : FewBlock<Row> {
   }
   // Those who multiply ask for a stage's scales and zero points one stage before, which is less than memory may take. A
   // row's sectors, of 32 bytes, are asked for as its stages come to them.
-  BITFOLD_DEVICE void prefetch_scales(int stage) const {
+  BITFOLD_DEVICE void prefetch_scales(int stage, bool begins) const {
     constexpr int kPieces = Stage::kColumns / 32;
     const PlaneMatrix& w = p_.planes;
-    const auto end = static_cast<uint32_t>((p_.k - 1) / 32), piece = static_cast<uint32_t>(stage * kPieces);
+    const auto end = static_cast<uint32_t>(static_cast<uint64_t>(p_.k - 1) / 32);
+    const auto piece = static_cast<uint32_t>(stage * kPieces);
     const uint32_t first = w.pieces.divide(smaller(piece, end));
     const uint32_t last = w.pieces.divide(smaller(piece + kPieces - 1, end));
     const auto come_to = [&](const uint8_t* begin, const uint8_t* from, const uint8_t* to) {
       const auto sector = [](const uint8_t* byte) { return reinterpret_cast<uintptr_t>(byte) / 32; };
-      if (from == begin || stage == first_ || sector(from - 1) != sector(to)) ptx::prefetch_sector(to);
+      if (from == begin || begins || sector(from - 1) != sector(to)) ptx::prefetch_sector(to);
     };
 #pragma unroll 1
     for (int i = thread_; i < rows_; i += kFewCopy) {
@@ -199,7 +202,7 @@ class FewCopies : FewBlock<Row> {
     if constexpr (C::kMins > 0) ptx::copy_bulk(to + at_.sums, p_.sums + int64_t{stage} * sums, sums, full);
   }
 
-  const int thread_, row_, rows_;  // its first row; rows that are there
+  const int thread_, rows_;  // rows that are there
 };
 
 // Scales of planes: a warp's own, of its 32 rows and its half of a stage's columns, Entries of them for a row, each of
@@ -225,6 +228,7 @@ class FewScales {
       : p_(p),
         first_(first),
         lane_(lane),
+        column_warp_(column_warp),
         piece_(static_cast<uint32_t>(column_warp * kHalf / 32)),
         dynamic_map_(dynamic_map) {
     if constexpr (Keeps) row_ = find_row();
@@ -301,7 +305,8 @@ class FewScales {
 
   // Of entry i; of the last one of the row where that ends before. Together: entries that are there are all there.
   BITFOLD_DEVICE uint32_t group_of(int stage, int i) const {
-    const uint32_t first = piece_ + static_cast<uint32_t>(stage * (Stage::kColumns / 32));
+    const uint32_t piece = Keeps ? piece_ : static_cast<uint32_t>(ptx::anew(column_warp_) * (kHalf / 32));
+    const uint32_t first = piece + static_cast<uint32_t>(stage * (Stage::kColumns / 32));
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
     if (together()) return smaller(first, end + 1 - kHalf / 32) / kPieces + static_cast<uint32_t>(i);
     return p_.planes.pieces.divide(smaller(first + static_cast<uint32_t>(i * kPieces), end));
@@ -339,6 +344,7 @@ class FewScales {
   const TileParameter& p_;
   const int64_t first_;
   const int lane_;
+  const int column_warp_;
   const uint32_t piece_;  // of 32 columns
   const float* const dynamic_map_;
   float nested_offset_ = 0.0f;

@@ -61,6 +61,9 @@ class FewProducts : FewBlock<Row> {
   // Whether a lane's and a warp's numbers stay in registers. Where codes are looked up they don't: the compiler then
   // adds the table's place to each in an instruction of its own.
   static constexpr bool kKeepsNumbers = kKeeps && kFormats[Row].grid != Grid::Codebook;
+  // Where the lane's number would lie on a stack instead, as the machine code says: there a stage waited for it longer
+  // than for anything else.
+  static constexpr bool kAsksAnew = !kKeepsNumbers && (kPlanes || Row == kQ4_1 || Row == kQ2K);
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr int kBits = kFormats[Row].bits;
 
@@ -135,12 +138,13 @@ class FewProducts : FewBlock<Row> {
         if (stage % kFewColumnWarps == column_warp_) subtract_mins(bytes);
       }
       ptx::sync_warp();  // all lanes have looked at all of the stage that they will
-      if (lane_ == 0) ptx::barrier_arrive(&this->barriers().empty[turn.slot]);
+      if (lane_now() == 0) ptx::barrier_arrive(&this->barriers().empty[turn.slot]);
       turn.next(p_.shape.w_stages);
     }
   }
 
   BITFOLD_DEVICE FewTables<Row>& tables() const { return *reinterpret_cast<FewTables<Row>*>(memory_ + at_.tables); }
+  BITFOLD_DEVICE int lane_now() const { return kAsksAnew ? ptx::lane_id_anew() : lane_; }
   BITFOLD_DEVICE int first_row() const { return row_warp_ * (kTiles * 16); }  // of the warp
 
   BITFOLD_DEVICE Lane lane(int tile, int i) const {
@@ -258,7 +262,7 @@ class FewProducts : FewBlock<Row> {
     decode<Span, Zeros>(scales, stage, unit, bytes, a, scale);
     // [group][2][lane]
     const int block = column_warp_ * kUnits + unit;
-    const auto* x = reinterpret_cast<const uint4*>(bytes + at_.x + block * kUnitBytesOfX) + lane_;
+    const auto* x = reinterpret_cast<const uint4*>(bytes + at_.x + block * kUnitBytesOfX) + lane_now();
 #pragma unroll
     for (int pair = 0; pair < Groups; pair += 2) {
       // Never; but so the compiler doesn't mix both pairs, for which there are no registers.
@@ -320,7 +324,7 @@ class FewProducts : FewBlock<Row> {
         a[r][kLow1 + i] = mins[1];
       }
     }
-    const uint8_t* b = bytes + at_.sums + lane_ * C::kMins;
+    const uint8_t* b = bytes + at_.sums + lane_now() * C::kMins;
 #pragma unroll
     for (int j = 0; j < Groups; ++j) {
       uint32_t high[2], low[2];

@@ -11,6 +11,8 @@ namespace bitfold::cuda::ptx {
 using emulator::Where;
 
 BITFOLD_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
+// The same, asked of the processor anew: instead of a register for all of a loop, or a place on its stack.
+BITFOLD_DEVICE int lane_id_anew() { return lane_id(); }
 BITFOLD_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
 
 // The same number, of which the compiler knows nothing: what a loop's turn makes of it is made anew in the next, and no

@@ -9,6 +9,12 @@
 namespace bitfold::cuda::ptx {
 
 BITFOLD_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
+// The same, asked of the processor anew: instead of a register for all of a loop, or a place on its stack.
+BITFOLD_DEVICE int lane_id_anew() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return static_cast<int>(lane);
+}
 BITFOLD_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
 
 // The same number, of which the compiler knows nothing: what a loop's turn makes of it is made anew in the next, and no
