@@ -63,7 +63,7 @@ class FewProducts : FewBlock<Row> {
   static constexpr bool kKeepsNumbers = kKeeps && kFormats[Row].grid != Grid::Codebook;
   // Where the lane's number would lie on a stack instead, as the machine code says: there a stage waited for it longer
   // than for anything else.
-  static constexpr bool kAsksAnew = !kKeepsNumbers && (kPlanes || Row == kQ4_1 || Row == kQ2K);
+  static constexpr bool kAsksAnew = !kKeeps && (kPlanes || Row == kQ4_1 || Row == kQ2K);
   static constexpr bool kInteger = kFormats[Row].grid == Grid::Integer;
   static constexpr int kBits = kFormats[Row].bits;
 

@@ -85,8 +85,8 @@ MOST_FEW = {2: 8, 3: 16, 4: 16, 5: 80, 6: 48, 7: 88, 8: 32, 11: 8, 13: 8, 15: 8,
 SPILLED_FEW = {f"linear_tile_kernel<{row}>": most for row, most in MOST_FEW.items()}
 # How many of their loops over stages have something from there: for it a warp waited 670 clocks of an H200 at each
 # stage, longer than for all else (int4-g128 with 16 rows at f4ebc17). None for usual scales of groups of 64 columns or
-# more without zero points, int4-g128's with them, Q4_K and Q6_K.
-MOST_LOOPS_FEW = {3: 1, 4: 2, 5: 4, 6: 2, 7: 3, 8: 4, 13: 1, 21: 1, 22: 1}
+# more without zero points (but nf4 of 128, 32 rows), int4-g128's with them, Q4_K and Q6_K.
+MOST_LOOPS_FEW = {3: 1, 4: 2, 5: 4, 6: 2, 7: 3, 8: 5, 13: 1, 21: 1, 22: 1}
 # Kernels for 9 to 32 rows of formats with planes, but int3, whose codes lie across words.
 BY_MATRICES = [f"linear_tile_kernel<{row}>" for row in (2, 3, 4, 5, 7, 8)]
 
