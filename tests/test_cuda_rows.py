@@ -259,7 +259,7 @@ def test_every_weight_of_a_block_is_where_its_column_is(gpu, format, rng):
     fp32."""
     n, k = 21, whole(format, 832)
     qtensor, w = make_any(rng, format, n, k)
-    # A code of at most 8 bits times a scale, as it is before something is subtracted from it.
+    # What is subtracted is hardly more than the row's largest weight, and rounded in fp32.
     largest = np.abs(w).max(axis=1).astype(np.float64)
     for first in range(0, k, 8):
         y = bitfold.linear(torch.eye(k, dtype=torch.float16)[first : first + 8], qtensor).double().numpy()

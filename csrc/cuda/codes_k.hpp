@@ -7,14 +7,12 @@
 //
 //   template <int Row> struct CodesK {
 //     static constexpr int kAlign;            // of a block's first byte, at least
-//     static constexpr int kStride;           // bytes of a row of a room
-//     static constexpr int kScales;           // sub-blocks, 8 or 16
-//     static int scale_at(int i);             // where scale i lies as a float once a block was opened; four on end
-//     static constexpr int column(int step, int t, int half);
-//     struct Tables;                          // of the block of threads, and in a lane's registers
-//     static void fill(Tables& tables, int thread);
-//     struct Kept;                            // registers of a row for all of its block
-//     struct Words;                           // and for four steps
+//     static constexpr int kStride;           // bytes of a row of a room: an odd number of 16 bytes lies in other
+//     banks static constexpr int kScales;           // sub-blocks, 8 or 16 static int scale_at(int i);             //
+//     where scale i lies as a float once a block was opened; four on end static constexpr int column(int step, int t,
+//     int half); struct Tables;                          // of the block of threads, and in a lane's registers static
+//     void fill(Tables& tables, int thread); struct Kept;                            // registers of a row for all of
+//     its block struct Words;                           // and for four steps
 //     // The scales 2 t, 2 t + 1 (of 16 also 8 + 2 t, 9 + 2 t), and what lane t has of the operand for minima.
 //     static OpenedScales<kScales> open(const uint8_t* block, int t, Kept& kept);
 //     static Words load(const Tables& tables, const uint8_t* block, int t, int step);
@@ -65,10 +63,8 @@ BITFOLD_DEVICE OpenedScales<8 * Pairs> open_symmetric(const uint32_t (&pairs)[Pa
 
 // ---- Q4_K, Q5_K: eight scales and minima of six bits, here and there in three words ----
 
-template <int Row, int CodesAt>
+template <int CodesAt>
 struct CodesOfNibbles {
-  using Tables = NoTables;
-  BITFOLD_DEVICE static void fill(Tables&, int) {}
   static constexpr int kAlign = 16, kScales = 8;
 
   // Lane t has bytes 8 t to 8 t + 7 of 32, whose low nibbles are 32 columns and the high ones the next.
@@ -76,6 +72,8 @@ struct CodesOfNibbles {
     return 64 * (step / 4) + 32 * (step / 2 % 2) + 8 * t + 4 * (step % 2) + half / 2 + 2 * (half % 2);
   }
 
+  using Tables = NoTables;
+  BITFOLD_DEVICE static void fill(Tables&, int) {}
   using Words = uint2;
   BITFOLD_DEVICE static Words load(const Tables&, const uint8_t* block, int t, int step) {
     return *reinterpret_cast<const uint2*>(block + CodesAt + 8 * step + 8 * t);
@@ -97,12 +95,11 @@ struct CodesOfNibbles {
 };
 
 template <>
-struct CodesK<kQ4K> : CodesOfNibbles<kQ4K, 16> {
+struct CodesK<kQ4K> : CodesOfNibbles<16> {
   // 32 bytes beyond a multiple of 128: what half of a warp reads at once, 32 bytes of four rows, lies in all banks.
   static constexpr int kStride = 160;
-  BITFOLD_DEVICE static constexpr int scale_at(int i) {
-    return i < 4 ? 4 * i : 128 + 4 * i;
-  }  // the first where the head was
+  // Four where the head was.
+  BITFOLD_DEVICE static constexpr int scale_at(int i) { return i < 4 ? 4 * i : 128 + 4 * i; }
 
   using Kept = Nothing;
   BITFOLD_DEVICE static OpenedScales<8> open(const uint8_t* block, int t, Kept&) {
@@ -117,9 +114,11 @@ struct CodesK<kQ4K> : CodesOfNibbles<kQ4K, 16> {
 };
 
 template <>
-struct CodesK<kQ5K> : CodesOfNibbles<kQ5K, 48> {
+struct CodesK<kQ5K> : CodesOfNibbles<48> {
+  // Of what half of a warp reads at once some meets in a bank; 48 bytes more wouldn't fit where a block has 99 KB.
   static constexpr int kStride = 176;
-  BITFOLD_DEVICE static constexpr int scale_at(int i) { return 4 * i; }  // where the head was, and fifth bits
+  // Where the head was, and fifth bits.
+  BITFOLD_DEVICE static constexpr int scale_at(int i) { return 4 * i; }
 
   struct Kept {
     uint2 fifths;
@@ -146,21 +145,18 @@ struct CodesK<kQ5K> : CodesOfNibbles<kQ5K, 48> {
 
 // 32 bytes have columns l, l + 32, l + 64, l + 96 of half a block in their bits. Lane t has four of 16 such bytes, and
 // so of each of these four runs of 16 columns, sub-blocks of their own, one step.
-template <int Row, int Align>
+template <int Align>
 struct CodesOfPlanes {
-  using Tables = NoTables;
-  BITFOLD_DEVICE static void fill(Tables&, int) {}
   static constexpr int kAlign = Align, kScales = 16;
   static constexpr int column(int step, int t, int half) {
     return 128 * (step / 8) + 32 * (step % 4) + 16 * (step / 4 % 2) + 4 * t + half / 2 + 2 * (half % 2);
   }
-  BITFOLD_DEVICE static const Block<Row>& fields(const uint8_t* block) {
-    return *reinterpret_cast<const Block<Row>*>(block);
-  }
+  using Tables = NoTables;
+  BITFOLD_DEVICE static void fill(Tables&, int) {}
 };
 
 template <>
-struct CodesK<kQ2K> : CodesOfPlanes<kQ2K, 4> {
+struct CodesK<kQ2K> : CodesOfPlanes<4> {
   static constexpr int kStride = 144;
   BITFOLD_DEVICE static constexpr int scale_at(int i) {
     return i < 4 ? 4 * i : 80 + 4 * i;
@@ -192,7 +188,7 @@ struct CodesK<kQ2K> : CodesOfPlanes<kQ2K, 4> {
 };
 
 template <>
-struct CodesK<kQ3K> : CodesOfPlanes<kQ3K, 2> {
+struct CodesK<kQ3K> : CodesOfPlanes<2> {
   static constexpr int kStride = 144;
   BITFOLD_DEVICE static constexpr int scale_at(int i) {
     return i < 8 ? 4 * i : 80 + 4 * i;
@@ -224,7 +220,7 @@ struct CodesK<kQ3K> : CodesOfPlanes<kQ3K, 2> {
 };
 
 template <>
-struct CodesK<kQ6K> : CodesOfPlanes<kQ6K, 2> {
+struct CodesK<kQ6K> : CodesOfPlanes<2> {
   static constexpr int kStride = 272;
   BITFOLD_DEVICE static constexpr int scale_at(int i) { return 208 + 4 * i; }  // behind all codes
 

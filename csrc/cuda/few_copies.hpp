@@ -80,8 +80,7 @@ class FewCopies : FewBlock<Row> {
     const bool ends = stages_ * int64_t{Stage::kBytes} > p_.row_bytes || (Stage::kSkewed && row0_ + kFewRows >= p_.n);
     Turn turn;
     const uint8_t* from = p_.codes + (row0_ + thread_ / kLanes) * p_.row_bytes + int64_t{first_} * Stage::kBytes;
-    // Counted, as what else is needed at every stage is made anew: a thread that copies has few registers, and what
-    // lies on its stack comes from far away.
+    // Counted: a thread that copies has few registers, and would have the last stage on its stack, which is far away.
     int left = last_ - first_;
 #pragma unroll 1
     for (int stage = first_; left > 0; ++stage, --left) {
@@ -162,8 +161,7 @@ class FewCopies : FewBlock<Row> {
   BITFOLD_DEVICE void prefetch_scales(int stage, bool begins) const {
     constexpr int kPieces = Stage::kColumns / 32;
     const PlaneMatrix& w = p_.planes;
-    const auto end = static_cast<uint32_t>(static_cast<uint64_t>(p_.k - 1) / 32);
-    const auto piece = static_cast<uint32_t>(stage * kPieces);
+    const auto end = static_cast<uint32_t>((p_.k - 1) / 32), piece = static_cast<uint32_t>(stage * kPieces);
     const uint32_t first = w.pieces.divide(smaller(piece, end));
     const uint32_t last = w.pieces.divide(smaller(piece + kPieces - 1, end));
     const auto come_to = [&](const uint8_t* begin, const uint8_t* from, const uint8_t* to) {
@@ -305,6 +303,7 @@ class FewScales {
 
   // Of entry i; of the last one of the row where that ends before. Together: entries that are there are all there.
   BITFOLD_DEVICE uint32_t group_of(int stage, int i) const {
+    // Made anew where it would lie on a stack.
     const uint32_t piece = Keeps ? piece_ : static_cast<uint32_t>(ptx::anew(column_warp_) * (kHalf / 32));
     const uint32_t first = piece + static_cast<uint32_t>(stage * (Stage::kColumns / 32));
     const auto end = static_cast<uint32_t>((p_.k - 1) / 32);

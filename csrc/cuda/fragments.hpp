@@ -56,7 +56,7 @@
 //   };
 //
 // fragments_planes.hpp has the formats with planes, fragments_ragged.hpp the same for any group and k,
-// fragments_k.hpp K-quants, and fragments_chunks.hpp the other blocks.
+// fragments_k.hpp K-quants and IQ4_XS, and fragments_chunks.hpp the other blocks.
 #pragma once
 
 #include <cstddef>
