@@ -6,6 +6,8 @@ schedule, k cut over blocks of threads, rows that begin at odd places, and less 
 
 from __future__ import annotations
 
+import re
+
 import bitfold
 import devices
 import numpy as np
@@ -62,6 +64,27 @@ def test_accuracy(gpu, format, dtype, rng):
         x = torch.from_numpy(rng.standard_normal((m, w.shape[1]))).to(DTYPES[dtype])
         bias = torch.from_numpy(rng.standard_normal(n)).to(DTYPES[dtype]) if m % 2 else None
         assert_near(bitfold.linear(x, qtensor, bias), x, w, bias)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        *("int4-g32-sbf16", "int4-g32-asym", "int4-g32-sfp32", "int4-g64-sbf16", "int4-g64-asym-sbf16"),
+        *("int4-g64-asym-sfp32", "int4-g128-sbf16", "int4-g128-asym-sbf16", "int4-g128-asym-sfp32"),
+        *("int8-g64-asym", "int8-channel-asym-sbf16", "int8-g32-sfp32"),
+        *("int3-g64-sbf16", "int3-g128-asym", "int2-g64-asym-sbf16", "int2-g64-asym-sfp32"),
+        *("nf4-b32-dq", "nf4-b64-sbf16", "nf4-b128-dq", "nf4-b128-sfp16"),
+        *("fp8-e4m3-g64-sfp16", "fp8-e4m3-b512x128", "fp8-e5m2-b256x64"),
+    ],
+)
+def test_scales_however_they_are_stored(gpu, format, rng):
+    """Every loop of the kernel: groups of 32, 64 and more columns, in every dtype, with zero points and without,
+    nested, of many rows; where those of 128 columns lie together, and where they don't."""
+    group = 1 if "channel" in format else int(re.search(r"[gbx](\d+)(-|$)", format)[1])
+    for m, n, k in ((16, 600, 768), (27, 300, 768 - max(group, 32))):
+        qtensor, w = make(rng, format, n, k)
+        x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.float16)
+        assert_near(bitfold.linear(x, qtensor), x, w)
 
 
 @pytest.mark.skipif("emulated" not in GPUS, reason="a GPU's schedule can't be chosen")

@@ -82,10 +82,16 @@ struct PlaneChunk {
     const uint8_t* zeros;
     int64_t first;  // nested: which scale of the matrix that is
   };
-  BITFOLD_DEVICE static ScaleRow scale_row(const PlaneMatrix& w, int64_t row) {
-    const int64_t first = scale_row_of<Row>(w, row) * w.row_scales;
-    const int bytes = w.scale == Scale::F32 ? 4 : kNested && w.scale == Scale::Nested ? 1 : 2;
-    return {w.scales + first * bytes, kInteger ? w.zeros + row * w.row_zeros : nullptr, kNested ? first : 0};
+  BITFOLD_DEVICE static ScaleRow scale_row(const PlaneMatrix& w, int64_t row) { return scale_row(w, row, 0, w.scale); }
+  // Of a row of a block whose first, row0, is a multiple of 256, and which has no more: what is of the block stays with
+  // it. Stored: as the matrix has its scales.
+  BITFOLD_DEVICE static ScaleRow scale_row(const PlaneMatrix& w, int64_t row0, uint32_t row, Scale stored) {
+    const int64_t first = scale_row_of<Row>(w, row0) * w.row_scales;
+    const int64_t more = int64_t{scale_row_of<Row>(w, row)} * static_cast<uint32_t>(w.row_scales);
+    const int bytes = stored == Scale::F32 ? 4 : kNested && stored == Scale::Nested ? 1 : 2;
+    const uint8_t* zeros = nullptr;
+    if constexpr (kInteger) zeros = w.zeros + row0 * w.row_zeros + int64_t{row} * static_cast<uint32_t>(w.row_zeros);
+    return {w.scales + first * bytes + more * bytes, zeros, kNested ? first + more : 0};
   }
   BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, const ScaleRow& row, uint32_t group) {
     return load_scale(w, row, group, w.scale, w.zeros != nullptr);
@@ -112,13 +118,18 @@ struct PlaneChunk {
     const bool nested = kNested && stored == Scale::Nested;
     return scale_zero(w, loaded, stored, &kDynamicMap[0], nested ? *w.nested_offset : 0.0f);
   }
+  // Whether these are the format's usual scales: both kinds of 16 bits are, which are loaded alike.
+  BITFOLD_DEVICE static bool usual(Scale scale) {
+    return scale == kStored || (kStored == Scale::F16 && scale == Scale::BF16);
+  }
   // Where the meaning of nested scales lies nearer.
-  BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix&, const LoadedScaleZero& loaded, Scale stored,
+  BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded, Scale stored,
                                              const float* dynamic_map, float nested_offset) {
     float scale;
     if (stored == Scale::F32) scale = ptx::uint_as_float(loaded.bits);
-    else if (stored == Scale::F16) scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
-    else if (!kNested || stored == Scale::BF16) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
+    else if (stored == Scale::F16 && w.scale != Scale::BF16)
+      scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
+    else if (!kNested || stored != Scale::Nested) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
     else scale = ptx::add(ptx::mul(dynamic_map[loaded.bits], ptx::uint_as_float(loaded.more)), nested_offset);
     return {scale * (Codes::kUnit * kDown), loaded.more * 0x00010001u};
   }

@@ -7,11 +7,12 @@
 
 namespace bitfold::cuda {
 
-// Of the stages: filled, and free again.
-struct FewBarriers {
+// Of the stages: filled, and free again; and what is added to nested scales.
+struct FewCommon {
   ptx::Barrier full[kFewStages], empty[kFewStages];
+  float nested_offset[kWarp];  // for each lane
 };
-static_assert(sizeof(FewBarriers) <= kFewBarrierBytes);
+static_assert(sizeof(FewCommon) <= kFewCommonBytes);
 
 // What a block of threads has, and where it lies.
 template <int Row>
@@ -30,7 +31,7 @@ class FewBlock {
         first_(static_cast<int>(int64_t{stages_} * blockIdx.y / p.shape.splits)),
         last_(static_cast<int>(int64_t{stages_} * (blockIdx.y + 1) / p.shape.splits)) {}
 
-  BITFOLD_DEVICE FewBarriers& barriers() const { return *reinterpret_cast<FewBarriers*>(memory_); }
+  BITFOLD_DEVICE FewCommon& common() const { return *reinterpret_cast<FewCommon*>(memory_); }
   BITFOLD_DEVICE uint8_t* stage(int slot) const { return memory_ + at_.stages + slot * at_.stage; }
   // Units of a stage that there are: the last may have fewer.
   BITFOLD_DEVICE int units(int stage) const {
@@ -74,7 +75,7 @@ class FewCopies : FewBlock<Row> {
   // W doesn't wait for the kernel before, whose is x (arrange.cu): until that has ended it comes alone, as far as there
   // are stages.
   BITFOLD_DEVICE void run() {
-    FewBarriers& barriers = this->barriers();
+    FewCommon& common = this->common();
     const int with_x = smaller(first_ + p_.shape.w_stages, last_) - 1;  // the stage after which x comes, too
     // A row's last stage may end within it, and the matrix's last row within a piece.
     const bool ends = stages_ * int64_t{Stage::kBytes} > p_.row_bytes || (Stage::kSkewed && row0_ + kFewRows >= p_.n);
@@ -84,9 +85,9 @@ class FewCopies : FewBlock<Row> {
     int left = last_ - first_;
 #pragma unroll 1
     for (int stage = first_; left > 0; ++stage, --left) {
-      ptx::Barrier* full = &barriers.full[turn.slot];
+      ptx::Barrier* full = &common.full[turn.slot];
       uint8_t* to = this->stage(turn.slot);
-      ptx::barrier_wait(&barriers.empty[turn.slot], turn.parity ^ 1);
+      ptx::barrier_wait(&common.empty[turn.slot], turn.parity ^ 1);
       if (thread_ == 0 && stage >= with_x) {
         if (stage == with_x) begin_x(with_x);
         copy_x(stage, to, full);
@@ -161,9 +162,9 @@ class FewCopies : FewBlock<Row> {
   BITFOLD_DEVICE void prefetch_scales(int stage, bool begins) const {
     constexpr int kPieces = Stage::kColumns / 32;
     const PlaneMatrix& w = p_.planes;
-    const auto end = static_cast<uint32_t>((p_.k - 1) / 32), piece = static_cast<uint32_t>(stage * kPieces);
-    const uint32_t first = w.pieces.divide(smaller(piece, end));
-    const uint32_t last = w.pieces.divide(smaller(piece + kPieces - 1, end));
+    const auto piece = static_cast<uint32_t>(stage * kPieces);
+    const uint32_t first = w.pieces.divide(smaller(piece, p_.last_run));
+    const uint32_t last = w.pieces.divide(smaller(piece + kPieces - 1, p_.last_run));
     const auto come_to = [&](const uint8_t* begin, const uint8_t* from, const uint8_t* to) {
       const auto sector = [](const uint8_t* byte) { return reinterpret_cast<uintptr_t>(byte) / 32; };
       if (from == begin || begins || sector(from - 1) != sector(to)) ptx::prefetch_sector(to);
@@ -186,7 +187,7 @@ class FewCopies : FewBlock<Row> {
     ptx::let_later_begin();
 #pragma unroll 1
     for (int stage = first_; stage < end; ++stage) {
-      copy_x(stage, this->stage(stage - first_), &this->barriers().full[stage - first_]);
+      copy_x(stage, this->stage(stage - first_), &this->common().full[stage - first_]);
     }
   }
   // x of a stage's units, and its sums, lie together.
@@ -203,11 +204,18 @@ class FewCopies : FewBlock<Row> {
   const int thread_, rows_;  // rows that are there
 };
 
+// What a loop may take for granted of a matrix's scales and zero points.
+template <class C>
+BITFOLD_DEVICE Manner few_manner(const PlaneMatrix& w) {
+  if (C::usual(w.scale) && w.zeros == nullptr) return Manner::Plain;
+  if (C::usual(w.scale) && C::kInteger) return Manner::Full;
+  return C::kNested && w.scale == Scale::Nested ? Manner::Full : Manner::Any;
+}
+
 // Scales of planes: a warp's own, of its 32 rows and its half of a stage's columns, Entries of them for a row, each of
 // Span steps (or one for all). Those of the next stage are on their way while one is multiplied: nothing looks at what
-// is loaded before open(). Plain: the format's usual scales, and no zero points. Keeps: where its row's lie, for which
-// many tokens leave no registers.
-template <class C, int Span, bool One, bool Plain, bool Keeps>
+// is loaded before open(). Keeps: where its row's lie, for which many tokens leave no registers.
+template <class C, int Span, bool One, Manner M, bool Keeps>
 class FewScales {
   using Stage = FewStage<C>;
   static constexpr int kHalf = Stage::kColumns / 2;  // columns
@@ -215,35 +223,33 @@ class FewScales {
   static constexpr int kPieces = Span / 2;  // of 32 columns, to an entry
   static constexpr int kBits = C::kBits;
   static constexpr uint32_t kMask = (1u << kBits) - 1;
-  static constexpr bool kNested = C::kNested && !Plain, kZeros = C::kInteger && !Plain;
+  static constexpr bool kNested = C::kNested && M != Manner::Plain;
 
  public:
-  static constexpr bool kOne = One;
+  static constexpr bool kOne = One, kZeros = C::kInteger && M != Manner::Plain;
 
-  // first: the row of the warp's first. A lane has row 8 t + g, which is row 8 i + g of tile r where t = 2 r + i.
-  // dynamic_map: what codes of nested scales mean.
-  BITFOLD_DEVICE FewScales(const TileParameter& p, int64_t first, int lane, int column_warp, const float* dynamic_map)
+  // row0: the block's first row. dynamic_map: what codes of nested scales mean; nested_offset: what is added to them,
+  // for each lane. Both are in shared memory.
+  BITFOLD_DEVICE FewScales(const TileParameter& p, int64_t row0, int column_warp, const float* dynamic_map,
+                           const float* nested_offset)
       : p_(p),
-        first_(first),
-        lane_(lane),
+        row0_(row0),
         column_warp_(column_warp),
         piece_(static_cast<uint32_t>(column_warp * kHalf / 32)),
-        dynamic_map_(dynamic_map) {
-    if constexpr (Keeps) row_ = find_row();
-    if constexpr (kNested && Keeps) nested_offset_ = find_nested_offset();
+        dynamic_map_(dynamic_map),
+        nested_offset_(nested_offset) {
+    if constexpr (Keeps) places_ = find_places();
   }
 
   BITFOLD_DEVICE void load(int stage) {
-    const auto row = Keeps ? row_ : find_row();
+    const auto row = Keeps ? places_ : find_places();
     if (together()) {
       const uint32_t group = group_of(stage, 0);
       if (stored() == Scale::F32) load_bits<4 * kEntries>(row.scales + 4 * group);
       else if (kNested && stored() == Scale::Nested) load_bits<kEntries>(row.scales + group);
       else load_bits<2 * kEntries>(row.scales + 2 * group);
       if (kNested && stored() == Scale::Nested) more_[0] = load_nested(row, group);
-      if constexpr (kZeros) {
-        if (p_.planes.zeros != nullptr) load_zeros(row.zeros, group);
-      }
+      if (has_zeros()) load_zeros(row.zeros, group);
       return;
     }
 #pragma unroll
@@ -253,12 +259,7 @@ class FewScales {
       else if (kNested && stored() == Scale::Nested) bits_[i] = ptx::load1(row.scales + group);
       else bits_[i] = ptx::load2(row.scales + 2 * group);
       if (kNested && stored() == Scale::Nested) more_[i] = load_nested(row, group);
-      if constexpr (kZeros) {
-        if (p_.planes.zeros != nullptr) {
-          // Codes of three bits lie across bytes.
-          more_[i] = kBits == 3 ? C::load_zero_of(row.zeros, group) : ptx::load1(row.zeros + group * kBits / 8);
-        }
-      }
+      if (has_zeros()) load_zero(row.zeros, group, i);
     }
   }
   // Those that have come, of this lane's rows.
@@ -272,9 +273,8 @@ class FewScales {
         else if (stored() != Scale::F32) loaded.bits = bits_[i / 2] >> 16 * (i % 2);
       }
       if constexpr (kNested) loaded.more = together ? more_[0] : more_[i];
-      if constexpr (kZeros) loaded.more = p_.planes.zeros == nullptr ? 1u << (kBits - 1) : zero_of(stage, i, together);
-      mine_[i] = C::scale_zero(p_.planes, loaded, stored(), dynamic_map_,
-                               Keeps || !kNested ? nested_offset_ : find_nested_offset());
+      if constexpr (kZeros) loaded.more = has_zeros() ? zero_of(stage, i, together) : 1u << (kBits - 1);
+      mine_[i] = scale_zero(loaded);
     }
     if constexpr (One) {
 #pragma unroll
@@ -290,14 +290,23 @@ class FewScales {
   }
 
  private:
-  BITFOLD_DEVICE auto find_row() const {
-    const int row = lane_ % 4 * 8 + lane_ / 4;
-    return C::scale_row(p_.planes, smaller<int64_t>(first_ + row, p_.n - 1));
+  // A lane has row 8 t + g of its warp's, which is row 8 i + g of tile r where t = 2 r + i.
+  BITFOLD_DEVICE typename C::ScaleRow find_places() const {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+    const int row = thread / kWarp % kFewRowWarps * (kTiles * 16) + lane % 4 * 8 + lane / 4;
+    const int last = static_cast<int>(smaller<int64_t>(p_.n - row0_, kFewRows)) - 1;
+    return C::scale_row(p_.planes, row0_, static_cast<uint32_t>(smaller(row, last)), stored());
   }
-  BITFOLD_DEVICE float find_nested_offset() const {
-    return p_.planes.scale == Scale::Nested ? *p_.planes.nested_offset : 0.0f;
+  BITFOLD_DEVICE Scale stored() const {
+    if (M == Manner::Plain) return C::kStored;
+    if (M == Manner::Full) return C::kNested ? Scale::Nested : C::kStored;
+    return p_.planes.scale;
   }
-  BITFOLD_DEVICE Scale stored() const { return Plain ? C::kStored : p_.planes.scale; }
+  BITFOLD_DEVICE ScaleZero scale_zero(const LoadedScaleZero& loaded) const {
+    const float offset = kNested ? nested_offset_[ptx::lane_id_anew()] : 0.0f;
+    return C::scale_zero(p_.planes, loaded, stored(), dynamic_map_, offset);
+  }
+  BITFOLD_DEVICE bool has_zeros() const { return kZeros && (M == Manner::Full || p_.planes.zeros != nullptr); }
   // Whether one load brings all entries.
   BITFOLD_DEVICE bool together() const { return kEntries > 1 && p_.scales_together; }
 
@@ -306,9 +315,8 @@ class FewScales {
     // Made anew where it would lie on a stack.
     const uint32_t piece = Keeps ? piece_ : static_cast<uint32_t>(ptx::anew(column_warp_) * (kHalf / 32));
     const uint32_t first = piece + static_cast<uint32_t>(stage * (Stage::kColumns / 32));
-    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
-    if (together()) return smaller(first, end + 1 - kHalf / 32) / kPieces + static_cast<uint32_t>(i);
-    return p_.planes.pieces.divide(smaller(first + static_cast<uint32_t>(i * kPieces), end));
+    if (together()) return smaller(first, p_.last_run + 1 - kHalf / 32) / kPieces + static_cast<uint32_t>(i);
+    return p_.planes.pieces.divide(smaller(first + static_cast<uint32_t>(i * kPieces), p_.last_run));
   }
   template <int Bytes>
   BITFOLD_DEVICE void load_bits(const uint8_t* from) {
@@ -324,33 +332,36 @@ class FewScales {
   BITFOLD_DEVICE void load_zeros(const uint8_t* zeros, uint32_t group) {
     if constexpr (kBits == 3) {
 #pragma unroll
-      for (int i = 0; i < kEntries; ++i) more_[i] = C::load_zero_of(zeros, group + static_cast<uint32_t>(i));
+      for (int i = 0; i < kEntries; ++i) load_zero(zeros, group + static_cast<uint32_t>(i), i);
     } else if constexpr (kEntries * kBits > 8) {
       more_[0] = ptx::load2(zeros + group * kBits / 8);
     } else {
       more_[0] = ptx::load1(zeros + group * kBits / 8);
     }
   }
+  // Codes of three bits may lie in two bytes.
+  BITFOLD_DEVICE void load_zero(const uint8_t* zeros, uint32_t group, int i) {
+    const uint32_t bit = group * kBits;
+    more_[i] = ptx::load1(zeros + bit / 8);
+    if constexpr (kBits == 3) behind_[i] = bit % 8 > 8 - kBits ? ptx::load1(zeros + bit / 8 + 1) : 0u;
+  }
   BITFOLD_DEVICE uint32_t zero_of(int stage, int i, bool together) const {
-    if constexpr (kBits == 3) {
-      return more_[i];
-    } else {
-      if (together) return more_[0] >> (group_of(stage, 0) * kBits % 8 + static_cast<uint32_t>(i * kBits)) & kMask;
-      return more_[i] >> group_of(stage, i) * kBits % 8 & kMask;
-    }
+    if (kBits != 3 && together)
+      return more_[0] >> (group_of(stage, 0) * kBits % 8 + static_cast<uint32_t>(i * kBits)) & kMask;
+    uint32_t bits = more_[i];
+    if constexpr (kBits == 3) bits |= behind_[i] << 8;
+    return bits >> group_of(stage, i) * kBits % 8 & kMask;
   }
 
   const TileParameter& p_;
-  const int64_t first_;
-  const int lane_;
+  const int64_t row0_;
   const int column_warp_;
   const uint32_t piece_;  // of 32 columns
-  const float* const dynamic_map_;
-  float nested_offset_ = 0.0f;
-  typename C::ScaleRow row_;
+  const float *const dynamic_map_, *const nested_offset_;
+  typename C::ScaleRow places_;
   // As they were loaded: a scale's bits, or those of all; a zero point with its neighbours, or what multiplies a nested
-  // scale.
-  uint32_t bits_[kEntries], more_[kEntries];
+  // scale; of zero points of three bits the byte behind, too.
+  uint32_t bits_[kEntries], more_[kEntries], behind_[kBits == 3 ? kEntries : 1];
   ScaleZero mine_[kEntries];
   float all_[One ? 2 * kTiles : 1];
 };

@@ -16,7 +16,7 @@ namespace bitfold::cuda {
 
 // Blocks have their scales with them.
 struct NoScales {
-  static constexpr bool kOne = false;
+  static constexpr bool kOne = false, kZeros = false;
 };
 
 // How planes' codes are opened; blocks do it themselves.
@@ -90,13 +90,12 @@ class FewProducts : FewBlock<Row> {
     }
     if constexpr (kPlanes) {
       const bool one = Stage::kColumns == 256 ? p_.wide_groups : p_.whole_units;
-      const bool plain = p_.planes.zeros == nullptr && p_.planes.scale == C::kStored;
-      if (!p_.whole_units) plain ? go_planes<C::kSpan, false, true>() : go_planes<C::kSpan, false, false>();
-      else if (one) plain ? go_planes<kUnitSteps, true, true>() : go_planes<kUnitSteps, true, false>();
-      else plain ? go_planes<kUnitSteps, false, true>() : go_planes<kUnitSteps, false, false>();
+      if (one) go_planes<kUnitSteps, true>();
+      else if (C::kSpan == kUnitSteps || p_.whole_units) go_planes<kUnitSteps, false>();
+      else go_planes<C::kSpan, false>();
     } else {
       NoScales none;
-      go<C::kSpan, false>(none);
+      go<C::kSpan>(none);
     }
     TileSums<0, kFewRows, kFewMultiply>(p_, memory_ + at_.tables, 0).finish([&](float* out) { put_sums(out); });
   }
@@ -106,39 +105,49 @@ class FewProducts : FewBlock<Row> {
   // kept, for tens of clocks each time.
   BITFOLD_DEVICE static int warp() { return kKeepsNumbers ? ptx::shuffle(ptx::warp_id(), 0) : ptx::warp_id(); }
 
-  template <int Span, bool One, bool Plain>
+  // Span: steps that share a scale; One: whether all of a stage do.
+  template <int Span, bool One>
+  BITFOLD_DEVICE void go_planes() {
+    switch (few_manner<C>(p_.planes)) {
+      case Manner::Plain: go_planes<Span, One, Manner::Plain>(); break;
+      case Manner::Full:
+        if constexpr (C::kInteger || C::kNested) go_planes<Span, One, Manner::Full>();
+        break;
+      case Manner::Any: go_planes<Span, One, Manner::Any>(); break;
+    }
+  }
+  template <int Span, bool One, Manner M>
   BITFOLD_DEVICE void go_planes() {
     const float* dynamic_map = nullptr;
     if constexpr (C::kNested) dynamic_map = tables().dynamic_map;
-    FewScales<C, Span, One, Plain, kKeeps> scales(p_, row0_ + first_row(), lane_, column_warp_, dynamic_map);
+    FewScales<C, Span, One, M, kKeeps> scales(p_, row0_, column_warp_, dynamic_map, this->common().nested_offset);
     scales.load(first_);
-    go<Span, kInteger && !Plain>(scales);
+    go<Span>(scales);
   }
 
-  // Span: steps that share a scale; Zeros: whether codes have a zero point of their own.
-  template <int Span, bool Zeros, class Scales>
+  template <int Span, class Scales>
   BITFOLD_DEVICE void go(Scales& scales) {
     Turn turn;
 #pragma unroll 1
     for (int stage = first_; stage < last_; ++stage) {
-      if constexpr (kScalesAhead<Zeros, Scales>) next_scales(scales, stage);
-      ptx::barrier_wait(&this->barriers().full[turn.slot], turn.parity);
+      if constexpr (kScalesAhead<Scales>) next_scales(scales, stage);
+      ptx::barrier_wait(&this->common().full[turn.slot], turn.parity);
       const uint8_t* bytes = this->stage(turn.slot);
       open(bytes, stage);
       const int there = this->units(stage) - column_warp_ * kUnits;
       // Without a branch the next unit's loads come before this one's products.
       const bool all = kPlanes && kKeepsNumbers && !Scales::kOne && there >= kUnits;
 #pragma unroll
-      for (int unit = 0; all && unit < kUnits; ++unit) multiply<Span, Zeros>(scales, stage, unit, bytes);
+      for (int unit = 0; all && unit < kUnits; ++unit) multiply<Span>(scales, stage, unit, bytes);
 #pragma unroll
       for (int unit = 0; !all && unit < kUnits; ++unit) {
-        if (unit < there) multiply<Span, Zeros>(scales, stage, unit, bytes);
+        if (unit < there) multiply<Span>(scales, stage, unit, bytes);
       }
       if constexpr (C::kMins > 0) {
         if (stage % kFewColumnWarps == column_warp_) subtract_mins(bytes);
       }
       ptx::sync_warp();  // all lanes have looked at all of the stage that they will
-      if (lane_now() == 0) ptx::barrier_arrive(&this->barriers().empty[turn.slot]);
+      if (lane_now() == 0) ptx::barrier_arrive(&this->common().empty[turn.slot]);
       turn.next(p_.shape.w_stages);
     }
   }
@@ -202,13 +211,13 @@ class FewProducts : FewBlock<Row> {
   }
 
   // The operands of one of the warp's units, and what their sums are multiplied with.
-  template <int Span, bool Zeros, class Scales>
+  template <int Span, class Scales>
   BITFOLD_DEVICE void decode(Scales& scales, int stage, int unit, const uint8_t* bytes,
                              uint32_t (&a)[kTiles][kUnitSteps][4], float (&scale)[kTiles][kUnitSteps / Span][2]) const {
     if constexpr (kPlanes) {
       uint32_t words[kTiles][2][4];
       load_words(bytes, column_warp_ * kUnits + unit, words);
-      if (!kScalesAhead<Zeros, Scales> && kScalesFirst<Zeros> && unit == 0) next_scales(scales, stage);
+      if (!kScalesAhead<Scales> && kScalesFirst<Scales> && unit == 0) next_scales(scales, stage);
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
@@ -216,7 +225,7 @@ class FewProducts : FewBlock<Row> {
           uint32_t zero = 0x00010001u << (kBits - 1);
 #pragma unroll
           for (int s = 0; s < kUnitSteps; ++s) {
-            if (Zeros && s % Span == 0)
+            if (Scales::kZeros && s % Span == 0)
               zero = scales.zero(Scales::kOne ? 0 : unit * (kUnitSteps / Span) + s / Span, r, i);
             const uint32_t* word = words[r][i] + C::word_of(s);
             a[r][s][kLow0 + i] = Codes::value(word, C::of_word(s), 0, zero, tables());
@@ -244,10 +253,10 @@ class FewProducts : FewBlock<Row> {
 
   // Scales are looked at when nothing else of the stage can go on without them, or first, where zero points are needed
   // or registers are few; one for all of a stage before it has come.
-  template <bool Zeros, class Scales>
-  static constexpr bool kScalesAhead = Scales::kOne && !Zeros;
-  template <bool Zeros>
-  static constexpr bool kScalesFirst = Zeros || !kKeeps;
+  template <class Scales>
+  static constexpr bool kScalesAhead = Scales::kOne && !Scales::kZeros;
+  template <class Scales>
+  static constexpr bool kScalesFirst = Scales::kZeros || !kKeeps;
   template <class Scales>
   BITFOLD_DEVICE void next_scales(Scales& scales, int stage) const {
     scales.open(stage);
@@ -255,30 +264,35 @@ class FewProducts : FewBlock<Row> {
   }
 
   // One unit of the warp's rows with all tokens.
-  template <int Span, bool Zeros, class Scales>
+  template <int Span, class Scales>
   BITFOLD_DEVICE void multiply(Scales& scales, int stage, int unit, const uint8_t* bytes) {
+    // Groups of tokens whose products take turns: one where a unit's scales leave no registers for two, as the machine
+    // code says.
+    constexpr bool kMany = kPlanes ? Span < kUnitSteps || (kBits < 4 && Scales::kZeros && !Scales::kOne)
+                                   : Row == kQ4_1 || Row == kQ5_1 || Row == kIq4Xs || Row == kMxfp4;
+    constexpr int kTurns = Groups > 2 && kMany ? 1 : 2;
     uint32_t a[kTiles][kUnitSteps][4];
     float scale[kTiles][kUnitSteps / Span][2];
-    decode<Span, Zeros>(scales, stage, unit, bytes, a, scale);
+    decode<Span>(scales, stage, unit, bytes, a, scale);
     // [group][2][lane]
     const int block = column_warp_ * kUnits + unit;
     const auto* x = reinterpret_cast<const uint4*>(bytes + at_.x + block * kUnitBytesOfX) + lane_now();
 #pragma unroll
-    for (int pair = 0; pair < Groups; pair += 2) {
-      // Never; but so the compiler doesn't mix both pairs, for which there are no registers.
-      if (Groups > 2 && pair >= p_.groups) break;
-      uint32_t b[2][kUnitSteps][2];
+    for (int group = 0; group < Groups; group += kTurns) {
+      // Never; but so the compiler doesn't mix those of more, for which there are no registers.
+      if (Groups > 2 && group >= p_.groups) break;
+      uint32_t b[kTurns][kUnitSteps][2];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const uint4 b0 = x[64 * (pair + j)], b1 = x[64 * (pair + j) + 32];
+      for (int j = 0; j < kTurns; ++j) {
+        const uint4 b0 = x[64 * (group + j)], b1 = x[64 * (group + j) + 32];
         b[j][0][0] = b0.x, b[j][0][1] = b0.y, b[j][1][0] = b0.z, b[j][1][1] = b0.w;
         b[j][2][0] = b1.x, b[j][2][1] = b1.y, b[j][3][0] = b1.z, b[j][3][1] = b1.w;
       }
-      float part[kTiles][2][4];
+      float part[kTiles][kTurns][4];
 #pragma unroll
       for (int s = 0; s < kUnitSteps; ++s) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < kTurns; ++j) {
 #pragma unroll
           for (int r = 0; r < kTiles; ++r) {
             if (s % Span == 0) ptx::mma_f16_zero(part[r][j], a[r][s], b[j][s]);
@@ -287,7 +301,7 @@ class FewProducts : FewBlock<Row> {
         }
         if (s % Span < Span - 1) continue;
         if constexpr (kPlanes) {
-          if (!kScalesAhead<Zeros, Scales> && !kScalesFirst<Zeros> && unit == 0 && pair == 0 && s == Span - 1)
+          if (!kScalesAhead<Scales> && !kScalesFirst<Scales> && unit == 0 && group == 0 && s == Span - 1)
             next_scales(scales, stage);
 #pragma unroll
           for (int r = 0; r < kTiles; ++r) {
@@ -298,9 +312,9 @@ class FewProducts : FewBlock<Row> {
           }
         }
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < kTurns; ++j) {
 #pragma unroll
-          for (int r = 0; r < kTiles; ++r) add_scaled(sums_[r][pair + j], part[r][j], scale[r][s / Span]);
+          for (int r = 0; r < kTiles; ++r) add_scaled(sums_[r][group + j], part[r][j], scale[r][s / Span]);
         }
       }
     }
@@ -378,11 +392,15 @@ class FewProducts : FewBlock<Row> {
 template <int Row>
 BITFOLD_DEVICE void linear_few(const TileParameter& p) {
   constexpr FewSize kSize = few_size_of<Row>();
-  auto& barriers = *reinterpret_cast<FewBarriers*>(shared<Bytes>().bytes);
+  auto& common = *reinterpret_cast<FewCommon*>(shared<Bytes>().bytes);
+  if constexpr (Chunk<Row>::kPlanes) {
+    if (p.planes.scale == Scale::Nested && threadIdx.x < kWarp)
+      common.nested_offset[threadIdx.x] = *p.planes.nested_offset;
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.shape.w_stages; ++i) {
-      ptx::barrier_init(&barriers.full[i], FewCopies<Row>::kArrivals);
-      ptx::barrier_init(&barriers.empty[i], kFewWarps);
+      ptx::barrier_init(&common.full[i], FewCopies<Row>::kArrivals);
+      ptx::barrier_init(&common.empty[i], kFewWarps);
     }
     ptx::fence_barrier_init();
   }

@@ -123,12 +123,11 @@ class Tile : TileCopies<Row, Tokens> {
     else return find_scale_row();
   }
   BITFOLD_DEVICE void load_scales() {
-    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
     const auto row = scale_row();
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       if (i > 0 && p_.whole_units) break;
-      const uint32_t piece = smaller(static_cast<uint32_t>(2 * scales_unit_ + i), end);
+      const uint32_t piece = smaller(static_cast<uint32_t>(2 * scales_unit_ + i), p_.last_run);
       loaded_[i] = C::load_scale(p_.planes, row, p_.planes.pieces.divide(piece));
     }
     scales_unit_ += kColumnWarps;

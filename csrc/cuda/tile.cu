@@ -213,6 +213,7 @@ void linear_tile(const LinearArgs& args, void* workspace, Stream stream) {
       .n = args.w.n,
       .k = args.w.k,
       .chunks = static_cast<int>(ceil_div<int64_t>(args.w.k, size.columns)),
+      .last_run = static_cast<uint32_t>((args.w.k - 1) / 32),
       .in_words = unit.in_words(args.w),
       .planes = unit.planes(args.w),
       .wide_groups = args.w.format.group < 1 || args.w.format.group % 128 == 0,

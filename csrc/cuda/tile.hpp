@@ -113,8 +113,9 @@ struct TileParameter {
   int64_t row_bytes;
   int64_t n;
   int64_t k;
-  int chunks;     // of a row
-  bool in_words;  // whether rows start where their chunks' loads want them to; else bytes are moved there
+  int chunks;         // of a row
+  uint32_t last_run;  // its last 32 columns', counting from 0
+  bool in_words;      // whether rows start where their chunks' loads want them to; else bytes are moved there
   PlaneMatrix planes;
   bool wide_groups;  // whether 128 columns share a scale
   bool whole_units;  // whether 64 do

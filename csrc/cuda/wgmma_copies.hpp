@@ -112,7 +112,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   template <int Scales>
   BITFOLD_DEVICE void bring_w() {
     if constexpr (C::kPlanes) {
-      if (p_.planes.scale == C::kStored && (Scales == 1 || p_.scales_together)) {
+      if (C::usual(p_.planes.scale) && (Scales == 1 || p_.scales_together)) {
         if (p_.planes.zeros == nullptr) return bring_w<Scales, Stored::Usual>();
         if constexpr (kLateZeros) return bring_w<Scales, Stored::WithZeros>();
       }
@@ -122,8 +122,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     }
     bring_w<Scales, Stored::Any>();
   }
-  // Those of 128 columns lie together, stored as the format's usually are, and there are no zero points, or there are;
-  // or they are nested, and several of them; or nothing is known.
+  // Those of 128 columns lie together, stored as the format's usually are (chunk_planes.hpp), and there are no zero
+  // points, or there are; or they are nested, and several of them; or nothing is known.
   enum class Stored : uint8_t { Usual, WithZeros, Nested, Any };
   template <int Scales, Stored S>
   BITFOLD_DEVICE void bring_w() {
@@ -297,13 +297,12 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   // Of its scale s.
   template <int Scales>
   BITFOLD_DEVICE uint32_t group_of(int chunk, unsigned i, int s) const {
-    const auto end = static_cast<uint32_t>((p_.k - 1) / 32);
-    return p_.planes.pieces.divide(smaller(quad_of(chunk, i) + kQuad / Scales * s, end));
+    return p_.planes.pieces.divide(smaller(quad_of(chunk, i) + kQuad / Scales * s, p_.last_run));
   }
   // The first, where groups have 32 or 64 columns and k whole quads.
   template <int Scales>
   BITFOLD_DEVICE uint32_t group_of_quad(int chunk, unsigned i) const {
-    return smaller(quad_of(chunk, i), static_cast<uint32_t>(p_.k / 32) - kQuad) / (kQuad / Scales);
+    return smaller(quad_of(chunk, i), p_.last_run + 1 - kQuad) / (kQuad / Scales);
   }
   template <int Scales>
   BITFOLD_DEVICE static void load_zeros(const uint8_t* from, LoadedScaleZero (&loaded)[Scales]) {

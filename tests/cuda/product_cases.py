@@ -68,6 +68,7 @@ FEW = [  # the largest first, as above
       for format, dtype in (("int4-g128-asym", "bf16"), ("int3-g64", "fp16"), ("int8-channel", "bf16"))),
     *(product(format, m, 40, 640, multiprocessors=1)  # one load for all scales; the last stage is half of one
       for format in ("int4-g32", "int4-g32-asym", "int4-g64-asym", "nf4-b32", "nf4-b64-dq") for m in (11, 26)),
+    product("int4-g64-asym-sbf16", 14, 40, 640, multiprocessors=1),  # scales in the other 16 bits
     *(product(format, 25, 256, 288) for format in ("int4-g32", "q4_0", "q8_0")),  # whole rows end within a stage
 ]  # fmt: skip
 WGMMA = [  # the largest first, as above
