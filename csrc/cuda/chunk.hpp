@@ -16,7 +16,7 @@
 //     static constexpr int kAlign;    // what its first byte is aligned to, at least
 //     static constexpr int kSpan;     // steps that share a scale: 1, 2 or 4
 //     static constexpr int kMins;     // sub-blocks with minima, 0, 8 or 16: a step of its own (mins)
-//     static constexpr int kTables;   // bytes that fill(row of the format, bytes, thread, threads) makes for all warps
+//     static constexpr int kTables;   // bytes that fill(matrix, bytes, thread, threads) makes for all warps
 //     static constexpr int column(int unit, int step, int t, int half);  // of half h of b_r, half = 2 r + h
 //     struct Head;                    // what all units of a row's chunk share
 //     static Head head(const uint8_t* chunk);

@@ -73,8 +73,18 @@ struct PlaneChunk {
     }
   }
 
-  BITFOLD_DEVICE static uint32_t load_zero_of(const uint8_t* zeros, uint32_t group) {
-    return read_code(zeros, group, kBits, false);
+  // The byte that a zero point begins in, and of those of three bits the next, which may have some of it: to be put
+  // together when they have come.
+  BITFOLD_DEVICE static void load_zero(const uint8_t* zeros, uint32_t group, uint32_t& byte, uint32_t& behind) {
+    const uint32_t bit = group * kBits;
+    byte = ptx::load1(zeros + bit / 8);
+    behind = 0;
+    if constexpr (kBits == 3) {
+      if (bit % 8 > 8 - kBits) behind = ptx::load1(zeros + bit / 8 + 1);
+    }
+  }
+  BITFOLD_DEVICE static uint32_t zero_of(uint32_t byte, uint32_t behind, uint32_t group) {
+    return (byte | behind << 8) >> group * kBits % 8 & ((1u << kBits) - 1);
   }
   // Where a row's scales and zero points begin.
   struct ScaleRow {
@@ -93,12 +103,9 @@ struct PlaneChunk {
     if constexpr (kInteger) zeros = w.zeros + row0 * w.row_zeros + int64_t{row} * static_cast<uint32_t>(w.row_zeros);
     return {w.scales + first * bytes + more * bytes, zeros, kNested ? first + more : 0};
   }
-  BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, const ScaleRow& row, uint32_t group) {
-    return load_scale(w, row, group, w.scale, w.zeros != nullptr);
-  }
-  // Where it is known how the matrix stores scales, and whether there are zero points.
+  // Stored: as the matrix has its scales. Without zero points, in whose place is what codes have without them.
   BITFOLD_DEVICE static LoadedScaleZero load_scale(const PlaneMatrix& w, const ScaleRow& row, uint32_t group,
-                                                   Scale stored, bool zeros) {
+                                                   Scale stored) {
     LoadedScaleZero loaded{};
     if (stored == Scale::F32) loaded.bits = ptx::load4(row.scales + 4 * group);
     else if (kNested && stored == Scale::Nested) loaded.bits = ptx::load1(row.scales + group);
@@ -106,31 +113,22 @@ struct PlaneChunk {
     if constexpr (kNested) {
       if (stored == Scale::Nested) loaded.more = ptx::load4(w.nested_scales + (row.first + group) / kNestedGroup);
     }
-    if constexpr (kInteger) {
-      loaded.more = !zeros ? 1u << (kBits - 1) : load_zero_of(row.zeros, group);
-    }
+    if constexpr (kInteger) loaded.more = 1u << (kBits - 1);
     return loaded;
-  }
-  BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded) {
-    return scale_zero(w, loaded, w.scale);
-  }
-  BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded, Scale stored) {
-    const bool nested = kNested && stored == Scale::Nested;
-    return scale_zero(w, loaded, stored, &kDynamicMap[0], nested ? *w.nested_offset : 0.0f);
   }
   // Whether these are the format's usual scales: both kinds of 16 bits are, which are loaded alike.
   BITFOLD_DEVICE static bool usual(Scale scale) {
     return scale == kStored || (kStored == Scale::F16 && scale == Scale::BF16);
   }
-  // Where the meaning of nested scales lies nearer.
+  // map: what codes of nested scales mean; offset: what is added to them.
   BITFOLD_DEVICE static ScaleZero scale_zero(const PlaneMatrix& w, const LoadedScaleZero& loaded, Scale stored,
-                                             const float* dynamic_map, float nested_offset) {
+                                             const float* map, float offset) {
     float scale;
     if (stored == Scale::F32) scale = ptx::uint_as_float(loaded.bits);
     else if (stored == Scale::F16 && w.scale != Scale::BF16)
       scale = ptx::half_to_float(static_cast<uint16_t>(loaded.bits));
     else if (!kNested || stored != Scale::Nested) scale = ptx::bf16_to_float(static_cast<uint16_t>(loaded.bits));
-    else scale = ptx::add(ptx::mul(dynamic_map[loaded.bits], ptx::uint_as_float(loaded.more)), nested_offset);
+    else scale = ptx::add(ptx::mul(map[loaded.bits], ptx::uint_as_float(loaded.more)), offset);
     return {scale * (Codes::kUnit * kDown), loaded.more * 0x00010001u};
   }
 };
@@ -152,10 +150,14 @@ struct Chunk<kE5m2> : PlaneChunk<kE5m2> {};
 // at 128 e + 4 l.
 template <>
 struct Chunk<kNf4> : PlaneChunk<kNf4> {
-  static constexpr int kTables = 256 * kWarp * 4;
-  BITFOLD_DEVICE static void fill(int row, uint8_t* tables, int thread, int threads) {
+  static constexpr int kPairs = 256 * kWarp, kTables = kPairs * 4 + static_cast<int>(sizeof(NestedScales));
+  BITFOLD_DEVICE static void fill(const PlaneMatrix& w, uint8_t* tables, int thread, int threads) {
     auto* pairs = reinterpret_cast<uint32_t*>(tables);
-    for (int i = thread; i < 256 * kWarp; i += threads) pairs[i] = codebook_pair(row, static_cast<uint32_t>(i / kWarp));
+    for (int i = thread; i < kPairs; i += threads) pairs[i] = codebook_pair(w.row, static_cast<uint32_t>(i / kWarp));
+    reinterpret_cast<NestedScales*>(pairs + kPairs)->fill(w.nested_offset, thread, threads);
+  }
+  BITFOLD_DEVICE static const NestedScales* nested(const uint8_t* tables) {
+    return reinterpret_cast<const NestedScales*>(tables + kPairs * 4);
   }
   BITFOLD_DEVICE static void unit(const Lane& lane, const Head&, int unit, Operands<2>& out) {
     operands(lane, unit, lane.scales[2 * unit], lane.scales[2 * unit + 1], out);

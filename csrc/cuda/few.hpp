@@ -17,7 +17,7 @@ inline constexpr int kFewWarps = kFewRowWarps * kFewColumnWarps, kFewMultiply = 
 inline constexpr int kFewCopy = 4 * kWarp;
 inline constexpr int kFewThreads = kFewMultiply + kFewCopy;
 inline constexpr int kFewRows = kFewRowWarps * kTiles * 16;
-inline constexpr int kFewStages = 6, kFewCommonBytes = 256;
+inline constexpr int kFewStages = 6, kFewBarrierBytes = 128;
 
 // Registers of a thread: as a block begins, as they are for those who multiply, and for those who copy.
 inline constexpr int kFewAtStart = 65536 / kFewThreads / 8 * 8;
@@ -46,7 +46,7 @@ struct FewPlaces {
 };
 BITFOLD_HOST_DEVICE constexpr FewPlaces few_places(const FewSize& size, int groups, int stages) {
   FewPlaces at{};
-  at.tables = kFewCommonBytes;
+  at.tables = kFewBarrierBytes;
   at.stages = at.tables + size.tables;
   at.x = kFewRows * size.stride;
   at.sums = at.x + size.columns / kUnit * groups * kUnitBytes;

@@ -7,12 +7,11 @@
 
 namespace bitfold::cuda {
 
-// Of the stages: filled, and free again; and what is added to nested scales.
-struct FewCommon {
+// Of the stages: filled, and free again.
+struct FewBarriers {
   ptx::Barrier full[kFewStages], empty[kFewStages];
-  float nested_offset[kWarp];  // for each lane
 };
-static_assert(sizeof(FewCommon) <= kFewCommonBytes);
+static_assert(sizeof(FewBarriers) <= kFewBarrierBytes);
 
 // What a block of threads has, and where it lies.
 template <int Row>
@@ -31,7 +30,7 @@ class FewBlock {
         first_(static_cast<int>(int64_t{stages_} * blockIdx.y / p.shape.splits)),
         last_(static_cast<int>(int64_t{stages_} * (blockIdx.y + 1) / p.shape.splits)) {}
 
-  BITFOLD_DEVICE FewCommon& common() const { return *reinterpret_cast<FewCommon*>(memory_); }
+  BITFOLD_DEVICE FewBarriers& barriers() const { return *reinterpret_cast<FewBarriers*>(memory_); }
   BITFOLD_DEVICE uint8_t* stage(int slot) const { return memory_ + at_.stages + slot * at_.stage; }
   // Units of a stage that there are: the last may have fewer.
   BITFOLD_DEVICE int units(int stage) const {
@@ -75,7 +74,7 @@ class FewCopies : FewBlock<Row> {
   // W doesn't wait for the kernel before, whose is x (arrange.cu): until that has ended it comes alone, as far as there
   // are stages.
   BITFOLD_DEVICE void run() {
-    FewCommon& common = this->common();
+    FewBarriers& barriers = this->barriers();
     const int with_x = smaller(first_ + p_.shape.w_stages, last_) - 1;  // the stage after which x comes, too
     // A row's last stage may end within it, and the matrix's last row within a piece.
     const bool ends = stages_ * int64_t{Stage::kBytes} > p_.row_bytes || (Stage::kSkewed && row0_ + kFewRows >= p_.n);
@@ -85,9 +84,9 @@ class FewCopies : FewBlock<Row> {
     int left = last_ - first_;
 #pragma unroll 1
     for (int stage = first_; left > 0; ++stage, --left) {
-      ptx::Barrier* full = &common.full[turn.slot];
+      ptx::Barrier* full = &barriers.full[turn.slot];
       uint8_t* to = this->stage(turn.slot);
-      ptx::barrier_wait(&common.empty[turn.slot], turn.parity ^ 1);
+      ptx::barrier_wait(&barriers.empty[turn.slot], turn.parity ^ 1);
       if (thread_ == 0 && stage >= with_x) {
         if (stage == with_x) begin_x(with_x);
         copy_x(stage, to, full);
@@ -187,7 +186,7 @@ class FewCopies : FewBlock<Row> {
     ptx::let_later_begin();
 #pragma unroll 1
     for (int stage = first_; stage < end; ++stage) {
-      copy_x(stage, this->stage(stage - first_), &this->common().full[stage - first_]);
+      copy_x(stage, this->stage(stage - first_), &this->barriers().full[stage - first_]);
     }
   }
   // x of a stage's units, and its sums, lie together.
@@ -228,16 +227,13 @@ class FewScales {
  public:
   static constexpr bool kOne = One, kZeros = C::kInteger && M != Manner::Plain;
 
-  // row0: the block's first row. dynamic_map: what codes of nested scales mean; nested_offset: what is added to them,
-  // for each lane. Both are in shared memory.
-  BITFOLD_DEVICE FewScales(const TileParameter& p, int64_t row0, int column_warp, const float* dynamic_map,
-                           const float* nested_offset)
+  // row0: the block's first row; nested: what nested scales take.
+  BITFOLD_DEVICE FewScales(const TileParameter& p, int64_t row0, int column_warp, const NestedScales* nested)
       : p_(p),
         row0_(row0),
         column_warp_(column_warp),
         piece_(static_cast<uint32_t>(column_warp * kHalf / 32)),
-        dynamic_map_(dynamic_map),
-        nested_offset_(nested_offset) {
+        nested_(nested) {
     if constexpr (Keeps) places_ = find_places();
   }
 
@@ -259,12 +255,14 @@ class FewScales {
       else if (kNested && stored() == Scale::Nested) bits_[i] = ptx::load1(row.scales + group);
       else bits_[i] = ptx::load2(row.scales + 2 * group);
       if (kNested && stored() == Scale::Nested) more_[i] = load_nested(row, group);
-      if (has_zeros()) load_zero(row.zeros, group, i);
+      if (has_zeros()) C::load_zero(row.zeros, group, more_[i], behind_[kBits == 3 ? i : 0]);
     }
   }
   // Those that have come, of this lane's rows.
   BITFOLD_DEVICE void open(int stage) {
     const bool together = this->together();
+    const float* map = kNested ? nested_->map : nullptr;
+    const float offset = kNested ? nested_->mine() : 0.0f;
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
       LoadedScaleZero loaded{.bits = bits_[i], .more = 0};
@@ -274,7 +272,7 @@ class FewScales {
       }
       if constexpr (kNested) loaded.more = together ? more_[0] : more_[i];
       if constexpr (kZeros) loaded.more = has_zeros() ? zero_of(stage, i, together) : 1u << (kBits - 1);
-      mine_[i] = scale_zero(loaded);
+      mine_[i] = C::scale_zero(p_.planes, loaded, stored(), map, offset);
     }
     if constexpr (One) {
 #pragma unroll
@@ -302,10 +300,6 @@ class FewScales {
     if (M == Manner::Full) return C::kNested ? Scale::Nested : C::kStored;
     return p_.planes.scale;
   }
-  BITFOLD_DEVICE ScaleZero scale_zero(const LoadedScaleZero& loaded) const {
-    const float offset = kNested ? nested_offset_[ptx::lane_id_anew()] : 0.0f;
-    return C::scale_zero(p_.planes, loaded, stored(), dynamic_map_, offset);
-  }
   BITFOLD_DEVICE bool has_zeros() const { return kZeros && (M == Manner::Full || p_.planes.zeros != nullptr); }
   // Whether one load brings all entries.
   BITFOLD_DEVICE bool together() const { return kEntries > 1 && p_.scales_together; }
@@ -332,32 +326,24 @@ class FewScales {
   BITFOLD_DEVICE void load_zeros(const uint8_t* zeros, uint32_t group) {
     if constexpr (kBits == 3) {
 #pragma unroll
-      for (int i = 0; i < kEntries; ++i) load_zero(zeros, group + static_cast<uint32_t>(i), i);
+      for (int i = 0; i < kEntries; ++i) C::load_zero(zeros, group + static_cast<uint32_t>(i), more_[i], behind_[i]);
     } else if constexpr (kEntries * kBits > 8) {
       more_[0] = ptx::load2(zeros + group * kBits / 8);
     } else {
       more_[0] = ptx::load1(zeros + group * kBits / 8);
     }
   }
-  // Codes of three bits may lie in two bytes.
-  BITFOLD_DEVICE void load_zero(const uint8_t* zeros, uint32_t group, int i) {
-    const uint32_t bit = group * kBits;
-    more_[i] = ptx::load1(zeros + bit / 8);
-    if constexpr (kBits == 3) behind_[i] = bit % 8 > 8 - kBits ? ptx::load1(zeros + bit / 8 + 1) : 0u;
-  }
   BITFOLD_DEVICE uint32_t zero_of(int stage, int i, bool together) const {
     if (kBits != 3 && together)
       return more_[0] >> (group_of(stage, 0) * kBits % 8 + static_cast<uint32_t>(i * kBits)) & kMask;
-    uint32_t bits = more_[i];
-    if constexpr (kBits == 3) bits |= behind_[i] << 8;
-    return bits >> group_of(stage, i) * kBits % 8 & kMask;
+    return C::zero_of(more_[i], behind_[kBits == 3 ? i : 0], group_of(stage, i));
   }
 
   const TileParameter& p_;
   const int64_t row0_;
   const int column_warp_;
   const uint32_t piece_;  // of 32 columns
-  const float *const dynamic_map_, *const nested_offset_;
+  const NestedScales* const nested_;
   typename C::ScaleRow places_;
   // As they were loaded: a scale's bits, or those of all; a zero point with its neighbours, or what multiplies a nested
   // scale; of zero points of three bits the byte behind, too.

@@ -88,7 +88,10 @@ class PlaneFragments {
 
   using Tables = typename Codes::Tables;
   BITFOLD_DEVICE static void fill(const Matrix& w, Tables& tables, int thread, int threads) {
-    if constexpr (kFormats[Row].grid == Grid::Codebook) tables.fill(w.row, thread, threads);
+    if constexpr (kFormats[Row].grid == Grid::Codebook) {
+      tables.fill(w.row, thread, threads);
+      tables.nested.fill(w.nested_offset, thread, threads);
+    }
   }
 
   BITFOLD_DEVICE static Manner manner(const Matrix& w) {
@@ -273,7 +276,7 @@ class PlaneFragments {
           if constexpr (kNested) {
             const auto code = static_cast<uint8_t>(from[(scale_ + slot.group) % 4 + section]);
             const float factor = *reinterpret_cast<const float*>(slot.room + kNestedScales + row * 4);
-            scales.of[i] = ptx::add(ptx::mul(tables_->dynamic_map[code], factor), ptx::uint_as_float(nested_offset_));
+            scales.of[i] = ptx::add(ptx::mul(tables_->nested.map[code], factor), ptx::uint_as_float(nested_offset_));
           }
           break;
         }

@@ -118,9 +118,9 @@ class FewProducts : FewBlock<Row> {
   }
   template <int Span, bool One, Manner M>
   BITFOLD_DEVICE void go_planes() {
-    const float* dynamic_map = nullptr;
-    if constexpr (C::kNested) dynamic_map = tables().dynamic_map;
-    FewScales<C, Span, One, M, kKeeps> scales(p_, row0_, column_warp_, dynamic_map, this->common().nested_offset);
+    const NestedScales* nested = nullptr;
+    if constexpr (C::kNested) nested = &tables().nested;
+    FewScales<C, Span, One, M, kKeeps> scales(p_, row0_, column_warp_, nested);
     scales.load(first_);
     go<Span>(scales);
   }
@@ -131,7 +131,7 @@ class FewProducts : FewBlock<Row> {
 #pragma unroll 1
     for (int stage = first_; stage < last_; ++stage) {
       if constexpr (kScalesAhead<Scales>) next_scales(scales, stage);
-      ptx::barrier_wait(&this->common().full[turn.slot], turn.parity);
+      ptx::barrier_wait(&this->barriers().full[turn.slot], turn.parity);
       const uint8_t* bytes = this->stage(turn.slot);
       open(bytes, stage);
       const int there = this->units(stage) - column_warp_ * kUnits;
@@ -147,7 +147,7 @@ class FewProducts : FewBlock<Row> {
         if (stage % kFewColumnWarps == column_warp_) subtract_mins(bytes);
       }
       ptx::sync_warp();  // all lanes have looked at all of the stage that they will
-      if (lane_now() == 0) ptx::barrier_arrive(&this->common().empty[turn.slot]);
+      if (lane_now() == 0) ptx::barrier_arrive(&this->barriers().empty[turn.slot]);
       turn.next(p_.shape.w_stages);
     }
   }
@@ -392,15 +392,15 @@ class FewProducts : FewBlock<Row> {
 template <int Row>
 BITFOLD_DEVICE void linear_few(const TileParameter& p) {
   constexpr FewSize kSize = few_size_of<Row>();
-  auto& common = *reinterpret_cast<FewCommon*>(shared<Bytes>().bytes);
-  if constexpr (Chunk<Row>::kPlanes) {
-    if (p.planes.scale == Scale::Nested && threadIdx.x < kWarp)
-      common.nested_offset[threadIdx.x] = *p.planes.nested_offset;
+  auto& barriers = *reinterpret_cast<FewBarriers*>(shared<Bytes>().bytes);
+  if constexpr (kFormats[Row].nested) {
+    auto& tables = *reinterpret_cast<FewTables<Row>*>(shared<Bytes>().bytes + kFewBarrierBytes);
+    tables.nested.fill(p.planes.nested_offset, static_cast<int>(threadIdx.x), kFewThreads);
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.shape.w_stages; ++i) {
-      ptx::barrier_init(&common.full[i], FewCopies<Row>::kArrivals);
-      ptx::barrier_init(&common.empty[i], kFewWarps);
+      ptx::barrier_init(&barriers.full[i], FewCopies<Row>::kArrivals);
+      ptx::barrier_init(&barriers.empty[i], kFewWarps);
     }
     ptx::fence_barrier_init();
   }

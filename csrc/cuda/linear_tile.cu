@@ -61,7 +61,7 @@ class Tile : TileCopies<Row, Tokens> {
 
   BITFOLD_DEVICE void run() {
     if constexpr (C::kTables > 0) {
-      C::fill(p_.planes.row, memory_ + at_.tables, static_cast<int>(threadIdx.x), kTileThreads);
+      C::fill(p_.planes, memory_ + at_.tables, static_cast<int>(threadIdx.x), kTileThreads);
     }
     ptx::wait_for_earlier();
     ptx::let_later_begin();
@@ -127,17 +127,38 @@ class Tile : TileCopies<Row, Tokens> {
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       if (i > 0 && p_.whole_units) break;
-      const uint32_t piece = smaller(static_cast<uint32_t>(2 * scales_unit_ + i), p_.last_run);
-      loaded_[i] = C::load_scale(p_.planes, row, p_.planes.pieces.divide(piece));
+      const uint32_t group = group_of(scales_unit_, i);
+      loaded_[i] = C::load_scale(p_.planes, row, group, p_.planes.scale);
+      if constexpr (C::kInteger) {
+        if (p_.planes.zeros != nullptr) C::load_zero(row.zeros, group, loaded_[i].more, behind_[C::kBits == 3 ? i : 0]);
+      }
     }
     scales_unit_ += kColumnWarps;
+  }
+  // Of a unit's scale i.
+  BITFOLD_DEVICE uint32_t group_of(int unit, int i) const {
+    return p_.planes.pieces.divide(smaller(static_cast<uint32_t>(2 * unit + i), p_.last_run));
   }
   // This unit's of the rows that the lane multiplies; asks for those of the warp's next unit.
   template <int Count>
   BITFOLD_DEVICE void take_scales(ScaleZero (&scales)[kTiles][2][Count]) {
     ScaleZero mine[Count];
+    const float* map = nullptr;
+    float offset = 0.0f;
+    if constexpr (C::kNested) {
+      const NestedScales* nested = C::nested(memory_ + at_.tables);
+      map = nested->map;
+      if (p_.planes.scale == Scale::Nested) offset = nested->mine();
+    }
 #pragma unroll
-    for (int s = 0; s < Count; ++s) mine[s] = C::scale_zero(p_.planes, loaded_[s]);
+    for (int s = 0; s < Count; ++s) {
+      if constexpr (C::kInteger) {
+        uint32_t& zero = loaded_[s].more;
+        if (p_.planes.zeros != nullptr)
+          zero = C::zero_of(zero, behind_[C::kBits == 3 ? s : 0], group_of(scales_unit_ - kColumnWarps, s));
+      }
+      mine[s] = C::scale_zero(p_.planes, loaded_[s], p_.planes.scale, map, offset);
+    }
     load_scales();
 #pragma unroll
     for (int row = 0; row < 2 * kTiles; ++row) {
@@ -303,6 +324,7 @@ class Tile : TileCopies<Row, Tokens> {
   float sums_[kTiles][kGroups][4];
   // Of planes: scales of the warp's next unit, and which comes after it.
   LoadedScaleZero loaded_[kScales];
+  uint32_t behind_[kScales];  // of zero points of three bits: the byte behind
   int scales_unit_;
   typename ScaleRowOf<C>::Type scale_row_;
 };

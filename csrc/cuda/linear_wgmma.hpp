@@ -303,11 +303,8 @@ BITFOLD_DEVICE void linear_wgmma(const TileParameter& p) {
   auto& head = *reinterpret_cast<WgmmaHead*>(memory);
   const auto thread = static_cast<int>(threadIdx.x);
   if constexpr (C::kTables > 0) {
-    C::fill(p.planes.row, memory + wgmma_places(chunk_size<C>(), wgmma_rows(Quarters), kQuarter, 0, 0).tables, thread,
+    C::fill(p.planes, memory + wgmma_places(chunk_size<C>(), wgmma_rows(Quarters), kQuarter, 0, 0).tables, thread,
             kWgmmaThreads<Quarters>);
-  }
-  if constexpr (C::kPlanes) {
-    if (p.planes.scale == Scale::Nested && thread < 256) head.dynamic_map[thread] = kDynamicMap[thread];
   }
   if (thread == 0) {
     for (int i = 0; i < p.shape.x_stages; ++i) {

@@ -137,12 +137,28 @@ BITFOLD_DEVICE uint32_t codebook_pair(int row, uint32_t byte) {
   return codebook_half(row, byte >> 4) | codebook_half(row, byte & 15u) << 16;
 }
 
+// What codes of nested scales mean, and what is added to them: to each lane in a place of its own, so that nobody keeps
+// where that is.
+struct NestedScales {
+  float map[256];
+  float offset[kWarp];
+
+  // offset: null where scales aren't nested.
+  BITFOLD_DEVICE void fill(const float* offset, int thread, int threads) {
+    if (offset == nullptr) return;
+    for (int i = thread; i < 256; i += threads) map[i] = kDynamicMap[static_cast<size_t>(i)];
+    if (thread < kWarp) this->offset[thread] = *offset;
+  }
+  BITFOLD_DEVICE float mine() const { return offset[ptx::lane_id_anew()]; }
+};
+
 // Entry e is the halves of the codes e / 16 and e % 16, once for each lane: lane l finds its own at byte 256 e + 4 l,
 // which one permutation puts together, and always in bank l. Half of the place stays empty.
 struct PairTables {
   uint32_t pairs[256][64];
-  float dynamic_map[256];
+  NestedScales nested;
 
+  // All but the nested ones.
   BITFOLD_DEVICE void fill(int row, int thread, int threads) {
     // A lane has a code's number, so that no warp waits for memory more than once.
     const uint32_t mine = codebook_half(row, static_cast<uint32_t>(thread % 16));
@@ -150,7 +166,6 @@ struct PairTables {
     for (int i = thread / kWarp; i < 256; i += threads / kWarp) {
       pairs[i][thread % kWarp] = ptx::shuffle(mine, i / 16) | ptx::shuffle(mine, i % 16) << 16;
     }
-    for (int i = thread; i < 256; i += threads) dynamic_map[i] = kDynamicMap[static_cast<size_t>(i)];
   }
   // Of byte `byte` of a word.
   BITFOLD_DEVICE uint32_t pair(uint32_t word, int byte) const {

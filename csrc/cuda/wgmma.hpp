@@ -38,11 +38,10 @@ inline constexpr int kDownTo =
     (kAtStart<Quarters> * kWgmmaThreads<Quarters> - kUp<C, Quarters> * kWgmmaMultiply<Quarters>) / kWarpgroup;
 
 // Of the stages of x and W: filled, and free again; whether a stage of W changes a row's power of two, for each tile of
-// 16 rows; and what codes of nested scales mean.
+// 16 rows.
 struct WgmmaHead {
   ptx::Barrier x_full[kWgmmaStages], x_empty[kWgmmaStages], w_full[kWgmmaStages], w_empty[kWgmmaStages];
   alignas(16) uint32_t changes[kWgmmaStages][wgmma_rows(1) / 16];
-  float dynamic_map[256];
 };
 
 // ---- scales on operands ----
@@ -96,8 +95,8 @@ struct WgmmaPlaces {
 BITFOLD_HOST_DEVICE constexpr WgmmaPlaces wgmma_places(ChunkSize size, int rows, int tokens, int x_stages,
                                                        int w_stages) {
   WgmmaPlaces at{};
-  at.out = at.tables = 2048;
-  static_assert(sizeof(WgmmaHead) <= 2048);
+  at.out = at.tables = 1024;
+  static_assert(sizeof(WgmmaHead) <= 1024);
   at.scales = at.tables + size.tables;
   at.sums = at.scales + w_stages * rows * size.row_scales;
   at.x = at.sums + w_stages * (tokens / 8) * size.sums;

@@ -75,6 +75,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
   using Block::kSpans;
   using Block::kUnits;
   using Block::last_;
+  using Block::memory_;
   using Block::p_;
   using Block::quarter0_;
   using Block::quarters_;
@@ -243,8 +244,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 
   static constexpr int kQuad = 4, kQuads = kSpans / kQuad, kBatches = 2, kBatchRows = kRows / kBatches;
   static_assert(kSpans % kQuad == 0);
-  // Zero points stay in their bytes until they are wanted, so that nothing waits for them before; those of 3 bits may
-  // lie in two.
+  // Zero points stay in their bytes until they are wanted, so that nothing waits for them before; but those of 3 bits,
+  // which may lie in two.
   static constexpr bool kLateZeros = [] {
     if constexpr (C::kPlanes) return C::kInteger && 8 % C::kBits == 0;
     else return false;
@@ -283,9 +284,12 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 #pragma unroll
       for (int s = 0; s < Scales; ++s) {
         const uint32_t group = group_of<Scales>(chunk, i, s);
-        loaded[s] = C::load_scale(p_.planes, row, group, stored<S>(), kLateZeros ? false : zeros<S>());
-        if constexpr (kLateZeros) {
-          if (zeros<S>()) loaded[s].more = ptx::load1(row.zeros + group * C::kBits / 8);
+        loaded[s] = C::load_scale(p_.planes, row, group, stored<S>());
+        if constexpr (C::kInteger) {
+          if (zeros<S>()) {
+            loaded[s].more = kLateZeros ? ptx::load1(row.zeros + group * C::kBits / 8)
+                                        : read_code(row.zeros, group, C::kBits, false);
+          }
         }
       }
     }
@@ -341,11 +345,12 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     const int row = batch * kBatchRows + static_cast<int>(i / kQuads);
     auto* to = reinterpret_cast<uint4*>(this->scales_of(slot, row) + i % kQuads * kQuad);
     ScaleZero made[Scales];
+    const float* map = nullptr;
+    if constexpr (C::kNested) map = C::nested(memory_ + at_.tables)->map;
     float peak = 0.0f;
 #pragma unroll
     for (int s = 0; s < Scales; ++s) {
-      made[s] = C::scale_zero(p_.planes, loaded_scale<S>(loaded, chunk, i, s), stored<S>(), this->head().dynamic_map,
-                              nested_offset_);
+      made[s] = C::scale_zero(p_.planes, loaded_scale<S>(loaded, chunk, i, s), stored<S>(), map, nested_offset_);
       peak = larger(peak, finite_magnitude(made[s].scale));
     }
     static_assert(kQuads <= 2);

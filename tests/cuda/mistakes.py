@@ -103,6 +103,7 @@ WRONG: dict[str, dict[str, str]] = {
     },
     "linear_tile.cu": {
         "turn > 0": "turn > 1",
+        "scales_unit_ - kColumnWarps": "scales_unit_",
         "part * kXUnits + q": "part * kXUnits",
         "chunk % kColumnWarps == column_warp_": "column_warp_ == 0 || chunk > 0",
         "scale[i / 2]": "scale[i % 2]",
@@ -132,6 +133,7 @@ WRONG: dict[str, dict[str, str]] = {
     },
     "chunk_planes.hpp": {
         "s < 2 || kNarrow ? first.zero : second.zero": "first.zero",
+        "group * kBits % 8": "0",
     },
     # linear_few: what a stage has and whose it is, scales of rows and halves of columns, and ends
     "few.hpp": {
@@ -154,7 +156,6 @@ WRONG: dict[str, dict[str, str]] = {
         "smaller(row, last)": "row",
         "p_.last_run + 1 - kHalf / 32": "p_.last_run",
         "bits_[i / 2] >> 16 * (i % 2)": "bits_[i / 2]",
-        "group_of(stage, i) * kBits % 8": "0",
         "static_cast<uint32_t>(i * kBits)": "0",
     },
     "linear_few.hpp": {
