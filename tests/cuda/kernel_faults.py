@@ -76,8 +76,8 @@ FAST = (
 )
 
 
-# Bytes of stack of those that keep a register or two there all the same, outside of their inner loops.
-SPILLED = {"linear_tile_kernel<5>": 8, "linear_tile_kernel<11>": 8}
+# Bytes of stack of those that keep some registers there all the same: sm_80's, for up to 32 rows of x.
+SPILLED = {f"linear_tile_kernel<{row}>": most for row, most in {13: 24, 14: 8, 17: 24, 18: 24}.items()}
 # Hopper's for 9 to 64 rows keep some: in loops for 32 rows of x, where sums, operands and fresh sums are 96 of a
 # thread's 112 registers, of int2, int3 and int4 with zero points; of int2 and int4 in those for small groups with them
 # also for 16 rows; and where such scales are brought to those who multiply by wgmma, whose own loops keep none.
