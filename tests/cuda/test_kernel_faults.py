@@ -19,7 +19,7 @@ ROWS = ("HMMA.16816.F32 R0", "LDGSTS.E.BYPASS.128 [R1]")
     ("code", "stack"),
     [(ROWS, 8), ((*ROWS, "STL [R1], R2"), 0), ((*ROWS, "LDL.LU.64 R2, [R1]"), 0)],
 )
-@pytest.mark.parametrize("name", ["linear_rows_kernel<ChunkFragments<10>>", "linear_tile_kernel<17>"])
+@pytest.mark.parametrize("name", ["linear_rows_kernel<ChunkFragments<10>>", "linear_tile_kernel<19>"])
 def test_a_fast_kernel_that_spills_is_a_fault(name, code, stack):
     rows = kernel("linear_rows_kernel<ChunkFragments<11>>", *ROWS)
     assert kernel_faults.faults([rows, kernel(name, *ROWS)]) == []
