@@ -216,7 +216,11 @@ class FewProducts : FewBlock<Row> {
                              uint32_t (&a)[kTiles][kUnitSteps][4], float (&scale)[kTiles][kUnitSteps / Span][2]) const {
     if constexpr (kPlanes) {
       uint32_t words[kTiles][2][4];
-      load_words(bytes, column_warp_ * kUnits + unit, words);
+      // The warp's half is counted in bytes, or in units, as fewer registers go to the stack (of int3 rows_ has the
+      // bytes).
+      constexpr bool kInUnits = kFormats[Row].grid == Grid::Codebook || kBits == 3;
+      const uint8_t* half = kInUnits ? bytes : bytes + column_warp_ * (kUnits * kUnit * kBits / 8);
+      load_words(half, kInUnits ? column_warp_ * kUnits + unit : unit, words);
       if (!kScalesAhead<Scales> && kScalesFirst<Scales> && unit == 0) next_scales(scales, stage);
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {

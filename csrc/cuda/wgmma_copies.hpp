@@ -137,7 +137,10 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     if (!all) clear_absent();
     const uint8_t* from = p_.codes + (row0_ + thread_ / kPieces<C>)*p_.row_bytes + int64_t{first_} * C::kBytes;
     // Scales are asked for two batches ahead, or one, as far as registers go: batch after batch, chunk after chunk.
-    constexpr int kAhead = kTurnsOfScales * kHeld<S, Scales> <= 6 ? 2 : 1;
+    // (Of three turns those of unusual whole numbers one: what they would have on a stack, the usual loops had there,
+    // too.)
+    constexpr bool kFew = kTurnsOfScales > 2 && S == Stored::Any;
+    constexpr int kAhead = !kFew && kTurnsOfScales * kHeld<S, Scales> <= 6 ? 2 : 1;
     LoadedScaleZero scales[kAhead][kTurnsOfScales][Scales];
     float power[kBatches][kTurnsOfScales];
 #pragma unroll
@@ -145,6 +148,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
 #pragma unroll
       for (float& one : of_batch) one = kFinest;
     }
+    int before = -1;  // the slot of the chunk before
     const auto load = [&](int chunk, int batch, LoadedScaleZero(&of)[kTurnsOfScales][Scales]) {
       if constexpr (C::kPlanes) {
 #pragma unroll
@@ -166,7 +170,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
         if constexpr (C::kPlanes) {
 #pragma unroll
           for (int turn = 0; turn < kTurnsOfScales; ++turn) {
-            store_scales<S>(chunk, batch, turn, of[turn], w.slot, power[batch][turn]);
+            store_scales<S>(chunk, batch, turn, of[turn], w.slot, before, power[batch][turn]);
           }
         }
       };
@@ -174,6 +178,7 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       load(chunk + kAhead - 1, kAhead % kBatches, scales[0]);
       store(1, scales[kAhead - 1]);
       ptx::barrier_arrive(&head.w_full[w.slot]);
+      before = w.slot;
       load(chunk + 1, kAhead - 1, scales[kAhead - 1]);
     }
   }
@@ -336,10 +341,14 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     if constexpr (kLateZeros) mine.more &= (1u << C::kBits) - 1;
     return mine;
   }
-  // power: of the row, so far.
+  // Where rows' powers of two stay from chunk to chunk: in registers, or, where zero points of three turns leave none,
+  // with the scales of the chunk before, each thread's by itself.
+  template <Stored S>
+  static constexpr bool kKeepsPowers = kTurnsOfScales < 3 || S == Stored::Usual || S == Stored::Nested;
+  // before: the slot of the chunk before, or -1; kept: the row's power so far.
   template <Stored S, int Scales>
   BITFOLD_DEVICE void store_scales(int chunk, int batch, int turn, const LoadedScaleZero (&loaded)[Scales], int slot,
-                                   float& power) const {
+                                   int before, float& kept) const {
     const auto i = static_cast<unsigned>(thread_ + turn * kCopiers);
     if (i >= kBatchRows * kQuads) return;  // whole warps
     const int row = batch * kBatchRows + static_cast<int>(i / kQuads);
@@ -355,6 +364,8 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
     }
     static_assert(kQuads <= 2);
     if constexpr (kQuads == 2) peak = larger(peak, ptx::shuffle_xor(peak, 1));
+    float power = kept;
+    if constexpr (!kKeepsPowers<S>) power = before < 0 ? kFinest : (&this->power_of(before, row))[i % kQuads];
     const bool changes = ptx::any(peak * power >= kScaleLimit<C>);  // seldom
     if (changes) power = power_for<C>(peak, power);
     if (i % (16 * kQuads) == 0) this->head().changes[slot][row / 16] = changes ? 1 : 0;
@@ -369,7 +380,9 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       const int low = s * Scales / kQuad, high = (s + 1) * Scales / kQuad;
       to[s / 2] = {scaled[low], made[low].zero, scaled[high], made[high].zero};
     }
-    if (i % kQuads == 0) this->power_of(slot, row) = power;
+    if constexpr (kKeepsPowers<S>) kept = power;
+    else (&this->power_of(slot, row))[i % kQuads] = power;
+    if (kKeepsPowers<S> && i % kQuads == 0) this->power_of(slot, row) = power;
   }
   template <Stored S>
   BITFOLD_DEVICE Scale stored() const {

@@ -81,12 +81,12 @@ SPILLED = {f"linear_tile_kernel<{row}>": most for row, most in {13: 24, 14: 8, 1
 # Hopper's for 9 to 64 rows keep some: in loops for 32 rows of x, where sums, operands and fresh sums are 96 of a
 # thread's 112 registers, of int2, int3 and int4 with zero points; of int2 and int4 in those for small groups with them
 # also for 16 rows; and where such scales are brought to those who multiply by wgmma, whose own loops keep none.
-MOST_FEW = {4: 8, 5: 80, 6: 48, 7: 80, 8: 8, 13: 8, 15: 8, 18: 8}
+MOST_FEW = {4: 8, 5: 64, 6: 40, 7: 80, 8: 8, 13: 8, 15: 8, 18: 8}
 SPILLED_FEW = {f"linear_tile_kernel<{row}>": most for row, most in MOST_FEW.items()}
 # How many of their loops over stages have something from there: for it a warp waited 670 clocks of an H200 at each
 # stage, longer than for all else (int4-g128 with 16 rows at f4ebc17). None for usual scales without zero points, none
 # for nested ones, none of blocks.
-MOST_LOOPS_FEW = {5: 5, 6: 2, 7: 3}
+MOST_LOOPS_FEW = {5: 3, 6: 2, 7: 3}
 # Kernels for 9 to 32 rows of formats with planes, but int3, whose codes lie across words.
 BY_MATRICES = [f"linear_tile_kernel<{row}>" for row in (2, 3, 4, 5, 7, 8)]
 
