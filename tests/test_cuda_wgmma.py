@@ -200,6 +200,26 @@ def test_groups_of_a_row_far_apart(gpu, format, rng):
     assert_sums_rounded(qtensor, w, x)
 
 
+@pytest.mark.parametrize("m", [40, 100])
+@pytest.mark.parametrize(
+    "format", ["int4-g128", "int4-g128-asym", "int4-g32-asym", "int3-g64-asym", "int8-g64-asym", "nf4-b64"]
+)
+def test_a_large_chunk_among_small_ones(gpu, format, m, rng):
+    """The power of two that the second chunk of all rows makes smaller stays so in the chunks behind it, whose scales
+    would fit the first one's."""
+    n, k = 300, 256 * 7
+    if gpu == "emulated":
+        devices.emulated().configure(multiprocessors=1)  # k is not cut
+    planes = random_planes(rng, format, n, k)
+    _, groups = planes["scales"].shape
+    scales = np.exp2(rng.uniform(-9, -8, (n, groups)))
+    scales.reshape(n, 7, -1)[:, 1] *= 2.0**13
+    planes["scales"] = oracle_floats.to_dtype(scales.astype(np.float32), oracle.parse(format).scale)
+    qtensor, w = to_qtensor(planes, format, n, k), oracle.decode(planes, format, n, k)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(torch.bfloat16)
+    assert_sums_rounded(qtensor, w, x)
+
+
 @pytest.mark.parametrize("format", BLOCKS)
 def test_blocks_of_a_row_far_apart(gpu, format, rng):
     """The same of blocks, whose numbers of 16 bits go from 2^-20 to 2^9."""
