@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels: what is in their libraries, and of which kind a kernel is.
 
 `kernel_faults.py` says what must be there and isn't, or must not be and is; `kernel_counts.py` how many instructions
-inner loops have.
+inner loops have; `load_waits.py` what they wait for soon after they have asked for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -22,10 +22,21 @@ class Instruction:
     code: str  # with all that follows its name: LDG.E.128.CONSTANT
     operands: str
     guard: str = ""  # the predicate before it
+    # Which of six counters it uses, and for which it waits (Jia et al. 2018, arXiv:1804.06826, section 2.1).
+    control: int = 0x7E0
 
     @property
     def name(self) -> str:
         return self.code.split(".")[0]
+
+    @property
+    def counter(self) -> int | None:
+        """That of those whose results come later: up until then."""
+        number = self.control >> 5 & 7
+        return number if number < 6 else None
+
+    def waits_for(self, counter: int) -> bool:
+        return bool(self.control >> 11 + counter & 1)
 
 
 @dataclass
@@ -98,6 +109,8 @@ def read(bin: Path, library: Path) -> list[Kernel]:
         elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(\S+)\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
             guard, code, operands = match[2] or "", match[3], match[4].strip()
             kernel.code.append(Instruction(int(match[1], 16), code, operands, guard))
+        elif kernel.code and (match := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/$", line)):
+            kernel.code[-1] = replace(kernel.code[-1], control=int(match[1], 16) >> 41)
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("--dump-resource-usage", library)
     )
