@@ -143,7 +143,7 @@ struct NestedScales {
   float map[256];
   float offset[kWarp];
 
-  // offset: null where scales aren't nested.
+  // offset: null where scales aren't nested. It is W's, for whom nobody waits behind arrange.cu, which has waited.
   BITFOLD_DEVICE void fill(const float* offset, int thread, int threads) {
     if (offset == nullptr) return;
     for (int i = thread; i < 256; i += threads) map[i] = kDynamicMap[static_cast<size_t>(i)];

@@ -380,9 +380,12 @@ class WgmmaCopies : WgmmaBlock<Row, Quarters> {
       const int low = s * Scales / kQuad, high = (s + 1) * Scales / kQuad;
       to[s / 2] = {scaled[low], made[low].zero, scaled[high], made[high].zero};
     }
-    if constexpr (kKeepsPowers<S>) kept = power;
-    else (&this->power_of(slot, row))[i % kQuads] = power;
-    if (kKeepsPowers<S> && i % kQuads == 0) this->power_of(slot, row) = power;
+    if constexpr (kKeepsPowers<S>) {
+      kept = power;
+      if (i % kQuads == 0) this->power_of(slot, row) = power;
+    } else {
+      (&this->power_of(slot, row))[i % kQuads] = power;
+    }
   }
   template <Stored S>
   BITFOLD_DEVICE Scale stored() const {
