@@ -44,7 +44,8 @@ test-cuda: setup
 # Beside build/ and not in it, so that ccache finds the CPU's kernels of the module again: paths from there are the same.
 cuda: setup $(CUDA_VENV)/.stamp
 	PYTHONPATH=tests $(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build-cuda "$(CUDA_ARCHS)"
-	$(PYTEST) -q tests/cuda/test_module.py
+	PYTHONPATH=tests $(BIN)/python tests/cuda/oldest_cuda.py $(CUDA_VENV)/cuda/bin build-cuda
+	$(PYTEST) -q tests/cuda/test_module.py tests/cuda/test_configure.py
 
 lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

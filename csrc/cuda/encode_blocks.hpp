@@ -65,8 +65,9 @@ BITFOLD_DEVICE void write_blocks(const EncodeRoom<Row>& room, int count, uint8_t
 // Encoder::run(args of one block, the mean of its row's squares).
 template <int Row, class Encoder>
 __global__ void __launch_bounds__(kEncodeThreads<Row>) encode_each_block(BlocksArgs a) {
-  auto& room = shared<EncodeRoom<Row>>();
-  constexpr int kValues = room.kValues, kBytes = room.kBytes, kThreads = room.kThreads;
+  using Room = EncodeRoom<Row>;
+  constexpr int kValues = Room::kValues, kBytes = Room::kBytes, kThreads = Room::kThreads;
+  Room& room = shared<Room>();
   const int t = threadIdx.x;
   const int64_t row_blocks = a.w.columns / kValues, blocks = a.w.rows * row_blocks;
   for (int64_t first = int64_t{blockIdx.x} * kThreads; first < blocks; first += int64_t{gridDim.x} * kThreads) {

@@ -295,8 +295,8 @@ class PlaneFragments {
  private:
   template <Manner M>
   BITFOLD_DEVICE static Scale stored_as(const Matrix& w) {
-    if (M == Manner::Plain) return kFormats[Row].scale;
-    if (M == Manner::Full) return kNested ? Scale::Nested : kFormats[Row].scale;
+    if (M == Manner::Full && kNested) return Scale::Nested;
+    if (M != Manner::Any) return kFormats[Row].scale;
     return w.scale == Scale::F32 || (kNested && w.scale == Scale::Nested) ? w.scale : Scale::F16;
   }
 
