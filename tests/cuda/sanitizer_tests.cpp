@@ -52,6 +52,8 @@ __global__ void race_add_to_shared(int* out) {
 }
 __global__ void race_add_to_global(int* out) { *out += 1; }
 __global__ void race_between_blocks(int* out) { out[threadIdx.x] = static_cast<int>(blockIdx.x); }
+__global__ void race_three_blocks_apart(int* out) { out[blockIdx.x % 3] = static_cast<int>(blockIdx.x); }
+__global__ void race_four_blocks_apart(int* out) { out[blockIdx.x % 4] = static_cast<int>(blockIdx.x); }
 
 // A shuffle makes lanes meet, but promises nothing about memory.
 __global__ void race_behind_shuffle(int* out) {
@@ -351,6 +353,8 @@ const std::map<std::string, std::function<void(int*)>> kKernels = {
     KERNEL(race_add_to_shared, 1, 64),
     KERNEL(race_add_to_global, 1, 2),
     KERNEL(race_between_blocks, 2, 1),
+    KERNEL(race_three_blocks_apart, 6, 1),
+    KERNEL(race_four_blocks_apart, 8, 1),
     KERNEL(race_behind_shuffle, 1, 32),
     KERNEL(race_second_barrier, 1, 64),
     KERNEL(race_copy_not_waited_for, 1, 32),

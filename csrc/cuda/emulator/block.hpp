@@ -17,6 +17,13 @@ namespace bitfold::cuda::emulator {
 struct Async;  // async_block.hpp
 struct Warp;
 
+// A thread as ThreadSanitizer's, and what goes on beside it: each a fiber of its own, or null.
+struct Watched {
+  void* thread = nullptr;
+  void* copier = nullptr;  // cp_async
+  void* engine = nullptr;  // bulk copies and products' reads
+};
+
 // A copy that was issued and hasn't arrived.
 struct Copy {
   unsigned char* shared;
@@ -39,16 +46,16 @@ struct Thread {
   Where where;
 
   std::vector<Copy> copies;
-  int64_t issued = 0;           // copies
-  int committed = 0;            // groups
-  int arrived = 0;              // groups, of the oldest, that were waited for
-  void* tsan_copier = nullptr;  // copies run beside their thread
+  int64_t issued = 0;  // copies
+  int committed = 0;   // groups
+  int arrived = 0;     // groups, of the oldest, that were waited for
   unsigned char* copy_tokens = nullptr;
 
   int product_groups = 0;  // of wgmma, and how many of the oldest were waited for
   int product_groups_done = 0;
-  void* tsan_engine = nullptr;  // bulk copies and products' reads, beside their thread too
   unsigned char* product_tokens = nullptr;
+
+  Watched watched;
 };
 inline constexpr int kCopyTokens = 64;  // the group's number modulo this
 inline constexpr int kProductTokens = 16;
@@ -96,6 +103,12 @@ struct Grid {
   std::vector<std::unique_ptr<Block>> waiting;  // blocks that have begun and wait for the kernel before
   bool earlier_ended = false;                   // the kernel before
   unsigned char start_token, earlier_token, end_token;
+  // Fibers of blocks that have ended: one takes the memory of a large object. ThreadSanitizer takes two blocks of one
+  // set for one after the other, so that there are two sets, and which a block has is the parity of its number's bits:
+  // whatever lies between two blocks, some such pairs have different sets.
+  std::vector<std::vector<Watched>> idle_watched[2];
+
+  ~Grid();
 };
 
 struct Block {

@@ -45,7 +45,6 @@ std::unique_ptr<Grid> grid_of(const Shape& shape, void (*body)(void*), std::shar
   if (config().order == Order::Priority) {
     for (uint64_t i = blocks - 1; i > 0; --i) std::swap(grid->order[i], grid->order[random_bits() % (i + 1)]);
   }
-  release(&grid->start_token);
   return grid;
 }
 

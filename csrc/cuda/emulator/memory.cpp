@@ -33,10 +33,10 @@ void deliver_oldest(Thread& thread, Due due) {
 
 // The copy as something that another thread does, between its issue and the wait for its group.
 void show_to_tsan(Thread& self, const Copy& copy) {
-  if (!self.tsan_copier) self.tsan_copier = __tsan_create_fiber(0);
+  if (!self.watched.copier) self.watched.copier = __tsan_create_fiber(0);
   unsigned char* token = &self.copy_tokens[copy.group % kCopyTokens];
   __tsan_release(token);
-  __tsan_switch_to_fiber(self.tsan_copier, 1);
+  __tsan_switch_to_fiber(self.watched.copier, 1);
   __tsan_acquire(token);
   __tsan_read_range(const_cast<unsigned char*>(copy.global), static_cast<unsigned long>(copy.bytes));
   __tsan_write_range(copy.shared, static_cast<unsigned long>(copy.size));
@@ -106,9 +106,9 @@ void deliver_copies(Thread& thread, int64_t count) {
 }
 
 void enter_engine(Thread& self, unsigned char* token) {
-  if (!self.tsan_engine) self.tsan_engine = __tsan_create_fiber(0);
+  if (!self.watched.engine) self.watched.engine = __tsan_create_fiber(0);
   __tsan_release(token);
-  __tsan_switch_to_fiber(self.tsan_engine, 1);
+  __tsan_switch_to_fiber(self.watched.engine, 1);
   __tsan_acquire(token);
 }
 void leave_engine(Thread& self, unsigned char* token) {
@@ -116,8 +116,8 @@ void leave_engine(Thread& self, unsigned char* token) {
   __tsan_switch_to_fiber(self.context.tsan, 1);
 }
 void release_after_copies(Thread& self, unsigned char* token) {
-  if (!self.tsan_copier) return;
-  __tsan_switch_to_fiber(self.tsan_copier, 1);
+  if (!self.watched.copier) return;
+  __tsan_switch_to_fiber(self.watched.copier, 1);
   __tsan_release(token);
   __tsan_switch_to_fiber(self.context.tsan, 1);
 }

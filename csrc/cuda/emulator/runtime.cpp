@@ -196,6 +196,31 @@ void set_up(Thread& thread, int index, const dim3& at) {
   thread.warp->live |= thread.lane_bit;
 }
 
+// Those of blocks of one parity that have ended.
+std::vector<std::vector<Watched>>& idle_watched(Grid& grid, const dim3& at) {
+  const dim3 size = grid.shape.grid;
+  const uint64_t number = (uint64_t{at.z} * size.y + at.y) * size.x + at.x;
+  return grid.idle_watched[std::popcount(number) & 1];
+}
+
+// Gives the threads of a block that begins fibers.
+void watch(Block& running, const dim3& at) {
+  auto& idle = idle_watched(*running.grid, at);
+  if (idle.empty()) {
+    for (Thread& thread : running.threads) thread.watched = {.thread = __tsan_create_fiber(0)};
+  } else {
+    for (size_t i = 0; i < running.threads.size(); ++i) running.threads[i].watched = idle.back()[i];
+    const Unseen unseen;
+    idle.pop_back();
+  }
+}
+
+void unwatch(Block& running) {
+  std::vector<Watched> set;
+  for (Thread& thread : running.threads) set.push_back(std::exchange(thread.watched, {}));
+  idle_watched(*running.grid, running.threads[0].place.block).push_back(std::move(set));
+}
+
 Memory allocate(size_t alignment, size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, bytes) != 0) throw std::bad_alloc();
@@ -203,6 +228,18 @@ Memory allocate(size_t alignment, size_t bytes) {
 }
 
 }  // namespace
+
+Grid::~Grid() {
+  for (const auto& sets : idle_watched) {
+    for (const std::vector<Watched>& set : sets) {
+      for (const Watched& watched : set) {
+        for (void* fiber : {watched.thread, watched.copier, watched.engine}) {
+          if (fiber) __tsan_destroy_fiber(fiber);
+        }
+      }
+    }
+  }
+}
 
 Block::Block(Grid& of) : grid(&of), shape(of.shape), threads(of.shape.block.x) {}
 Block::~Block() = default;
@@ -225,7 +262,10 @@ void begin_block(Block& running, const dim3& at) {
   }
   // Tokens are the block's own: those of another would bring its order along.
   auto take_tokens = [next = block->tokens.get()](int count) mutable { return std::exchange(next, next + count); };
-  if (with_tsan()) block->stacks->renew();
+  if (with_tsan()) {
+    block->stacks->renew();
+    watch(*block, at);
+  }
   block->waiting_for_earlier = 0;
   std::iota(block->order, block->order + warps, 0);
   if (config().order == Order::Priority) {
@@ -250,8 +290,9 @@ void begin_block(Block& running, const dim3& at) {
     set_up(thread, i, at);
     thread.copy_tokens = take_tokens(kCopyTokens);
     thread.product_tokens = take_tokens(kProductTokens);
-    if (with_tsan()) thread.context.tsan = __tsan_create_fiber(0);
+    thread.context.tsan = thread.watched.thread;
   }
+  release(&block->grid->start_token);  // fibers that are taken again come after nothing else of the host's
   block->ready_ranks = warps == 32 ? 0xffffffffu : (1u << warps) - 1u;
 }
 
@@ -270,15 +311,8 @@ bool go_on(Block& running) {
 }
 
 void end_block(Block& running) {
-  if (with_tsan()) {
-    for (Thread& thread : running.threads) {
-      __tsan_destroy_fiber(thread.context.tsan);
-      for (void** fiber : {&thread.tsan_copier, &thread.tsan_engine}) {
-        if (*fiber) __tsan_destroy_fiber(std::exchange(*fiber, nullptr));
-      }
-    }
-  }
   const Unseen unseen;
+  if (with_tsan()) unwatch(running);
   running.shared_memory.reset();
   running.tokens.reset();
   idle_stacks.push_back(std::move(running.stacks));
