@@ -25,7 +25,7 @@ def run():
         cases.sort(key=lambda case: case.n * case.k * max(1, case.m))  # the first that fails ends the program
         environment = {"BITFOLD_MUTANT": str(number), "ASAN_OPTIONS": "detect_leaks=0"}
         files = [str(kernel_cases.write(case)) for case in cases]
-        return programs.run(program, SCHEDULES, *files, timeout=60, **environment)
+        return programs.run(program, SCHEDULES, *files, **environment)
 
     return run
 
