@@ -22,10 +22,10 @@ def run():
 
     def run(number: int, *names: str) -> subprocess.CompletedProcess:
         cases = [case for name in names for case in kernel_cases.quick(kernel_cases.KERNELS[name])]
-        cases.sort(key=lambda case: case.n * case.k * max(1, case.m))  # the first that fails ends the program
         environment = {"BITFOLD_MUTANT": str(number), "ASAN_OPTIONS": "detect_leaks=0"}
-        files = [str(kernel_cases.write(case)) for case in cases]
-        return programs.run(program, SCHEDULES, *files, **environment)
+        files = [kernel_cases.write(case) for case in cases]
+        files.sort(key=lambda file: file.stat().st_size)  # the first that fails ends the program
+        return programs.run(program, SCHEDULES, *map(str, files), **environment)
 
     return run
 
