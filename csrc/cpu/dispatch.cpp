@@ -1,6 +1,10 @@
 // Chooses the instruction set, once per process.
 #include "cpu/dispatch.hpp"
 
+#if defined(BITFOLD_HAVE_AVX2)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -73,12 +77,20 @@ struct Isa {
   void (*fill)(Kernels&);
 };
 
+#if defined(BITFOLD_HAVE_AVX2)
+// __builtin_cpu_supports of Clang 14 doesn't know the name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // From the most wanted to the one that always runs.
 std::vector<Isa> known_isas() {
   std::vector<Isa> isas;
 #if defined(BITFOLD_HAVE_AVX2)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #if defined(BITFOLD_EMULATE_AVX512)
   const bool avx512 = avx2;
 #else

@@ -5,8 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <source_location>
 #include <string>
+
+#include "cuda/emulator/where.hpp"
 
 namespace bitfold::cuda {
 
@@ -64,8 +65,6 @@ void run(const Shape& shape, void (*body)(void* context), std::shared_ptr<void> 
 void synchronize();
 
 // ---- what a thread asks ----
-
-using Where = std::source_location;
 
 struct Place {
   dim3 thread, block, block_size, grid_size;
