@@ -129,14 +129,15 @@ def test_rooms_include_only_what_stands_to_their_left():
 
 
 def test_only_csrc_torch_sees_torch_and_python():
-    """Everywhere else only the C++ standard library is included, or what simd/ needs for its instructions and pages.cpp
-    for what the system says of memory."""
+    """Everywhere else only the C++ standard library is included, or what simd/ needs for its instructions, dispatch.cpp
+    to ask the CPU for them, and pages.cpp for what the system says of memory."""
+    others = (("cpu", "simd"), ("cpu", "dispatch.cpp"), ("cpu", "pages.cpp"))
     for path in sources():
         parts = path.relative_to(CSRC).parts
         if parts[0] in ("torch", "cuda"):
             continue
         for quote, name in includes(path):
-            if quote == "<" and parts[:2] not in (("cpu", "simd"), ("cpu", "pages.cpp")):
+            if quote == "<" and parts[:2] not in others:
                 assert re.fullmatch(r"[a-z_0-9]+", name), f"{path.relative_to(ROOT)} includes <{name}>"
         words = without_comments(path.read_text(encoding="utf-8"))
         found = re.findall(r"\b(?:at|c10|torch|pybind11|py)::\w+|\bPy[A-Z]\w+|\bcuda[A-Z]\w+", words)
