@@ -1,11 +1,12 @@
-"""Compiles the kernels as the oldest CUDA does that README.md names.
+"""Asks the oldest CUDA that README.md names whether it takes the kernels.
 
-    python tests/cuda/oldest_cuda.py <folder of CUDA's bin, a package's> <build folder of compile.py>
+    python tests/cuda/oldest_cuda.py <folder of CUDA's bin, a package's> <build folder of compile.py> [<architecture>]
 
 No package has the nvcc of CUDA 12. One has its compiler of device code as a library, NVRTC, which understands C++ as
-nvcc does and comes with the release's assembler. It takes none of the host's headers: oldest_headers.hpp stands in for
-them, and what the host alone runs is parsed and no more. Ends in an error where a unit isn't compiled for sm_90a, or
-there are other kernels than nvcc finds.
+nvcc does. It takes none of the host's headers: oldest_headers.hpp stands in for them, and what the host alone runs is
+parsed and no more. Its front end reads all units, which takes seconds; for an architecture (compute_90a; with sm_90a by
+the release's assembler, too) they are compiled, which takes minutes, and their kernels counted. Ends in an error where
+a unit isn't taken, or there are other kernels than nvcc finds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tempfile import TemporaryDirectory
 from programs import ROOT
 
 VERSION = (12, 4)
-ARCHITECTURE = "compute_90a"
+READ_FOR = "compute_90a"
 STAND_INS = Path(__file__).with_name("oldest_headers.hpp")
 STOOD_IN = (
     *(
@@ -79,9 +80,11 @@ class Compiler:
         self.call(f"Get{kind}", program, buffer)
         return buffer.raw.decode(errors="replace")
 
-    def kernels(self, source: Path, defines: list[str]) -> int:
-        """How many kernels a unit has; a RuntimeError with what the compiler said where it isn't compiled."""
-        options = ["--std=c++20", f"-arch={ARCHITECTURE}", "-default-device", *defines]
+    def kernels(self, source: Path, defines: list[str], architecture: str | None) -> int:
+        """How many kernels a unit has, none where it is only read; a RuntimeError with what the compiler said where it
+        isn't taken."""
+        options = ["--std=c++20", f"-arch={architecture or READ_FOR}", "-default-device", *defines]
+        options += [] if architecture else ["--fdevice-syntax-only"]
         options += [f"--include-path={folder}" for folder in self.includes]
         program = ctypes.c_void_p()
         text = f"#include <cuda_runtime.h>\n{source.read_text()}".encode()
@@ -91,7 +94,7 @@ class Compiler:
             self.call("CompileProgram", program, len(options), values)
         except RuntimeError:
             raise RuntimeError(self.text("ProgramLog", program)) from None
-        return len(re.findall(r"\.entry", self.text("PTX", program)))
+        return len(re.findall(r"\.entry", self.text("PTX", program))) if architecture else 0
 
 
 def write_stand_ins(folder: Path) -> None:
@@ -115,12 +118,14 @@ def units(folder: Path) -> list[tuple[Path, list[str]]]:
     return found
 
 
-def compile_unit(nvidia: Path, stand_ins: Path, source: Path, defines: list[str]) -> tuple[str, int, str]:
-    """Its name, its kernels, and what is wrong with it."""
+def take(
+    nvidia: Path, stand_ins: Path, architecture: str | None, source: Path, defines: list[str]
+) -> tuple[int, str]:
+    """The unit's kernels, and what is wrong with it."""
     try:
-        return source.stem, Compiler(nvidia, stand_ins).kernels(source, defines), ""
+        return Compiler(nvidia, stand_ins).kernels(source, defines, architecture), ""
     except RuntimeError as error:
-        return source.stem, 0, str(error)
+        return 0, f"{source.stem}: {error}"
 
 
 def count_of_nvcc(toolkit: Path, folder: Path) -> int:
@@ -129,22 +134,22 @@ def count_of_nvcc(toolkit: Path, folder: Path) -> int:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("STO_ENTRY")
 
 
-def main(toolkit: Path, folder: Path) -> None:
+def main(toolkit: Path, folder: Path, architecture: str | None = None) -> None:
     nvidia = toolkit.resolve().parents[1]  # its packages lie side by side
     work = units(folder)
     with TemporaryDirectory() as name, ProcessPoolExecutor(os.cpu_count()) as pool:
         write_stand_ins(Path(name))
-        results = list(pool.map(compile_unit, repeat(nvidia), repeat(Path(name)), *zip(*work, strict=True)))
-    wrong = [f"{name}: {said}" for name, _, said in results if said]
-    kernels, expected = sum(count for _, count, _ in results), count_of_nvcc(toolkit, folder)
-    if not wrong and kernels != expected:
+        same = (repeat(nvidia), repeat(Path(name)), repeat(architecture))
+        results = list(pool.map(take, *same, *zip(*work, strict=True)))
+    wrong = [said for _, said in results if said]
+    kernels, expected = sum(count for count, _ in results), count_of_nvcc(toolkit, folder)
+    if architecture and not wrong and kernels != expected:
         wrong.append(f"{kernels} kernels, where nvcc has {expected}")
     if wrong:
         raise SystemExit("\n".join(wrong))
-    print(
-        f"{kernels} kernels in {len(results)} units: CUDA {VERSION[0]}.{VERSION[1]} compiles them for {ARCHITECTURE}"
-    )
+    took = f"compiles {kernels} kernels for {architecture} of" if architecture else "reads"
+    print(f"CUDA {VERSION[0]}.{VERSION[1]} {took} {len(results)} units")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
