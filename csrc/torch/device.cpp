@@ -57,7 +57,7 @@ std::string name(const Tensor& tensor) {
 }
 
 // Of the current device, once for each.
-void check_architecture(int32_t index) {
+[[maybe_unused]] void check_architecture(int32_t index) {
   static std::array<std::atomic<bool>, 64> covered{};
   const auto place = static_cast<size_t>(index);
   if (place < covered.size() && covered[place]) return;
