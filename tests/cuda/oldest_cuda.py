@@ -29,29 +29,25 @@ VERSION = (12, 4)
 READ_FOR = "compute_90a"
 STAND_INS = Path(__file__).with_name("oldest_headers.hpp")
 STOOD_IN = (
-    *(
-        "algorithm",
-        "array",
-        "bit",
-        "charconv",
-        "cmath",
-        "cstddef",
-        "cstdint",
-        "cstring",
-        "cuda_runtime.h",
-        "limits",
-    ),
-    *(
-        "optional",
-        "stdexcept",
-        "stdint.h",
-        "stdlib.h",
-        "string",
-        "string_view",
-        "type_traits",
-        "utility",
-        "vector",
-    ),
+    "algorithm",
+    "array",
+    "bit",
+    "charconv",
+    "cmath",
+    "cstddef",
+    "cstdint",
+    "cstring",
+    "cuda_runtime.h",
+    "limits",
+    "optional",
+    "stdexcept",
+    "stdint.h",
+    "stdlib.h",
+    "string",
+    "string_view",
+    "type_traits",
+    "utility",
+    "vector",
 )
 
 
@@ -137,13 +133,15 @@ def count_of_nvcc(toolkit: Path, folder: Path) -> int:
 def main(toolkit: Path, folder: Path, architecture: str | None = None) -> None:
     nvidia = toolkit.resolve().parents[1]  # its packages lie side by side
     work = units(folder)
+    if not work:
+        raise SystemExit(f"{folder} has no unit that nvcc compiled: compile.py comes first")
     with TemporaryDirectory() as name, ProcessPoolExecutor(os.cpu_count()) as pool:
         write_stand_ins(Path(name))
         same = (repeat(nvidia), repeat(Path(name)), repeat(architecture))
         results = list(pool.map(take, *same, *zip(*work, strict=True)))
     wrong = [said for _, said in results if said]
-    kernels, expected = sum(count for count, _ in results), count_of_nvcc(toolkit, folder)
-    if architecture and not wrong and kernels != expected:
+    kernels = sum(count for count, _ in results)
+    if architecture and not wrong and kernels != (expected := count_of_nvcc(toolkit, folder)):
         wrong.append(f"{kernels} kernels, where nvcc has {expected}")
     if wrong:
         raise SystemExit("\n".join(wrong))

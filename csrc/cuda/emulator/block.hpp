@@ -103,9 +103,10 @@ struct Grid {
   std::vector<std::unique_ptr<Block>> waiting;  // blocks that have begun and wait for the kernel before
   bool earlier_ended = false;                   // the kernel before
   unsigned char start_token, earlier_token, end_token;
-  // Fibers of blocks that have ended: one takes the memory of a large object. ThreadSanitizer takes two blocks of one
-  // set for one after the other, so that there are two sets, and which a block has is the parity of its number's bits:
-  // whatever lies between two blocks, some such pairs have different sets.
+  // Fibers of blocks that have ended, to be taken again: each is a large object that has to be made. ThreadSanitizer
+  // takes two blocks of one set for one after the other. So there are two sets, and which a block has is the parity of
+  // its number's bits: of a race between many pairs of blocks some pairs are seen, one between a single pair may not
+  // be.
   std::vector<std::vector<Watched>> idle_watched[2];
 
   ~Grid();
