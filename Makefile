@@ -45,7 +45,7 @@ test-cuda: setup
 cuda: setup $(CUDA_VENV)/.stamp
 	PYTHONPATH=tests $(BIN)/python tests/cuda/compile.py $(CUDA_VENV)/cuda/bin build-cuda "$(CUDA_ARCHS)"
 	PYTHONPATH=tests $(BIN)/python tests/cuda/oldest_cuda.py $(CUDA_VENV)/cuda/bin build-cuda
-	$(PYTEST) -q tests/cuda/test_module.py tests/cuda/test_configure.py
+	$(PYTEST) -q tests/cuda/test_module.py tests/cuda/test_configure.py tests/cuda/test_launch.py
 
 lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

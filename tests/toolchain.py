@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,13 @@ def tool(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found
+
+
+def nvcc() -> Path | None:
+    """The one that `make cuda` compiled with."""
+    cache = Path(__file__).parents[1] / "build-cuda" / "CMakeCache.txt"
+    found = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.M) if cache.exists() else None
+    return Path(found[1]) if found and Path(found[1]).exists() else None
 
 
 def build(folder: Path, *commands: list[object]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from toolchain import tool
+from toolchain import nvcc, tool
 
 ROOT = Path(__file__).parents[2]
 PROJECT = f"""cmake_minimum_required(VERSION 3.20)
@@ -22,14 +21,7 @@ endif()
 """
 
 
-def real_nvcc() -> Path | None:
-    """The one that `make cuda` compiled with."""
-    cache = ROOT / "build-cuda" / "CMakeCache.txt"
-    found = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.M) if cache.exists() else None
-    return Path(found[1]) if found and Path(found[1]).exists() else None
-
-
-NVCC = real_nvcc()
+NVCC = nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="`make cuda` was not run")
 
 

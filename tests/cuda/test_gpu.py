@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import bitfold
 import pytest
@@ -56,6 +57,30 @@ def test_work_is_queued_on_the_current_stream(format):
         assert torch.equal(rows, expected_rows)
 
 
+def test_threads_of_the_host_don_t_disturb_each_other():
+    """The same kernels at once, with as much shared memory as each needs."""
+    qtensor, int8 = quantized("int4-g128"), list(quantized("int8-channel").planes.values())
+    torch.cuda.synchronize()
+
+    def products(x: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            bitfold.linear(x, qtensor),
+            torch.ops.bitfold.linear_int8(x, int8, "int8-channel", 512, 1024),
+        ]
+
+    def work(m: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            x = draw(m, 1024)
+            expected = products(x)
+            for _ in range(300):
+                for y, first in zip(products(x), expected, strict=True):
+                    assert torch.equal(y, first), f"m={m}"
+
+    batches = (1, 8, 16, 32, 48, 100, 300)
+    with ThreadPoolExecutor(len(batches)) as pool:
+        list(pool.map(work, batches))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_graph_captures_it(format):
     qtensor = quantized(format)
@@ -82,7 +107,7 @@ def test_a_graph_captures_it(format):
             assert torch.equal(rows, bitfold.embedding(ids, qtensor))
 
 
-@pytest.mark.parametrize("m", [1, 8, 16])
+@pytest.mark.parametrize("m", [1, 8, 16, 64])
 @pytest.mark.parametrize("format", ["int4-g128", "nf4-b64-dq", "q4_k", "int4-g16"])
 def test_a_kernel_that_begins_early_waits_for_the_last(format, m):
     """x, W and the memory of y are another kernel's until just before: without a pause, in a graph, and with one."""

@@ -33,12 +33,24 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device, value;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+// What one block may have, if its kernel asks.
+inline int most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// A kernel's attributes are its own, whichever thread of the host sets them: what a launch sets may depend on the
+// kernel and the device alone, or it would disturb another thread's, between its setting and its launch.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (how.shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.shared_bytes)),
+                               most_shared_bytes()),
           how.name);
   }
   // Kernels that meet, and those that want much of it, ask for the same division of a multiprocessor's memory, the one
@@ -104,17 +116,10 @@ inline TensorMap tensor_map(const ByteMatrix& matrix) {
 
 // The current device: capability is 90 for 9.0; shared_bytes is what one block may have.
 inline void describe_device(int& capability, int& multiprocessors, int64_t& shared_bytes) {
-  int device, major, minor, shared;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  };
-  ask(major, cudaDevAttrComputeCapabilityMajor);
-  ask(minor, cudaDevAttrComputeCapabilityMinor);
-  ask(multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  capability = 10 * major + minor;
-  shared_bytes = shared;
+  capability =
+      10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+  multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  shared_bytes = most_shared_bytes();
 }
 
 // Whether streams and graphs that are captured from them hold early launches: since CUDA 12.3. What an older driver
