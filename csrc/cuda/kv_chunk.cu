@@ -19,12 +19,14 @@ namespace {
 
 constexpr int kAhead = 4;  // words of a thread on their way together
 
-// Shared memory, in floats: the queries times the scale and then also times steps, [head][tile]; sums of threads,
+// Shared memory, in floats: the queries times the scale and then also times steps, [head][tile], both as long as a head
+// of even size, so that sums, which are written 16 bytes at a time, begin at a multiple of them; sums of threads,
 // [thread of a column][tile][column]; weights, [token][tile]; offsets, [warp][tile]; what sums shrink by, [tile].
+BITFOLD_HOST_DEVICE constexpr int64_t even(int64_t head) { return head + head % 2; }
 class Room {
  public:
   BITFOLD_DEVICE Room(int head, int tokens, int tile)
-      : folded_(head * tile),
+      : folded_(static_cast<int>(even(head)) * tile),
         sums_(2 * folded_),
         weights_(sums_ + kKvSlots * tile),
         constants_(weights_ + tokens * tile),
@@ -44,7 +46,7 @@ class Room {
 };
 BITFOLD_HOST_DEVICE constexpr int64_t tokens_at_once(const KvShape& shape) { return larger(shape.group, kKvExact); }
 int64_t room_bytes(const KvShape& shape, int tile) {
-  return 4 * tile * (2 * shape.head + kKvSlots + tokens_at_once(shape) + kKvWarps + 1);
+  return 4 * tile * (2 * even(shape.head) + kKvSlots + tokens_at_once(shape) + kKvWarps + 1);
 }
 
 // Which words of a matrix of codes are a thread's: `word` of the rows `lane`, `lane` + `lanes`, ...

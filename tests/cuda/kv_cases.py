@@ -52,7 +52,9 @@ UNPACK = [
 ATTENTION = [
     *(KvCase("kv_attention", format, 96, 7, 3, group=16, shared=3, first=21, recent=70, mask="bool")
       for format in ("int8", "fp8", "int4")),
-    KvCase("kv_attention", "int8", 64, 1100, 2, batch=1, heads=1, recent=3),  # a slice more, a query at a time
+    # one query of an odd head
+    *(KvCase("kv_attention", format, 32, 7, 1, shared=1, recent=3) for format in ("int8", "fp8", "int4")),
+    KvCase("kv_attention", "int8", 64, 1101, 2, batch=1, heads=1, recent=3),  # a slice more, a query at a time
     KvCase("kv_attention", "int8", 33 * 256, 16, 2, batch=1, heads=1, shared=1, group=256, recent=300, page=2),
     KvCase("kv_attention", "int4", 16 * 100, 16, 1, batch=1, shared=1, page=1, mask="float"),  # two launches
     KvCase("kv_attention", "int8", 16, 48, 5, recent=0, first=16, mask="float"),
