@@ -15,7 +15,8 @@
 
 namespace bitfold::cuda {
 
-inline constexpr int kWarp = 32;  // lanes
+inline constexpr int kWarp = 32;              // lanes
+inline constexpr int64_t kMostGridY = 65535;  // blocks along y, and along z; along x there may be 2^31 - 1
 
 template <class T>
 BITFOLD_HOST_DEVICE constexpr T smaller(T a, T b) {

@@ -299,7 +299,8 @@ void launch_tiles(const Int8Op& op, Stream stream) {
 }  // namespace
 
 Int8Tiles int8_tiles(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, m, 1, 0, false};
+  constexpr int64_t kMostRows = kMostGridY * kInt8Tokens / kInt8Lines * kInt8Lines;  // of one int8_rows
+  if (m <= kInt8Tokens || k > kPartColumns || k % 16 != 0 || k == 0) return {0, smaller(m, kMostRows), 1, 0, false};
   if (gpu.wgmma) return cut_tiles(wide_cut(m, gpu), m, n, k);
   return cut_tiles(m <= Few::kTokens ? cut_of<Few>(gpu) : cut_of<Many>(gpu), m, n, k);
 }

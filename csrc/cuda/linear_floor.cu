@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kGradThreads) linear_grad_kernel(FloorArgs a) 
 // ---- launchers ----
 
 unsigned token_blocks(int64_t tokens, int64_t each) {
-  constexpr int64_t kMost = 65535;  // of a grid's second dimension
-  return static_cast<unsigned>(smaller(ceil_div(tokens, each), kMost));
+  return static_cast<unsigned>(smaller(ceil_div(tokens, each), kMostGridY));
 }
 
 }  // namespace
