@@ -46,6 +46,22 @@ CASE(addresses_are_aligned_to_what_is_moved) {
   expect_error([&] { launch({dim3(1), dim3(1), 0, "store_at", nullptr}, store_at, &bytes[4]); }, {"of 8 bytes"});
 }
 
+__global__ void store_plainly(float4* out) {
+  if (threadIdx.x == 1) *out = {1, 2, 3, 4};
+  ptx::sync_block();
+}
+
+CASE(plain_accesses_are_aligned_too) {
+  alignas(16) uint8_t bytes[64] = {};
+  const auto store = [&](int at) {
+    launch({dim3(1), dim3(2), 0, "store_plainly", nullptr}, store_plainly, reinterpret_cast<float4*>(&bytes[at]));
+  };
+  store(16);
+  expect_error([&] { store(8); }, {"store_plainly, block (0, 0, 0), thread 1: an address of 16 bytes is aligned to 8",
+                                   "emulator_memory.cpp:"});
+  store(32);
+}
+
 // ---- atomics ----
 
 struct Counters {

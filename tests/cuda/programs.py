@@ -18,7 +18,7 @@ VARIANTS = {
     "plain": "-O1",
     "ucontext": "-O1 -DBITFOLD_EMULATOR_UCONTEXT",  # what processors without a hand-written switch use
     "address": "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all "
-    "-fsanitize=address,alignment,bounds,float-cast-overflow,shift,signed-integer-overflow",
+    "-fsanitize=address,bounds,float-cast-overflow,shift,signed-integer-overflow",
     "thread": "-O1 -g1 -fsanitize=thread",
     "mutants": "-O1 -g1 -fsanitize=address -include mutant.hpp",  # mutations.py
 }

@@ -12,4 +12,6 @@ add_library(bitfold_cuda_emulator STATIC EXCLUDE_FROM_ALL
 target_link_libraries(bitfold_cuda_emulator PUBLIC bitfold_options)
 target_compile_options(bitfold_cuda_emulator
   PRIVATE -O2 -fno-sanitize=all
-  INTERFACE -Wno-unknown-pragmas)  # of nvcc: unroll
+  INTERFACE
+    -Wno-unknown-pragmas  # of nvcc: unroll
+    -fsanitize=alignment -fno-sanitize-recover=alignment)  # whose library's place memory.cpp takes

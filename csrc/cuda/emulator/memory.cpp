@@ -1,4 +1,6 @@
 // Addresses that instructions check, and cp_async.
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -44,13 +46,15 @@ void show_to_tsan(Thread& self, const Copy& copy) {
   __tsan_switch_to_fiber(self.context.tsan, 1);
 }
 
+std::string misaligned(uintptr_t alignment, uintptr_t beyond) {
+  return "an address of " + std::to_string(alignment) + " bytes is aligned to " + std::to_string(beyond);
+}
+
 }  // namespace
 
 void check_access(const void* address, int alignment, int bytes, const Where& where) {
   const uintptr_t beyond = reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment);
-  if (beyond != 0) {
-    fail("an address of " + std::to_string(alignment) + " bytes is aligned to " + std::to_string(beyond), where);
-  }
+  if (beyond != 0) fail(misaligned(static_cast<uintptr_t>(alignment), beyond), where);
   // The compiler may load less than the kernel asked for, and AddressSanitizer sees what the compiler loads.
   if (with_asan() && bytes > 0 && __asan_region_is_poisoned(const_cast<void*>(address), static_cast<size_t>(bytes))) {
     fail(std::to_string(bytes) + " bytes that aren't all allocated", where);
@@ -129,3 +133,20 @@ void finish_copies(Thread& thread) {
 }
 
 }  // namespace bitfold::cuda::emulator
+
+// What code compiled with -fsanitize=alignment calls before an access that a GPU would refuse; its own library would
+// end the process. The layout is that of GCC's and Clang's calls.
+struct Misaligned {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
+extern "C" [[gnu::weak]] void __ubsan_handle_type_mismatch_v1_abort(const Misaligned* access, uintptr_t address) {
+  using namespace bitfold::cuda::emulator;
+  const uintptr_t alignment = uintptr_t{1} << access->log_alignment;
+  const std::string what = misaligned(alignment, address % alignment);
+  if (current) fail_here(what, access->file, access->line);
+  std::fprintf(stderr, "%s at %s:%u\n", what.c_str(), access->file, access->line);
+  std::abort();
+}

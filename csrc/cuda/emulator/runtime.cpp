@@ -18,11 +18,11 @@ namespace bitfold::cuda::emulator {
 Block* block;
 Thread* current;
 
-std::string line(const Where& where) {
-  const char* file = where.file_name();
+std::string line(const char* file, unsigned number) {
   const char* slash = std::strrchr(file, '/');
-  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(where.line());
+  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(number);
 }
+std::string line(const Where& where) { return line(where.file_name(), where.line()); }
 
 bool same(const Where& a, const Where& b) {
   return a.line() == b.line() && a.column() == b.column() &&
@@ -160,6 +160,11 @@ void take_leave(Thread& thread) {
   if (block->live == 0) check_barriers_at_the_end();
 }
 
+[[noreturn]] void leave(Thread& self) {
+  release(&block->grid->end_token);
+  leave_for_good(self.context, next_context());
+}
+
 void thread_body() {
   Thread& self = *current;
   arrive(self.context);
@@ -171,8 +176,7 @@ void thread_body() {
   } catch (...) {
     block->error = std::current_exception();
   }
-  release(&block->grid->end_token);
-  leave_for_good(self.context, next_context());
+  leave(self);
 }
 
 // Those of blocks that have ended.
@@ -346,11 +350,22 @@ void start_random_bits() { random_state = config().seed; }
 
 const Place& place() { return current->place; }
 
-void fail(const std::string& what, const Where& where) {
-  const Unseen unseen;
+static std::string sentence(const std::string& what, const std::string& at) {
   std::string text = block->shape.name;
   if (current) text += ", block " + position(current->place.block) + ", thread " + std::to_string(current->index);
-  throw std::runtime_error(text + ": " + what + " at " + line(where));
+  return text + ": " + what + " at " + at;
+}
+
+void fail(const std::string& what, const Where& where) {
+  const Unseen unseen;
+  throw std::runtime_error(sentence(what, line(where)));
+}
+void fail_here(const std::string& what, const char* file, unsigned line) {
+  {
+    const Unseen unseen;
+    block->error = std::make_exception_ptr(std::runtime_error(sentence(what, emulator::line(file, line))));
+  }
+  leave(*current);
 }
 
 void* shared_memory(size_t bytes, const Where& where) {

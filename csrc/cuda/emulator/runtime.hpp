@@ -73,6 +73,8 @@ const Place& place();
 
 // Ends the launch with a sentence that names the kernel, the block, the thread and the line.
 [[noreturn]] void fail(const std::string& what, const Where& where);
+// The same for what may not throw: the thread runs no further, and destroys nothing.
+[[noreturn]] void fail_here(const std::string& what, const char* file, unsigned line);
 
 void* shared_memory(size_t bytes, const Where& where);
 
