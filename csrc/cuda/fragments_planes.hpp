@@ -7,7 +7,8 @@
 // Whole numbers are masked where they lie and taken as the bits of subnormal halves: 2^-24 of the code, and 2^p times
 // that at bit p. x has 2^-p in the columns that lie there, and the zero point is taken from the sum: sum(q x) less
 // zero * sum(x). So a code costs little more than its mask, and all of it is exact but the fp32 sums, which stay as
-// small as their numbers are. A token with an infinity would get NaN from it; then Manner::Any subtracts zero points
+// small as their numbers are; the more of them are cut off, the smaller codes are, as if they were normal numbers
+// (emulator/tensor_core.hpp). A token with an infinity would get NaN from it; then Manner::Any subtracts zero points
 // from codes: a field at bit p, or'ed with the half 1024, is 1024 + 2^p code, of which 1024 + 2^p zero can be taken
 // exactly.
 //

@@ -158,10 +158,16 @@ uint32_t small_integer(std::mt19937& random, bool half) {
 // Of a number and products next to it, what is below 2^-24 of the largest is cut off, as is what fp32 lacks of the sum.
 CASE(sums_of_mma_are_cut_off_as_tensor_cores_do) {
   const float small = std::ldexp(1.0f, -25);
-  const auto sum = [](float before, std::vector<double> few) {
-    double products[16] = {};
-    std::copy(few.begin(), few.end(), products);
-    return emulator::add_products(before, products);
+  const auto factors = [](const std::vector<double>& values) {
+    std::vector<emulator::Factor> made;
+    for (const double value : values) made.push_back(emulator::factor(value, emulator::kSmallestHalf));
+    return made;
+  };
+  const auto products = [&](float before, const std::vector<double>& a, const std::vector<double>& b) {
+    return emulator::add_products(before, factors(a).data(), factors(b).data(), static_cast<int>(a.size()));
+  };
+  const auto sum = [&](float before, const std::vector<double>& few) {
+    return products(before, std::vector<double>(few.size(), 1.0), few);
   };
   expect(sum(1.0f, {small, small, small, small}) == 1.0f, "each for itself, below the unit");
   expect(sum(1.0f, {2 * small, 2 * small}) == 1.0f + 4 * small, "units add up");
@@ -171,6 +177,29 @@ CASE(sums_of_mma_are_cut_off_as_tensor_cores_do) {
   expect(sum(0.0f, {1.0, -1.0, small}) == 0.0f, "what is cut off doesn't come back");
   expect(std::isnan(sum(1.0f, {INFINITY, -INFINITY})) && std::isinf(sum(INFINITY, {1.0})), "what isn't finite");
   expect(sum(0.0f, {}) == 0.0f, "nothing");
+  // 2^-24 of 2^14 and of 16 + 2^-6 are 2^-10 and 2^-20 + 2^-30, in sight of each other, if they weren't aligned as
+  // 2^-14 of 2^14 and of 16.
+  const double tiny = 0x1p-24;
+  expect(products(0.0f, {tiny, tiny}, {0x1p14, 16 + 0x1p-6}) == 0x1p-10f + 0x1p-20f, "halves that aren't normal");
+  expect(products(0.0f, {1.0, 1.0}, {0x1p-10, 0x1p-20 + 0x1p-30}) == 0x1p-10f + 0x1p-20f + 0x1p-30f, "those that are");
+  expect(products(0.0f, {0.0, tiny}, {0x1p14, 16 + 0x1p-6}) == 0x1p-20f + 0x1p-30f, "zero is aligned as nothing is");
+}
+
+// What two products of the first eight lose to a third, when they take each other away.
+CASE(mma_of_halves_adds_as_many_products_at_a_time_as_the_gpu) {
+  for (const int capability : {80, 89, 90}) {
+    Registers<float> registers;
+    const auto put = [&](int k, float of_a, float of_b) {
+      const Spot a = spot_a(0, k, 2), b = spot_b(k, 0, 2);
+      registers.a[a.lane][a.r] |= uint32_t{float_to_half(of_a)} << 16 * a.part;
+      registers.b[b.lane][b.r] |= uint32_t{float_to_half(of_b)} << 16 * b.part;
+    };
+    put(0, 1, 0x1p14f), put(1, -1, 0x1p14f), put(8, 1, 0x1p-11f);
+    emulator::config().capability = capability;
+    launch({dim3(1), dim3(32), 0, "multiply", nullptr}, multiply<float>, &registers, 0, true);
+    emulator::config() = {};
+    expect(registers.d[0][0] == (capability < 90 ? 0x1p-11f : 0.0f), "eight or sixteen products at a time");
+  }
 }
 
 CASE(mma_of_floats_is_exact_for_small_integers_and_near_for_others) {

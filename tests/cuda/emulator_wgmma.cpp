@@ -34,6 +34,11 @@ CASE(wgmma_is_exact_for_small_integers_and_near_for_others) {
   });
 }
 
+CASE(wgmma_cuts_off_beside_small_halves_as_if_they_were_normal) {
+  const double distance = run<64>(false, Way::Bulk, small_halves_of_a(64));
+  expect(distance > 2e-6 && distance < 1e-4, "a distance of " + std::to_string(distance * 1e6) + " millionths");
+}
+
 // ---- mistakes ----
 
 // What a mistake ends in, in each of the first six schedules: "" where the numbers are right, "wrong", or an error.

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include "cuda/device.hpp"
@@ -215,5 +216,15 @@ struct Data {
     return worst;
   }
 };
+
+// Numbers for Data<N> that show how tensor cores align halves too small to be normal, as A's are here: sums are some
+// 1e-5 from float64 if the products are aligned as those of the smallest normal half are, else 5e-7.
+inline std::function<float()> small_halves_of_a(int n) {
+  return [n, random = std::mt19937(1), drawn = 0]() mutable {
+    const bool of_a = drawn++ % (64 + n) < 64;  // the order in which Data draws
+    if (of_a) return std::ldexp(static_cast<float>(1 + random() % 3), -24);
+    return std::ldexp(1024.0f + static_cast<float>(random() % 1024), -10 - static_cast<int>(random() % 9));
+  };
+}
 
 }  // namespace bitfold::cuda::test

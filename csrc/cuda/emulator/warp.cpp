@@ -1,5 +1,6 @@
 // What the instructions of a warp compute: shuffles, votes, ldmatrix, mma. The layouts are in gpu/ptx_mma.hpp.
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/emulator/block.hpp"
@@ -98,38 +99,43 @@ struct Multiply {
   bool zero;
 };
 
-// Values of one register, as the doubles that the sums are made in.
+// Values of one register, as the numbers that the sums are made in.
 struct F16 {
   static constexpr int kEach = 2;
-  static double value(uint32_t r, int i) { return kTable[r >> 16 * i & 0xffffu]; }
-  static const std::vector<float> kTable;
+  static const Factor& value(uint32_t r, int i) { return kTable[r >> 16 * i & 0xffffu]; }
+  static const std::vector<Factor> kTable;
 };
-const std::vector<float> F16::kTable = [] {
-  std::vector<float> values(65536);
-  for (uint32_t code = 0; code < values.size(); ++code) values[code] = half_to_float(static_cast<uint16_t>(code));
+const std::vector<Factor> F16::kTable = [] {
+  std::vector<Factor> values(65536);
+  for (uint32_t code = 0; code < values.size(); ++code)
+    values[code] = factor(half_to_float(static_cast<uint16_t>(code)), kSmallestHalf);
   return values;
 }();
 struct Bf16 {
   static constexpr int kEach = 2;
-  static double value(uint32_t r, int i) { return bf16_to_float(static_cast<uint16_t>(r >> 16 * i)); }
+  static Factor value(uint32_t r, int i) {
+    return factor(bf16_to_float(static_cast<uint16_t>(r >> 16 * i)), kSmallestBf16);
+  }
 };
 struct S8 {
   static constexpr int kEach = 4;
-  static double value(uint32_t r, int i) { return static_cast<int8_t>(r >> 8 * i); }
+  static int value(uint32_t r, int i) { return static_cast<int8_t>(r >> 8 * i); }
 };
 struct U8 {
   static constexpr int kEach = 4;
-  static double value(uint32_t r, int i) { return static_cast<uint8_t>(r >> 8 * i); }
+  static int value(uint32_t r, int i) { return static_cast<uint8_t>(r >> 8 * i); }
 };
 
 template <int Count>
-float sum_of(float before, const double (&products)[Count]) {
-  return add_products(before, products);
+float sum_of(float before, const Factor (&a)[Count], const Factor (&b)[Count]) {
+  const int each = config().capability < 90 ? 8 : Count;
+  for (int k = 0; k < Count; k += each) before = add_products(before, a + k, b + k, each);
+  return before;
 }
 template <int Count>
-int32_t sum_of(int32_t before, const double (&products)[Count]) {  // wraps around
+int32_t sum_of(int32_t before, const int (&a)[Count], const int (&b)[Count]) {  // wraps around
   auto sum = static_cast<uint32_t>(before);
-  for (const double product : products) sum += static_cast<uint32_t>(static_cast<int32_t>(product));
+  for (int k = 0; k < Count; ++k) sum += static_cast<uint32_t>(a[k] * b[k]);
   return static_cast<int32_t>(sum);
 }
 
@@ -137,7 +143,8 @@ template <class T, class Sum, class OfB = T>
 void multiply(void* const (&arguments)[32], uint32_t) {
   constexpr int kEach = T::kEach;
   constexpr int kK = 8 * kEach;
-  double a[16][kK], b[8][kK];
+  using Value = std::remove_cvref_t<decltype(T::value(0, 0))>;
+  Value a[16][kK], b[8][kK];
   for (int lane = 0; lane < 32; ++lane) {
     const Multiply& m = argument<Multiply>(arguments, lane);
     const int g = lane / 4, t = lane % 4;
@@ -150,10 +157,8 @@ void multiply(void* const (&arguments)[32], uint32_t) {
     const Multiply& m = argument<Multiply>(arguments, lane);
     const int g = lane / 4, t = lane % 4;
     for (int r = 0; r < 4; ++r) {
-      double products[kK];
-      for (int k = 0; k < kK; ++k) products[k] = a[g + 8 * (r >> 1)][k] * b[2 * t + (r & 1)][k];
       Sum& sum = static_cast<Sum*>(m.d)[r];
-      sum = sum_of(m.zero ? Sum{} : sum, products);
+      sum = sum_of(m.zero ? Sum{} : sum, a[g + 8 * (r >> 1)], b[2 * t + (r & 1)]);
     }
   }
 }

@@ -198,32 +198,30 @@ void multiply(PendingProduct& product) {
   if (product.lanes[0].of_bytes()) return multiply_bytes(product);
   const int n = product.lanes[0].n;
   const Matrix matrix = decode(product.lanes[0].b);
-  std::vector<double> b(static_cast<size_t>(kDepth * n));
+  std::vector<Factor> b(static_cast<size_t>(kDepth * n));
   for (int column = 0; column < n; ++column) {
     for (int k = 0; k < kDepth; k += 8) {
       const unsigned char* row = seen_by_async(block->shared + matrix.row(column, k), 16, "wgmma", product.where);
       for (int i = 0; i < 8; ++i) {
         const auto code = static_cast<uint16_t>(row[2 * i] | row[2 * i + 1] << 8);
-        b[static_cast<size_t>(column * kDepth + k + i)] = half_to_float(code);
+        b[static_cast<size_t>(column * kDepth + k + i)] = factor(half_to_float(code), kSmallestHalf);
       }
     }
   }
-  double a[16][kDepth];
+  Factor a[16][kDepth];
   for (int lane = 0; lane < 32; ++lane) {
     for (int r = 0; r < 4; ++r) {
       for (int i = 0; i < 2; ++i) {
         a[lane / 4 + 8 * (r & 1)][2 * (lane % 4) + 8 * (r >> 1) + i] =
-            half_to_float(static_cast<uint16_t>(product.a[lane][r] >> 16 * i));
+            factor(half_to_float(static_cast<uint16_t>(product.a[lane][r] >> 16 * i)), kSmallestHalf);
       }
     }
   }
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < n; ++column) {
-      double products[kDepth];
-      for (int k = 0; k < kDepth; ++k) products[k] = a[row][k] * b[static_cast<size_t>(column * kDepth + k)];
       uint32_t& sum = sum_at(product, row, column);
       const float before = product.lanes[0].accumulate ? std::bit_cast<float>(sum) : 0.0f;
-      sum = std::bit_cast<uint32_t>(add_products(before, products));
+      sum = std::bit_cast<uint32_t>(add_products(before, a[row], &b[static_cast<size_t>(column * kDepth)], kDepth));
     }
   }
 }
