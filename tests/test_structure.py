@@ -193,6 +193,14 @@ def test_one_header_chooses_between_the_gpu_and_the_emulator():
             assert not chosen, f"{path.name} includes {chosen[0]}"
 
 
+def test_no_kernel_for_gpus_counts_trailing_zeros_by_the_standard_library():
+    """nvcc 13.0 makes std::countr_zero(a) 32 whatever a is, without a word, and the emulator's compiler doesn't."""
+    for path in [path for folder in ("cuda", "search", "formats") for path in sources(CSRC / folder)]:
+        if not path.is_relative_to(CSRC / "cuda" / "emulator"):
+            text = without_comments(path.read_text(encoding="utf-8"))
+            assert "std::countr_" not in text, f"{path.relative_to(ROOT)} uses std::countr_: see lowest_one"
+
+
 def test_kernel_bodies_name_no_instruction_set():
     for path in sources(CSRC / "cpu" / "kernels") + sources(CSRC / "search"):
         found = re.findall(

@@ -7,12 +7,14 @@
 //
 //   template <int Row> struct CodesK {
 //     static constexpr int kAlign;            // of a block's first byte, at least
-//     static constexpr int kStride;           // bytes of a row of a room: an odd number of 16 bytes lies in other
-//     banks static constexpr int kScales;           // sub-blocks, 8 or 16 static int scale_at(int i);             //
-//     where scale i lies as a float once a block was opened; four on end static constexpr int column(int step, int t,
-//     int half); struct Tables;                          // of the block of threads, and in a lane's registers static
-//     void fill(Tables& tables, int thread); struct Kept;                            // registers of a row for all of
-//     its block struct Words;                           // and for four steps
+//     static constexpr int kStride;           // bytes of a row of a room: an odd number of 16, for other banks
+//     static constexpr int kScales;           // sub-blocks, 8 or 16
+//     static int scale_at(int i);             // where scale i lies as a float, once a block was opened; four on end
+//     static constexpr int column(int step, int t, int half);
+//     struct Tables;                          // of the block of threads, and in a lane's registers
+//     static void fill(Tables& tables, int thread);
+//     struct Kept;                            // registers of a row for all of its block
+//     struct Words;                           // and for four steps
 //     // The scales 2 t, 2 t + 1 (of 16 also 8 + 2 t, 9 + 2 t), and what lane t has of the operand for minima.
 //     static OpenedScales<kScales> open(const uint8_t* block, int t, Kept& kept);
 //     static Words load(const Tables& tables, const uint8_t* block, int t, int step);
