@@ -131,6 +131,13 @@ def test_more_tokens_than_are_multiplied_at_a_time(way, capability):
             assert_same(torch.ops.bitfold_emulated, x, planes, "int8-channel-asym", n, bias, *WAYS[way](n, k))
 
 
+@pytest.mark.slow
+def test_more_tokens_than_a_grid_has_blocks_for(gpu):
+    """By the kernel for few rows, which has any number of them where columns are no whole pieces."""
+    m, k = 65535 * 8 + 1, 4
+    assert_same(gpu, torch.randn(m, k), weight(1, k, "int8-channel"), "int8-channel", 1)
+
+
 @pytest.mark.parametrize("way", ["plain", "found", "by row and copied"])
 def test_a_row_that_is_no_number_stays_alone(way, gpu):
     for m, dtype in ((3, torch.bfloat16), (20, torch.bfloat16), (5, torch.float16)):

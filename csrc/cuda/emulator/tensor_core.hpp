@@ -3,9 +3,8 @@
 // exponent among them, with one bit (A100) or two (H100) more than fp32 has, what is below is cut off, and so is what
 // fp32 lacks of the sum. Here it is one bit. A product's exponent is what its factors' come to, and a number that is
 // too small to be normal has the smallest exponent of those that are: all others are cut off as if it were as large.
-// An A100 adds eight products of halves at a time, an H100 sixteen.
-// An H200's distances from float64 in tests/cuda/gpu_instructions.cu, of normal numbers, are these to all digits
-// printed.
+// An A100 adds eight products of halves at a time, an H100 sixteen; what is older than that is taken for an A100.
+// An H200's distances from float64 in tests/cuda/gpu_instructions.cu, of normal numbers, are these in all digits.
 #pragma once
 
 #include <bit>
