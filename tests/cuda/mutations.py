@@ -1,8 +1,8 @@
 """Mistakes to put into copies of the CUDA kernels, to see whether their tests would find them.
 
 All of them are in one copy of the sources, each behind a question that the environment's BITFOLD_MUTANT answers:
-one build runs them all. What is dropped or weakened wherever it stands (barriers, waits) is found by a pattern;
-wrong indices and ends are a table, mistakes.py.
+one build runs them all and, where none is chosen, the kernels as they are, for test_sanitizers.py. What is dropped or
+weakened wherever it stands (barriers, waits) is found by a pattern; wrong indices and ends are a table, mistakes.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import programs
+from kernel_cases import QUICK_UNITS
 from mistakes import WRONG
 from programs import ROOT
 
 SOURCES = ROOT / "csrc" / "cuda"
+SCHEDULES = 3  # that each case runs in
 
 
 class Mutation(NamedTuple):
@@ -190,6 +193,13 @@ def write(mutations: list[Mutation], folder: Path) -> None:
                 )
             update(folder / path.relative_to(ROOT), content)
     update(folder / "csrc" / "mutant.hpp", HEADER)
+
+
+def build(mutations: list[Mutation]) -> Path:
+    """kernel_tests with all mutations, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    source = ROOT / "build" / "mutants"
+    write(mutations, source)
+    return programs.build("kernel_tests", "mutants", QUICK_UNITS, source)
 
 
 def mutated(content: str, mutations: list[tuple[int, Mutation]]) -> str:

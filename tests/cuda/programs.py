@@ -13,14 +13,17 @@ import toolchain
 
 ROOT = Path(__file__).parents[2]
 
+ADDRESS = (
+    "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all "
+    "-fsanitize=address,bounds,float-cast-overflow,shift,signed-integer-overflow"
+)
 # What all code but the emulator's own run time is compiled with.
 VARIANTS = {
     "plain": "-O1",
     "ucontext": "-O1 -DBITFOLD_EMULATOR_UCONTEXT",  # what processors without a hand-written switch use
-    "address": "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all "
-    "-fsanitize=address,bounds,float-cast-overflow,shift,signed-integer-overflow",
+    "address": ADDRESS,
     "thread": "-O1 -g1 -fsanitize=thread",
-    "mutants": "-O1 -g1 -fsanitize=address -include mutant.hpp",  # mutations.py
+    "mutants": f"{ADDRESS} -include mutant.hpp",  # mutations.py
 }
 
 

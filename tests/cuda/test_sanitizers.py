@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import kernel_cases
+import mutations
 import programs
 import pytest
 from case_file import Case
@@ -56,31 +57,34 @@ def test_nothing_is_reported_without_a_mistake(kernel: str, variant: str):
 # ---- the kernels ----
 
 
-def check(variant: str, schedules: int, cases: list[Case], units: str) -> None:
+def check(program: Path, schedules: int, cases: list[Case]) -> None:
     files = [str(kernel_cases.write(case)) for case in cases]
-    result = programs.run(programs.build("kernel_tests", variant, units), str(schedules), *files)
+    result = programs.run(program, str(schedules), *files, BITFOLD_MUTANT="0")
     assert result.returncode == 0, (result.stdout + result.stderr)[:8000]
     assert result.stderr == ""
 
 
 @pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
 def test_kernels_stay_inside_of_their_memory(kernel: str):
-    check("address", 2, kernel_cases.quick(kernel_cases.KERNELS[kernel]), kernel_cases.QUICK_UNITS)
+    """In the program of test_mutations.py, none of whose mistakes is chosen: one build for both."""
+    program = mutations.build(mutations.find())
+    check(program, mutations.SCHEDULES, kernel_cases.quick(kernel_cases.KERNELS[kernel]))
 
 
 @pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
 def test_kernels_have_no_races(kernel: str):
     cases = kernel_cases.last_of_each_format(kernel_cases.quick(kernel_cases.KERNELS[kernel]))
-    check("thread", 1, cases, kernel_cases.QUICK_UNITS)
+    check(programs.build("kernel_tests", "thread", kernel_cases.QUICK_UNITS), 1, cases)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
 def test_kernels_of_every_format_stay_inside_of_their_memory(kernel: str):
-    check("address", 2, kernel_cases.KERNELS[kernel], ".*")
+    check(programs.build("kernel_tests", "address"), 2, kernel_cases.KERNELS[kernel])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
 def test_kernels_of_every_format_have_no_races(kernel: str):
-    check("thread", 1, kernel_cases.last_of_each_format(kernel_cases.KERNELS[kernel]), ".*")
+    cases = kernel_cases.last_of_each_format(kernel_cases.KERNELS[kernel])
+    check(programs.build("kernel_tests", "thread"), 1, cases)
