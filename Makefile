@@ -12,8 +12,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# Threads that wait for work sleep, and numpy's, which can't, aren't there: those of tests side by side, and of programs that
-# tests start, would take each other's cores.
+# Threads that wait for work sleep, and numpy's, which spin before they do, aren't there: those of tests side by side, and of
+# programs that tests start, would take each other's cores.
 PYTEST := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 # A file's tests stay in one process, as its fixtures do; tests/conftest.py says in which order files are handed out. A test
 # that kills its process is named and ends the run: a new process would only run into it again.

@@ -41,8 +41,8 @@ def byte(i: np.ndarray) -> np.ndarray:
 
 
 def half(v: np.ndarray) -> np.ndarray:
-    """H: bits of the nearest binary16 number; overflow gives infinity."""
-    return v.astype(np.float16).view(np.uint16)
+    """H: bits of the nearest binary16 number; overflow gives infinity, and what is no number the NaN that x86 makes."""
+    return np.where(np.isnan(v), np.uint16(0xFE00), v.astype(np.float16).view(np.uint16))
 
 
 def single(bits: np.ndarray) -> np.ndarray:
