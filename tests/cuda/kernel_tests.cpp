@@ -97,10 +97,11 @@ void check(const CaseFile& file, int schedule, Outputs& first) {
 
 int main(int count, char** arguments) {
   using namespace bitfold::cuda::test;
-  if (count < 3) return 1;
+  const int schedules = count < 3 ? 0 : std::atoi(arguments[1]);
+  if (schedules < 1) return 1;
   std::vector<Outputs> firsts(count);
   // All files in one schedule before any in the next: most mistakes show in the first, in one file or the other.
-  for (int schedule = 0; schedule < std::atoi(arguments[1]); ++schedule) {
+  for (int schedule = 0; schedule < schedules; ++schedule) {
     for (int i = 2; i < count; ++i) {
       try {
         check(CaseFile(arguments[i]), schedule, firsts[i]);

@@ -7,6 +7,7 @@ weakened wherever it stands (barriers, waits) is found by a pattern; wrong indic
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -195,10 +196,11 @@ def write(mutations: list[Mutation], folder: Path) -> None:
     update(folder / "csrc" / "mutant.hpp", HEADER)
 
 
-def build(mutations: list[Mutation]) -> Path:
+@functools.cache
+def build() -> Path:
     """kernel_tests with all mutations, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     source = ROOT / "build" / "mutants"
-    write(mutations, source)
+    write(find(), source)
     return programs.build("kernel_tests", "mutants", QUICK_UNITS, source)
 
 

@@ -18,7 +18,7 @@ MUTATIONS = mutations.find()
 @pytest.fixture(scope="module")
 def run():
     """run(number, *names): the program with that mutation, on the cases of these names."""
-    program = mutations.build(MUTATIONS)
+    program = mutations.build()
 
     def run(number: int, *names: str) -> subprocess.CompletedProcess:
         cases = [case for name in names for case in kernel_cases.quick(kernel_cases.KERNELS[name])]

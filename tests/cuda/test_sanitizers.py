@@ -67,8 +67,7 @@ def check(program: Path, schedules: int, cases: list[Case]) -> None:
 @pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
 def test_kernels_stay_inside_of_their_memory(kernel: str):
     """In the program of test_mutations.py, none of whose mistakes is chosen: one build for both."""
-    program = mutations.build(mutations.find())
-    check(program, mutations.SCHEDULES, kernel_cases.quick(kernel_cases.KERNELS[kernel]))
+    check(mutations.build(), mutations.SCHEDULES, kernel_cases.quick(kernel_cases.KERNELS[kernel]))
 
 
 @pytest.mark.parametrize("kernel", kernel_cases.KERNELS)
