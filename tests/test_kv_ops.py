@@ -84,6 +84,18 @@ def test_the_kernel_writes_the_bytes_of_torchs_ops(format, device, rng):
         assert torch.equal(law.pack(*swapped), law.pack(keys, values)), "strides change nothing"
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_of_either_sign_are_zero(format, device, rng):
+    """Steps and offsets have no -0, which the order of comparisons would choose."""
+    signs = torch.from_numpy(rng.choice([-1.0, 1.0], (4, 1, 32, 32))).float()
+    signs[0], signs[1] = 1, -1
+    zeros = signs * 0.0
+    law = BlockFormat(format, 32, 32, 32)
+    assert not law.pack(zeros, zeros).any()
+    assert not law.pack_anywhere(zeros, zeros).any()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_not_finite_stays_among_those_that_share_its_step(format, device, rng):
     keys, values = past(rng, 1, 1, 32, 32)

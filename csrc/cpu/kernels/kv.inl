@@ -148,11 +148,12 @@ KvStep quantize(const KvQuantize& q) {
   constexpr KvFormatRow kRow = kKvFormats[Source];
   const Extent range = extent(q);
   const float largest = range.high > -range.low ? range.high : -range.low;
-  const float step = (kRow.offsets ? range.high - range.low : largest) / kRow.most;
+  const float spread = kRow.offsets ? range.high - range.low : largest;
+  const float step = spread / kRow.most + 0.0f;  // no -0
   const bool sound = range.finite && step - step == 0.0f;
   if (!sound || step == 0.0f) std::memset(q.codes, 0, static_cast<size_t>(q.count));
   if (!sound) return {std::bit_cast<float>(0x7fc00000u), 0.0f};
-  const float offset = kRow.offsets ? range.low + 0.0f : 0.0f;  // no -0
+  const float offset = kRow.offsets ? range.low + 0.0f : 0.0f;
   if (step == 0.0f) return {step, offset};
   for (int64_t i = 0; i < q.count; i += kLanes) {
     const F scaled = div(sub(load(q.x + i), splat(offset)), splat(step));

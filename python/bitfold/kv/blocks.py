@@ -133,10 +133,9 @@ class BlockFormat:
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [..., n] uint8, steps and offsets [..., 1] of rows [..., n] that share them."""
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        if self.law["offsets"]:
-            step, offset = (high - low) / self.law["most"], low + 0.0  # no -0
-        else:
-            step, offset = torch.maximum(high, -low) / self.law["most"], torch.zeros_like(low)
+        spread = high - low if self.law["offsets"] else torch.maximum(high, -low)
+        step = spread / self.law["most"] + 0.0  # no -0
+        offset = low + 0.0 if self.law["offsets"] else torch.zeros_like(low)
         sound = x.isfinite().all(-1, keepdim=True) & step.isfinite()
         step, offset = torch.where(sound, step, torch.nan), torch.where(sound, offset, 0.0)
         scaled = torch.where(step > 0, (x - offset) / step, 0.0)
