@@ -134,7 +134,8 @@ def test_trainer_refuses_a_model_without_adapters(source, tmp_path):
 
 @pytest.mark.skipif(not EXAMPLE.is_file(), reason="examples/ is not beside the tests")
 def test_the_example_in_small(tmp_path, capsys, monkeypatch):
-    """The loss falls as with a base of 16 bits; the adapter that it kept loads."""
+    """The loss falls as with a base of 16 bits; the adapter that it kept loads. Of a text that is the same with every
+    Python, as the default isn't."""
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(EXAMPLE))
     options = example["parse"](
@@ -147,6 +148,8 @@ def test_the_example_in_small(tmp_path, capsys, monkeypatch):
             "8",
             "--learning-rate",
             "1e-2",
+            "--text",
+            str(EXAMPLE.parents[1] / "LICENSE"),
             "--keep",
             str(tmp_path),
         ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 class MissingExtraError(ImportError):
@@ -49,6 +52,17 @@ class Support:
             ) from None
         self.check(purpose, module.__version__)
         return module
+
+
+def installed(library: str) -> str | None:
+    """The version of a library that is installed, by its name on PyPI; None where it isn't. torch's with its build, as
+    2.13.0+cu130, which the metadata of its wheel may leave out."""
+    if library == "torch":
+        return str(torch.__version__)
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +12,7 @@ import torch
 
 import bitfold
 from bitfold import _C
+from bitfold.versions import installed
 
 LIBRARIES = ("torch", "numpy", "bitsandbytes", "kernels", "torchao", "transformers")
 _SYSFS_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -45,12 +45,7 @@ def versions() -> dict[str, str | None]:
         "commit": commit(),
         "compiler": _C.build_info()["compiler"],
     }
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return found | {name: installed(name) for name in LIBRARIES}
 
 
 def caches() -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 
@@ -10,6 +9,7 @@ import torch
 
 from bitfold import _C, __version__
 from bitfold.cli.console import Json, out, print_json
+from bitfold.versions import installed
 
 LIBRARIES = (
     "torch",
@@ -58,7 +58,7 @@ def diagnose() -> dict[str, dict[str, object]]:
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "kernels": _kernels(),
         },
-        "libraries": {name: _installed(name) for name in LIBRARIES},
+        "libraries": {name: installed(name) or "not installed" for name in LIBRARIES},
     }
 
 
@@ -67,13 +67,6 @@ def _kernels() -> str:
     if not build["cuda"]:
         return "none: built for the CPU alone (BITFOLD_CUDA=on builds them)"
     return f"{build['cuda_architectures']}, by CUDA {build['cuda']}"
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _text(value: object) -> str:
