@@ -449,6 +449,15 @@ def test_bad_arguments_of_other_ops(rng):
     )
 
 
+def test_buffers_that_no_memory_has_room_for():
+    """A copy of x as doubles would be of 128 TiB."""
+    k = 1 << 22
+    weight = bitfold.encode(torch.zeros(1, k), "int4-g128")
+    x = torch.zeros(1, k, dtype=torch.float64).expand(k, k)
+    with pytest.raises(MemoryError, match="no memory for what the op keeps"):
+        ops.linear(x, list(weight.planes.values()), "int4-g128", 1, k)
+
+
 def test_qtensor_checks_its_planes(rng):
     qtensor = quantized(rng, "int4-g16-asym", 6, 40)
     for case in WRONG_PLANES:

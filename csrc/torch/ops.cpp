@@ -9,6 +9,7 @@
 
 #include "cuda/plan.hpp"
 #include "torch/border.hpp"
+#include "torch/errors.hpp"
 #include "torch/fp8.hpp"
 #include "torch/gptq.hpp"
 #include "torch/int8.hpp"
@@ -28,6 +29,7 @@ using namespace border;
 #endif
 #define BITFOLD_LIBRARY(name) STABLE_TORCH_LIBRARY(name, library)
 #define BITFOLD_LIBRARY_IMPL(name, key) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
+#define BITFOLD_BOX(op) &with_python_errors<TORCH_BOX(&op)>
 
 BITFOLD_LIBRARY(BITFOLD_NAMESPACE) {
   library.def(
@@ -346,24 +348,24 @@ Tensor linear_grad_x(const Tensor& grad, const std::vector<Tensor>& planes, cons
 
 template <class Library>
 void implement(Library& library) {
-  library.impl("encode", TORCH_BOX(&encode));
-  library.impl("decode", TORCH_BOX(&decode));
-  library.impl("pack", TORCH_BOX(&pack));
-  library.impl("unpack", TORCH_BOX(&unpack));
-  library.impl("linear", TORCH_BOX(&linear));
-  library.impl("linear_grad_x", TORCH_BOX(&linear_grad_x));
-  library.impl("embedding", TORCH_BOX(&embedding));
-  library.impl("linear_int8", TORCH_BOX(&linear_int8));
-  library.impl("linear_fp8", TORCH_BOX(&linear_fp8));
-  library.impl("round_fp8", TORCH_BOX(&round_fp8));
-  library.impl("block_grid", TORCH_BOX(&block_grid));
-  library.impl("put_block_codes", TORCH_BOX(&put_block_codes));
-  library.impl("gptq_factor", TORCH_BOX(&gptq_factor));
-  library.impl("gptq_columns", TORCH_BOX(&gptq_columns));
-  library.impl("search_steps", TORCH_BOX(&search_steps));
-  library.impl("kv_pack", TORCH_BOX(&kv_pack));
-  library.impl("kv_unpack", TORCH_BOX(&kv_unpack));
-  library.impl("kv_attention", TORCH_BOX(&kv_attention));
+  library.impl("encode", BITFOLD_BOX(encode));
+  library.impl("decode", BITFOLD_BOX(decode));
+  library.impl("pack", BITFOLD_BOX(pack));
+  library.impl("unpack", BITFOLD_BOX(unpack));
+  library.impl("linear", BITFOLD_BOX(linear));
+  library.impl("linear_grad_x", BITFOLD_BOX(linear_grad_x));
+  library.impl("embedding", BITFOLD_BOX(embedding));
+  library.impl("linear_int8", BITFOLD_BOX(linear_int8));
+  library.impl("linear_fp8", BITFOLD_BOX(linear_fp8));
+  library.impl("round_fp8", BITFOLD_BOX(round_fp8));
+  library.impl("block_grid", BITFOLD_BOX(block_grid));
+  library.impl("put_block_codes", BITFOLD_BOX(put_block_codes));
+  library.impl("gptq_factor", BITFOLD_BOX(gptq_factor));
+  library.impl("gptq_columns", BITFOLD_BOX(gptq_columns));
+  library.impl("search_steps", BITFOLD_BOX(search_steps));
+  library.impl("kv_pack", BITFOLD_BOX(kv_pack));
+  library.impl("kv_unpack", BITFOLD_BOX(kv_unpack));
+  library.impl("kv_attention", BITFOLD_BOX(kv_attention));
 }
 
 // With CUDA's key also where there are no kernels for it: Device says so in a sentence.
