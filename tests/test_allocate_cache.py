@@ -24,10 +24,12 @@ from bitfold.shards import CheckpointError
 from command import call, call_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import needs_kv_cache
 from tiny import one_thread  # noqa: F401
 from transformers import MistralConfig
 
 pytest.importorskip("scipy", reason="scipy is not installed")
+pytestmark = needs_kv_cache
 
 PLAIN = ("int2-g32", "int4-g32", "int8")
 CONTEXT = 576  # tokens of the model: eight packed blocks, a whole page, and the recent ones

@@ -9,11 +9,13 @@ import torch
 from bitfold.kv.attention import Packed, forward
 from bitfold.kv.blocks import FORMATS
 from command import call, call_json
+from libraries import needs_kv_cache
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+pytestmark = needs_kv_cache
 one_thread = tiny.one_thread
 ATTENTION = ("sdpa", "eager", "bitfold")
 # What a step of the format is over the range that shares it, times what a few layers make of it.

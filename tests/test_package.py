@@ -5,6 +5,7 @@ import sys
 
 import bitfold
 import pytest
+from libraries import NO_KV_CACHE
 
 # Modules that cost seconds to import: not ours to load before they are needed.
 HEAVY = (
@@ -16,6 +17,8 @@ HEAVY = (
     "rich",
     "numpy.f2py",
 )
+
+NAMES = [name for name in bitfold.__all__ if not (NO_KV_CACHE and name == "QuantizedCache")]
 
 
 def test_import_is_light():
@@ -31,7 +34,7 @@ print(*[name for name in {HEAVY!r} if name in sys.modules and name not in before
 
 def test_every_public_name_is_there():
     assert set(bitfold.__all__) <= set(dir(bitfold))
-    for name in bitfold.__all__:
+    for name in NAMES:
         assert getattr(bitfold, name) is not None
 
 
@@ -40,8 +43,23 @@ def test_other_names_are_not():
         _ = bitfold.quantise
 
 
+def test_a_library_that_is_too_old_is_named():
+    """transformers 5.20.2, the last one for Python 3.10, lacks what the KV cache is made of."""
+    code = """
+import bitfold, transformers
+transformers.__version__ = "5.20.2"
+del transformers.cache_utils.DummyLayer
+try:
+    bitfold.QuantizedCache
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "a quantized KV cache needs transformers 5.23 or newer and below 6, not 5.20.2" in result.stdout
+
+
 def test_public_functions_and_classes_are_documented():
-    for name in bitfold.__all__:
+    for name in NAMES:
         value = getattr(bitfold, name)
         if callable(value):
             assert value.__doc__, name

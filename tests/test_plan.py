@@ -21,6 +21,7 @@ from bitfold.kv.blocks import FORMATS
 from bitfold.recipes import RECIPES, Recipe, Rule
 from bitfold.shards import CheckpointError
 from command import call, call_json
+from libraries import needs_kv_cache
 from tiny import LLAMA_2_7B, one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -151,6 +152,7 @@ def test_classic_table(capsys, count, gigabytes):
 # ---- memory ----
 
 
+@needs_kv_cache
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_cache_is_what_a_run_fills(dtype, tmp_path):
     source = tiny.write_llama(tmp_path / "m", dtype)

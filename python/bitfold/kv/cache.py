@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DummyLayer,
-    get_layer_types_and_kwargs,
-)
 
 from bitfold import versions
 from bitfold.kv.attention import NAME, Packed, reads
 from bitfold.kv.blocks import DEFAULT_GROUP, FORMATS, BlockFormat, value_group_of
 from bitfold.kv.store import DEFAULT_RESIDUAL, FEW, Store
+
+versions.KV_CACHE.require("a quantized KV cache")
+from transformers.cache_utils import (  # noqa: E402
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    get_layer_types_and_kwargs,
+)
 
 _FULL, _SLIDING = ("full_attention",), ("sliding_attention", "chunked_attention")
 
@@ -195,7 +197,6 @@ class QuantizedCache(Cache):
         residual: int = DEFAULT_RESIDUAL,
         value_group: int | None = None,
     ):
-        versions.KV_CACHE.require("a quantized KV cache")
         if residual < 0:
             raise ValueError(f"residual is {residual}; it must be at least 0")
         if format not in FORMATS:
