@@ -48,7 +48,7 @@ struct Step {
 BITFOLD_DEVICE Step step_of(const Job& job, const Range& range) {
   const float largest = range.high > -range.low ? range.high : -range.low;
   const float spread = job.offsets ? ptx::add(range.high, -range.low) : largest;
-  const float step = ptx::add(ptx::div(spread, job.most), 0.0f);  // no -0
+  const float step = ptx::add(ptx::div(spread, job.most), 0.0f);  // here and in offset: no -0
   if (!range.finite || fabsf(step) > kMost) return {kNone, 0.0f};
   return {step, job.offsets ? ptx::add(range.low, 0.0f) : 0.0f};
 }

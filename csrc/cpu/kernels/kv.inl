@@ -149,7 +149,7 @@ KvStep quantize(const KvQuantize& q) {
   const Extent range = extent(q);
   const float largest = range.high > -range.low ? range.high : -range.low;
   const float spread = kRow.offsets ? range.high - range.low : largest;
-  const float step = spread / kRow.most + 0.0f;  // no -0
+  const float step = spread / kRow.most + 0.0f;  // here and in offset: no -0
   const bool sound = range.finite && step - step == 0.0f;
   if (!sound || step == 0.0f) std::memset(q.codes, 0, static_cast<size_t>(q.count));
   if (!sound) return {std::bit_cast<float>(0x7fc00000u), 0.0f};

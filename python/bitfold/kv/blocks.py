@@ -134,7 +134,7 @@ class BlockFormat:
         """Codes [..., n] uint8, steps and offsets [..., 1] of rows [..., n] that share them."""
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         spread = high - low if self.law["offsets"] else torch.maximum(high, -low)
-        step = spread / self.law["most"] + 0.0  # no -0
+        step = spread / self.law["most"] + 0.0  # here and in offset: no -0
         offset = low + 0.0 if self.law["offsets"] else torch.zeros_like(low)
         sound = x.isfinite().all(-1, keepdim=True) & step.isfinite()
         step, offset = torch.where(sound, step, torch.nan), torch.where(sound, offset, 0.0)
