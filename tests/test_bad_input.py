@@ -256,7 +256,7 @@ def lost_plane(quantized):
 
 SPOILT_QUANTIZED = {
     newer_version: ("version 2", "9.9.9", "newer"),
-    malformed_section: ("malformed quantization_config",),
+    malformed_section: ("modules['model.layers.0.mlp.up_proj'].shape is missing", "a list"),
     format_from_the_future: ("int5",),
     other_format: ("model.layers.0.mlp.up_proj.codes", "[128, 32]", "[128, 64]"),
     scales_of_another_dtype: ("model.layers.0.mlp.up_proj.scales", "float32", "float16"),

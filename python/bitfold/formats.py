@@ -100,6 +100,14 @@ def _parse(text: str) -> Format:
     return Format(planes=tuple(PlaneLaw(**law) for law in planes), **fields)
 
 
+def floating_dtype(name: str) -> torch.dtype:
+    """torch's dtype of that name, as "float16". Raises ValueError where there is none of floating-point numbers."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"the dtype is '{name}'; it must be a floating-point dtype of torch")
+    return dtype
+
+
 def check_layout(layout: str) -> None:
     """Raises ValueError unless `layout` is one of LAYOUTS."""
     if layout not in LAYOUTS:

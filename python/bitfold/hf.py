@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from bitfold import versions
+from bitfold.formats import floating_dtype
 from bitfold.shards import CONFIG_FILE, CheckpointError, read_directory, read_json
 
+GENERATION_FILE = "generation_config.json"
 _REASON = 200  # characters quoted of an error of transformers
 
 
@@ -40,12 +42,10 @@ def read_config(path: Path) -> dict:
 def config_dtype(config: dict) -> torch.dtype:
     """The dtype that config.json names; float32 where it names none, as transformers has it."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(
-            f"config.json names the dtype '{name}', which is no floating-point dtype of torch"
-        )
-    return dtype
+    try:
+        return floating_dtype(name)
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG_FILE}: {error}") from None
 
 
 def typed_config(path: Path, config: dict) -> Any:
@@ -80,10 +80,17 @@ def empty_causal_lm(path: Path, config: dict, dtype: torch.dtype) -> nn.Module:
         raise CheckpointError(
             f"transformers can't make a causal model of {_origin(path)}: {reason(error)}"
         ) from error
-    if (path / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    if (path / GENERATION_FILE).exists():
+        model.generation_config = _generation_config(path)
     model.tie_weights()
     return model
+
+
+def _generation_config(path: Path) -> Any:
+    try:
+        return require_transformers().GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever a file may make transformers raise
+        raise CheckpointError(f"transformers can't read {path / GENERATION_FILE}: {reason(error)}") from error
 
 
 def _origin(path: Path) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bitfold import hf
 from bitfold.checkpoint import check_shapes
 from bitfold.experts import DOWN, GATE_UP, expert_name
+from bitfold.fields import shown
 from bitfold.quantize import describe
 from bitfold.rules import Assignment, ModuleInfo
 from bitfold.section import ModuleEntry
@@ -137,9 +138,10 @@ def read_source(path: Path, *, config_suffices: bool = False) -> Source:
     MissingExtraError where transformers is not installed.
     """
     config = hf.read_config(path)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
-        raise CheckpointError(f"{path} is quantized already, by '{method}'; give the unquantized model")
+    if section := config.get("quantization_config"):
+        method = section.get("quant_method") if isinstance(section, dict) else None
+        by = "an unknown method" if method is None else shown(method)
+        raise CheckpointError(f"{path} is quantized already, by {by}; give the unquantized model")
     has_weights = not config_suffices or any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
     stored = read_directory(path) if has_weights else {}
     model = hf.empty_causal_lm(path, config, hf.config_dtype(config))

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from bitfold import layout, recipes
+from bitfold.fields import Fields
 from bitfold.formats import parse
 from bitfold.layout import Source, Step
 from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, refuse_calibration, summarize
 from bitfold.rules import Assignment, Recipe, assign
 from bitfold.section import ModuleEntry, QuantizationConfig
-from bitfold.shards import CheckpointError, StoredTensor
+from bitfold.shards import CheckpointError, StoredTensor, read_json
 from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
 
 REPORT_FILE = "bitfold_report.json"
@@ -219,3 +220,15 @@ def report(summary: QuantizationSummary) -> dict[str, object]:
         "bytes_after": summary.bytes_after,
         "modules": modules,
     }
+
+
+def noted_errors(path: Path) -> dict[str, float]:
+    """What `report` noted beside a checkpoint: relative_rmse of each module by its name; empty where there is nothing.
+
+    Raises CheckpointError where bitfold_report.json isn't what it made.
+    """
+    file = path / REPORT_FILE
+    if not file.exists():
+        return {}
+    modules = Fields(read_json(file), file, "").entries("modules")
+    return {module.take("name", str): module.size("relative_rmse", 0.0) for module in modules}

@@ -25,7 +25,8 @@ import torch
 
 from bitfold import _C, activations
 from bitfold.activations import FLOAT, Activations
-from bitfold.formats import parse, plane_shapes
+from bitfold.fields import Fields, shown
+from bitfold.formats import LAYOUTS, floating_dtype, parse, plane_shapes
 from bitfold.nn import OUTLIER_DTYPES
 from bitfold.shards import CONFIG_FILE, CheckpointError, TensorSpec
 
@@ -143,60 +144,59 @@ def read_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConf
     bitfold, or where the section is malformed.
     """
     section = config.get("quantization_config")
-    if not isinstance(section, dict):
+    if section is None:
         raise CheckpointError(f"{path} is not quantized: its {CONFIG_FILE} has no quantization_config")
-    return parse_quantization(str(path), section)
+    if not isinstance(section, dict):
+        Fields(config, path / CONFIG_FILE, "").refuse("quantization_config", "an object")
+    return parse_quantization(path / CONFIG_FILE, section)
 
 
-def parse_quantization(origin: str, section: Mapping[str, Any]) -> QuantizationConfig:
-    """A section quantization_config, checked; origin: what has it, for messages. Raises as `read_quantization`."""
+def parse_quantization(origin: Path | str, section: Mapping[str, Any]) -> QuantizationConfig:
+    """A section quantization_config, checked; origin: the file that has it, for messages. Raises as
+    `read_quantization`."""
     if section.get("quant_method") != QUANT_METHOD:
-        method = section.get("quant_method")
-        raise CheckpointError(f"{origin} was quantized by '{method}', which bitfold doesn't read")
-    version = section.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{origin} has the format_version {version!r}, which must be a number")
+        raise CheckpointError(
+            f"{origin} says that {shown(section.get('quant_method'))} quantized the model; this takes what bitfold did, and "
+            "'bitfold convert' makes that of the checkpoints that it reads"
+        )
+    fields = Fields(section, origin)
+    version = fields.take("format_version", int)
+    if version < 1:
+        fields.refuse("format_version", "at least 1")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{origin} has checkpoint version {version} (bitfold {section.get('bitfold_version')}), and this "
             f"bitfold, {_C.__version__}, reads up to version {FORMAT_VERSION}: install a newer one"
         )
-    try:
-        modules = {name: _read_entry(fields) for name, fields in section["modules"].items()}
-        tied = {str(alias): str(owner) for alias, owner in section.get("tied", {}).items()}
-        return QuantizationConfig(
-            str(section.get("recipe")), modules, tied, str(section.get("bitfold_version"))
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{origin} has a malformed quantization_config: {error}") from None
+    return QuantizationConfig(
+        str(section.get("recipe")),
+        {name: _read_entry(entry) for name, entry in fields.objects("modules").items()},
+        fields.texts("tied"),
+        str(section.get("bitfold_version")),
+    )
 
 
-def _read_entry(fields: Mapping[str, Any]) -> ModuleEntry:
-    kind = fields["kind"]
-    if kind not in _KINDS:
-        raise ValueError(f"the kind '{kind}' must be {', '.join(list(_KINDS)[:-1])} or {list(_KINDS)[-1]}")
-    shape = tuple(int(size) for size in fields["shape"])
-    if len(shape) != _KINDS[kind]:
-        raise ValueError(f"the shape {list(shape)} of a {kind} must have {_KINDS[kind]} sizes")
-    dtype = getattr(torch, fields["dtype"]) if "dtype" in fields else None
-    g_idx = fields.get("g_idx", False)
-    if not isinstance(g_idx, bool):
-        raise ValueError(f"g_idx is {g_idx!r}; it must be true or false")
+def _read_entry(fields: Fields) -> ModuleEntry:
+    kind = fields.take("kind", str, None, tuple(_KINDS))
+    g_idx = fields.take("g_idx", bool, False)
     if g_idx and kind == "experts":
-        raise ValueError("experts have a g_idx; they must have none")
+        fields.refuse("g_idx", "false: experts have none")
     entry = ModuleEntry(
         kind,
-        parse(fields["format"]).canonical,
-        shape,
-        fields["layout"],
-        dtype,
+        fields.read("format", parse).canonical,
+        fields.shape("shape", _KINDS[kind]),
+        fields.take("layout", str, None, LAYOUTS),
+        fields.read("dtype", floating_dtype) if "dtype" in fields else None,
         g_idx,
-        activations.read(fields.get("activations", "float")),
-        fields.get("outliers", 0),
-        getattr(torch, fields["outlier_dtype"]) if "outlier_dtype" in fields else None,
-        fields.get("x_scale", False) is True,
+        fields.read("activations", activations.read, "float"),
+        fields.take("outliers", int, 0),
+        fields.read("outlier_dtype", floating_dtype) if "outlier_dtype" in fields else None,
+        fields.take("x_scale", bool, False),
     )
-    _check_activations(entry)
+    try:
+        _check_activations(entry)
+    except ValueError as error:
+        raise CheckpointError(f"{fields.name}: {error}") from None
     return entry
 
 
@@ -208,7 +208,7 @@ def _check_activations(entry: ModuleEntry) -> None:
             f"a module of the kind '{entry.kind}' can't have the activations '{entry.activations}'"
         )
     outliers = entry.outliers
-    if not isinstance(outliers, int) or isinstance(outliers, bool) or not 0 <= outliers <= entry.shape[-1]:
+    if not 0 <= outliers <= entry.shape[-1]:
         raise ValueError(f"outliers is {outliers!r}; it must be a number of columns of {list(entry.shape)}")
     if entry.x_scale and entry.kind != "linear":
         raise ValueError(f"a module of the kind '{entry.kind}' has an x_scale, which is for linear layers")

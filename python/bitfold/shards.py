@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -107,13 +108,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} is truncated: its header has {len(raw)} of {length} bytes")
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = sorted(
-            (*e["data_offsets"], e["dtype"], tuple(e["shape"]), name) for name, e in header.items()
-        )
-        ends = [int(stop) for _, stop, *_ in entries]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is no safetensors file: its header can't be read") from None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is no safetensors file: its header can't be read")
+    header.pop("__metadata__", None)
+    entries = sorted(_header_entry(path, name, fields) for name, fields in header.items())
+    ends = [stop for _, stop, *_ in entries]
     wanted = 8 + length + (ends[-1] if ends else 0)
     if size != wanted:
         what = "truncated" if size < wanted else "damaged"
@@ -127,6 +128,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         tensors[name] = StoredTensor(name, dtype, shape, stop - start, path)
     return tensors
+
+
+def _header_entry(path: Path, name: str, fields: Any) -> tuple[int, int, str, tuple[int, ...], str]:
+    """Where a tensor begins and ends, its dtype, shape and name."""
+    try:
+        start, stop = fields["data_offsets"]
+        dtype, shape = fields["dtype"], tuple(fields["shape"])
+        sound = isinstance(dtype, str) and all(map(is_whole, (start, stop, *shape)))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{path} is damaged: its header has no dtype, shape and data_offsets of '{name}'"
+        )
+    return start, stop, dtype, shape, name
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, not negative, that a size may be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def read_directory(path: Path) -> dict[str, StoredTensor]:
@@ -164,7 +185,7 @@ def read_json(path: Path) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(data).__name__}")

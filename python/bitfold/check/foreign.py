@@ -28,7 +28,7 @@ def examine_foreign(
     try:
         found = read_owner(path)
     except CheckpointError as error:
-        report.fault("configuration", path, str(error), "it must be one that bitfold reads")
+        report.misread(path / CONFIG_FILE, error)
         return {}, set(stored)
     if found is None:
         telling = {_TELLING[part].title for name in stored for part in _TELLING if name.endswith(f".{part}")}

@@ -32,9 +32,7 @@ def examine_own(
     try:
         quantization: QuantizationConfig = read_quantization(path, config)
     except CheckpointError as error:
-        report.fault(
-            "configuration", path / CONFIG_FILE, str(error), "it must be one that this bitfold reads"
-        )
+        report.misread(path / CONFIG_FILE, error)
         return {}, set(stored)
     used = set()
     found = zeros.Zeros()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitfold.shards import CheckpointError
+
 Progress = Callable[[str, int, int], None]
 """Told after each module: its name, how many are done, and of how many."""
 
@@ -60,6 +62,11 @@ class Report:
 
     def fault(self, kind: str, where: object, found: str, wanted: str, repair: str = "") -> None:
         self.problems.append(Problem(kind, str(where), found, wanted, repair))
+
+    def misread(self, file: Path, error: CheckpointError) -> None:
+        """A configuration that can't be: what reading it said."""
+        found, _, wanted = str(error).removeprefix(str(file)).lstrip(": ").partition("; ")
+        self.fault("configuration", file, found, wanted or "it must be one that bitfold reads")
 
     def doubt(self, where: object, text: str) -> None:
         self.doubts.append(Doubt(str(where), text))

@@ -148,10 +148,11 @@ def say_cache(path: Path, given: str = "") -> None:
     allocation = read_json(report).get("allocation")
     cache = allocation.get("kv_cache") if isinstance(allocation, dict) else None
     if isinstance(cache, dict) and cache.get("quantized") and cache.get("format") != given:
+        format = cache.get("format")
         say(
-            f"note: the formats of {path} were chosen for a budget with a KV cache in {cache['format']}, and this runs "
-            f"with one in {given or 'the dtype of the model'}: 'bitfold eval --kv {cache['format']}', or in Python "
-            f"bitfold.QuantizedCache(model.config, '{cache['format']}')"
+            f"note: the formats of {path} were chosen for a budget with a KV cache in {format}, and this runs "
+            f"with one in {given or 'the dtype of the model'}: 'bitfold eval --kv {format}', or in Python "
+            f"bitfold.QuantizedCache(model.config, '{format}')"
         )
 
 

@@ -17,9 +17,9 @@ from bitfold.foreign.directory import read_foreign
 from bitfold.foreign.owners import read_owner
 from bitfold.gguf import mixes
 from bitfold.gguf.magic import is_gguf
-from bitfold.pipeline import REPORT_FILE
+from bitfold.pipeline import noted_errors
 from bitfold.section import ModuleEntry, QuantizationConfig, read_quantization
-from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, read_directory, read_header, read_json
+from bitfold.shards import CONFIG_FILE, CheckpointError, StoredTensor, read_directory, read_header
 from bitfold.writer import is_bitfold_checkpoint
 
 if TYPE_CHECKING:
@@ -204,10 +204,8 @@ def _check_part(tensor: StoredTensor, entry: ModuleEntry) -> None:
 
 def _errors(path: Path) -> dict[str, float]:
     """The error of each module, if bitfold_report.json tells it; of a stack of experts the largest."""
-    if not (path / REPORT_FILE).exists():
-        return {}
     found: dict[str, float] = {}
-    for module in read_json(path / REPORT_FILE).get("modules", []):
-        for name in {module["name"], stack_name(module["name"])}:
-            found[name] = max(found.get(name, 0.0), module["relative_rmse"])
+    for module, error in noted_errors(path).items():
+        for name in {module, stack_name(module)}:
+            found[name] = max(found.get(name, 0.0), error)
     return found

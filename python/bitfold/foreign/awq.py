@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold.fields import Fields
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
-    Fields,
     ReadPlane,
     Scheme,
     Unfit,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bitfold.activations import THRESHOLD, Activations, llm_int8
+from bitfold.fields import Fields
 from bitfold.foreign.scheme import (
-    Fields,
     ReadPlane,
     Scheme,
     Unfit,

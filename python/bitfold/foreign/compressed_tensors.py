@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from bitfold.activations import FLOAT, Activations
+from bitfold.fields import Fields
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
     SCALES,
-    Fields,
     ReadPlane,
     Scheme,
     Unfit,
@@ -346,19 +346,12 @@ def read_config(section: Mapping[str, Any], origin: Path) -> CompressedConfig:
         fields.refuse("kv_cache_scheme", "null: bitfold keeps the KV cache as floats")
     if section.get("quantization_status", "compressed") != "compressed":
         fields.refuse("quantization_status", "compressed")
-    groups = fields.take("config_groups", dict)
-    overall = section.get("format")
     read = []
-    for name, group in groups.items():
-        if not isinstance(group, dict):
-            fields.refuse("config_groups", "objects by name")
-        inner = Fields(group, origin, f"config_groups.{name}")
+    for name, inner in fields.objects("config_groups").items():
+        group = section["config_groups"][name]
         targets = tuple(map(str, inner.take("targets", list)))
-        storage = str(group.get("format") or overall)
-        if storage not in STORAGE:
-            fields.refuse("format", " or ".join(STORAGE))
-        weights = inner.take("weights", dict)
-        scheme = _scheme(Fields(weights, origin, f"config_groups.{name}.weights"), weights, storage)
+        storage = (inner if group.get("format") else fields).take("format", str, None, STORAGE)
+        scheme = _scheme(inner.section("weights"), group["weights"], storage)
         inputs = group.get("input_activations")
         activations = _activations(inputs)
         left_out = _left_out(inputs if activations.is_float else None, group.get("output_activations"))

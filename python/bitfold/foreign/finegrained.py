@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.foreign.scheme import Fields, ReadPlane, Scheme, Unfit, check_matrix, check_names, check_tensor
+from bitfold.fields import Fields
+from bitfold.foreign.scheme import ReadPlane, Scheme, Unfit, check_matrix, check_names, check_tensor
 from bitfold.formats import ceil_div, parse
 from bitfold.qtensor import QTensor
 from bitfold.section import ModuleEntry

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bitfold import _C
+from bitfold.fields import Fields
 from bitfold.foreign import words
 from bitfold.foreign.scheme import (
-    Fields,
     ReadPlane,
     Scheme,
     Unfit,
@@ -219,7 +219,7 @@ def read_config(section: Mapping[str, Any], origin: Path) -> GptqConfig:
     fields = Fields(section, origin)
     fields.take("pack_dtype", str, "int32", ("int32",))
     named = section.get("checkpoint_format") or section.get("format") or "gptq"
-    if named not in FORMATS or section.get("is_marlin_format"):
+    if named not in tuple(FORMATS) or section.get("is_marlin_format"):
         raise CheckpointError(
             f"{origin}: quantization_config.checkpoint_format is {named!r}; bitfold reads {' and '.join(FORMATS)}"
         )

@@ -8,9 +8,7 @@ to a QTensor, and back. Both directions move integers and copy floats; nothing i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor
 from bitfold.formats import Format, parse
 from bitfold.qtensor import QTensor
 from bitfold.section import ModuleEntry
-from bitfold.shards import CheckpointError, TensorSpec
+from bitfold.shards import TensorSpec
 
 SCALES = {torch.float16: "sfp16", torch.bfloat16: "sbf16", torch.float32: "sfp32"}
 """How a format string names the dtype of its scales."""
@@ -176,46 +174,3 @@ def check_matrix(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -
         )
     rows, columns = tensor.shape
     return rows, columns
-
-
-class Fields:
-    """A section of a configuration, taken value by value; every refusal names the file, the key and the value."""
-
-    def __init__(self, section: Mapping[str, Any], origin: Path, where: str = "quantization_config") -> None:
-        self._section = section
-        self._origin = origin
-        self._where = where
-
-    def take(self, key: str, kind: type, default: Any = None, allowed: tuple[Any, ...] = ()) -> Any:
-        """A value of type `kind`; `default` where there is none or null."""
-        value = self._section.get(key)
-        if value is None:
-            value = default
-        if value is None or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            self.refuse(key, f"a {kind.__name__}")
-        if allowed and value not in allowed:
-            self.refuse(key, " or ".join(map(str, allowed)))
-        return value
-
-    def optional(self, key: str, kind: type) -> Any:
-        """A value of type `kind`, or None where there is none or null."""
-        return None if self._section.get(key) is None else self.take(key, kind)
-
-    def size(self, key: str, default: float) -> float:
-        """A number that isn't negative; `default` where there is no such key, 0 where it is null."""
-        value = self._section.get(key, default) or 0
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            self.refuse(key, "a number that is at least 0")
-        return float(value)
-
-    def refuse(self, key: str, wanted: str) -> None:
-        """Raises CheckpointError: a value isn't what it must be."""
-        raise CheckpointError(
-            f"{self._origin}: {self._where}.{key} is {self._section.get(key)!r}; it must be {wanted}"
-        )
-
-    def check_group(self, group: int, key: str = "group_size") -> int:
-        """Raises CheckpointError for a group that no format has; -1 is a scale a row."""
-        if group != -1 and not 16 <= group <= 1 << 20:
-            self.refuse(key, "-1 or at least 16")
-        return group

@@ -15,10 +15,13 @@ from torch import Tensor
 from bitfold import hf
 from bitfold.foreign.directory import read_foreign
 from bitfold.nn import KEPT_PARTS
-from bitfold.qtensor import QTensor
+from bitfold.qtensor import QTensor, Unpacked
 from bitfold.section import ModuleEntry, read_quantization
-from bitfold.shards import CheckpointError, StoredTensor, read_directory, read_tensors
+from bitfold.shards import CheckpointError, StoredTensor, listed, read_directory, read_tensors
 from bitfold.writer import is_bitfold_checkpoint
+
+_PARTS = {*Unpacked._fields, "blocks", *KEPT_PARTS}
+"""What bitfold calls the tensors of a quantized module."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ def _own(path: Path) -> Source:
             raise CheckpointError(f"{path}: '{name}': {error}") from None
 
     plain = {name: tensor for name, tensor in stored.items() if name not in planes}
+    left = [name for name in plain if name.rpartition(".")[2] in _PARTS]
+    if left:
+        raise CheckpointError(
+            f"{path} holds {listed(left)} of modules that its quantization_config doesn't name"
+        )
     tied = {alias: owner for alias, owner in quantization.tied.items() if owner not in planes}
 
     def kept(name: str) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitfold.shards import CheckpointError
+from bitfold.fields import shown
+from bitfold.shards import CheckpointError, is_whole
 
 
 @dataclass(frozen=True)
@@ -325,9 +326,13 @@ def dimensions(config: Any) -> dict[str, int]:
     d: hidden size; q, k: rows of the query and of the key projection; h: of a head; f: feed-forward size;
     v: vocabulary; e: experts; m, s: feed-forward size of an expert and of the shared one; p, g: rows of Phi-3's fused
     projections.
+
+    Raises CheckpointError where one that every model has is no size.
     """
     text = config.get_text_config()
-    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
+    heads, hidden, inner = (
+        _size(text, f) for f in ("num_attention_heads", "hidden_size", "intermediate_size")
+    )
     head = int(getattr(text, "head_dim", None) or hidden // heads)
     shared = int(getattr(text, "num_key_value_heads", None) or heads)
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
@@ -337,13 +342,22 @@ def dimensions(config: Any) -> dict[str, int]:
         "q": heads * head,
         "k": shared * head,
         "p": (heads + 2 * shared) * head,
-        "f": int(text.intermediate_size),
-        "g": 2 * int(text.intermediate_size),
-        "v": int(text.vocab_size),
+        "f": inner,
+        "g": 2 * inner,
+        "v": _size(text, "vocab_size"),
         "e": int(experts),
         "m": int(getattr(text, "moe_intermediate_size", None) or 0),
         "s": int(getattr(text, "shared_expert_intermediate_size", None) or 0),
     }
+
+
+def _size(text: Any, field: str) -> int:
+    value = getattr(text, field, None)
+    if not is_whole(value) or not value:
+        raise CheckpointError(
+            f"the configuration has {field} {shown(value)}; it must be a whole number from 1 on"
+        )
+    return int(value)
 
 
 def placements(config: Any) -> dict[str, Placement]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bitfold.fields import Fields
 from bitfold.gguf.keys import Keys
 from bitfold.shards import CheckpointError
 
@@ -27,15 +28,19 @@ def parameters(text: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The parameters of the layers that see everything, and those of the layers with a sliding window if they have
     their own. text: a model's configuration as transformers reads it, whichever form it was written in.
     """
-    given = text.rope_parameters
+    given = _fields(text.rope_parameters)
     if "full_attention" in given:
-        return dict(given["full_attention"]), dict(given["sliding_attention"])
-    return dict(given), None
+        return given.take("full_attention", dict), given.take("sliding_attention", dict)
+    return dict(text.rope_parameters), None
+
+
+def _fields(parameters: Mapping[str, Any]) -> Fields:
+    return Fields(parameters, "the configuration", "rope_parameters")
 
 
 def rotated(text: Any, head: int) -> int:
     """How many numbers of a head are rotated."""
-    return int(head * parameters(text)[0].get("partial_rotary_factor", 1.0))
+    return int(head * _fields(parameters(text)[0]).real("partial_rotary_factor", 1.0))
 
 
 def to_metadata(text: Any, head: int) -> tuple[dict[str, Scalar], dict[str, list[float]]]:
@@ -46,7 +51,7 @@ def to_metadata(text: Any, head: int) -> tuple[dict[str, Scalar], dict[str, list
     full, sliding = parameters(text)
     keys: dict[str, Scalar] = {
         "rope.dimension_count": rotated(text, head),
-        "rope.freq_base": float(full["rope_theta"]),
+        "rope.freq_base": _fields(full).real("rope_theta"),
     }
     if sliding is not None:
         if sliding.get("rope_type", "default") != "default":
@@ -54,8 +59,8 @@ def to_metadata(text: Any, head: int) -> tuple[dict[str, Scalar], dict[str, list
                 f"the configuration scales the rotary frequencies of windowed layers by '{sliding['rope_type']}'; "
                 "GGUF can only scale those of the others"
             )
-        keys["rope.freq_base_swa"] = float(sliding["rope_theta"])
-    law = full.get("rope_type", "default")
+        keys["rope.freq_base_swa"] = _fields(sliding).real("rope_theta")
+    law = _fields(full).take("rope_type", str, "default")
     if law not in _TO_METADATA:
         raise CheckpointError(
             f"the configuration scales rotary frequencies by '{law}'; GGUF knows {', '.join(_TO_METADATA)}"
@@ -73,7 +78,7 @@ def _default(
 def _linear(
     text: Any, full: Mapping[str, Any], head: int
 ) -> tuple[dict[str, Scalar], dict[str, list[float]]]:
-    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}, {}
+    return {"rope.scaling.type": "linear", "rope.scaling.factor": _fields(full).real("factor")}, {}
 
 
 def _yarn(text: Any, full: Mapping[str, Any], head: int) -> tuple[dict[str, Scalar], dict[str, list[float]]]:
@@ -84,10 +89,10 @@ def _yarn(text: Any, full: Mapping[str, Any], head: int) -> tuple[dict[str, Scal
             raise CheckpointError(
                 f"the configuration scales by yarn with {name} {full[name]!r}; bitfold writes only {value!r}"
             )
-    trained = full.get("original_max_position_embeddings") or text.max_position_embeddings
+    trained = _fields(full).real("original_max_position_embeddings", text.max_position_embeddings)
     return {
         "rope.scaling.type": "yarn",
-        "rope.scaling.factor": float(full["factor"]),
+        "rope.scaling.factor": _fields(full).real("factor"),
         "rope.scaling.original_context_length": int(trained),
     }, {}
 
@@ -95,27 +100,28 @@ def _yarn(text: Any, full: Mapping[str, Any], head: int) -> tuple[dict[str, Scal
 def _llama3(
     text: Any, full: Mapping[str, Any], head: int
 ) -> tuple[dict[str, Scalar], dict[str, list[float]]]:
-    factors = llama3_factors(
-        rotated(text, head),
-        float(full["rope_theta"]),
-        float(full["factor"]),
-        float(full["low_freq_factor"]),
-        float(full["high_freq_factor"]),
-        float(full["original_max_position_embeddings"]),
+    numbers = (
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
     )
-    return {}, {LLAMA3_FACTORS: factors}
+    return {}, {LLAMA3_FACTORS: llama3_factors(rotated(text, head), *map(_fields(full).real, numbers))}
 
 
 def _longrope(
     text: Any, full: Mapping[str, Any], head: int
 ) -> tuple[dict[str, Scalar], dict[str, list[float]]]:
-    trained = int(full["original_max_position_embeddings"])
-    stretch = full.get("factor") or text.max_position_embeddings / trained
-    factor = full.get("attention_factor")
-    if factor is None:
-        factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
+    fields = _fields(full)
+    trained = int(fields.real("original_max_position_embeddings"))
+    if trained < 2:
+        fields.refuse("original_max_position_embeddings", "at least 2")
+    stretch = fields.real("factor", text.max_position_embeddings / trained)
+    usual = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
+    factor = fields.real("attention_factor", usual)
     half = rotated(text, head) // 2
-    tables = {LONG_FACTORS: full["long_factor"], SHORT_FACTORS: full["short_factor"]}
+    tables = {LONG_FACTORS: fields.reals("long_factor"), SHORT_FACTORS: fields.reals("short_factor")}
     for name, table in tables.items():
         if len(table) != half:
             raise CheckpointError(
@@ -125,9 +131,9 @@ def _longrope(
     keys: dict[str, Scalar] = {
         "rope.scaling.type": "longrope",
         "rope.scaling.original_context_length": trained,
-        "rope.scaling.attn_factor": float(factor),
+        "rope.scaling.attn_factor": factor,
     }
-    return keys, {name: [float(value) for value in table] for name, table in tables.items()}
+    return keys, tables
 
 
 _TO_METADATA: dict[

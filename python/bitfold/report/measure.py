@@ -21,14 +21,14 @@ from bitfold.nn import PlaneModule
 from bitfold.outliers import measure as outliers
 from bitfold.outliers.columns import Columns, Inputs, weight_columns
 from bitfold.outliers.measure import Outliers
-from bitfold.pipeline import REPORT_FILE
+from bitfold.pipeline import noted_errors
 from bitfold.quantize import quantize, relative_rmse
 from bitfold.report.attribution import attribute, quantized_groups
 from bitfold.report.histogram import Histogram, histogram
 from bitfold.report.sizes import ClassSize, TensorSize, class_sizes, tensor_sizes
 from bitfold.section import QuantizationConfig, read_quantization
 from bitfold.sensitivity.result import Sensitivity
-from bitfold.shards import CheckpointError, read_directory, read_json
+from bitfold.shards import CheckpointError, read_directory
 
 Progress = Callable[[str, int, int], None]
 """Told as work goes on: what is done, how much of it, of how much in all."""
@@ -147,7 +147,7 @@ def measure(path: Path, options: Options, progress: Progress | None = None) -> R
         kls = attribute(
             base, model, groups, text.attribution, progress=lambda n, m: tell("one weight at a time", n, m)
         )
-    noted = _noted_errors(path)
+    noted = noted_errors(path)
     modules, histograms, columns = [], [], []
     for i, (first, names) in enumerate(groups.items()):
         quantized: Any = model.get_submodule(first)
@@ -340,12 +340,3 @@ def _bits(model: nn.Module) -> float:
 
 def _stored_bytes(path: Path) -> int:
     return sum(tensor.nbytes for tensor in read_directory(path).values())
-
-
-def _noted_errors(path: Path) -> dict[str, float]:
-    """What quantizing noted in the checkpoint, if it did."""
-    if not (path / REPORT_FILE).exists():
-        return {}
-    return {
-        entry["name"]: entry["relative_rmse"] for entry in read_json(path / REPORT_FILE).get("modules", [])
-    }
