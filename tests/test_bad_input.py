@@ -218,6 +218,13 @@ def test_spoilt_model(capsys, model, tmp_path, spoil):
     refuse(capsys, tmp_path, ["quantize", model, tmp_path / "out", "--recipe", "int4-g32"], *SPOILT[spoil])
 
 
+@pytest.mark.parametrize("spoil", [missing_tensor, other_hidden_size, more_layers, truncated_data])
+def test_spoilt_model_is_not_run(capsys, model, tmp_path, spoil):
+    """transformers would fill what is missing with random numbers."""
+    spoil(model)
+    refuse(capsys, tmp_path, ["generate", model, "--prompt", "x"], *SPOILT[spoil])
+
+
 def newer_version(quantized):
     config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] |= {"format_version": 2, "bitfold_version": "9.9.9"}
@@ -267,6 +274,60 @@ SPOILT_QUANTIZED = {
     fewer_layers: ("model.layers.1.",),
     extra_tensor: ("model.layers.0.mlp.extra",),
 }
+
+
+def test_a_report_that_is_none(capsys, quantized, tmp_path):
+    """What quantizing noted beside the weights."""
+    report = json.loads((quantized / "bitfold_report.json").read_text())
+    report["modules"][3]["name"] = ["x"]
+    (quantized / "bitfold_report.json").write_text(json.dumps(report))
+    said = "bitfold_report.json: modules[3].name is ['x']; it must be a text"
+    refuse(capsys, tmp_path, ["inspect", quantized], said)
+    refuse(capsys, tmp_path, ["report", quantized, "--output", tmp_path / "report.html"], said)
+
+
+def test_planes_that_no_module_has(capsys, quantized, tmp_path):
+    """A conversion would take them for tensors that aren't quantized."""
+    config = json.loads((quantized / "config.json").read_text())
+    del config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]
+    (quantized / "config.json").write_text(json.dumps(config))
+    refuse(
+        capsys,
+        tmp_path,
+        ["convert", quantized, tmp_path / "out", "--to", "gptq"],
+        "2 tensors",
+        "model.layers.0.mlp.up_proj.scales",
+        "of modules that its quantization_config doesn't name",
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"dtype": 4}, {"shape": None}, {"data_offsets": [0.5, 1]}, {"shape": ["x"]}]
+)
+def test_a_header_of_something_else(capsys, model, tmp_path, fields):
+    file = model / "model.safetensors"
+    held = file.read_bytes()
+    end = 8 + int.from_bytes(held[:8], "little")
+    header = json.loads(held[8:end])
+    header[UP] |= fields
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + held[end:])
+    refuse(capsys, tmp_path, ["inspect", model], "no dtype, shape and data_offsets", UP)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"eos_token_id": "x"}, ("eos_token_id is 'x'", "the number of a token")),
+        ({"bos_token_id": {}}, ("bos_token_id is {}", "the number of a token")),
+        (["x"], ("generation_config.json",)),
+    ],
+)
+def test_generation_settings_that_are_none(capsys, quantized, tmp_path, fields, words):
+    file = quantized / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, **fields} if isinstance(fields, dict) else fields))
+    refuse(capsys, tmp_path, ["generate", quantized, "--prompt", "x", "--json"], *words)
 
 
 @pytest.mark.parametrize("spoil", SPOILT_QUANTIZED, ids=lambda spoil: spoil.__name__)

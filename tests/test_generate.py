@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import bitfold
 import pytest
 import tiny
@@ -72,3 +74,14 @@ def test_seed_decides_a_draw(model, tokenizer):
 def test_bad_options(model, tokenizer, options, words):
     with pytest.raises(ValueError, match=words):
         generate(model, tokenizer, "x", **options)
+
+
+def test_what_transformers_would_return_besides(model, tokenizer):
+    """Settings of generation_config.json that make it return, or search, something else."""
+    expected = generate(model, tokenizer, PROMPTS[0], max_new_tokens=6).text
+    settings, before = model.generation_config, copy.deepcopy(model.generation_config)
+    settings.update(return_dict_in_generate=True, output_hidden_states=True, num_beams=2)
+    try:
+        assert generate(model, tokenizer, PROMPTS[0], max_new_tokens=6).text == expected
+    finally:
+        model.generation_config = before

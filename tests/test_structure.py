@@ -48,6 +48,7 @@ MODULES = [
     "dequantize",
     "qat",
     "shards",
+    "fields",
     "versions",
     "hf",
     "writer",

@@ -79,6 +79,10 @@ def generate(
             **inputs,
             **sampling,
             max_new_tokens=max_new_tokens,
+            num_beams=1,
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict_in_generate=False,  # whatever the model's generation_config.json says
             pad_token_id=_pad_token(model, tokenizer),
             streamer=clock,
         )

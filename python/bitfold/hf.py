@@ -19,7 +19,7 @@ from torch import nn
 
 from bitfold import versions
 from bitfold.formats import floating_dtype
-from bitfold.shards import CONFIG_FILE, CheckpointError, read_directory, read_json
+from bitfold.shards import CONFIG_FILE, CheckpointError, listed, read_directory, read_json
 
 GENERATION_FILE = "generation_config.json"
 _REASON = 200  # characters quoted of an error of transformers
@@ -196,18 +196,30 @@ def load_causal_lm(
     """An unquantized model through transformers, in eval mode, in the dtype it is stored in unless another is
     given.
 
-    Raises CheckpointError for a directory that is no model, or whose files are missing or truncated.
+    Raises CheckpointError for a directory that is no model, whose files are missing or truncated, or that lacks tensors
+    of the model or has them in other shapes, which transformers would fill with random numbers.
     """
     transformers = require_transformers()
     path = Path(path)
     config = read_config(path)
     read_directory(path)  # for its error messages
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or config_dtype(config), local_files_only=True
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or config_dtype(config),
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # whatever a model directory may make transformers raise
         raise CheckpointError(f"transformers can't load {path}: {reason(error)}") from error
+    if other := sorted(info["mismatched_keys"]):
+        name, stored, wanted = other[0]
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has shape {list(stored)}, but config.json makes it {list(wanted)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"{path} lacks {listed(missing)}, which the model of its config.json has")
     return model.to(device).eval()
 
 

@@ -155,9 +155,10 @@ def parse_quantization(origin: Path | str, section: Mapping[str, Any]) -> Quanti
     """A section quantization_config, checked; origin: the file that has it, for messages. Raises as
     `read_quantization`."""
     if section.get("quant_method") != QUANT_METHOD:
+        method = shown(section.get("quant_method"))
         raise CheckpointError(
-            f"{origin} says that {shown(section.get('quant_method'))} quantized the model; this takes what bitfold did, and "
-            "'bitfold convert' makes that of the checkpoints that it reads"
+            f"{origin} says that {method} quantized the model; this takes what bitfold did, and 'bitfold convert' "
+            "makes that of the checkpoints that it reads"
         )
     fields = Fields(section, origin)
     version = fields.take("format_version", int)
