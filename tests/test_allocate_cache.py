@@ -248,7 +248,7 @@ def test_old_files_stay_readable_and_the_cache_is_measured_later(capsys, folder,
     assert json.loads(old.read_text())["caches"] == caches
     caches["entries"][0]["window_kl"].pop()
     old.write_text(json.dumps({**data, "caches": caches}))
-    with pytest.raises(CheckpointError, match="the KV cache in int8 doesn't fit the rest"):
+    with pytest.raises(CheckpointError, match=r"caches.entries\[0\].window_kl is .* a list of 2 numbers"):
         result.read(old)
 
 

@@ -373,3 +373,34 @@ def test_files_of_something_else_are_refused(capsys, files, tmp_path):
     files["found"].write_text("{}")
     code, _, err = call(capsys, *command)
     assert (code, "no sensitivity file" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda data: data["entries"][1].update(module="x"),
+            r"entries\[1\].module is 'x'; it must be one of",
+        ),
+        (lambda data: data["entries"][0]["window_kl"].pop(), r"entries\[0\].window_kl is .* numbers"),
+        (lambda data: data["protocol"].pop("bos"), "protocol.bos is missing; it must be true or false"),
+        (
+            lambda data: data["additivity"][0]["together"].update(value="x"),
+            r"together.value is 'x'; .* a number",
+        ),
+        (
+            lambda data: next(iter(data["modules"].values())).update(shape=[0, 3]),
+            r"shape is \[0, 3\]; it must be",
+        ),
+        (lambda data: data["window_tokens"].append(0.5), "window_tokens is .* whole numbers from 1"),
+    ],
+)
+def test_damaged_files_are_refused(found, tmp_path, change, words):
+    path = tmp_path / "found.json"
+    result.write(path, found)
+    data = json.loads(path.read_text())
+    assert result.read(path).entries == found.entries
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=words):
+        result.read(path)

@@ -77,6 +77,17 @@ class Fields:
             self.refuse(key, "a positive number")
         return float(value)
 
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value: Any = self._section.get(key)
+        if not _is_real(value):
+            self.refuse(key, "a number")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        """A finite number, or None where there is none or null."""
+        return None if self._section.get(key) is None else self.number(key)
+
     def reals(self, key: str) -> list[float]:
         """A list of positive numbers."""
         values = self.take(key, list)
@@ -84,11 +95,28 @@ class Fields:
             self.refuse(key, "a list of positive numbers")
         return [float(value) for value in values]
 
-    def shape(self, key: str, sizes: int) -> tuple[int, ...]:
-        """So many whole numbers that aren't negative."""
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """So many finite numbers."""
         values = self.take(key, list)
-        if len(values) != sizes or not all(is_whole(value) and value <= _MOST for value in values):
-            self.refuse(key, f"a list of {sizes} whole numbers from 0 to {_MOST}")
+        if len(values) != count or not all(map(_is_real, values)):
+            self.refuse(key, f"a list of {count} numbers")
+        return tuple(map(float, values))
+
+    def sizes(self, key: str, count: int | None = None, least: int = 0) -> tuple[int, ...]:
+        """So many whole numbers from `least` on; None: however many."""
+        values = self.take(key, list)
+        whole = all(is_whole(value) and least <= value <= _MOST for value in values)
+        if not whole or count not in (None, len(values)):
+            self.refuse(
+                key, f"a list of {'' if count is None else f'{count} '}whole numbers from {least} to {_MOST}"
+            )
+        return tuple(values)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of texts."""
+        values = self.take(key, list)
+        if not all(isinstance(value, str) for value in values):
+            self.refuse(key, "a list of texts")
         return tuple(values)
 
     def texts(self, key: str) -> dict[str, str]:

@@ -185,7 +185,7 @@ def _read_entry(fields: Fields) -> ModuleEntry:
     entry = ModuleEntry(
         kind,
         fields.read("format", parse).canonical,
-        fields.shape("shape", _KINDS[kind]),
+        fields.sizes("shape", _KINDS[kind]),
         fields.take("layout", str, None, LAYOUTS),
         fields.read("dtype", floating_dtype) if "dtype" in fields else None,
         g_idx,

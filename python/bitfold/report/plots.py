@@ -134,7 +134,7 @@ def sensitivity_map(found: Sensitivity, names: Sequence[str], width: float, pale
     (ax,) = axes_of(width, 1.3 + ROW * len(names), palette)
     logs = {key: math.log10(max(value, 1e-6)) for key, value in cells.items()}
     low, high = min(logs.values(), default=0.0), max(logs.values(), default=1.0)
-    room = (width - 2.2) / len(candidates)
+    room = (width - 2.2) / max(1, len(candidates))
     for (name, candidate), value in cells.items():
         x, y = candidates.index(candidate), names.index(name)
         strength = 0.03 + 0.47 * (logs[name, candidate] - low) / max(high - low, 1e-9)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.evaluate import Estimate, Protocol, ratio
+from bitfold.fields import Fields
 from bitfold.shards import CheckpointError, read_json
 
 VERSION = 1
@@ -152,29 +153,71 @@ def read(path: str | Path) -> Sensitivity:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: 'bitfold sensitivity' makes such a file")
     data = read_json(path)
-    if data.pop("version", None) != VERSION:
+    if data.get("version") != VERSION:
         raise CheckpointError(f"{path} is no sensitivity file of this version of bitfold: measure anew")
-    try:
-        data["protocol"] = Protocol(**data["protocol"])
-        data["entries"] = tuple(
-            Entry(**{**entry, "window_kl": tuple(entry["window_kl"])}) for entry in data["entries"]
-        )
-        data["additivity"] = tuple(
-            Together(**{**one, "together": Estimate(**one["together"])}) for one in data["additivity"]
-        )
-        data["window_tokens"] = tuple(data["window_tokens"])
-        if data.get("caches") is not None:
-            caches = data["caches"]
-            entries = tuple(CacheEntry(e["format"], tuple(e["window_kl"])) for e in caches["entries"])
-            data["caches"] = Caches(entries, caches["zero"])
-        found = Sensitivity(**data)
-        windows = len(found.window_tokens)
-        for entry in found.entries:
-            if entry.module not in found.modules or len(entry.window_kl) != windows:
-                raise ValueError(f"{entry.module} as {entry.candidate} doesn't fit the rest")
-        for one in found.caches.entries if found.caches else ():
-            if len(one.window_kl) != windows:
-                raise ValueError(f"the KV cache in {one.format} doesn't fit the rest")
-        return found
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    fields = Fields(data, path, "")
+    window_tokens = fields.sizes("window_tokens", least=1)
+    windows = len(window_tokens)
+    modules = {name: _read_module(module) for name, module in fields.objects("modules").items()}
+    caches = fields.section("caches") if data.get("caches") is not None else None
+    return Sensitivity(
+        of=fields.texts("of"),
+        protocol=_read_protocol(fields.section("protocol")),
+        window_tokens=window_tokens,
+        calibration=fields.take("calibration", str),
+        modules=modules,
+        entries=tuple(_read_entry(entry, tuple(modules), windows) for entry in fields.entries("entries")),
+        zero=fields.number("zero"),
+        additivity=tuple(map(_read_together, fields.entries("additivity"))),
+        seen=fields.take("seen", dict),
+        overlap=fields.number("overlap"),
+        finished=fields.take("finished", bool),
+        caches=None if caches is None else _read_caches(caches, windows),
+    )
+
+
+def _read_module(fields: Fields) -> dict[str, Any]:
+    return {
+        "names": list(fields.names("names")),
+        "shape": list(fields.sizes("shape", 2, least=1)),
+        "kept_bytes": fields.take("kept_bytes", int),
+        "block": fields.optional("block", int),
+    }
+
+
+def _read_protocol(fields: Fields) -> Protocol:
+    kinds = {"str": str, "int": int, "bool": bool}
+    return Protocol(
+        **{
+            field.name: fields.take(field.name, kinds[str(field.type)])
+            for field in dataclasses.fields(Protocol)
+        }
+    )
+
+
+def _read_entry(fields: Fields, modules: tuple[str, ...], windows: int) -> Entry:
+    module = fields.take("module", str)
+    if module not in modules:
+        fields.refuse("module", "one of those in modules")
+    return Entry(
+        module=module,
+        candidate=fields.take("candidate", str),
+        nbytes=fields.take("nbytes", int),
+        window_kl=fields.numbers("window_kl", windows),
+        output_error=fields.optional_number("output_error"),
+        weight_error=fields.number("weight_error"),
+    )
+
+
+def _read_together(fields: Fields) -> Together:
+    together = fields.section("together")
+    estimate = Estimate(together.number("value"), together.optional_number("error"))
+    return Together(fields.take("candidate", str), fields.number("added"), estimate)
+
+
+def _read_caches(fields: Fields, windows: int) -> Caches:
+    entries = (
+        CacheEntry(one.take("format", str), one.numbers("window_kl", windows))
+        for one in fields.entries("entries")
+    )
+    return Caches(tuple(entries), fields.number("zero"))
