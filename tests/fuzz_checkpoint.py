@@ -110,7 +110,7 @@ def value_at(data: Any, path: tuple[Any, ...]) -> Any:
 def damaged(data: Any, rng: random.Random) -> Any:
     """One to three values replaced, removed, renamed or copied over another one; rarely the whole."""
     if rng.random() < 0.02:
-        return rng.choice(OTHERS)
+        return copy.deepcopy(rng.choice(OTHERS))
     data = copy.deepcopy(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = list(places(data))
@@ -122,7 +122,7 @@ def damaged(data: Any, rng: random.Random) -> Any:
         if kind < 0.3:
             del around[key]
         elif kind < 0.8:
-            around[key] = rng.choice((1, None, "x")) if key in SMALL else rng.choice(OTHERS)
+            around[key] = rng.choice((1, None, "x")) if key in SMALL else copy.deepcopy(rng.choice(OTHERS))
         elif kind < 0.9 and key not in SMALL:
             around[key] = copy.deepcopy(value_at(data, rng.choice(found)))
         elif isinstance(around, dict):
