@@ -225,6 +225,36 @@ def test_spoilt_model_is_not_run(capsys, model, tmp_path, spoil):
     refuse(capsys, tmp_path, ["generate", model, "--prompt", "x"], *SPOILT[spoil])
 
 
+@pytest.fixture(scope="module")
+def narrow(pristine) -> Path:
+    """A model whose tokenizer has more tokens than its embedding has rows."""
+    folder = pristine.parent / "narrow"
+    shutil.copytree(pristine, folder)
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    tiny.rewrite(folder, lambda tensors: tensors.update({name: tensors[name][:90].clone() for name in ends}))
+    tiny.rewrite_config(folder, vocab_size=90)
+    (pristine.parent / "text.txt").write_text(tiny.TEXT)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate {model} --prompt zebra",
+        "eval {model} --text {text} --context 32",
+        "outliers {model} --text {text}",
+        "sensitivity {model} --text {text} --context 32 --tokens 200 --formats int4-g32",
+        "imatrix {model} --text {text} --output {out}.gguf --chunk-size 32",
+        "quantize {model} {out} --recipe gptq-int4-g32 --calibration {text} --samples 2 --sequence-length 32",
+    ],
+)
+def test_a_tokenizer_of_another_model(capsys, narrow, tmp_path, command):
+    words = command.format(model=narrow, text=narrow.parent / "text.txt", out=tmp_path / "out").split()
+    refuse(
+        capsys, tmp_path, words, "the text has the token", "90 rows", "the tokenizer must be the model's own"
+    )
+
+
 def newer_version(quantized):
     config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] |= {"format_version": 2, "bitfold_version": "9.9.9"}

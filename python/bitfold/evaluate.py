@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfold import hf
 from bitfold.nn import PlaneModule, QuantEmbedding
 
 DEFAULT_CONTEXT = 2048  # tokens; the model's own limit where that is smaller
@@ -329,6 +330,7 @@ def _scored_logits(model: nn.Module, ids: Tensor, scored: int) -> Iterator[tuple
     """Logits [part, vocabulary] that predict the last `scored` tokens of a window, in parts, each with its
     targets.
     """
+    hf.check_tokens(model, ids)
     device = next(model.parameters()).device
     logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, -scored - 1 : -1]
     if logits.isnan().any():

@@ -65,6 +65,7 @@ def generate(
     count = inputs["input_ids"].shape[1]
     if count == 0:
         raise ValueError("the prompt has no tokens, it must have at least one")
+    hf.check_tokens(model, inputs["input_ids"])
 
     text_streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     text_streamer.on_finalized_text = lambda text, stream_end=False: (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitfold import versions
 from bitfold.formats import floating_dtype
@@ -236,6 +236,19 @@ def load_tokenizer(path: str | Path) -> Any:
         raise CheckpointError(
             f"{path} has no tokenizer that transformers can read: {reason(error)}"
         ) from error
+
+
+def check_tokens(model: nn.Module, ids: Tensor) -> None:
+    """Raises ValueError where a transformers model has no row of its embedding for a token: torch's own answer is an
+    IndexError on the CPU, and on a GPU a fault that ends the process."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embedding, "num_embeddings", None)
+    largest = int(ids.max()) if ids.numel() else 0
+    if rows is not None and largest >= rows:
+        raise ValueError(
+            f"the text has the token {largest}, and the model's embedding has {rows} rows; the tokenizer must be the "
+            "model's own"
+        )
 
 
 def reason(error: Exception) -> str:

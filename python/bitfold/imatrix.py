@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bitfold import hf
 from bitfold.gguf.architectures import Placement, placements
 from bitfold.gguf.imatrix import Entry, Imatrix
 from bitfold.nn import QuantLinear
@@ -89,6 +90,7 @@ def measure(
     device = next(model.parameters()).device
     with recorder:
         for done, ids in enumerate(chunks, 1):
+            hf.check_tokens(model, ids)
             # Logits of all tokens would be work for nothing, unless they are what is looked at.
             model(input_ids=ids[None].to(device), use_cache=False, logits_to_keep=0 if head else 1)
             recorder.check()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from bitfold import hf
 from bitfold.calibration.experts import OpenExperts, open_experts
 from bitfold.experts import expert_name, stacks
 from bitfold.layout import Source, Step, groups, read_steps
@@ -99,6 +100,7 @@ class BlockModel:
 
         rows: token ids [samples, tokens]; write: told (sample, [tokens, hidden]).
         """
+        hf.check_tokens(self.model, rows)
         outside = {name: home for name, home in self._homes.items() if not self._is_inside(name)}
         calls = None
         with contextlib.ExitStack() as stack:

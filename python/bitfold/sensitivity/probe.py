@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitfold import hf
 from bitfold.calibration.blocks import BlockModel, Compute
 from bitfold.calibration.workers import Workers
 from bitfold.evaluate import Windows, divergence, log_probs
@@ -97,6 +98,7 @@ class Probe:
     def _logits(self, window: int) -> Tensor:
         """Logits [scored, vocabulary] of the positions whose next tokens the window scores."""
         ids, scored = self._windows.ids[window], self._windows.scored[window]
+        hf.check_tokens(self.model, ids)
         device = next(self.model.parameters()).device
         with Compute(self._dtype):
             logits = self.model(input_ids=ids[None].to(device), use_cache=False).logits
