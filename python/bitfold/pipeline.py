@@ -231,4 +231,4 @@ def noted_errors(path: Path) -> dict[str, float]:
     if not file.exists():
         return {}
     modules = Fields(read_json(file), file, "").entries("modules")
-    return {module.take("name", str): module.size("relative_rmse", 0.0) for module in modules}
+    return {module.take("name", str): module.number("relative_rmse") for module in modules}
