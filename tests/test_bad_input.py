@@ -225,6 +225,16 @@ def test_spoilt_model_is_not_run(capsys, model, tmp_path, spoil):
     refuse(capsys, tmp_path, ["generate", model, "--prompt", "x"], *SPOILT[spoil])
 
 
+@pytest.mark.parametrize(
+    "command", ["plan {}", "quantize {} out", "generate {} --prompt x", "convert {} out", "check {}"]
+)
+def test_names_of_the_hub(capsys, tmp_path, command):
+    """Nothing is downloaded; who gives a name is told how to."""
+    name = "some-one/A-Model-1.5B"
+    refuse(capsys, tmp_path, command.format(name).split(), f"{name} does not exist", f"hf download {name}")
+    refuse(capsys, tmp_path, command.format(tmp_path / "x").split(), "x does not exist.")
+
+
 @pytest.fixture(scope="module")
 def narrow(pristine) -> Path:
     """A model whose tokenizer has more tokens than its embedding has rows."""

@@ -374,10 +374,10 @@ def test_a_nan_in_an_expert_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shape": [64, 32]}, "must have 3 sizes"),
+        ({"shape": [64, 32]}, "a list of 3 whole numbers"),
         ({"shape": [3, 64, 32]}, "makes it"),
-        ({"g_idx": True}, "must have none"),
-        ({"kind": "expert"}, "must be linear, embedding or experts"),
+        ({"g_idx": True}, "it must be false: experts have none"),
+        ({"kind": "expert"}, "must be linear or embedding or experts"),
     ],
 )
 def test_entries_that_are_no_experts(change, words, tmp_path):

@@ -321,6 +321,18 @@ def test_the_command_line(quantized, tmp_path, capsys):
 # ---- bad input ----
 
 
+def test_what_is_read_is_not_replaced(quantized, tmp_path):
+    """--force replaces checkpoints and what conversions made, but not the source, which is read until the end."""
+    source = Path(shutil.copytree(quantized("int4-g32"), tmp_path / "there" / "source"))
+    shutil.copy(source / "config.json", tmp_path / "there")  # so that the folder may be replaced
+    before = {file: file.read_bytes() for file in source.iterdir()}
+    for target in (source, tmp_path / "there", source / ".." / "source"):
+        with pytest.raises(CheckpointError, match=r"is or contains .*, which is read; choose another output"):
+            convert_checkpoint(source, target, to="gptq", force=True)
+    assert {file: file.read_bytes() for file in source.iterdir()} == before
+    assert convert_checkpoint(source, source / "within", to="gptq").exact
+
+
 @pytest.fixture
 def gptq(quantized, tmp_path) -> Path:
     convert_checkpoint(quantized("int4-g32"), tmp_path / "gptq", to="gptq")

@@ -22,7 +22,7 @@ from bitfold.foreign.targets import TARGETS
 from bitfold.formats import parse
 from bitfold.section import read_quantization
 from bitfold.shards import CheckpointError
-from bitfold.writer import CONVERSION_FILE, is_bitfold_checkpoint
+from bitfold.writer import CONVERSION_FILE, is_bitfold_checkpoint, refuse_source
 
 if TYPE_CHECKING:
     from bitfold.gguf.convert import Progress, Status
@@ -78,7 +78,7 @@ def kind_of(path: Path) -> str:
     """What lies at a path: "gguf" (any file; it is read as one), "bitfold", an owner of foreign/owners.py ("gptq") or
     "transformers" (an unquantized directory, or one of yet another library, which reading it will tell)."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise hf.not_there(path)
     if path.is_file():
         return GGUF
     if is_bitfold_checkpoint(path):
@@ -116,7 +116,8 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the source is incomplete, damaged, or has something that the other kind has no word for, or,
-            unless allow_lossy, weights that it can't hold exactly; the target is taken or its disk too small.
+            unless allow_lossy, weights that it can't hold exactly; the target is taken, or has the source, or its disk
+            is too small.
         ValueError: the kinds don't go together, or a dtype can't hold the values.
         OSError: the target can't be written.
         MissingExtraError: transformers or gguf is not installed.
@@ -135,6 +136,7 @@ def convert_checkpoint(
         raise ValueError(
             "dtype was given, which goes with an unquantized directory and a GGUF file to make of it"
         )
+    refuse_source(source, target)
     report = target.with_name(f"{target.name}.json") if after == GGUF else target / CONVERSION_FILE
     if report.exists() and not force:
         raise CheckpointError(f"{report} exists already; --force (force=True) replaces it")

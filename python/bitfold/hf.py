@@ -30,10 +30,17 @@ def require_transformers() -> Any:
     return versions.TRANSFORMERS.require("reading Hugging Face models")
 
 
+def not_there(path: Path) -> CheckpointError:
+    """For a path without a model; one that may be meant as a name on the Hugging Face Hub is told how to get that."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
+    hint = f"; 'hf download {path} --local-dir DIR' fetches a model of this name from the Hugging Face Hub"
+    return CheckpointError(f"{path} does not exist{hint if named else ''}")
+
+
 def read_config(path: Path) -> dict:
     """config.json of a model directory. Raises CheckpointError where there is none."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise not_there(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory; give the directory that holds {CONFIG_FILE}")
     return read_json(path / CONFIG_FILE)

@@ -23,8 +23,8 @@ from bitfold.layout import Source, Step
 from bitfold.quantize import ModuleSummary, QuantizationSummary, encode_named, refuse_calibration, summarize
 from bitfold.rules import Assignment, Recipe, assign
 from bitfold.section import ModuleEntry, QuantizationConfig
-from bitfold.shards import CheckpointError, StoredTensor, read_json
-from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy
+from bitfold.shards import StoredTensor, read_json
+from bitfold.writer import SHARD_BYTES, CheckpointWriter, check_target, files_to_copy, refuse_source
 
 REPORT_FILE = "bitfold_report.json"
 SEEN_FILE = "bitfold_calibration.json"
@@ -87,8 +87,7 @@ def quantize_checkpoint(
     recipe = recipes.get(recipe)
     refuse_calibration(recipe)
     target = check_target(target, force=force)
-    if source.resolve().is_relative_to(target):
-        raise CheckpointError(f"{target} is or contains the model to quantize; choose another output")
+    refuse_source(source, target)
     model = layout.read_source(source)
     assignments = assign(recipe, model.infos)
     steps = layout.steps(model, assignments)

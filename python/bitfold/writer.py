@@ -168,6 +168,12 @@ def check_target(target: Path, *, force: bool) -> Path:
     return target
 
 
+def refuse_source(source: Path, target: Path) -> None:
+    """Raises CheckpointError where making the directory `target` would replace what is read."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(f"{target} is or contains {source}, which is read; choose another output")
+
+
 def is_bitfold_checkpoint(path: Path) -> bool:
     """Whether the directory's config.json says that bitfold wrote it."""
     try:

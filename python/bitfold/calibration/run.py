@@ -46,8 +46,8 @@ from bitfold.quantize import (
     summarize,
 )
 from bitfold.rules import Assignment, Recipe, Rule, assign
-from bitfold.shards import CheckpointError, StoredTensor, read_tensors
-from bitfold.writer import SHARD_BYTES, check_target, remove_abandoned
+from bitfold.shards import StoredTensor, read_tensors
+from bitfold.writer import SHARD_BYTES, check_target, refuse_source, remove_abandoned
 
 ACTIVATIONS = ("ram", "disk")
 _BLOCK = 1000  # units of progress for a block
@@ -119,8 +119,7 @@ def quantize_calibrated(
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is {activations!r}, it must be one of {', '.join(ACTIVATIONS)}")
     target = check_target(target, force=force)
-    if source.resolve().is_relative_to(target):
-        raise CheckpointError(f"{target} is or contains the model to quantize; choose another output")
+    refuse_source(source, target)
     model = layout.read_source(source)
     assignments = assign(recipe, model.infos)
     steps = layout.steps(model, assignments)

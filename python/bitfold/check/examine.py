@@ -39,7 +39,7 @@ def examine(path: str | Path, *, thorough: bool = True, progress: Progress | Non
 
         return examine_file(path, progress)
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist")
+        raise hf.not_there(path)
     report = Report(path)
     stored = read_files(path, report)
     if not stored:
