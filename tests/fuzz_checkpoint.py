@@ -150,7 +150,7 @@ def damage(model: Path, rng: random.Random) -> None:
 def outcome(sound: list[Path], number: int, seed: int, folder: Path) -> str:
     """Damages a copy of a directory and gives it to a command; `folder` is empty before and after.
 
-    Returns "done", "faults" (of `check`) or "refused". Raises Finding, or whatever came that isn't an error for users.
+    Returns "done", "faults" (of `check`) or "refused". Raises Finding, of what isn't an error for users too.
     """
     rng = random.Random(f"{seed}-{number}")
     source, command = rng.choice(sound), rng.choice(COMMANDS)

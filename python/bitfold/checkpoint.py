@@ -78,9 +78,9 @@ def save(
             writer.write(name, tensor)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
-            writer.add_json("generation_config.json", json.loads(generation.to_json_string()))
+            writer.add_json(hf.GENERATION_FILE, json.loads(generation.to_json_string()))
         for file in files_to_copy(Path(tokenizer_from)) if tokenizer_from is not None else ():
-            if generation is None or file.name != "generation_config.json":
+            if generation is None or file.name != hf.GENERATION_FILE:
                 writer.add_copy(file)
         writer.commit(config)
 

@@ -247,7 +247,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def check_tokens(model: nn.Module, ids: Tensor) -> None:
     """Raises ValueError where a transformers model has no row of its embedding for a token: torch's own answer is an
-    IndexError on the CPU, and on a GPU a fault that ends the process."""
+    IndexError on the CPU, and on a GPU a fault behind which the process can't use it any more."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embedding, "num_embeddings", None)
     largest = int(ids.max()) if ids.numel() else 0
