@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 
+import bitfold
 import devices
 import numpy as np
 import pytest
@@ -108,3 +110,31 @@ def tokenizer():
     import tiny  # needs transformers
 
     return tiny.tokenizer()
+
+
+# Models to spoil; many modules have a `model` of their own.
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny
+
+    return tiny.write_llama(tmp_path_factory.mktemp("pristine") / "model")
+
+
+@pytest.fixture(scope="module")
+def pristine_quantized(pristine: Path) -> Path:
+    bitfold.quantize_checkpoint(pristine, pristine.parent / "quantized", "int4-g32")
+    return pristine.parent / "quantized"
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+@pytest.fixture
+def quantized(pristine_quantized: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(pristine_quantized, tmp_path / "quantized"))

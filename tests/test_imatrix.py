@@ -22,7 +22,7 @@ from cases import refusal
 from command import call, call_json
 from numpy_llama import Inputs, forward
 from oracle_gguf_encode import encode as oracle_encode
-from test_bad_input import check_sentence, listing
+from refusals import check_sentence, listing
 from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 

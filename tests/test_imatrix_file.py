@@ -13,7 +13,7 @@ from bitfold.gguf.imatrix import Entry, Imatrix
 from bitfold.gguf.imatrix_file import read_imatrix, read_importance, write_imatrix
 from bitfold.shards import CheckpointError
 from cases import refusal
-from test_bad_input import listing
+from refusals import listing
 from tiny import one_thread  # noqa: F401
 
 DATA = Path(__file__).parent / "data" / "gguf"

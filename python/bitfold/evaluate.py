@@ -203,6 +203,8 @@ def perplexity(model: nn.Module, windows: Windows, *, progress: Progress | None 
     """The perplexity of a causal language model: `model(ids).logits` are the logits of the next tokens.
 
     Windows are run one at a time; probabilities are float64 from logits in the model's dtype.
+
+    Raises ValueError where the model gives NaN, or its embedding has no row for a token.
     """
     sums: list[float] = []
     done = 0

@@ -51,15 +51,15 @@ def generate(
         seed: of the drawing; the global generators are left as they were.
         on_text: told each piece of text when it is complete.
 
-    Raises ValueError where an argument is out of range, the prompt has no tokens, or the model's configuration has
-    something else in the place of a token's number.
+    Raises ValueError where an argument is out of range, the prompt has no tokens or one that the embedding has no row
+    for, or the model's configuration has something else in the place of a token's number.
     """
     transformers = hf.require_transformers()
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}, it must not be negative")
-    _check_tokens(model.generation_config)
+    _check_settings(model.generation_config)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     inputs = inputs.to(next(model.parameters()).device)
     count = inputs["input_ids"].shape[1]
@@ -95,7 +95,7 @@ def generate(
     return Generation(prompt, text, count, len(new), seconds, speed)
 
 
-def _check_tokens(settings: Any) -> None:
+def _check_settings(settings: Any) -> None:
     """Of the model's generation_config, which transformers takes as it is."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(settings, name, None)

@@ -75,8 +75,8 @@ def measure(
         dataset: the name of the text, for the file.
         head: measure the output head too, if it is not the embedding.
 
-    Raises CheckpointError for another architecture, ValueError where there are no chunks, an input is not finite or the
-    model doesn't use one of its matrices.
+    Raises CheckpointError for another architecture, ValueError where there are no chunks, a token has no row in the
+    embedding, an input is not finite or the model doesn't use one of its matrices.
     """
     if not chunks:
         raise ValueError("chunks is empty, it must have at least one row of token ids")
