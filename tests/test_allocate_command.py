@@ -274,7 +274,7 @@ def test_stdout_is_json_alone_whatever_the_solver_prints(folder):
         (["--target-bpw", 4, "--sensitivity", "FOUND", "--rounds", -1], "at least 0"),
         (["--target-bpw", 4, "--sensitivity", "FOUND", "--formats", "gptq-int3-g32"], "needs a text to calibrate"),
         (["--target-bpw", 4, "--sensitivity", "nowhere.json"], "nowhere.json does not exist"),
-        (["--target-bpw", 4, "--sensitivity", "no/where.json"], "doesn't exist"),
+        (["--target-bpw", 4, "--sensitivity", "no/where.json"], "no/where.json does not exist"),
         (["--target-bpw", 4, "--text", "nowhere.txt"], "nowhere.txt"),
         (["--sensitivity", "FOUND"], "--sensitivity is given, which is for --target-bpw"),
         (["--target-bpw", 4, "--sensitivity", "FOUND", "--save-recipe", "no/where.toml"], "doesn't exist"),

@@ -52,6 +52,7 @@ MODULES = [
     "versions",
     "hf",
     "writer",
+    "outfile",
     "section",
     "checkpoint",
 ]

@@ -7,6 +7,7 @@ a status, exact or by how much it differs, which is stored beside what was made.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bitfold.check.examine import refuse_faults
 from bitfold.foreign.owners import OWNERS, read_owner
 from bitfold.foreign.targets import TARGETS
 from bitfold.formats import parse
+from bitfold.outfile import Kind, check_output, write_text
 from bitfold.section import read_quantization
 from bitfold.shards import CheckpointError
 from bitfold.writer import CONVERSION_FILE, is_bitfold_checkpoint, refuse_source
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from bitfold.gguf.convert import Progress, Status
 
 GGUF, BITFOLD, TRANSFORMERS = "gguf", "bitfold", "transformers"
+_REPORT = Kind("report of a conversion", re.compile(r"\{\s*\"source\": "))
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,11 @@ def convert_checkpoint(
         )
     refuse_source(source, target)
     report = target.with_name(f"{target.name}.json") if after == GGUF else target / CONVERSION_FILE
-    if report.exists() and not force:
-        raise CheckpointError(f"{report} exists already; --force (force=True) replaces it")
+    if report.exists():
+        if after == GGUF:
+            check_output("the report", report, _REPORT)
+        if not force:
+            raise CheckpointError(f"{report} exists already; --force (force=True) replaces it")
     if before in OWNERS:
         refuse_faults(source)
     remarks: list[str] = []
@@ -147,7 +153,7 @@ def convert_checkpoint(
     statuses = _PAIRS[before, after](source, target, options)
     after = kind if kind in TARGETS else kind_of(target)
     result = Conversion(source, target, before, after, tuple(statuses), tuple(remarks), report)
-    report.write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(report, json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n")
     return result
 
 

@@ -23,6 +23,7 @@ from bitfold.evaluate import Estimate
 from bitfold.kv.blocks import DEFAULT_GROUP, FORMATS
 from bitfold.kv.store import PAGE
 from bitfold.layout import Source
+from bitfold.outfile import check_output
 from bitfold.pipeline import Origin
 from bitfold.rules import KEEP, Recipe
 from bitfold.sensitivity import ground as grounds
@@ -162,6 +163,7 @@ def allocate(
     if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
         output = Path(sensitivity)
         if texts.text and not (output.exists() and result.read(output).finished):
+            check_output("sensitivity", output, result.FILE)
             sensitivity = None
         else:
             sensitivity = result.read(output)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 
+from bitfold._C import __version__
+from bitfold.outfile import Kind
 from bitfold.rules import KEEP, ModuleInfo, Recipe, Rule, assign
 from bitfold.sensitivity.candidates import Candidate
+
+RECIPE = Kind("recipe that bitfold wrote", re.compile("# Written by bitfold\\b"))
 
 
 def to_recipe(
@@ -70,7 +75,11 @@ def _gives(recipe: Recipe, wanted: Mapping[str, Candidate], infos: Mapping[str, 
 
 def to_toml(recipe: Recipe) -> str:
     """A file that `bitfold.recipes.read` reads as the same recipe."""
-    lines = [f"name = {_quoted(recipe.name)}", f"description = {_quoted(recipe.description)}"]
+    lines = [
+        f"# Written by bitfold {__version__}.",
+        f"name = {_quoted(recipe.name)}",
+        f"description = {_quoted(recipe.description)}",
+    ]
     if recipe.kv_cache:
         lines.append(f"kv_cache = {_quoted(recipe.kv_cache)}")
     for rule in recipe.rules:

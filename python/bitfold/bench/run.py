@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,8 +29,10 @@ from bitfold.bench.imports import import_rows
 from bitfold.bench.machine import machine, versions
 from bitfold.bench.peers import LIBRARIES, PEERS, absence
 from bitfold.formats import parse
+from bitfold.outfile import Kind
 
 SCHEMA = 1
+RESULTS = Kind("result of 'bitfold bench'", re.compile(r"\{\s*\"schema\": \d+,\s*\"machine\": \{"))
 OPS = ("linear", "encode", "decode", "importance", "import")
 MORE_OPS = ("int8", "kv")  # that a run has only where they are named
 FORMATS = (

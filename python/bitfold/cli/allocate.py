@@ -6,12 +6,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from bitfold.allocation.allocate import Outcome, Target, allocate
-from bitfold.allocation.recipe import to_toml
+from bitfold.allocation.recipe import RECIPE, to_toml
 from bitfold.allocation.rounds import Round
 from bitfold.cli.console import out, paragraph, parse_device, parse_dtype, progress, table
 from bitfold.cli.eval import read_text
 from bitfold.cli.plan import parse_size
 from bitfold.cli.sensitivity import thousandths, warn_of_overlap
+from bitfold.outfile import check_output, write_text
 from bitfold.sensitivity.ground import TOKENS, Texts
 
 
@@ -62,9 +63,8 @@ class Options:
                 "--context is given with --target-bpw, and a KV cache has no part in bits per weight: give "
                 "--target-size"
             )
-        for name, path in (("--save-recipe", self.save_recipe), ("--sensitivity", self.sensitivity)):
-            if path is not None and not path.parent.is_dir():  # said before hours of measuring, not after
-                raise ValueError(f"{name} is '{path}', in a directory that doesn't exist")
+        if self.save_recipe is not None:
+            check_output("--save-recipe", self.save_recipe, RECIPE)
 
 
 def choose(
@@ -106,7 +106,7 @@ def choose(
         )
     warn_of_overlap(found.found)
     if options.save_recipe is not None:
-        options.save_recipe.write_text(to_toml(found.recipe), encoding="utf-8")
+        write_text(options.save_recipe, to_toml(found.recipe))
     if not json:
         show(found, options.save_recipe)
     return found

@@ -12,9 +12,10 @@ import typer
 from bitfold.bench.cases import Case, Rows
 from bitfold.bench.machine import machine
 from bitfold.bench.peers import LIBRARIES
-from bitfold.bench.run import FORMATS, MORE_OPS, OPS, Settings, run
+from bitfold.bench.run import FORMATS, MORE_OPS, OPS, RESULTS, Settings, run
 from bitfold.bench.validate import WrongResultError
 from bitfold.cli.console import Json, err, out, print_json, say, table
+from bitfold.outfile import check_output, write_text
 
 _DEFAULTS = Settings()
 QUIET = 0.5  # load average below which a machine has nothing else to do
@@ -53,8 +54,8 @@ def bench(
         seconds=seconds,
         device=device,
     )
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--out is in {output.parent}, which is no directory")
+    if output is not None:
+        check_output("--out", output, RESULTS)
     load = machine()["load"]
     if load > QUIET:
         say(f"the load of the last minute is {load}: these will be the figures of a busy machine")
@@ -73,7 +74,7 @@ def bench(
     finally:
         torch.set_num_threads(threads_before)
     if output is not None:
-        output.write_text(jsonlib.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(output, jsonlib.dumps(report, indent=1) + "\n")
     if json:
         print_json(report)
     else:

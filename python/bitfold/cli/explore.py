@@ -10,6 +10,7 @@ import typer
 from bitfold.cli.console import Json, out, print_json, size
 from bitfold.explore.page import render
 from bitfold.explore.tables import tables
+from bitfold.outfile import PAGE, check_output, write_text
 
 
 def explore(
@@ -17,7 +18,8 @@ def explore(
     json: Json = False,
 ) -> None:
     """Write an interactive page, one file: number lines, bits to toggle, outliers, one scale and many."""
-    output.write_text(render(), encoding="utf-8")
+    check_output("--output", output, PAGE)
+    write_text(output, render())
     if json:
         print_json({"output": output, "bytes": output.stat().st_size, "tables": tables()})
         return

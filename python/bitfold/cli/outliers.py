@@ -10,7 +10,7 @@ import torch
 import typer
 
 from bitfold import hf, layout, recipes
-from bitfold.allocation.recipe import to_toml
+from bitfold.allocation.recipe import RECIPE, to_toml
 from bitfold.calibration.data import Calibration
 from bitfold.cli.console import (
     Device,
@@ -27,6 +27,7 @@ from bitfold.cli.console import (
 from bitfold.cli.eval import read_text
 from bitfold.evaluate import Protocol
 from bitfold.layout import Source
+from bitfold.outfile import check_output, write_text
 from bitfold.outliers.columns import ACTIVATION_THRESHOLD, WEIGHT_THRESHOLD, Inputs
 from bitfold.outliers.keep import Resolved, resolve
 from bitfold.outliers.measure import LAYER_SHARE, TOKEN_SHARE, Outliers, measure
@@ -68,8 +69,8 @@ def outliers(
         raise ValueError(f"--threshold is {threshold}, it must be a positive number")
     if save_recipe is not None and recipe is None:
         raise ValueError("--save-recipe is given, which is for --recipe: name one")
-    if save_recipe is not None and not save_recipe.parent.is_dir():
-        raise ValueError(f"--save-recipe is '{save_recipe}', in a directory that doesn't exist")
+    if save_recipe is not None:
+        check_output("--save-recipe", save_recipe, RECIPE)
     wanted = None if recipe is None else recipes.get(recipe)
     quiet_transformers()
     words = read_text(text)
@@ -91,7 +92,7 @@ def outliers(
         rows = Calibration(torch.stack(windows.ids), str(text), 0)
         resolved = resolve_on(source, wanted, rows, dtype=kind, device=parse_device(device))
         if save_recipe is not None:
-            save_recipe.write_text(to_toml(resolved.recipe), encoding="utf-8")
+            write_text(save_recipe, to_toml(resolved.recipe))
     if json:
         whole = {"model": model, "text": text, "protocol": windows.protocol, **as_json(found)}
         print_json({**whole, **({} if resolved is None else {"recipe": resolved.origin.report})})

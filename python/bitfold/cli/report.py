@@ -23,6 +23,7 @@ from bitfold.cli.console import (
 from bitfold.cli.eval import read_text
 from bitfold.cli.outliers import as_json as outliers_as_json
 from bitfold.cli.sensitivity import as_json
+from bitfold.outfile import PAGE, check_output, write_text
 from bitfold.sensitivity import result
 from bitfold.versions import MissingExtraError
 
@@ -73,8 +74,9 @@ def report(
         ) from None
     from bitfold.report.measure import Options, measure
 
-    if not output.parent.is_dir():  # said before hours of measuring, not after
-        raise ValueError(f"--output is '{output}', in a directory that doesn't exist")
+    check_output("--output", output, PAGE)
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise ValueError(f"--plots is '{plots}', which is a file; it must be a directory, there or not")
     quiet_transformers()
     options = Options(
         base=base,
@@ -91,7 +93,7 @@ def report(
     )
     with progress("measuring") as update:
         measured = measure(checkpoints[0], options, update)
-    output.write_text(render(measured), encoding="utf-8")
+    write_text(output, render(measured))
     drawn = save_plots(measured, plots) if plots is not None else []
     if json:
         print_json({"output": output, "plots": drawn, **_fields(measured)})

@@ -15,7 +15,6 @@ Every length is compared with what is left of the file before anything of that s
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
@@ -31,8 +30,8 @@ from bitfold.gguf.model import GgufModel, GgufTensor
 from bitfold.gguf.reader import read_gguf
 from bitfold.gguf.scan import TEXT
 from bitfold.gguf.writer import GgufWriter
+from bitfold.outfile import write_file
 from bitfold.shards import CheckpointError
-from bitfold.writer import check_room, hidden, remove_abandoned, sync
 
 TYPE, DATASETS = "imatrix", "imatrix.datasets"
 CHUNK_COUNT, CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
@@ -222,7 +221,8 @@ def write_imatrix(path: str | Path, imatrix: Imatrix, *, force: bool = False) ->
     if target.suffix == ".gguf":
         _write_gguf(target, imatrix, force)
     else:
-        _write_whole(target, _legacy_bytes(imatrix), force)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, _legacy_bytes(imatrix), replace=force)
 
 
 def _write_gguf(target: Path, imatrix: Imatrix, force: bool) -> None:
@@ -260,25 +260,3 @@ def _legacy_bytes(imatrix: Imatrix) -> bytes:
 def _packed(text: str) -> bytes:
     raw = text.encode(*TEXT)
     return struct.pack("<i", len(raw)) + raw
-
-
-def _write_whole(target: Path, data: bytes, force: bool) -> None:
-    partial = hidden(target, "partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target)
-        check_room(target, len(data))
-        partial.write_bytes(data)
-        sync(partial)
-        if force:
-            os.replace(partial, target)
-        else:
-            os.link(partial, target)  # unlike a rename it never replaces a file
-        sync(target.parent)
-    except FileExistsError:
-        raise CheckpointError(f"{target} has come into being while it was being written") from None
-    except OSError as error:
-        error.filename, error.filename2 = str(target), None
-        raise
-    finally:
-        partial.unlink(missing_ok=True)

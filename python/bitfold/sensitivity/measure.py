@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bitfold.outfile import check_output
 from bitfold.qtensor import QTensor
 from bitfold.quantize import relative_rmse
 from bitfold.sensitivity import ground as grounds
@@ -55,9 +56,12 @@ def measure(
         dtype, device: to compute in, and where.
         progress: told as work goes on.
 
-    Raises CheckpointError for what is no model, or a file of another measurement; ValueError for texts that don't do,
-    unknown candidates, and a candidate that needs a calibration text where there is none.
+    Raises CheckpointError for what is no model, or a file of another measurement; ValueError for an output that is no
+    such file, texts that don't do, unknown candidates, and a candidate that needs a calibration text where there is
+    none.
     """
+    if output is not None:
+        check_output("output", output, result.FILE)
     asked = asked_of(candidates, texts)
     with grounds.prepare(model, texts, include, dtype=dtype, device=device) as ground:
         job = Job(ground, choices(ground, asked), additivity, output, progress, want_caches=caches)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +16,11 @@ from typing import Any
 
 from bitfold.evaluate import Estimate, Protocol, ratio
 from bitfold.fields import Fields
+from bitfold.outfile import Kind, write_text
 from bitfold.shards import CheckpointError, read_json
 
 VERSION = 1
+FILE = Kind("sensitivity file", re.compile(r"\{\s*\"version\": \d+,\s*\"of\": \{"))
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,7 @@ def restrict(found: Sensitivity, names: Sequence[str]) -> Sensitivity:
 def write(path: Path, found: Sensitivity) -> None:
     """Write the file, whole or not at all."""
     data = {"version": VERSION, **dataclasses.asdict(found)}
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def read(path: str | Path) -> Sensitivity:
