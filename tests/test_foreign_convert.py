@@ -542,6 +542,11 @@ def test_what_calibration_found_stays_behind_and_is_told(model, tmp_path):
         quantize_calibrated(model, source, recipe, text, **options)
         (before,) = activations_of(source)
         assert before in ("llm-int8-t0.5-exact", "int8-static")
+        if before.endswith("exact"):
+            with pytest.raises(
+                CheckpointError, match=r"has copies of [24] columns in 16 bits; --allow-lossy"
+            ):
+                convert_checkpoint(source, tmp_path / "ct", to="compressed-tensors")
         done = convert_checkpoint(source, tmp_path / f"{recipe}-bnb", to="bitsandbytes", allow_lossy=True)
         assert any(f"were '{before}'" in remark for remark in done.remarks)
         assert activations_of(tmp_path / f"{recipe}-bnb") == {there}
@@ -550,6 +555,15 @@ def test_what_calibration_found_stays_behind_and_is_told(model, tmp_path):
         convert_directory(open_source(source), target, "gguf", allow_lossy=True, remark=told.append)
         assert any(f"were '{before}', and in the new directory they are 'float'" in text for text in told)
         assert activations_of(target) == {"float"}
+        done = convert_checkpoint(source, tmp_path / f"{recipe}-plain", decode=torch.float32)
+        assert done.exact
+        assert any(
+            f"were '{before}', and in the new directory they are 'float'" in text for text in done.remarks
+        )
+        decoded = tiny.tensors_of(tmp_path / f"{recipe}-plain")
+        for name, layer in bitfold.load(source).named_modules():
+            if isinstance(layer, bitfold.QuantLinear):
+                assert torch.equal(decoded[f"{name}.weight"], layer.decode()), name
 
 
 GROUPS = {

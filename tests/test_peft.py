@@ -164,6 +164,34 @@ def test_merging_into_the_quantized_base(checkpoint, tmp_path, kind, capsys):
     assert torch.equal(load_base(tmp_path / "merged")(IDS).logits, merged(IDS).logits)
 
 
+@pytest.mark.parametrize("recipe", ["w8a8-static", "fp8-w8a8-static", "llm-int8-t0.5"])
+def test_what_layers_keep_for_their_inputs_stays(source, tmp_path, recipe):
+    """Steps as they were; copies of columns as these columns are in PEFT's own merge."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text to calibrate on " * 30)
+    bitfold.quantize_calibrated(source, tmp_path / "q", recipe, text, samples=2, sequence_length=32)
+    adapted(load_base(tmp_path / "q")).save_pretrained(tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(load_base(tmp_path / "q").dequantize(), tmp_path / "adapter")
+    plain = plain.merge_and_unload()
+    model = bitfold.peft.load(load_base(tmp_path / "q"), tmp_path / "adapter")
+    before = model.get_submodule(f"base_model.model.{LAYER}").base_layer
+    merged = bitfold.peft.merge(model, quiet=True)
+    after = merged.get_submodule(LAYER)
+    assert after.activations == before.activations
+    if recipe.startswith("llm"):
+        assert str(after.activations) == "llm-int8-t0.5-exact"
+        assert torch.equal(after.outlier_columns, before.outlier_columns)
+        columns = plain.get_submodule(LAYER).weight[:, after.outlier_columns.long()].detach()
+        torch.testing.assert_close(after.outlier_weight.float(), columns, rtol=2**-8, atol=1e-6)
+        assert not torch.equal(after.outlier_weight, before.outlier_weight)
+    else:
+        assert torch.equal(after.x_scale, before.x_scale)
+    planes = bitfold.encode(plain.get_submodule(LAYER).weight.detach(), after.format).planes
+    assert all(torch.equal(after.qtensor.planes[name], plane) for name, plane in planes.items())
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(load_base(tmp_path / "merged")(IDS).logits, merged(IDS).logits)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_into_16_bits(checkpoint, tmp_path, kind):
     adapted(load_base(checkpoint), **KINDS[kind]).save_pretrained(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bitfold import activations
 from bitfold.activations import Activations, llm_int8
+from bitfold.dequantize import dequantize
 from bitfold.nn import QuantLinear, set_activations
 from bitfold.shards import CheckpointError
 from cases import refusal
@@ -352,6 +353,23 @@ def test_what_a_layer_keeps_survives_checkpoints_and_casts(tmp_path):
     state["outlier_weight"] = state["outlier_weight"].float()
     with pytest.raises(RuntimeError, match=r"outlier_weight is torch\.float32"):
         fresh.load_state_dict(state)
+
+
+def test_decoding_puts_copies_in_their_columns():
+    """What a layer multiplies with, in the place of the codes that nothing looks at."""
+    layer, columns = kept_layer(), [3, 30]
+    wanted = layer.qtensor.decode()
+    wanted[:, columns] = layer.outlier_weight.float()
+    assert not torch.equal(wanted, layer.qtensor.decode())
+    assert torch.equal(layer.decode(), wanted)
+    x = torch.zeros(2, 32)
+    x[:, columns] = torch.tensor([[1.0, 0.25], [-2.0, 8.0]])
+    torch.testing.assert_close(layer(x), x @ wanted.T)
+    layer.activations = "llm-int8-t3"
+    assert torch.equal(layer.decode(), layer.qtensor.decode())
+    layer.activations = "llm-int8-exact"
+    plain = dequantize(nn.Sequential(layer), torch.bfloat16)[0]
+    assert torch.equal(plain.weight, wanted.bfloat16())
 
 
 def test_an_entry_that_contradicts_itself_is_refused(tmp_path):

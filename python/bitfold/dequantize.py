@@ -59,7 +59,7 @@ def _unstack(model: nn.Module, name: str, stack: QuantStack, dtype: torch.dtype)
 
 def decode_finite(name: str, module: QuantModule, dtype: torch.dtype) -> Tensor:
     """The weight of a module. Raises ValueError where `dtype` can't hold it."""
-    weight = module.qtensor.decode(dtype)
+    weight = module.decode(dtype)
     check_range(name, weight)
     return weight
 

@@ -142,6 +142,10 @@ class QuantModule(PlaneModule):
         planes = dict(zip(self.plane_names, self.planes(), strict=True))
         return QTensor(self.format, self.shape, planes, self.layout, self.g_idx)
 
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as plain numbers: a new [n, k] tensor."""
+        return self.qtensor.decode(dtype)
+
 
 def empty_qtensor(
     format: str,
@@ -313,6 +317,14 @@ class QuantLinear(QuantModule, Multiplies):
                 f"activations is '{wanted}', which take outlier_columns and outlier_weight; this layer has none"
             )
 
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as plain numbers, as it is multiplied with: copies of outlier columns in their place, where
+        `activations` take them."""
+        weight = super().decode(dtype)
+        if self._activations.exact_outliers:
+            put_copies(weight, self.outlier_columns, self.outlier_weight)  # type: ignore[arg-type]
+        return weight
+
     def prepare(self) -> None:
         super().prepare()
         self._order = None if self.g_idx is None or self.g_idx.is_meta else column_order(self.g_idx)
@@ -361,6 +373,11 @@ def check_kept(x_scale: Tensor | None, outlier_columns: Tensor | None, k: int) -
         raise ValueError(
             f"outlier_columns are {places[0]} to {places[-1]}; they must be ascending, and at least 0 and below {k}"
         )
+
+
+def put_copies(weight: Tensor, outlier_columns: Tensor, outlier_weight: Tensor) -> None:
+    """Replace columns of a decoded weight by the copies that a layer keeps of them, in place."""
+    weight.index_copy_(1, outlier_columns.long(), outlier_weight.to(weight.dtype))
 
 
 def _kind(tensor: Tensor) -> str:

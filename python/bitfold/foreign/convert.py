@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import hf
-from bitfold.activations import Activations
+from bitfold.activations import FLOAT, Activations
 from bitfold.foreign.owners import QUANTIZE_CONFIG_FILE
 from bitfold.foreign.regrid import as_integers, regrid
 from bitfold.foreign.scheme import ReadPlane, Store, Unfit
@@ -214,7 +214,7 @@ def _block_place(source: Source, name: str, allow_lossy: bool) -> Place:
 
 def _moved(source: Source, name: str, place: Place, allow_lossy: bool) -> tuple[QTensor, str]:
     """The weight as it will be stored, and what rounds it ("": nothing does)."""
-    reason = source.rounds(name)
+    reason = "" if place.activations.exact_outliers else source.rounds(name)
     qtensor = source.qtensor(name)
     entry = source.modules[name]
     try:
@@ -342,10 +342,10 @@ def _stored_as(entry: ModuleEntry, place: Place) -> ModuleEntry:
 def _other_activations(source: Source, plan: _Plan) -> Iterator[str]:
     """What layers did with their inputs, and no longer do."""
     changed: dict[tuple[Activations, Activations], list[str]] = {}
-    for name, place in plan.places.items():
-        before = source.modules[name].activations
-        if before != place.activations:
-            changed.setdefault((before, place.activations), []).append(name)
+    for name, entry in source.modules.items():
+        after = plan.places[name].activations if name in plan.places else FLOAT
+        if entry.activations != after:
+            changed.setdefault((entry.activations, after), []).append(name)
     for (before, after), names in changed.items():
         layers = "1 layer" if len(names) == 1 else f"{len(names)} layers"
         yield (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitfold import hf
 from bitfold.foreign.directory import read_foreign
-from bitfold.nn import KEPT_PARTS
+from bitfold.nn import KEPT_PARTS, put_copies
 from bitfold.qtensor import QTensor, Unpacked
 from bitfold.section import ModuleEntry, read_quantization
 from bitfold.shards import CheckpointError, StoredTensor, listed, read_directory, read_tensors
@@ -107,6 +107,16 @@ def _own(path: Path) -> Source:
         found = [stored[f"{name}.{part}"] for part in modules[name].parts() if part in KEPT_PARTS]
         return {full.removeprefix(f"{name}."): tensor for full, tensor in read_tensors(found)}
 
+    def decode(name: str) -> Tensor:
+        weight = qtensor(name).decode()
+        if modules[name].activations.exact_outliers:
+            put_copies(weight, **kept(name))
+        return weight
+
+    def rounds(name: str) -> str:
+        copies = modules[name].outliers if modules[name].activations.exact_outliers else 0
+        return f"the layer has copies of {copies} columns in 16 bits" if copies else ""
+
     return Source(
         path,
         _without_section(config),
@@ -116,8 +126,8 @@ def _own(path: Path) -> Source:
         quantization.recipe,
         qtensor,
         kept,
-        lambda name: qtensor(name).decode(),
-        lambda name: "",
+        decode,
+        rounds,
         aliases,
     )
 

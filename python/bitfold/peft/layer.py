@@ -17,7 +17,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from bitfold.nn import QuantLinear, QuantModule
+from bitfold.dequantize import check_range
+from bitfold.nn import KEPT_PARTS, QuantLinear, QuantModule
 from bitfold.quantize import relative_rmse, requantize
 
 INITIALISATIONS = (True, False, "gaussian")
@@ -78,7 +79,7 @@ class QuantLoraLinear(lora.Linear):
         qtensor = requantize(plain.weight, base.qtensor)
         self.merge_error = relative_rmse(plain.weight, qtensor)
         bias = None if plain.bias is None else plain.bias.to(base.bias.dtype)
-        merged = QuantLinear(qtensor, bias, base.activations)
+        merged = QuantLinear(qtensor, bias, base.activations, **_kept(base, plain.weight))
         merged.prepare()
         self._unmerged, self.base_layer, self.merged_adapters = (base,), merged, names
         warnings.warn(
@@ -100,7 +101,7 @@ class QuantLoraLinear(lora.Linear):
         current, merged = self.base_layer, self.merged_adapters
         base: Any = self._unmerged[0] if self._unmerged else self.base_layer
         plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        plain.weight = nn.Parameter(base.qtensor.decode(torch.float32), requires_grad=False)
+        plain.weight = nn.Parameter(base.decode(torch.float32), requires_grad=False)
         if base.bias is not None:
             plain.bias = nn.Parameter(base.bias.detach().to(torch.float32), requires_grad=False)
         self.base_layer, self.merged_adapters = plain, []
@@ -109,6 +110,18 @@ class QuantLoraLinear(lora.Linear):
         finally:
             self.base_layer, self.merged_adapters = current, merged
         return plain
+
+
+def _kept(base: QuantLinear, merged: Tensor) -> dict[str, Tensor | None]:
+    """What a layer keeps for its activations, for its merged weight: copies of columns change as the columns do."""
+    kept: dict[str, Tensor | None] = {name: getattr(base, name) for name in KEPT_PARTS}
+    if base.outlier_columns is not None and base.outlier_weight is not None:
+        columns = base.outlier_columns.long()
+        change = (merged - base.decode(torch.float32)).index_select(1, columns)
+        copy = (base.outlier_weight.float() + change).to(base.outlier_weight.dtype)
+        check_range("outlier_weight", copy)
+        kept["outlier_weight"] = copy
+    return kept
 
 
 # ---- DoRA, whose norms are of the decoded weight, one layer at a time ----
@@ -144,7 +157,7 @@ def _decoded(base: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     if not isinstance(base, QuantLinear):
         return base
     plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-    plain.weight = nn.Parameter(base.qtensor.decode(dtype), requires_grad=False)
+    plain.weight = nn.Parameter(base.decode(dtype), requires_grad=False)
     if base.bias is not None:
         plain.bias = base.bias
     return plain
