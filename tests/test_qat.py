@@ -125,6 +125,48 @@ def test_all_of_it_in_bfloat16():
     )
 
 
+@pytest.mark.parametrize(
+    ("recipe", "given", "wanted"),
+    [
+        ("int8", None, "float"),
+        ("w8a8", None, "int8"),
+        ("llm-int8", None, "llm-int8"),
+        ("llm-int8-t1-rows", None, "llm-int8-t1-rows"),
+        ("fp8-w8a8", None, "fp8"),
+        ("w8a8", "float", "float"),
+        ("int8", "llm-int8-t2", "llm-int8-t2"),
+        ("q4_0", "int8", "int8"),
+        ("nf4", "fp8", "fp8"),
+        ("int4-g32", "int8", "float"),  # no layer multiplies so: for training alone
+    ],
+)
+def test_inputs_are_rounded_as_the_packed_layers_do(recipe, given, wanted, tmp_path):
+    """What a recipe does with inputs is trained with, and stays with the layers."""
+    model = qat.prepare(llama(), recipe, activations=given)
+    assert str(model.get_submodule(LAYER).activations) == (given or wanted)
+    before = model(IDS).logits
+    qat.convert(model)
+    assert str(model.get_submodule(LAYER).activations) == wanted
+    relative = ((model(IDS).logits - before).norm() / before.norm()).item()
+    assert (relative < 1e-5) == (given is None or given == wanted)
+    bitfold.save(model, tmp_path / "q")
+    assert str(bitfold.load(tmp_path / "q").get_submodule(LAYER).activations) == wanted
+
+
+@pytest.mark.parametrize("activations", ["int8", "fp8", "llm-int8"])
+def test_inputs_that_are_no_numbers(activations):
+    """A row with one gives NaN, as in packed layers, and no other row does; a row of zeros is one."""
+    layer = qat.FakeQuantLinear("layer", nn.Linear(64, 32), "int8-channel", activations=activations)
+    x = torch.randn(4, 64)
+    x[1, 3], x[1, 4], x[2] = float("nan"), float("inf"), 0
+    y = layer(x)
+    torch.testing.assert_close(y[3], layer(x[3:])[0])
+    packed = qat.convert(nn.Sequential(layer))[0]
+    assert torch.equal(y.isnan(), packed(x).isnan())
+    assert y.isnan().all(1).tolist() == [False, True, False, False]
+    torch.testing.assert_close(y[2], packed.bias)
+
+
 def test_the_gradient_passes_as_if_nothing_had_been_rounded():
     torch.manual_seed(0)
     linear = nn.Linear(64, 32)
@@ -287,8 +329,12 @@ def test_the_example_in_small(tmp_path, capsys):
 def test_bad_input():
     with pytest.raises(ValueError, match="none of the 14 weights to quantize trains"):
         qat.prepare(llama().requires_grad_(False), "int4")
-    with pytest.raises(ValueError, match="activations is 'int4'; it must be one of float, int8, fp8"):
+    with pytest.raises(ValueError, match="activations is 'int4'; it must be one of float, int8, int8-static"):
         qat.prepare(llama(), "int4", activations="int4")
+    with pytest.raises(
+        ValueError, match="activations is 'int8-static', which take something from calibration"
+    ):
+        qat.prepare(llama(), "int8", activations="int8-static")
     with pytest.raises(
         ValueError, match=r"learned_steps is True, but the format is nf4-b64; it must be of symmetric"
     ):

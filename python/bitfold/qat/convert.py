@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from bitfold import recipes
+from bitfold.activations import FLOAT, Activations
 from bitfold.nn import QuantEmbedding, QuantLinear, put_module
 from bitfold.qat.fake import check_learned
-from bitfold.qat.modules import FakeQuantEmbedding, FakeQuantLinear, check_activations, first_steps
+from bitfold.qat.modules import FakeQuantEmbedding, FakeQuantLinear, first_steps, trainable_activations
 from bitfold.quantize import check_swappable, describe, refuse_calibration
 from bitfold.rules import Recipe, assign
 
@@ -19,7 +20,7 @@ def prepare(
     model: nn.Module,
     recipe: str | Path | Recipe,
     *,
-    activations: str = "float",
+    activations: str | Activations | None = None,
     learned_steps: bool = False,
 ) -> nn.Module:
     """Swap the layers that a recipe names for ones that compute with rounded weights, in place; returns the model.
@@ -28,18 +29,20 @@ def prepare(
         model: its parameters stay the same objects, under the same names, so that optimizers and checkpoints of
             training go on as they were. Shared weights stay shared.
         recipe: what `bitfold.quantize` takes.
-        activations: what the inputs of linear layers are rounded to, with a scale for each token: "int8", "fp8" (e4m3)
-            or "float", not at all. It is for training alone: a packed layer multiplies inputs as they are.
+        activations: what all linear layers do with their inputs, "int8", "fp8", "llm-int8" or "float", in the place of
+            what the recipe says (None). Packed layers do it too where they can; int8 goes with int8 weights and GGUF's
+            blocks, and in front of other weights is for training alone.
         learned_steps: train the scales too (symmetric integers): each layer gets a parameter `steps`.
 
     Raises ValueError, before anything changes, for a recipe that is unknown, doesn't fit the model or needs
     calibration, for experts, for steps that can't be learned, and where none of the weights trains.
     """
-    check_activations(activations)
+    given = None if activations is None else trainable_activations(activations)
     recipe = recipes.get(recipe)
     refuse_calibration(recipe)
     infos = describe(model)
-    formats = {name: item.format for name, item in assign(recipe, infos).items() if item.format is not None}
+    assigned = assign(recipe, infos)
+    formats = {name: item.format for name, item in assigned.items() if item.format is not None}
     for name, format in formats.items():
         if infos[name].kind == "experts":
             raise ValueError(f"{name} is a stack of experts, which can't be trained so: keep it by a rule")
@@ -61,7 +64,8 @@ def prepare(
         if isinstance(old, nn.Embedding):
             new = FakeQuantEmbedding(name, old, format, steps.get(owner))
         else:
-            new = FakeQuantLinear(name, old, format, steps.get(owner), activations)
+            wanted = assigned[name].activations if given is None else given
+            new = FakeQuantLinear(name, old, format, steps.get(owner), wanted)
         put_module(model, old, new.train(old.training))
     return model
 
@@ -89,7 +93,8 @@ def convert(model: nn.Module) -> nn.Module:
             new = QuantEmbedding(packed[key], module.padding_idx, module.weight.dtype)
         else:
             bias: Any = module.bias
-            new = QuantLinear(packed[key], bias)
+            does = module.activations if module.activations.fits(module.format) else FLOAT
+            new = QuantLinear(packed[key], bias, does)
         packed[key] = new.qtensor  # of this module's parameters, so that the next one shares them
         new.train(module.training)
         new.prepare()

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold.activations import Activations
 from bitfold.formats import Format, parse
 from bitfold.qtensor import QTensor, encode, pack
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, format: str) -> Tensor:
-        return encode(values, format).decode(values.dtype)
+    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -24,7 +25,35 @@ class _StraightThrough(torch.autograd.Function):
 
 def round_to(values: Tensor, format: str) -> Tensor:
     """[n, k] numbers as `format` stores them, in their own dtype; the gradient passes as if nothing had happened."""
-    return _StraightThrough.apply(values, format)
+    return _StraightThrough.apply(values, encode(values.detach(), format).decode(values.dtype))
+
+
+def _round_8_bits(x: Tensor, block: int) -> Tensor:
+    """[m, k] numbers in 8 bits with a step for each block of a row, in the operations of docs/gguf-blocks.md
+    (Activations of 8 bits), which are those of docs/activations.md where the block is the row."""
+    values = x.detach().float().unflatten(1, (-1, block))
+    largest = values.abs().amax(-1, keepdim=True)
+    codes = (values * (127 / largest)).round()
+    rounded = torch.where(largest < 2.0**-100, 0.0, codes * (largest / 127))
+    return _StraightThrough.apply(x, rounded.flatten(1).to(x.dtype))
+
+
+def round_inputs(x: Tensor, activations: Activations, format: Format) -> Tensor:
+    """The input [m, k] of a layer as `activations` round it in front of a weight in `format`; the gradient passes as if
+    nothing had happened.
+    """
+    if activations.is_float:
+        return x
+    if activations.op == "linear_fp8":
+        codes, scales = torch.ops.bitfold.round_fp8(x.detach())
+        rounded = codes.view(torch.float8_e4m3fn).float() * scales[:, None]
+        return _StraightThrough.apply(x, rounded.to(x.dtype))
+    block = format.group if format.grid == "block" else x.shape[1]
+    if not activations.threshold:
+        return _round_8_bits(x, block)
+    large = (x.detach().abs() >= activations.threshold) & x.isfinite()
+    outliers = large if activations.per_row else large.any(0)
+    return torch.where(outliers, x, _round_8_bits(x.masked_fill(outliers, 0), block))
 
 
 # ---- learned steps ----

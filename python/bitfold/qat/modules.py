@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitfold.activations import FLOAT, Activations
+from bitfold.activations import read as read_activations
 from bitfold.formats import Format, parse
-from bitfold.qat.fake import check_learned, pack_learned, round_learned, round_to
+from bitfold.qat.fake import check_learned, pack_learned, round_inputs, round_learned, round_to
 from bitfold.qtensor import QTensor
 from bitfold.quantize import encode_named
 from bitfold.quantizers import grid
-
-ACTIVATIONS = {"float": "", "int8": "int8-channel-sfp32", "fp8": "fp8-e4m3-channel"}
-"""What inputs may be rounded to, and the format of it, whose scale is one for each token."""
 
 
 class _FakeQuantized(nn.Module):
@@ -51,7 +50,7 @@ class FakeQuantLinear(_FakeQuantized):
     """nn.Linear with a rounded weight: [..., in_features] -> [..., out_features].
 
     name: for messages; weight, bias: of the layer that it stands for, the same Parameters; steps: float32 [n or 1,
-    groups], None where scales follow the weights; activations: of ACTIVATIONS, what inputs are rounded to.
+    groups], None where scales follow the weights; activations: what is done with inputs first.
     """
 
     bias: nn.Parameter | None
@@ -62,20 +61,18 @@ class FakeQuantLinear(_FakeQuantized):
         linear: nn.Linear,
         format: str,
         steps: nn.Parameter | None = None,
-        activations: str = "float",
+        activations: str | Activations = FLOAT,
     ):
         super().__init__()
-        check_activations(activations)
         weight: Any = linear.weight
         self._hold(name, weight, format, steps)
         self.register_parameter("bias", linear.bias)
         self.out_features, self.in_features = linear.weight.shape
-        self.activations = activations
+        self.activations = trainable_activations(activations)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activations != "float":
-            x = round_to(x.reshape(-1, self.in_features), ACTIVATIONS[self.activations]).reshape(x.shape)
-        return F.linear(x, self.rounded(), self.bias)
+        rounded = round_inputs(x.reshape(-1, self.in_features), self.activations, self.format)
+        return F.linear(rounded.reshape(x.shape), self.rounded(), self.bias)
 
     def extra_repr(self) -> str:
         learned = "" if self.steps is None else ", learned steps"
@@ -99,10 +96,14 @@ class FakeQuantEmbedding(_FakeQuantized):
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
 
 
-def check_activations(activations: str) -> None:
-    """Raises ValueError unless it is one of ACTIVATIONS."""
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations is {activations!r}; it must be one of {', '.join(ACTIVATIONS)}")
+def trainable_activations(activations: str | Activations) -> Activations:
+    """Raises ValueError for activations that there aren't, or that take something from calibration."""
+    wanted = read_activations(activations)
+    if wanted.needs_calibration:
+        raise ValueError(
+            f"activations is '{wanted}', which take something from calibration; it must be float, int8, fp8 or llm-int8"
+        )
+    return wanted
 
 
 def first_steps(weight: Tensor, format: str) -> nn.Parameter:
