@@ -16,6 +16,7 @@ import torch
 from bitfold.check.examine import examine
 from bitfold.check.repair import repair
 from bitfold.foreign.owners import read_owner
+from bitfold.rules import Recipe, Rule
 from bitfold.shards import CheckpointError
 from command import call
 from safetensors.torch import load_file, save_file
@@ -535,6 +536,27 @@ def test_own_checkpoints(tmp_path):
         path = shutil.copytree(tmp_path / "sound", tmp_path / kind)
         planted.change(path, edit)
         assert kinds(examine(path)) == {kind}
+
+
+def test_weights_that_two_modules_share(tmp_path):
+    """They are stored once, under the name of the first, and looked at once."""
+    tiny.write_llama(tmp_path / "model", tied=True)
+    rules = tuple(Rule(pattern, "int4-g32-asym") for pattern in ("*.embed_tokens", "lm_head", "*"))
+    bitfold.quantize_checkpoint(tmp_path / "model", tmp_path / "sound", Recipe("all", "", rules))
+    report = examine(tmp_path / "sound")
+    assert report.sound
+    assert report.modules == 16
+    scales = "model.embed_tokens.scales"
+    edits = {
+        "scale-not-finite": (lambda tensors: tensors[scales][3].__setitem__(1, float("nan")), [scales]),
+        "tensor-missing": (lambda tensors: tensors.pop(scales), [scales, "lm_head.scales"]),
+    }
+    for kind, (edit, names) in edits.items():
+        path = shutil.copytree(tmp_path / "sound", tmp_path / kind)
+        planted.change(path, edit)
+        faults = [problem for problem in examine(path).problems if problem.kind == kind]
+        assert [problem.where for problem in faults] == names
+    assert "is model.embed_tokens.scales, which is in no file" in str(faults[1])
 
 
 def test_gguf_files(tmp_path):

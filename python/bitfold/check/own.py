@@ -37,36 +37,44 @@ def examine_own(
     used = set()
     found = zeros.Zeros()
     for done, (name, entry) in enumerate(quantization.modules.items()):
-        parts = entry.parts()
-        used |= {f"{name}.{part}" for part in parts}
-        _own_module(name, entry, stored, found, report)
+        names = {part: f"{name}.{part}" for part in entry.parts()}
+        places = {part: quantization.tied.get(own, own) for part, own in names.items()}
+        used |= set(places.values())
+        _own_module(name, entry, places, stored, found, report)
         if progress is not None:
             progress(name, done + 1, len(quantization.modules))
     report.modules = len(quantization.modules)
     found.settle()
     report.findings.update(found.found)
     tell(path, "bitfold", None, found, report)
-    tied = set(quantization.tied) | set(quantization.tied.values())
-    entries = {name: entry for name, entry in quantization.modules.items() if f"{name}.weight" not in tied}
-    return entries, used
+    return dict(quantization.modules), used
 
 
 def _own_module(
-    name: str, entry: ModuleEntry, stored: Mapping[str, StoredTensor], found: zeros.Zeros, report: Report
+    name: str,
+    entry: ModuleEntry,
+    places: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
+    found: zeros.Zeros,
+    report: Report,
 ) -> None:
+    """places: of each part, the name that it is stored by: that of another module's where the two share a weight, whose
+    values are then looked at there."""
     planes = {}
     for part, spec in entry.parts().items():
-        tensor = stored.get(f"{name}.{part}")
+        full, place = f"{name}.{part}", places[part]
+        tensor = stored.get(place)
         if tensor is None:
-            report.fault("tensor-missing", f"{name}.{part}", "is in no file", f"{entry.format} must have it")
+            was = "is in no file" if place == full else f"is {place}, which is in no file"
+            report.fault("tensor-missing", full, was, f"{entry.format} must have it")
         elif (DTYPES.get(tensor.dtype), tensor.shape) != (spec.dtype, spec.shape):
             report.fault(
                 "shape",
-                f"{name}.{part}",
+                full,
                 f"is {tensor.dtype} {list(tensor.shape)}",
                 f"in {entry.format} of {list(entry.shape)} it must be {spec.dtype} {list(spec.shape)}",
             )
-        else:
+        elif place == full:
             planes[part] = read_one(tensor)
     if len(planes) < len(entry.parts()):
         return
