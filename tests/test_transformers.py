@@ -254,10 +254,23 @@ def test_a_model_that_bitfold_made_saves_itself_as_quantized(
         assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_a_model_whose_weights_were_decoded_saves_itself_as_plain(checkpoint, tmp_path):
-    model = dequantize(bitfold.load(checkpoint))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("way", ["dequantize", "model.dequantize", "peft.merge"])
+def test_a_model_whose_weights_were_decoded_saves_itself_as_plain(
+    checkpoint, tied_checkpoint, tmp_path, way, tied
+):
+    path = tied_checkpoint if tied else checkpoint
+    if way == "dequantize":
+        model = dequantize(bitfold.load(path))
+    elif way == "model.dequantize":
+        model = load(path).dequantize()
+    else:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        config = bitfold.peft.prepare(peft.LoraConfig(target_modules=["q_proj"]))
+        model = bitfold.peft.merge(peft.get_peft_model(load(path), config), torch.float32)
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert ("lm_head.weight" in tensors_of(tmp_path / "saved")) != tied
     assert torch.equal(load(tmp_path / "saved")(IDS).logits, model(IDS).logits)
 
 

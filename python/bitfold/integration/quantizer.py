@@ -205,6 +205,11 @@ class Quantizer(HfQuantizer):
 
         return dequantize(model, dtype)
 
+    def remove_quantization_config(self, model: Any) -> None:
+        """Called where no weight of the model is quantized any more."""
+        super().remove_quantization_config(model)
+        tie_weights(model)
+
 
 def _with_ties(infos: Mapping[str, ModuleInfo], tied: Mapping[str, str]) -> dict[str, ModuleInfo]:
     """Modules of a model whose weights transformers is yet to tie, as they will be; tied: names of tensors."""
@@ -213,6 +218,9 @@ def _with_ties(infos: Mapping[str, ModuleInfo], tied: Mapping[str, str]) -> dict
         name: dataclasses.replace(info, tied_to=owners[name]) if owners.get(name) in infos else info
         for name, info in infos.items()
     }
+
+
+_TIES = "_ties_before_bitfold"  # what _tied_weights_keys was, an attribute of the model
 
 
 def tie_planes(model: nn.Module) -> None:
@@ -233,9 +241,18 @@ def tie_planes(model: nn.Module) -> None:
                 planes[alias] = owner
         if planes != expanded:  # its names of anything but weights and biases are patterns
             patterns = {f"{re.escape(alias)}$": f"{re.escape(owner)}$" for alias, owner in planes.items()}
+            module.__dict__.setdefault(_TIES, module._tied_weights_keys)
             module._tied_weights_keys = patterns
     if isinstance(model, PreTrainedModel):
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def tie_weights(model: Any) -> None:
+    """Undo `tie_planes`: the tied tensors are weights again."""
+    for module in model.modules():
+        if _TIES in module.__dict__:
+            module._tied_weights_keys = module.__dict__.pop(_TIES)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _owner_of(model: nn.Module, tensor: str) -> nn.Module | None:
