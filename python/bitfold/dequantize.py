@@ -6,26 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.experts import QuantStack, expert_name
-from bitfold.nn import PlaneModule, QuantEmbedding, QuantModule, put_module
+from bitfold.nn import PlaneModule, QuantEmbedding, QuantModule, ScaledEmbedding, put_module
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Swap a model's quantized modules for nn.Linear and nn.Embedding, and stacks of experts for parameters, in place,
-    one after another; returns the model.
+    """Swap a model's quantized modules for nn.Linear and nn.Embedding (a ScaledEmbedding where it scales its output),
+    and stacks of experts for parameters, in place, one after another; returns the model.
 
     dtype: of the decoded weights, and of the biases; None: the first unquantized parameter's, float32 where all are
     quantized. Weights that are shared stay shared.
 
-    Raises ValueError, which names the module, where a weight is beyond the dtype's range, and for an embedding that
-    scales its output, as Gemma's do, which is no nn.Embedding.
+    Raises ValueError, which names the module, where a weight is beyond the dtype's range.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PlaneModule)}
-    for name, module in modules.items():
-        if isinstance(module, QuantEmbedding) and module.scale != 1:
-            raise ValueError(
-                f"{name} multiplies its rows by {module.scale:.6g}, which an nn.Embedding can't: load the model with "
-                "from_pretrained instead"
-            )
     if dtype is None:
         packed = {id(part) for module in modules.values() for part in module.parts()}
         floats = (p for p in model.parameters() if p.is_floating_point() and id(p) not in packed)
@@ -80,7 +73,10 @@ def _plain(module: QuantModule, weight: nn.Parameter) -> nn.Module:
     n, k = module.shape
     plain: nn.Linear | nn.Embedding
     if isinstance(module, QuantEmbedding):
-        plain = nn.Embedding(n, k, padding_idx=module.padding_idx, device="meta")
+        kind = nn.Embedding if module.scale == 1 else ScaledEmbedding
+        plain = kind(n, k, padding_idx=module.padding_idx, device="meta")
+        if isinstance(plain, ScaledEmbedding):
+            plain.scalar_embed_scale = module.scale
     else:
         bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
         plain = nn.Linear(k, n, bias=bias is not None, device="meta")

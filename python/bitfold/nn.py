@@ -448,12 +448,24 @@ class QuantEmbedding(QuantModule):
     def forward(self, ids: Tensor) -> Tensor:
         n, k = self.shape
         rows = torch.ops.bitfold.embedding(ids, self.planes(), self.format, n, k, self.dtype, self.layout)
-        return (
-            rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
-        )
+        return scaled(rows, self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, format={self.format}"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """nn.Embedding whose output is multiplied by a number, as Gemma's are."""
+
+    scalar_embed_scale = 1.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return scaled(super().forward(ids), self.scalar_embed_scale)
+
+
+def scaled(rows: Tensor, scale: float) -> Tensor:
+    """The rows times a number, which is rounded to their dtype."""
+    return rows if scale == 1 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
 
 
 def embedding_scale(module: nn.Module) -> float:
@@ -464,10 +476,14 @@ def embedding_scale(module: nn.Module) -> float:
     """
     if isinstance(module, QuantEmbedding):
         return module.scale
+    if type(module) is nn.Embedding:
+        return 1.0
     scale = getattr(module, "scalar_embed_scale", None)
-    if type(module) is not nn.Embedding and not isinstance(scale, float):
+    if not isinstance(scale, float) or module._parameters.keys() != {
+        "weight"
+    }:  # T5Gemma 2's has a second one
         raise ValueError(f"it is a {type(module).__name__}, a subclass of nn.Embedding")
-    return 1.0 if scale is None else scale
+    return scale
 
 
 def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

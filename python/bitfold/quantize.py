@@ -15,7 +15,7 @@ from bitfold import experts
 from bitfold.activations import FLOAT, Activations
 from bitfold.experts import QuantStack
 from bitfold.formats import parse
-from bitfold.nn import QuantEmbedding, QuantLinear, announce, put_module
+from bitfold.nn import QuantEmbedding, QuantLinear, announce, embedding_scale, put_module
 from bitfold.qtensor import QTensor, column_order, embedding, encode
 from bitfold.recipes import get
 from bitfold.rules import ModuleInfo, Recipe, assign
@@ -106,7 +106,6 @@ def describe(model: nn.Module) -> dict[str, ModuleInfo]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-            obstacle = f"it is a {type(module).__name__}, a subclass of nn.{base.__name__}"
             owner = owners.setdefault(id(module.weight), name)
             infos[name] = ModuleInfo(
                 kind=base.__name__.lower(),
@@ -114,7 +113,7 @@ def describe(model: nn.Module) -> dict[str, ModuleInfo]:
                 is_head=module is head,
                 is_router=module in routers,
                 tied_to=None if owner == name else owner,
-                obstacle=None if type(module) is base else obstacle,
+                obstacle=_obstacle(module),
             )
         elif module in routers:
             obstacle = f"it is a {type(module).__name__}, no nn.Linear"
@@ -219,6 +218,18 @@ def refuse_calibration(recipe: Recipe) -> None:
         )
 
 
+def _obstacle(module: nn.Linear | nn.Embedding) -> str | None:
+    """Why a layer computes in another way than bitfold's do; None: it doesn't."""
+    if isinstance(module, nn.Embedding):
+        try:
+            embedding_scale(module)
+        except ValueError as error:
+            return str(error)
+    elif type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, a subclass of nn.Linear"
+    return None
+
+
 def check_swappable(name: str, model: nn.Module, info: ModuleInfo, *, with_values: bool = True) -> None:
     """Raises ValueError where a quantized module can't take the place of the one that has the weight; with_values: it
     must hold data."""
@@ -265,7 +276,7 @@ def put_modules(
     for name, module in zip(names, modules, strict=True):
         quantized: QuantLinear | QuantEmbedding
         if isinstance(module, nn.Embedding):
-            quantized = QuantEmbedding(qtensor, module.padding_idx, dtype)
+            quantized = QuantEmbedding(qtensor, module.padding_idx, dtype, embedding_scale(module))
         else:
             quantized = QuantLinear(qtensor, module.bias, activations[name])  # type: ignore[arg-type]
         quantized.train(module.training)

@@ -13,8 +13,9 @@ How a module finds its rule:
 - What no rule matches keeps its source dtype. Norms and all else that is neither linear nor embedding always do.
 - A stack of experts, one 3-D parameter, is reached by its name (`*.experts.down_proj`) and by that of the module
   that holds it (`*.experts`). Each of its matrices is quantized by itself, all in one format.
-- What computes in another way than bitfold's modules do (a subclass of nn.Linear or nn.Embedding, experts of
-  another kind) can't be quantized: unless a rule keeps it, that is an error, never a silent skip.
+- What computes in another way than bitfold's modules do (a subclass of nn.Linear, one of nn.Embedding that does
+  more than scale its output as Gemma's does, experts of another kind) can't be quantized: unless a rule keeps it, that
+  is an error, never a silent skip.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def convert(model: nn.Module) -> nn.Module:
             packed[key] = module.qtensor()
         new: QuantLinear | QuantEmbedding
         if isinstance(module, FakeQuantEmbedding):
-            new = QuantEmbedding(packed[key], module.padding_idx, module.weight.dtype)
+            new = QuantEmbedding(packed[key], module.padding_idx, module.weight.dtype, module.scale)
         else:
             bias: Any = module.bias
             does = module.activations if module.activations.fits(module.format) else FLOAT

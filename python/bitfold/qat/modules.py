@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitfold.activations import FLOAT, Activations
 from bitfold.activations import read as read_activations
 from bitfold.formats import Format, parse
+from bitfold.nn import embedding_scale, scaled
 from bitfold.qat.fake import check_learned, pack_learned, round_inputs, round_learned, round_to
 from bitfold.qtensor import QTensor
 from bitfold.quantize import encode_named
@@ -80,7 +81,7 @@ class FakeQuantLinear(_FakeQuantized):
 
 
 class FakeQuantEmbedding(_FakeQuantized):
-    """nn.Embedding with a rounded weight."""
+    """nn.Embedding with a rounded weight; scale: multiplies its output, as Gemma's embeddings do."""
 
     def __init__(self, name: str, embedding: nn.Embedding, format: str, steps: nn.Parameter | None = None):
         super().__init__()
@@ -88,9 +89,10 @@ class FakeQuantEmbedding(_FakeQuantized):
         self._hold(name, weight, format, steps)
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.padding_idx = embedding.padding_idx
+        self.scale = embedding_scale(embedding)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.rounded(), self.padding_idx)
+        return scaled(F.embedding(ids, self.rounded(), self.padding_idx), self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"

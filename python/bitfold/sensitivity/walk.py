@@ -23,7 +23,7 @@ from bitfold.calibration.methods import METHODS
 from bitfold.calibration.workers import Workers
 from bitfold.evaluate import Windows
 from bitfold.layout import Source
-from bitfold.nn import QuantEmbedding, QuantLinear
+from bitfold.nn import QuantEmbedding, QuantLinear, embedding_scale
 from bitfold.qtensor import QTensor, embedding
 from bitfold.quantize import encode_named
 from bitfold.rules import Rule
@@ -101,7 +101,8 @@ class Stop:
         for name in self.part.names:
             module: Any = self._ground.unquantized[name]
             if isinstance(module, nn.Embedding):
-                made[name] = QuantEmbedding(qtensor, module.padding_idx, self._ground.blocks.dtype)
+                dtype, scale = self._ground.blocks.dtype, embedding_scale(module)
+                made[name] = QuantEmbedding(qtensor, module.padding_idx, dtype, scale)
             else:
                 made[name] = QuantLinear(qtensor, module.bias)
         return made
