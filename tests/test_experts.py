@@ -311,9 +311,15 @@ def test_check_looks_at_every_expert(source, tmp_path, capsys):
 
 def test_experts_are_not_moved_into_formats_without_them(source, tmp_path, capsys):
     quantized(source, tmp_path / "q")
-    code, _, err = call(capsys, "convert", tmp_path / "q", tmp_path / "g", "--to", "gptq")
-    assert code == 2
-    assert "is a stack of experts, which --to doesn't move" in " ".join(err.split())
+    for asked, way in (
+        (("--to", "gptq"), "quantize the unquantized model"),
+        (("--decode", "float32"), "dequantize()"),
+    ):
+        code, _, err = call(capsys, "convert", tmp_path / "q", tmp_path / "g", *asked)
+        assert code == 2
+        assert f"is a stack of experts, which a conversion doesn't move; {way}" in err.replace(
+            "from_pretrained, ", ""
+        )
 
 
 def test_the_report_has_the_experts_of_a_layer_as_one(source, tmp_path, capsys):

@@ -72,7 +72,8 @@ def explain_name(text: str) -> list[Meaning]:
         return [*([_format(parse(text))] if text in FORMATS else []), _gguf(mix)]
     if text.lower().endswith(".gguf"):
         raise ValueError(
-            f"{text!r} has no type in its name that bitfold knows; these are {', '.join(mixes.MIXES)}"
+            f"{text!r} has no type in its name that bitfold knows; these are {', '.join(mixes.MIXES)}; "
+            "'bitfold inspect' says what is in a file"
         )
     if text in RECIPES or text.endswith(".toml") or recipes.is_pair(text):
         recipe = recipes.get(text)

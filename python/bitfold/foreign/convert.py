@@ -137,8 +137,13 @@ def convert(
 def _plan(source: Source, to: str, decode: torch.dtype | None, allow_lossy: bool) -> _Plan:
     stacks = [name for name, entry in source.modules.items() if entry.kind == "experts"]
     if stacks:
+        way = (
+            "from_pretrained, dequantize() and save_pretrained() make it plain"
+            if to == PLAIN
+            else "quantize the unquantized model anew"
+        )
         raise CheckpointError(
-            f"{source.path} quantizes the experts '{stacks[0]}', which bitfold converts to no other kind of checkpoint"
+            f"{source.path}: '{stacks[0]}' is a stack of experts, which a conversion doesn't move; {way}"
         )
     linears, ignored = _linears(source)
     plain = [name for name in source.plain if name not in ignored]

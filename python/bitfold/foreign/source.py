@@ -65,10 +65,6 @@ def _own(path: Path) -> Source:
     stored = read_directory(path)
     modules, aliases = {}, {}
     for name, entry in quantization.modules.items():
-        if entry.kind == "experts":
-            raise CheckpointError(
-                f"{path}: '{name}' is a stack of experts, which --to doesn't move; quantize the unquantized model anew"
-            )
         owners = [
             quantization.tied[f"{name}.{part}"]
             for part in entry.parts()
