@@ -313,6 +313,8 @@ def test_what_does_not_fit_is_said():
     model = model_of("llama", "bitfold")
     with pytest.raises(ValueError, match="'int3'; it must be one of int8, fp8, int4"):
         bitfold.QuantizedCache(model.config, "int3")
+    with pytest.raises(ValueError, match=r"config is a LlamaForCausalLM; it must be .* model\.config"):
+        bitfold.QuantizedCache(model)
     with pytest.raises(ValueError, match="group is 24; it must be a multiple of 16"):
         bitfold.QuantizedCache(model.config, group=24)
     with pytest.raises(ValueError, match="residual is -1"):

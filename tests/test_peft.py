@@ -330,6 +330,11 @@ def test_what_prepare_refuses(checkpoint):
         bitfold.peft.prepare(config_of(target_modules="all-linear"))
     with pytest.raises(ValueError, match="fan_in_fan_out is True"):
         bitfold.peft.prepare(config_of(fan_in_fan_out=True))
+    with pytest.raises(
+        ValueError, match=r"modules_to_save is .*, and model.layers.0.mlp.up_proj is quantized"
+    ):
+        bitfold.peft.prepare(config_of(modules_to_save=["lm_head", "up_proj"]), load_base(checkpoint))
+    bitfold.peft.prepare(config_of(modules_to_save=["lm_head", "proj"]), load_base(checkpoint))
     with pytest.raises(ValueError, match="is not supported"):
         get_peft_model(load_base(checkpoint), config_of())  # without prepare, PEFT's own words
     with pytest.raises(ValueError, match="on a quantized base it must be LoRA"):

@@ -18,6 +18,7 @@ from bitfold.kv.blocks import DEFAULT_GROUP, FORMATS, BlockFormat, value_group_o
 from bitfold.kv.store import DEFAULT_RESIDUAL, FEW, Store
 
 versions.KV_CACHE.require("a quantized KV cache")
+from transformers import PreTrainedConfig  # noqa: E402
 from transformers.cache_utils import (  # noqa: E402
     Cache,
     CacheLayerMixin,
@@ -204,6 +205,10 @@ class QuantizedCache(Cache):
         BlockFormat(
             format, group, value_group or group, value_group or group
         )  # the group, before a head is known
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(
+                f"config is a {type(config).__name__}; it must be the configuration of a model: model.config"
+            )
         self.config = config.get_text_config(decoder=True)
         self.options = Options(format, group, residual, value_group)
         layers: list[Any] = []

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from bitfold.nn import QuantLinear
+from bitfold.nn import PlaneModule, QuantLinear
 from bitfold.peft.layer import QuantLoraLinear
 from bitfold.shards import CheckpointError, listed
 
@@ -23,7 +23,7 @@ def prepare(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
     """Tell a LoraConfig of quantized layers, in place; returns it. It goes before every get_peft_model and add_adapter.
 
     model: what it is for, needed where config.target_modules is "all-linear": PEFT finds nn.Linear alone. All linear
-    layers but the output head are then named.
+    layers but the output head are then named. With it modules_to_save is looked at too.
 
     Raises ValueError for what PEFT can't do on packed weights.
     """
@@ -40,8 +40,20 @@ def prepare(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
                 "prepare(config, model)"
             )
         config.target_modules = _linear_names(model)
+    if model is not None:
+        _check_saved(config, model)
     config._register_custom_module({QuantLinear: QuantLoraLinear})
     return config
+
+
+def _check_saved(config: LoraConfig, model: nn.Module) -> None:
+    """Raises ValueError where a module that is to be trained whole is quantized."""
+    ends = tuple(f".{name}" for name in config.modules_to_save or ())
+    for name, module in model.named_modules():
+        if isinstance(module, PlaneModule) and f".{name}".endswith(ends):
+            raise ValueError(
+                f"modules_to_save is {config.modules_to_save}, and {name} is quantized; it must name others"
+            )
 
 
 def _linear_names(model: nn.Module) -> list[str]:
