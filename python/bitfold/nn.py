@@ -469,21 +469,20 @@ def scaled(rows: Tensor, scale: float) -> Tensor:
 
 
 def embedding_scale(module: nn.Module) -> float:
-    """What an embedding multiplies its rows by: sqrt(hidden size) in transformers' Gemma, which has subclasses of
-    nn.Embedding for it, 1 elsewhere.
+    """What an embedding multiplies its rows by: sqrt(hidden size) in transformers' Gemma, 12 in its MiniCPM3 (both have
+    subclasses of nn.Embedding for it), 1 elsewhere.
 
-    Raises ValueError for a subclass of nn.Embedding that does something else.
+    Raises ValueError for a subclass of nn.Embedding that does something else, or more: T5Gemma 2's has a second
+    parameter.
     """
     if isinstance(module, QuantEmbedding):
         return module.scale
     if type(module) is nn.Embedding:
         return 1.0
     scale = getattr(module, "scalar_embed_scale", None)
-    if not isinstance(scale, float) or module._parameters.keys() != {
-        "weight"
-    }:  # T5Gemma 2's has a second one
+    if not isinstance(scale, (int, float)) or module._parameters.keys() != {"weight"}:
         raise ValueError(f"it is a {type(module).__name__}, a subclass of nn.Embedding")
-    return scale
+    return float(scale)
 
 
 def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
