@@ -349,10 +349,34 @@ def test_the_work_folder_may_be_named_and_must_be_ours(source, text, whole, tmp_
     assert contents(target) == contents(whole)
     assert not work.exists()
     work.mkdir()
-    (work / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match="other files"):
-        quantize_calibrated(source, tmp_path / "q2", RECIPE, text, **OPTIONS, work_dir=work, restart=True)
-    assert (work / "thesis.tex").exists()
+    for name in (
+        "thesis.tex",
+        "fingerprint.json",
+    ):  # the second of another program, which has such a file too
+        (work / name).write_text('{"of": "a finger"}')
+        with pytest.raises(CheckpointError, match="other files"):
+            quantize_calibrated(source, tmp_path / "q2", RECIPE, text, **OPTIONS, work_dir=work, restart=True)
+    assert sorted(contents(work)) == ["fingerprint.json", "thesis.tex"]
+
+
+def test_files_that_somebody_put_into_the_work_folder_stay(source, text, whole, tmp_path):
+    work, target = tmp_path / "work", tmp_path / "q"
+    for options in ({}, {"restart": True}):
+        with pytest.raises(Stop):
+            quantize_calibrated(
+                source,
+                target,
+                RECIPE,
+                text,
+                **OPTIONS,
+                work_dir=work,
+                progress=stop_at("model.layers.1"),
+                **options,
+            )
+        (work / "notes.txt").write_text("mine")
+    quantize_calibrated(source, target, RECIPE, text, **OPTIONS, work_dir=work)
+    assert contents(target) == contents(whole)
+    assert contents(work) == {"notes.txt": b"mine"}
 
 
 @pytest.mark.parametrize("activations", ["ram", pytest.param("disk", marks=pytest.mark.slow)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,8 @@ from bitfold.shards import CheckpointError, StoredTensor, read_header, read_json
 from bitfold.writer import lock, sync
 
 FINGERPRINT_FILE = "fingerprint.json"
+# What runs write there; activations.py the last of these.
+_OURS = re.compile(r"(fingerprint\.json|block-\d{5,}\.(json|safetensors))(\.new)?|activations-\d+-[01]")
 
 
 class Journal:
@@ -57,16 +60,17 @@ class Journal:
 
     def _begin(self, made: bool) -> None:
         path = self.folder / FINGERPRINT_FILE
-        ours = path.exists() or not any(self.folder.iterdir())
-        if not ours and not (self.folder / f"{FINGERPRINT_FILE}.new").exists():
+        others = [file.name for file in self.folder.iterdir() if not _OURS.fullmatch(file.name)]
+        before = read_json(path) if path.exists() else {}
+        if (others and not before) or (before and not before.keys() & self._fingerprint.keys()):
             raise CheckpointError(
                 f"{self.folder} holds other files than those of a calibration; choose another folder"
             )
-        if self._restart or not path.exists():
+        if self._restart or not before:
             self._clear()
             self._write_json(path, self._fingerprint)
             sync(self.folder.parent)
-        before = read_json(path)
+            before = self._fingerprint
         different = [name for name, value in self._fingerprint.items() if before.get(name) != value]
         if different:
             name = different[0]
@@ -77,10 +81,11 @@ class Journal:
         self.finished = self._count()
 
     def _clear(self) -> None:
-        """Remove all files; the last block first and the fingerprint last, so that what a kill leaves is whole."""
+        """Remove what runs write; the last block first and the fingerprint last, so that what a kill leaves is
+        whole."""
         path = self.folder / FINGERPRINT_FILE
         for file in sorted(self.folder.iterdir(), reverse=True):
-            if file != path:
+            if file != path and _OURS.fullmatch(file.name):
                 file.unlink()
         path.unlink(missing_ok=True)
 
@@ -124,9 +129,10 @@ class Journal:
         return read_json(self._report(block))["modules"]
 
     def drop(self) -> None:
-        """Remove the folder: its blocks are in a checkpoint."""
+        """Remove the folder, whose blocks are in a checkpoint, unless somebody has put files of their own there."""
         self._clear()
-        self.folder.rmdir()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
