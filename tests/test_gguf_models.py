@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +174,15 @@ def test_packed_weights_compute_what_they_mean(kind, format, tmp_path):
         assert packed.lm_head.blocks is packed.get_input_embeddings().blocks
 
 
+def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
+    """Whether it lies where the kernel says that the file is."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if line.endswith(str(file)) and int(first, 16) <= tensor.data_ptr() < int(last, 16):
+            return True
+    return False
+
+
 def test_blocks_are_mapped(tmp_path):
     """Weights whose rows stay in order lie in the file; loading copies only Llama's q and k."""
     directory = gguf_models.write_directory(tmp_path / "model", "llama")
@@ -182,11 +192,30 @@ def test_blocks_are_mapped(tmp_path):
     owned = {
         name
         for name, plane in packed.named_parameters()
-        if name.endswith("blocks") and plane.untyped_storage().nbytes() == plane.nbytes
+        if name.endswith("blocks") and not is_mapped(plane, file)
     }
     assert owned == {f"model.layers.{i}.self_attn.{p}_proj.blocks" for i in range(2) for p in "qk"}
     blocks = packed.model.layers[1].mlp.down_proj.blocks
     assert torch.equal(blocks, source.tensors["blk.1.ffn_down.weight"].read(0, blocks.shape[0]))
+
+
+def test_parameters_may_be_written_to_and_the_file_stays(tmp_path):
+    """As training of norms and load_state_dict do."""
+    directory = gguf_models.write_directory(tmp_path / "model", "qwen2")
+    ids = torch.randint(0, gguf_models.ROWS, (2, 24), generator=torch.Generator().manual_seed(1))
+    for kind in ("", "q4_0"):
+        file = gguf_models.write_file(export.read_directory(directory), tmp_path / f"{kind}.gguf", kind)
+        before = file.read_bytes()
+        model, other = load.load(file), load.load(file)
+        wanted = logits(model, ids)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        assert file.read_bytes() == before
+        torch.save(other.state_dict(), tmp_path / "state")
+        assert (tmp_path / "state").stat().st_size < 2 * len(before)
+        model.load_state_dict(torch.load(tmp_path / "state"))
+        assert torch.equal(logits(model, ids), wanted)
+        assert torch.equal(logits(load.load(file), ids), wanted)
 
 
 def test_blocks_of_experts_are_mapped(tmp_path):
@@ -195,7 +224,8 @@ def test_blocks_of_experts_are_mapped(tmp_path):
     file = gguf_models.write_file(export.read_directory(directory), tmp_path / "a.gguf", "q8_0", stacks=True)
     experts = load.load(file).model.layers[1].mlp.experts
     down, both = experts.down_proj.blocks, experts.gate_up_proj.blocks
-    assert down.untyped_storage().nbytes() > down.nbytes
+    assert is_mapped(down, file)
+    assert not is_mapped(both, file)
     source = {name: tensor.read(0, tensor.rows) for name, tensor in reader.read_gguf(file).tensors.items()}
     assert torch.equal(down.flatten(0, 1), source["blk.1.ffn_down_exps.weight"])
     gate, up = both.chunk(2, dim=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import platform
 import re
-import warnings
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from bitfold.shards import CheckpointError
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _GIVE_BACK_EVERY = 256 << 20  # bytes read before mapped pages are given back
+# Copy on write. Linux would count the whole file as memory of the process, and refuse one larger than it has; the flag
+# that says not to has no name in Python before 3.13.
+_LINUX = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+_PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if _LINUX else 0)
 
 PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -105,6 +110,9 @@ class _File:
 
     Pages that were read are given back from time to time, so that reading a file of any size keeps little of it in
     this process. What is still in use comes back from the file by itself.
+
+    Who writes to a tensor (training does, load_state_dict) writes to this process's own copy of a page, never to the
+    file. That is for after the last read: pages that are given back forget what was written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,11 +123,9 @@ class _File:
         if not path.stat().st_size:
             raise CheckpointError(f"{path} is empty, no GGUF file")
         with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(file.fileno(), 0, _PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         self.header = read_header(path, self._map)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-            self._bytes = torch.from_numpy(np.frombuffer(self._map, np.uint8))
+        self._bytes = np.frombuffer(self._map, np.uint8)
         self._read = 0
 
     def tensor(self, name: str) -> GgufTensor:
@@ -138,7 +144,7 @@ class _File:
             raw = self._slice(info.start + begin * stride, (end - begin) * stride)
             if dtype is None:
                 return raw.view(end - begin, stride)
-            if raw.storage_offset() % dtype.itemsize:  # possible where general.alignment is 1 or 2
+            if raw.data_ptr() % dtype.itemsize:  # possible where general.alignment is 1 or 2
                 raw = raw.clone()
             return raw.view(dtype).view(end - begin, columns)
 
@@ -152,4 +158,5 @@ class _File:
             self._read += nbytes
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, start + nbytes - page)
-        return self._bytes[start : start + nbytes]
+        # A storage of its own: torch saves storages whole, and none that is seen as two dtypes.
+        return torch.from_numpy(self._bytes[start : start + nbytes])
