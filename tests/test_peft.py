@@ -339,6 +339,12 @@ def test_what_prepare_refuses(checkpoint):
         get_peft_model(load_base(checkpoint), config_of())  # without prepare, PEFT's own words
     with pytest.raises(ValueError, match="on a quantized base it must be LoRA"):
         adapted(load_base(checkpoint), alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
+    for quantizes in (bitfold.quantize, bitfold.qat.prepare):
+        plain = load_base(checkpoint).dequantize()
+        with pytest.raises(
+            ValueError, match="is inside of PEFT's LoraModel; it must be quantized before it has"
+        ):
+            quantizes(get_peft_model(plain, LoraConfig(target_modules=["q_proj"])), "int4-g32")
     with pytest.raises(ValueError, match="model is a LlamaForCausalLM; it must be a PeftModel"):
         bitfold.peft.merge(load_base(checkpoint))
 

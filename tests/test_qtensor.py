@@ -5,6 +5,7 @@ import math
 import pickle
 
 import bitfold
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -184,6 +185,8 @@ def test_encode_takes_parameters_and_strides():
 
 
 def test_encode_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"weight is a ndarray; it must be a torch\.Tensor"):
+        bitfold.encode(np.ones((4, 32)), "int4-g32")
     with pytest.raises(ValueError, match="weight"):
         bitfold.encode(torch.zeros(2, 3, 4), "int8")
 

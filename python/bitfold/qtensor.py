@@ -222,11 +222,13 @@ def encode(
     fp16 are stored as infinity (as llama.cpp's encoders do) instead of an error. nested_offset: with a "-dq"
     format, the offset of the scales instead of their mean.
 
-    Raises ValueError for an unknown format (with near matches), a NaN or infinity (with row and column), a scale
-    that the scale dtype can't hold (with the group, and a dtype that can), k that is not whole blocks, and
-    importance that is negative, not finite or all 0.
+    Raises ValueError for what is no tensor, an unknown format (with near matches), a NaN or infinity (with row and
+    column), a scale that the scale dtype can't hold (with the group, and a dtype that can), k that is not whole blocks,
+    and importance that is negative, not finite or all 0.
     """
     parsed = parse(format)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
     if nested_offset is not None and not isinstance(nested_offset, Tensor):
         nested_offset = torch.tensor([nested_offset], dtype=torch.float32, device=weight.device)
     planes = _ops.encode(weight.detach(), parsed.canonical, nested_offset, clamp, importance)

@@ -237,6 +237,14 @@ def check_swappable(name: str, model: nn.Module, info: ModuleInfo, *, with_value
     module = model.get_submodule(home)
     if not home:
         raise ValueError("model is itself the layer to swap; it must be a module that contains it")
+    parts = home.split(".")
+    for end in range(1, len(parts)):
+        outer = type(model.get_submodule(".".join(parts[:end])))
+        if outer.__module__.startswith("peft.tuners"):
+            raise ValueError(
+                f"module {home} is inside of PEFT's {outer.__name__}; it must be quantized before it has adapters: "
+                "then bitfold.peft.prepare and get_peft_model"
+            )
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
