@@ -17,7 +17,8 @@ import safetensors.torch
 import tiny
 import torch
 from bitfold import hf
-from bitfold.nn import QuantEmbedding, QuantLinear, QuantModule
+from bitfold.embeddings import QuantEmbedding
+from bitfold.nn import QuantLinear, QuantModule
 from bitfold.recipes import Recipe, Rule
 from bitfold.shards import CheckpointError, ShardWriter, TensorSpec, plan_shards, read_header, shard_names
 from bitfold.writer import CheckpointWriter

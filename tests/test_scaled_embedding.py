@@ -11,7 +11,7 @@ import torch
 from bitfold import qat
 from bitfold.convert import convert_checkpoint
 from bitfold.dequantize import dequantize
-from bitfold.nn import QuantEmbedding, ScaledEmbedding, embedding_scale
+from bitfold.embeddings import QuantEmbedding, ScaledEmbedding, embedding_scale
 from bitfold.rules import Recipe, Rule
 from bitfold.shards import read_directory
 from tiny import one_thread  # noqa: F401

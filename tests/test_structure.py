@@ -39,6 +39,7 @@ MODULES = [
     "quantizers",
     "hugepages",
     "nn",
+    "embeddings",
     "experts",
     "bounds",
     "rules",

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401  (the extension links torch's libraries: they come first)
 
 from bitfold._C import __version__
+from bitfold.embeddings import QuantEmbedding
 from bitfold.formats import FORMATS, Format
 from bitfold.integration.register import register as _register
-from bitfold.nn import QuantEmbedding, QuantLinear
+from bitfold.nn import QuantLinear
 from bitfold.qtensor import LinearPlan, QTensor, Unpacked, embedding, encode, linear, pack, plan_linear
 from bitfold.quantize import QuantizationSummary, quantize
 from bitfold.recipes import RECIPES, Recipe, Rule

@@ -16,15 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import hf
+from bitfold.embeddings import QuantEmbedding, embedding_scale
 from bitfold.experts import QuantStack, put_stack
-from bitfold.nn import (
-    PlaneModule,
-    QuantEmbedding,
-    QuantLinear,
-    QuantModule,
-    announce,
-    embedding_scale,
-)
+from bitfold.nn import PlaneModule, QuantLinear, QuantModule, announce
 from bitfold.section import ModuleEntry, QuantizationConfig, read_quantization
 from bitfold.shards import (
     CONFIG_FILE,

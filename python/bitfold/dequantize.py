@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bitfold.embeddings import QuantEmbedding, ScaledEmbedding
 from bitfold.experts import QuantStack, expert_name
-from bitfold.nn import PlaneModule, QuantEmbedding, QuantModule, ScaledEmbedding, put_module
+from bitfold.nn import PlaneModule, QuantModule, put_module
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

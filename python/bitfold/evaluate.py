@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from bitfold import hf
-from bitfold.nn import PlaneModule, QuantEmbedding
+from bitfold.embeddings import QuantEmbedding
+from bitfold.nn import PlaneModule
 
 DEFAULT_CONTEXT = 2048  # tokens; the model's own limit where that is smaller
 _LOGIT_CHUNK = 1 << 22  # logits turned to float64 at a time

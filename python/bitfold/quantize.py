@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from bitfold import experts
 from bitfold.activations import FLOAT, Activations
+from bitfold.embeddings import QuantEmbedding, embedding_scale
 from bitfold.experts import QuantStack
 from bitfold.formats import parse
-from bitfold.nn import QuantEmbedding, QuantLinear, announce, embedding_scale, put_module
+from bitfold.nn import QuantLinear, announce, put_module
 from bitfold.qtensor import QTensor, column_order, embedding, encode
 from bitfold.recipes import get
 from bitfold.rules import ModuleInfo, Recipe, assign
@@ -282,15 +283,20 @@ def put_modules(
     output; activations: of each of them."""
     modules = [model.get_submodule(name) for name in names]
     for name, module in zip(names, modules, strict=True):
-        quantized: QuantLinear | QuantEmbedding
-        if isinstance(module, nn.Embedding):
-            quantized = QuantEmbedding(qtensor, module.padding_idx, dtype, embedding_scale(module))
-        else:
-            quantized = QuantLinear(qtensor, module.bias, activations[name])  # type: ignore[arg-type]
+        quantized = quantized_like(module, qtensor, dtype, activations[name])
         quantized.train(module.training)
         qtensor = quantized.qtensor  # of this module's parameters, so that the next one shares them
         quantized.prepare()
         put_module(model, module, quantized)
+
+
+def quantized_like(
+    module: nn.Module, qtensor: QTensor, dtype: torch.dtype, activations: Activations = FLOAT
+) -> QuantLinear | QuantEmbedding:
+    """The quantized module for the place of an nn.Linear or an nn.Embedding; dtype: of an embedding's output."""
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding(qtensor, module.padding_idx, dtype, embedding_scale(module))
+    return QuantLinear(qtensor, module.bias, activations)  # type: ignore[arg-type]
 
 
 def put_stack(

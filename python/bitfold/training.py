@@ -31,10 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bitfold import hf, layout, versions
+from bitfold.embeddings import QuantEmbedding, embedding_scale
 from bitfold.experts import QuantStack, put_stack
 from bitfold.formats import ceil_div
 from bitfold.layout import Source
-from bitfold.nn import QuantEmbedding, QuantLinear, put_module
+from bitfold.nn import QuantLinear, put_module
 from bitfold.quantize import refuse_calibration
 from bitfold.rules import Assignment, ModuleInfo, Recipe, assign
 
@@ -181,7 +182,9 @@ def _adapted(source: Source, assignments: Mapping[str, Assignment], training: Tr
         n, k = source.infos[name].shape
         new: QuantLinear | QuantEmbedding
         if isinstance(old, nn.Embedding):
-            new = QuantEmbedding.empty(item.format, n, k, old.padding_idx, "meta", dtype)
+            new = QuantEmbedding.empty(
+                item.format, n, k, old.padding_idx, "meta", dtype, scale=embedding_scale(old)
+            )
         else:
             new = QuantLinear.empty(item.format, n, k, old.bias is not None, "meta", dtype)
         put_module(base, old, new)

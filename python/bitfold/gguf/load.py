@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bitfold import hf
+from bitfold.embeddings import QuantEmbedding
 from bitfold.experts import QuantStack, put_stack
 from bitfold.gguf import architectures, hyperparameters
 from bitfold.gguf.keys import shortest
@@ -24,8 +25,9 @@ from bitfold.gguf.reader import read_gguf
 from bitfold.gguf.restore import Restored, restored
 from bitfold.gguf.rope import ROTARY
 from bitfold.gguf.vocabulary import tokenizer_of
-from bitfold.nn import PlaneModule, QuantEmbedding, QuantLinear, QuantModule, announce, embedding_scale
+from bitfold.nn import PlaneModule, QuantLinear, announce
 from bitfold.qtensor import QTensor
+from bitfold.quantize import quantized_like
 from bitfold.shards import CheckpointError
 
 
@@ -136,12 +138,7 @@ def _fill(model: nn.Module, tensors: Iterable[Restored], dtype: torch.dtype) -> 
 def _swap(model: nn.Module, name: str, qtensor: QTensor, dtype: torch.dtype) -> None:
     """Put a module that holds its weight packed in the place of the module `name`."""
     home, _, leaf = name.rpartition(".")
-    old: Any = model.get_submodule(name)
-    new: QuantModule
-    if isinstance(old, nn.Embedding):
-        new = QuantEmbedding(qtensor, old.padding_idx, dtype, embedding_scale(old))
-    else:
-        new = QuantLinear(qtensor, old.bias)
+    new = quantized_like(model.get_submodule(name), qtensor, dtype)
     setattr(model.get_submodule(home), leaf, new)
 
 

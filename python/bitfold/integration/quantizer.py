@@ -24,9 +24,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from bitfold.activations import Activations
 from bitfold.checkpoint import check_values_of, describe_quantization, put_empty_modules
+from bitfold.embeddings import QuantEmbedding
 from bitfold.formats import stored_bytes
 from bitfold.integration.config import Config
-from bitfold.nn import LISTENERS, PlaneModule, QuantEmbedding, QuantModule
+from bitfold.nn import LISTENERS, PlaneModule, QuantModule
 from bitfold.quantize import check_swappable, describe, refuse_calibration
 from bitfold.rules import ModuleInfo, assign
 from bitfold.section import QUANT_METHOD, ModuleEntry, QuantizationConfig

@@ -9,7 +9,8 @@ from torch import nn
 
 from bitfold import recipes
 from bitfold.activations import FLOAT, Activations
-from bitfold.nn import QuantEmbedding, QuantLinear, put_module
+from bitfold.embeddings import QuantEmbedding
+from bitfold.nn import QuantLinear, put_module
 from bitfold.qat.fake import check_learned
 from bitfold.qat.modules import FakeQuantEmbedding, FakeQuantLinear, first_steps, trainable_activations
 from bitfold.quantize import check_swappable, describe, refuse_calibration

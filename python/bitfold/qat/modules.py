@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bitfold.activations import FLOAT, Activations
 from bitfold.activations import read as read_activations
+from bitfold.embeddings import embedding_scale, scaled
 from bitfold.formats import Format, parse
-from bitfold.nn import embedding_scale, scaled
 from bitfold.qat.fake import check_learned, pack_learned, round_inputs, round_learned, round_to
 from bitfold.qtensor import QTensor
 from bitfold.quantize import encode_named

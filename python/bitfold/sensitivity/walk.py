@@ -23,9 +23,8 @@ from bitfold.calibration.methods import METHODS
 from bitfold.calibration.workers import Workers
 from bitfold.evaluate import Windows
 from bitfold.layout import Source
-from bitfold.nn import QuantEmbedding, QuantLinear, embedding_scale
 from bitfold.qtensor import QTensor, embedding
-from bitfold.quantize import encode_named
+from bitfold.quantize import encode_named, quantized_like
 from bitfold.rules import Rule
 from bitfold.sensitivity.candidates import Candidate, Part
 from bitfold.sensitivity.probe import Probe
@@ -97,15 +96,11 @@ class Stop:
 
     def modules(self, qtensor: QTensor) -> dict[str, nn.Module]:
         """Quantized modules for all names of the part; they share the planes."""
-        made: dict[str, nn.Module] = {}
-        for name in self.part.names:
-            module: Any = self._ground.unquantized[name]
-            if isinstance(module, nn.Embedding):
-                dtype, scale = self._ground.blocks.dtype, embedding_scale(module)
-                made[name] = QuantEmbedding(qtensor, module.padding_idx, dtype, scale)
-            else:
-                made[name] = QuantLinear(qtensor, module.bias)
-        return made
+        ground = self._ground
+        return {
+            name: quantized_like(ground.unquantized[name], qtensor, ground.blocks.dtype)
+            for name in self.part.names
+        }
 
     def divergence(self, qtensor: QTensor | None) -> tuple[float, ...]:
         """Sums of KL over each window, of the model as it is with this weight replaced; None: with its own."""
