@@ -79,5 +79,8 @@ def are_kept(
     return block > 0 and path.exists() and path.stat().st_size == math.prod(shape) * dtype.itemsize
 
 
+NAMES = r"activations-\d+-[01]"  # a pattern, of the files of `_path`
+
+
 def _path(folder: Path, block: int, rank: int) -> Path:
     return folder / f"activations-{rank}-{block % 2}"

@@ -18,12 +18,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitfold.calibration import activations
 from bitfold.shards import CheckpointError, StoredTensor, read_header, read_json
 from bitfold.writer import lock, sync
 
 FINGERPRINT_FILE = "fingerprint.json"
-# What runs write there; activations.py the last of these.
-_OURS = re.compile(r"(fingerprint\.json|block-\d{5,}\.(json|safetensors))(\.new)?|activations-\d+-[01]")
+# The names of what runs write there.
+_OURS = re.compile(rf"(fingerprint\.json|block-\d{{5,}}\.(json|safetensors))(\.new)?|{activations.NAMES}")
 
 
 class Journal:
